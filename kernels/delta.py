@@ -1,0 +1,94 @@
+"""``routed_delta_rule``: Gated DeltaNet whose state is written only by the chunks that the router sends to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from natsl.kernels import reference
+from natsl.kernels.dispatch import (
+    check_counterfactual,
+    check_shape,
+    check_tensors,
+    count_chunks,
+    resolve,
+    sequence_bounds,
+)
+
+
+def routed_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    route: Tensor,
+    *,
+    chunk_size: int,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    qk_l2norm: bool = True,
+    cu_seqlens: Tensor | None = None,
+    counterfactual: str = "none",
+    counterfactual_rate: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Run the gated delta rule within every chunk and write only chunks with route 0 into the state.
+
+    q, k [B,T,R,K], v [B,T,R,V] of one floating dtype; g (log decay, ≤ 0) and beta [B,T,R]; route [B,N,R], 1 = softmax
+    keeps the chunk and its write to the state is dropped (the decay stays), 0 = it is written; reals in [0, 1] on the
+    torch backend. ``scale`` defaults to K^-½; ``qk_l2norm`` divides q and k by sqrt(sum of squares + 1e-6).
+    ``initial_state`` [B,R,K,V] float32 ([sequences,R,K,V] with ``cu_seqlens``). ``counterfactual`` and its rate as in
+    ``routed_softmax``; for the delta rule insertion and derivative are the same.
+
+    Returns o [B,T,R,V] in v's dtype and the final state (float32; float64 for float64 inputs) or None. Raises
+    ``ValueError`` naming the argument. Source: Gated DeltaNet, arXiv 2412.06464; routing, arXiv 2602.03681, section 3.
+    """
+    op = "routed_delta_rule"
+    check_tensors(op, "q", q=q, k=k, v=v, g=g, beta=beta, route=route)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{op}: {name} must be [batch, tokens, heads, width], found {tuple(tensor.shape)}")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, but q is {q.dtype}")
+    B, T, R, K = q.shape
+    V = v.shape[3]
+    if chunk_size < 1:
+        raise ValueError(f"{op}: chunk_size = {chunk_size!r} must be ≥ 1")
+    if T < 1:
+        raise ValueError(f"{op}: q holds no tokens")
+    check_shape(op, "k", k, (B, T, R, K))
+    check_shape(op, "v", v, (B, T, R, V))
+    check_shape(op, "g", g, (B, T, R))
+    check_shape(op, "beta", beta, (B, T, R))
+    check_counterfactual(op, counterfactual, counterfactual_rate)
+    resolve(backend, op, q.device, triton_ready=False)
+    scale = K**-0.5 if scale is None else scale
+    bounds = [0, T] if cu_seqlens is None else sequence_bounds(op, cu_seqlens, B, T)
+    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    chunks = count_chunks(lengths, chunk_size)
+    check_shape(op, "route", route, (B, sum(chunks), R))
+    sequences = B if cu_seqlens is None else len(lengths)
+    if initial_state is not None:
+        check_tensors(op, "q", q=q, initial_state=initial_state)
+        check_shape(op, "initial_state", initial_state, (sequences, R, K, V))
+    if cu_seqlens is None:
+        o, state = reference.routed_delta_rule(
+            q, k, v, g, beta, route, chunk_size, scale, initial_state, qk_l2norm, counterfactual, counterfactual_rate
+        )
+        return o, state if output_final_state else None
+
+    outputs, states = [], []
+    split = zip(*(x.split(lengths, 1) for x in (q, k, v, g, beta)), route.split(chunks, 1), strict=True)
+    for i, part in enumerate(split):
+        start = None if initial_state is None else initial_state[i : i + 1]
+        if part[0].shape[1] == 0:  # an empty sequence hands its state on
+            states.append(q.new_zeros(1, R, K, V, dtype=torch.float32) if start is None else start)
+            continue
+        o, state = reference.routed_delta_rule(
+            *part, chunk_size, scale, start, qk_l2norm, counterfactual, counterfactual_rate
+        )
+        outputs.append(o)
+        states.append(state)
+    return torch.cat(outputs, 1), torch.cat(states, 0) if output_final_state else None

@@ -1,0 +1,65 @@
+"""The one choice of backend: Triton kernels on CUDA where they exist, vectorised torch elsewhere."""
+
+from __future__ import annotations
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+def resolve(backend: str, op: str, device: torch.device, *, triton_ready: bool) -> str:
+    """Return ``"triton"`` or ``"torch"`` for one call of ``op``.
+
+    ``triton_ready`` tells whether ``op`` has a Triton kernel. ``auto`` takes it on CUDA and torch everywhere else.
+    Raises ``ValueError`` for an unknown name and for a forced backend that is absent.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend = {backend!r} is not allowed: it must be one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "triton" if triton_ready and device.type == "cuda" else "torch"
+    if backend == "triton" and not triton_ready:
+        raise ValueError(f"backend = 'triton' is not available for {op}: use 'auto' or 'torch'")
+    return backend
+
+
+def check_tensors(op: str, reference: str, **tensors: torch.Tensor) -> None:
+    """Raise ``ValueError`` naming the argument that is not floating point or not on the device of ``reference``."""
+    device = tensors[reference].device
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"{op}: {name} must be a floating point tensor, found {found}")
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, but {reference} is on {device}")
+
+
+def check_shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless ``tensor`` has the ``expected`` shape."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {expected}")
+
+
+def check_counterfactual(op: str, counterfactual: str, rate: float) -> None:
+    """Raise ``ValueError`` for an unknown mode of the router gradient or a rate outside (0, 1]."""
+    if counterfactual not in ("none", "derivative", "insertion"):
+        raise ValueError(f"{op}: counterfactual = {counterfactual!r} must be one of none, derivative, insertion")
+    if not 0.0 < rate <= 1.0:
+        raise ValueError(f"{op}: counterfactual_rate = {rate!r} must lie in (0, 1]")
+
+
+def sequence_bounds(op: str, cu_seqlens: torch.Tensor, batch: int, tokens: int) -> list[int]:
+    """Borders of packed sequences as a list, checked: from 0, never falling, to ``tokens``; B must be 1."""
+    if batch != 1:
+        raise ValueError(f"{op}: cu_seqlens packs sequences into batch 1, found batch {batch}")
+    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+        raise ValueError(f"{op}: cu_seqlens must be a 1-D integer tensor")
+    bounds: list[int] = cu_seqlens.tolist()
+    rising = all(a <= b for a, b in zip(bounds, bounds[1:], strict=False))
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or not rising:
+        raise ValueError(f"{op}: cu_seqlens = {bounds} must rise from 0 to the number of tokens, {tokens}")
+    return bounds
+
+
+def count_chunks(lengths: list[int], chunk_size: int) -> list[int]:
+    """Number of chunks of each sequence, a partial one counted."""
+    return [-(-length // chunk_size) for length in lengths]

@@ -1,0 +1,272 @@
+"""Torch implementation of the routed ops: vectorised over chunks, every dtype, exact gradients, real-valued routes.
+
+The ground truth for the Triton kernels and the backend where there is none. Shapes: B batch, T tokens, C chunk size,
+N chunks, R routing heads, Hs softmax heads, J query heads per softmax head, K key width, V value width.
+Source: arXiv 2602.03681, section 3; the gradients with respect to the routes are derived in docs/method.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Scores held at once by the softmax branch: keeps a block of rows in cache and long sequences in memory.
+SCORE_BLOCK = 1 << 19
+# exp(80) is finite in float32 with room for a sum over a chunk; beyond it a derivative at route 0 is meaningless.
+MAX_EXPONENT = 80.0
+
+
+def _accumulate_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _sampling_weight(route: Tensor, unchosen: Tensor, counterfactual: str, rate: float) -> Tensor:
+    """Weight of the route gradient per entry: 1 on the chosen side; on the other 0 (none) or an unbiased sample."""
+    if counterfactual == "none":
+        return (~unchosen).to(route.dtype)
+    if rate >= 1.0:
+        return torch.ones_like(route)
+    sampled = (torch.rand_like(route) < rate).to(route.dtype) / rate
+    return torch.where(unchosen, sampled, torch.ones_like(route))
+
+
+class _RoutedSoftmax(torch.autograd.Function):
+    """Softmax in which the keys of an earlier chunk c weigh route[c] · exp(score) and the own chunk weighs 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,  # [B,Hs,J,T,K]
+        k: Tensor,  # [B,Hs,T,K]
+        v: Tensor,  # [B,Hs,T,V]
+        route: Tensor,  # [B,Hs,N]
+        chunk_size: int,
+        scale: float,
+        counterfactual: str,
+    ) -> Tensor:
+        T = q.shape[3]
+        out = q.new_empty(*q.shape[:4], v.shape[-1])
+        lse = q.new_empty(q.shape[:4])
+        log_route = route.log()
+        for lo, hi, end in _row_blocks(q, T, chunk_size):
+            n = end // chunk_size
+            own, earlier, _ = _block_masks(lo, hi, end, chunk_size, q.device)
+            score = torch.matmul(q[:, :, :, lo:hi] * scale, _keys(k, end)[:, :, None].transpose(-1, -2))
+            bias = log_route[:, :, None, :n].repeat_interleave(chunk_size, -1)  # [B,Hs,1,end]
+            score = score + torch.where(earlier, bias[:, :, :, None], torch.where(own, 0.0, float("-inf")))
+            top = score.amax(-1, keepdim=True)
+            weight = (score - top).exp_()
+            total = weight.sum(-1, keepdim=True)
+            out[:, :, :, lo:hi] = torch.matmul(weight, _keys(v, end)[:, :, None]) / total
+            lse[:, :, :, lo:hi] = (top + total.log())[..., 0]
+        ctx.save_for_backward(q, k, v, route, out, lse)
+        ctx.options = (chunk_size, scale, counterfactual)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (do,) = grads
+        q, k, v, route, out, lse = ctx.saved_tensors
+        chunk_size, scale, counterfactual = ctx.options
+        T = q.shape[3]
+        delta = (do * out).sum(-1, keepdim=True)
+        dq = torch.empty_like(q)
+        dk = k.new_zeros(*k.shape[:2], -(-T // chunk_size) * chunk_size, k.shape[-1])
+        dv = v.new_zeros(*v.shape[:2], dk.shape[2], v.shape[-1])
+        droute = torch.zeros_like(route)
+        want_route = ctx.needs_input_grad[3]
+        for lo, hi, end in _row_blocks(q, T, chunk_size):
+            n = end // chunk_size
+            own, earlier, earlier_chunk = _block_masks(lo, hi, end, chunk_size, q.device)
+            qb, dob = q[:, :, :, lo:hi], do[:, :, :, lo:hi]
+            keys, values = _keys(k, end)[:, :, None], _keys(v, end)[:, :, None]
+            x = torch.matmul(qb * scale, keys.transpose(-1, -2)) - lse[:, :, :, lo:hi, None]
+            x = x.masked_fill(~(own | earlier), float("-inf")).unflatten(-1, (n, chunk_size))
+            weight = torch.where(earlier_chunk, route[:, :, None, None, :n], 1.0)  # [B,Hs,1,rows,n]
+            # An unchosen chunk may hold scores far above the row's lse: shift each such chunk by its own maximum.
+            unchosen = weight == 0
+            shift = torch.where(unchosen, x.amax(-1), 0.0).clamp(min=0.0)
+            e = (x - shift[..., None]).exp_()
+            dp = torch.matmul(dob, values.transpose(-1, -2)) - delta[:, :, :, lo:hi]
+            edp = e * dp.unflatten(-1, (n, chunk_size))
+            if want_route:
+                gain = edp.sum(-1)
+                if counterfactual == "insertion":
+                    effect = gain / ((-shift).exp() + e.sum(-1))
+                    gain = torch.where(unchosen, effect, gain)
+                else:
+                    gain = gain * shift.clamp(max=MAX_EXPONENT).exp()
+                droute[:, :, :n] += (gain * earlier_chunk).sum((2, 3))
+            p = (e * weight[..., None]).flatten(-2)
+            ds = (edp * weight[..., None]).flatten(-2)
+            dq[:, :, :, lo:hi] = torch.matmul(ds, keys) * scale
+            dk[:, :, :end] += torch.matmul(ds.transpose(-1, -2), qb).sum(2) * scale
+            dv[:, :, :end] += torch.matmul(p.transpose(-1, -2), dob).sum(2)
+        return dq, dk[:, :, :T], dv[:, :, :T], (droute if want_route else None), None, None, None
+
+
+def _row_blocks(q: Tensor, tokens: int, chunk_size: int) -> list[tuple[int, int, int]]:
+    """Blocks of query rows (first, last, end of their keys), whole chunks, about SCORE_BLOCK scores each."""
+    columns = max(1, q.shape[0] * q.shape[1] * q.shape[2] * tokens)
+    rows = max(1, SCORE_BLOCK // (columns * chunk_size)) * chunk_size
+    return [
+        (lo, min(lo + rows, tokens), min(lo + rows, -(-tokens // chunk_size) * chunk_size))
+        for lo in range(0, tokens, rows)
+    ]
+
+
+def _keys(x: Tensor, end: int) -> Tensor:
+    """The first ``end`` tokens of x [B,H,T,·], zeros past its last one."""
+    return x[:, :, :end] if end <= x.shape[2] else F.pad(x, (0, 0, 0, end - x.shape[2]))
+
+
+def _block_masks(lo: int, hi: int, end: int, chunk_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks of a block of rows: own chunk (causal) and earlier chunks [rows,end]; earlier chunks [rows,end/C]."""
+    row = torch.arange(lo, hi, device=device)[:, None]
+    key = torch.arange(end, device=device)[None, :]
+    own = (row // chunk_size == key // chunk_size) & (key <= row)
+    earlier_chunk = torch.arange(end // chunk_size, device=device)[None, :] < row // chunk_size
+    return own, earlier_chunk.repeat_interleave(chunk_size, 1), earlier_chunk
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return grads[0] * weight, None
+
+
+def weighted_route(route: Tensor, unchosen: Tensor, counterfactual: str, rate: float) -> Tensor:
+    """The routes, their gradient restricted to the chosen side (none) or sampled on the other (rate < 1)."""
+    if not route.requires_grad or (counterfactual != "none" and rate >= 1.0):
+        return route
+    weight = _sampling_weight(route.detach(), unchosen, counterfactual, rate)
+    return _ScaleGradient.apply(route, weight)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def routed_softmax(
+    q: Tensor, k: Tensor, v: Tensor, route: Tensor, chunk_size: int, scale: float, counterfactual: str, rate: float
+) -> Tensor:
+    """Softmax branch of one batch of sequences; arguments as in ``natsl.kernels.softmax.routed_softmax``."""
+    B, T, Hq, _ = q.shape
+    Hs, R = k.shape[2], route.shape[2]
+    dtype = _accumulate_dtype(q)
+    route = weighted_route(route.to(dtype), route.detach() <= 0, counterfactual, rate)
+    per_head = route.transpose(1, 2).repeat_interleave(Hs // R, 1)
+    queries = q.to(dtype).unflatten(2, (Hs, Hq // Hs)).permute(0, 2, 3, 1, 4)
+    keys, values = (x.to(dtype).transpose(1, 2) for x in (k, v))
+    out = _RoutedSoftmax.apply(queries, keys, values, per_head, chunk_size, scale, counterfactual)  # type: ignore[no-untyped-call]
+    return out.permute(0, 3, 1, 2, 4).reshape(B, T, Hq, v.shape[-1]).to(q.dtype)  # type: ignore[no-any-return]
+
+
+def l2_normalise(x: Tensor) -> Tensor:
+    """x / sqrt(sum of squares + 1e-6) over the last dimension."""
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+
+
+def routed_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    route: Tensor,
+    chunk_size: int,
+    scale: float,
+    initial_state: Tensor | None,
+    qk_l2norm: bool,
+    counterfactual: str,
+    rate: float,
+) -> tuple[Tensor, Tensor]:
+    """Gated DeltaNet branch in chunk form; arguments as in ``natsl.kernels.delta.routed_delta_rule``.
+
+    Only the state recursion S' = (e^{G_last} − r Kt'W) S + r Kt'U runs chunk by chunk; all else is one batched product.
+    """
+    B, T, R, K = q.shape
+    C, V = chunk_size, v.shape[-1]
+    N = -(-T // C)
+    dtype = _accumulate_dtype(q)
+    route = weighted_route(route.to(dtype), route.detach() >= 1, counterfactual, rate)
+
+    def chunked(x: Tensor) -> Tensor:  # [B,T,R,·] → [B,R,N,C,·]
+        x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, N * C - T))
+        return x.unflatten(1, (N, C)).permute(0, 3, 1, 2, 4)
+
+    q, k, v_ = chunked(q), chunked(k), chunked(v)
+    gate, beta = chunked(g[..., None])[..., 0], chunked(beta[..., None])
+    if qk_l2norm:
+        q, k = l2_normalise(q), l2_normalise(k)
+    q = q * scale
+
+    # log D_ij = sum of g over (j, i], by summation and never by a difference, so that g = −inf is exact
+    lower = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+    spread = gate[..., :, None].expand(*gate.shape, C).masked_fill(~lower.tril(-1), 0.0)
+    decay = spread.cumsum(-2).masked_fill(~lower, float("-inf")).exp()  # D, lower triangle with unit diagonal
+    from_start = gate.cumsum(-1).exp()[..., None]  # e^{G_i}
+    to_end = decay[..., -1, :, None]  # e^{G_last − G_i}
+
+    interaction = (torch.matmul(k * beta, k.transpose(-1, -2)) * decay).tril(-1)  # L; the solver reads I + L
+    right = torch.cat((k * beta * from_start, v_ * beta), -1)
+    solved = torch.linalg.solve_triangular(interaction, right, upper=False, unitriangular=True)
+    w, u = solved.split((K, V), -1)
+
+    k_end = (k * to_end).transpose(-1, -2)
+    update, erase = torch.matmul(k_end, u), torch.matmul(k_end, w)  # [B,R,N,K,V], [B,R,N,K,K]
+    carry = from_start[..., -1:, :]  # e^{G_last} [B,R,N,1,1]
+    written = (1.0 - route.transpose(1, 2))[..., None, None]  # r [B,R,N,1,1]
+    keep = carry * torch.eye(K, dtype=dtype, device=q.device) - written * erase  # S' = keep S + r Kt'U
+    # unbind, not indexing: the gradient of an index is a whole tensor of zeros per step
+    keeps, writes = ((x.flatten(0, 1).unbind(1)) for x in (keep, written * update))
+    state = q.new_zeros(B, R, K, V) if initial_state is None else initial_state.to(dtype)
+    state = state.flatten(0, 1)
+    starts = []
+    for keep_n, write_n in zip(keeps, writes, strict=True):
+        starts.append(state)
+        state = torch.baddbmm(write_n, keep_n, state)
+    state = state.view(B, R, K, V)
+    at_start = torch.stack(starts, 1).view(B, R, N, K, V)
+    fresh = u - torch.matmul(w, at_start)  # Vn
+    inside = (torch.matmul(q, k.transpose(-1, -2)) * decay).tril()
+    out = torch.matmul(q * from_start, at_start) + torch.matmul(inside, fresh)
+    out = out.permute(0, 2, 3, 1, 4).reshape(B, N * C, R, V)[:, :T]
+    return out.to(v.dtype), state
+
+
+def rms_normalise(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean of squares + eps) over the last dimension."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """SiLU(gate) · weight · RMS(x): the output of a layer with a single memory. x, gate [B,T,Hs,Vs], weight [Vs]."""
+    dtype = _accumulate_dtype(x)
+    return (F.silu(gate.to(dtype)) * weight.to(dtype) * rms_normalise(x.to(dtype), eps)).to(x.dtype)
+
+
+def routed_mix(
+    o_delta: Tensor,
+    o_softmax: Tensor,
+    gate: Tensor,
+    mix_logits: Tensor,
+    weight_delta: Tensor,
+    weight_softmax: Tensor,
+    eps: float,
+) -> Tensor:
+    """Combination of the two branches; arguments as in ``natsl.kernels.mix.routed_mix``."""
+    dtype = _accumulate_dtype(o_delta)
+    w_delta, w_softmax = mix_logits.to(dtype).softmax(-1)[..., None].unbind(-2)
+    mixed = w_delta * (rms_normalise(o_delta.to(dtype), eps) * weight_delta.to(dtype))
+    mixed = mixed + w_softmax * (rms_normalise(o_softmax.to(dtype), eps) * weight_softmax.to(dtype))
+    return (F.silu(gate.to(dtype)) * mixed).to(o_delta.dtype)

@@ -1,0 +1,82 @@
+"""``routed_softmax``: causal attention over the own chunk and the earlier chunks that the router kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from natsl.kernels import reference
+from natsl.kernels.dispatch import (
+    check_counterfactual,
+    check_shape,
+    check_tensors,
+    count_chunks,
+    resolve,
+    sequence_bounds,
+)
+
+
+def routed_softmax(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor,
+    *,
+    chunk_size: int,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    counterfactual: str = "none",
+    counterfactual_rate: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend to {s ≤ t in the own chunk} ∪ {s in earlier chunks with route 1}.
+
+    q [B,T,Hq,Ks], k [B,T,Hs,Ks], v [B,T,Hs,Vs], any floating dtype, the same for all three; route [B,N,R] of 0/1
+    (reals in [0, 1] on the torch backend: an earlier key then weighs route · exp(score)), N = ceil(T / chunk_size).
+    Key head h uses routing head h // (Hs // R); Hq is a multiple of Hs (grouped queries). ``scale`` defaults to
+    Ks^-½. ``cu_seqlens`` int32 [sequences + 1] packs sequences into B = 1; N then counts the chunks of all of them in
+    order.
+
+    route.grad: ``counterfactual="none"`` for kept chunks only (as published); ``derivative`` the exact derivative
+    everywhere; ``insertion`` the bounded exact effect of inserting a chunk that was left out. ``counterfactual_rate``
+    in (0, 1] samples that share of the left-out chunks, unbiased.
+
+    Returns o [B,T,Hq,Vs] in q's dtype. Raises ``ValueError`` naming the argument. Source: arXiv 2602.03681, section 3.
+    """
+    op = "routed_softmax"
+    check_tensors(op, "q", q=q, k=k, v=v, route=route)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{op}: {name} must be [batch, tokens, heads, width], found {tuple(tensor.shape)}")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, but q is {q.dtype}")
+    B, T, Hq, Ks = q.shape
+    Hs = k.shape[2]
+    if chunk_size < 1:
+        raise ValueError(f"{op}: chunk_size = {chunk_size!r} must be ≥ 1")
+    if T < 1:
+        raise ValueError(f"{op}: q holds no tokens")
+    check_shape(op, "k", k, (B, T, Hs, Ks))
+    check_shape(op, "v", v, (B, T, Hs, v.shape[3]))
+    if Hq % Hs:
+        raise ValueError(f"{op}: {Hq} query heads are not a multiple of {Hs} key heads")
+    if route.dim() != 3 or Hs % max(route.shape[2], 1):
+        raise ValueError(
+            f"{op}: route {tuple(route.shape)} must be [batch, chunks, routing heads], heads dividing {Hs}"
+        )
+    check_counterfactual(op, counterfactual, counterfactual_rate)
+    resolve(backend, op, q.device, triton_ready=False)
+    scale = Ks**-0.5 if scale is None else scale
+
+    def run(q: Tensor, k: Tensor, v: Tensor, route: Tensor) -> Tensor:
+        return reference.routed_softmax(q, k, v, route, chunk_size, scale, counterfactual, counterfactual_rate)
+
+    if cu_seqlens is None:
+        check_shape(op, "route", route, (B, *count_chunks([T], chunk_size), route.shape[2]))
+        return run(q, k, v, route)
+    bounds = sequence_bounds(op, cu_seqlens, B, T)
+    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    chunks = count_chunks(lengths, chunk_size)
+    check_shape(op, "route", route, (B, sum(chunks), route.shape[2]))
+    parts = zip(*(x.split(lengths, 1) for x in (q, k, v)), route.split(chunks, 1), strict=True)
+    return torch.cat([run(*part) for part in parts if part[0].shape[1]], 1)

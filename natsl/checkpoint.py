@@ -1,0 +1,133 @@
+"""Checkpoints of a supernet: safetensors and JSON, never a pickle; checksummed, written atomically, newest k kept.
+
+A checkpoint is ``step-000100.safetensors`` (weights, optimiser state) and ``step-000100.json`` (its sha256, the step,
+the configuration). The JSON is written last: without it the tensors do not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from natsl.config import ModelConfig, to_plain
+from natsl.model import RoutedLM
+from natsl.run import write_text
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{6,})\.json")
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: RoutedLM,
+    optimizer: torch.optim.Optimizer,
+    meta: dict[str, Any],
+    keep: int,
+) -> None:
+    """Write the checkpoint of a step and remove all but the newest ``keep``; ``meta`` is JSON-ready."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model.{name}": t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    data, info = folder / f"step-{step:06d}.safetensors", folder / f"step-{step:06d}.json"
+    temporary = data.with_name(f".{data.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        record = {"format": FORMAT, "step": step, "sha256": file_sha256(temporary), **meta}
+        record["model"] = to_plain(model.config)
+        temporary.replace(data)
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_text(info, json.dumps(record, indent=1))
+    for old in steps(folder)[:-keep]:
+        (folder / f"step-{old:06d}.json").unlink(missing_ok=True)
+        (folder / f"step-{old:06d}.safetensors").unlink(missing_ok=True)
+
+
+def read_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and record of the newest checkpoint that is whole; None if the folder has none at all.
+
+    A damaged one is passed over with a warning. Raises ``ValueError`` if all are damaged or of a newer format.
+    """
+    found = steps(folder)
+    reason = ""
+    for step in reversed(found):
+        data, info = folder / f"step-{step:06d}.safetensors", folder / f"step-{step:06d}.json"
+        try:
+            record = json.loads(info.read_bytes())
+            if not isinstance(record, dict) or not isinstance(record.get("format"), int):
+                raise ValueError("it is not a checkpoint record")
+            if record["format"] > FORMAT:
+                raise ValueError(f"its format {record['format']} needs a newer natsl (this one reads {FORMAT})")
+            if file_sha256(data) != record["sha256"]:
+                raise ValueError("checksum error")
+            return load_file(data), record
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            reason = str(error)
+            warnings.warn(f"checkpoint {data} is passed over: {error}", stacklevel=2)
+    if found:
+        raise ValueError(f"no checkpoint in {folder} can be read ({reason}); move the folder away to train again")
+    return None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Restore the optimiser's state from a checkpoint's tensors."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def build_model(config: dict[str, Any], state: dict[str, Tensor]) -> RoutedLM:
+    """A model from a plain configuration and its state; ``ValueError`` if they do not fit each other."""
+    try:
+        shape = ModelConfig(**config)
+    except TypeError as error:
+        raise ValueError(f"the model configuration cannot be read: {error}") from None
+    if "calibration" not in state:
+        raise ValueError("the weights hold no calibration table")
+    model = RoutedLM(shape, state["calibration"].shape[-1])
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not fit the model configuration: {error}") from None
+    return model
+
+
+def load_model(folder: Path) -> tuple[RoutedLM, dict[str, Any]]:
+    """The model of the newest whole checkpoint, in eval mode on the CPU, and the checkpoint's record."""
+    found = read_newest(folder)
+    if found is None:
+        raise ValueError(f"{folder} holds no checkpoint: train a supernet first")
+    tensors, record = found
+    state = {key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")}
+    return build_model(record["model"], state).eval(), record

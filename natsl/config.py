@@ -1,0 +1,427 @@
+"""Configuration of models, data and supernet training: plain dataclasses, no torch at import.
+
+Each class checks itself in ``__post_init__`` and raises ``ValueError`` naming the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from natsl.space.policy import Op
+
+
+def check(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise ``ValueError`` naming a value and its bound unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{name} = {value!r} is not allowed: {allowed}")
+
+
+def check_at_least(bound: float, **values: float) -> None:
+    """Raise ``ValueError`` unless every value is a finite number ≥ ``bound``."""
+    for name, value in values.items():
+        check(math.isfinite(value) and value >= bound, name, value, f"it must be ≥ {bound:g}")
+
+
+class Counterfactual(Enum):
+    """Which router gradient is computed for the side a chunk was not routed to."""
+
+    none = "none"  # chosen side only, as published
+    derivative = "derivative"  # the exact derivative of the relaxation
+    insertion = "insertion"  # the exact effect of inserting an unchosen softmax chunk
+
+
+class Sandwich(Enum):
+    """How the policies of one training step share the data."""
+
+    groups = "groups"  # one forward pass, each policy on its own slice of the batch
+    accumulate = "accumulate"  # one pass per policy over the whole batch, gradients accumulated
+
+
+class CalibrationScope(Enum):
+    """Over what margins are pooled when a budget becomes a threshold."""
+
+    layer = "layer"
+    head = "head"
+
+
+CHUNK_SIZES = (8, 16, 32, 64, 128)
+
+
+@dataclass
+class ModelConfig:
+    """Shape of a routed language model.
+
+    ``layers`` lists the kind of every layer in order: ``delta`` (Gated DeltaNet only), ``softmax`` (attention only) or
+    ``routed`` (both memories and a router). Per routing head: key width ``key_dim``, value width ``value_dim``, split
+    into ``softmax_per_head`` softmax heads of width ``key_dim / softmax_per_head``.
+    """
+
+    layers: list[Op] = field(default_factory=lambda: [Op.routed] * 3)
+    vocab_size: int = 384
+    width: int = 64
+    mlp_width: int = 128
+    heads: int = 2
+    key_dim: int = 16
+    value_dim: int = 16
+    softmax_per_head: int = 1
+    chunk_size: int = 16
+    conv_width: int = 4
+    rope: bool = False
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-6
+    associative_init: bool = False
+
+    def __post_init__(self) -> None:
+        self.layers = [Op(kind) for kind in self.layers]
+        check(len(self.layers) > 0, "model.layers", self.layers, "at least one layer is needed")
+        for name in (
+            "vocab_size",
+            "width",
+            "mlp_width",
+            "heads",
+            "key_dim",
+            "value_dim",
+            "softmax_per_head",
+            "conv_width",
+        ):
+            check_at_least(1, **{f"model.{name}": getattr(self, name)})
+        check(
+            self.chunk_size in CHUNK_SIZES,
+            "model.chunk_size",
+            self.chunk_size,
+            f"it must be one of {', '.join(map(str, CHUNK_SIZES))}",
+        )
+        for name in ("key_dim", "value_dim"):
+            value = getattr(self, name)
+            check(
+                value % self.softmax_per_head == 0,
+                f"model.{name}",
+                value,
+                f"it must be divisible by model.softmax_per_head = {self.softmax_per_head}",
+            )
+        if self.rope:
+            width = self.key_dim // self.softmax_per_head
+            check(width % 2 == 0, "model.key_dim", self.key_dim, "rope needs an even key width per softmax head")
+        check(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "it must be > 0")
+        check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "it must be > 0")
+
+    @property
+    def softmax_heads(self) -> int:
+        """Number of softmax heads of a layer (Hs = R·G)."""
+        return self.heads * self.softmax_per_head
+
+
+@dataclass
+class MqarConfig:
+    """Multi-query associative recall inside real text.
+
+    A sequence is cut into segments of ``segment`` tokens. The share ``pair_share`` of them, at random places, holds
+    ``segment / 2`` key–value pairs, the others hold text; the last ``query_segments`` ask for keys, each answered by
+    its value.
+    """
+
+    segment: int = 16
+    pair_share: float = 0.25
+    query_segments: int = 2
+    easy_share: float = 0.0
+    easy_pairs: list[int] = field(default_factory=lambda: [4, 8, 16])
+
+    def __post_init__(self) -> None:
+        check(self.segment >= 2 and self.segment % 2 == 0, "data.mqar.segment", self.segment, "it must be even and ≥ 2")
+        check(0 < self.pair_share < 1, "data.mqar.pair_share", self.pair_share, "it must lie in (0, 1)")
+        check_at_least(1, **{"data.mqar.query_segments": self.query_segments})
+        check(0 <= self.easy_share <= 1, "data.mqar.easy_share", self.easy_share, "it must lie in [0, 1]")
+        check(
+            all(n >= 1 for n in self.easy_pairs) and (self.easy_share == 0 or len(self.easy_pairs) > 0),
+            "data.mqar.easy_pairs",
+            self.easy_pairs,
+            "counts ≥ 1, at least one if easy_share > 0",
+        )
+
+
+@dataclass
+class NeedleConfig:
+    """Keys planted in real text at a depth, asked for at the end.
+
+    ``depth_min``/``depth_max``: where needles may lie, as fractions of the text before the question.
+    """
+
+    needles: int = 1
+    depth_min: float = 0.0
+    depth_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_at_least(1, **{"data.needle.needles": self.needles})
+        check(
+            0 <= self.depth_min <= self.depth_max <= 1,
+            "data.needle.depth_min/depth_max",
+            (self.depth_min, self.depth_max),
+            "0 ≤ depth_min ≤ depth_max ≤ 1",
+        )
+
+
+@dataclass
+class DataConfig:
+    """What the supernet is trained and judged on.
+
+    ``path``: a text file or a folder of them (null: the sources of Python's standard library). ``tasks``: weight of
+    each task (``bytes``, ``mqar``, ``needle``) in the training batches. ``search_sequences`` / ``test_sequences``:
+    held-out sequences per task for judging trials and for the report.
+    """
+
+    path: str | None = None
+    tasks: dict[str, float] = field(default_factory=lambda: {"mqar": 1.0})
+    seq_len: int = 384
+    search_sequences: int = 32
+    test_sequences: int = 64
+    mqar: MqarConfig = field(default_factory=MqarConfig)
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
+
+    def __post_init__(self) -> None:
+        check(
+            len(self.tasks) > 0 and any(w > 0 for w in self.tasks.values()),
+            "data.tasks",
+            self.tasks,
+            "at least one task needs a weight > 0",
+        )
+        for name, weight in self.tasks.items():
+            check(name in ("bytes", "mqar", "needle"), "data.tasks", name, "the tasks are bytes, mqar, needle")
+            check(math.isfinite(weight) and weight >= 0, f"data.tasks.{name}", weight, "it must be ≥ 0")
+        check_at_least(2, **{"data.seq_len": self.seq_len})
+        check_at_least(
+            1,
+            **{"data.search_sequences": self.search_sequences, "data.test_sequences": self.test_sequences},
+        )
+
+
+@dataclass
+class SupernetConfig:
+    """How one set of weights is trained under many policies (sandwich rule) and how the router gets its gradient.
+
+    Budgets of the random policies lie in [``budget_min``, ``budget_max``]; ``anneal_steps`` widens the range from
+    ``budget_max`` downwards; the first ``dense_steps`` steps train the largest policy alone. ``route_temperature``
+    is the straight-through τ in logits. ``gradient_clamp``: the gradient with respect to the routes is clamped at this
+    many times its mean magnitude (0: no clamp).
+    """
+
+    sandwich: Sandwich = Sandwich.groups
+    random_policies: int = 2
+    budget_min: float = 0.05
+    budget_max: float = 0.6
+    anneal_steps: int = 0
+    dense_steps: int = 0
+    distill: float = 0.0
+    route_temperature: float = 0.5
+    route_noise: float = 0.0
+    counterfactual: Counterfactual = Counterfactual.insertion
+    counterfactual_rate: float = 1.0
+    project_budget: bool = True
+    gradient_clamp: float = 10.0
+    detach_router: bool = True
+    calibration: CalibrationScope = CalibrationScope.layer
+    calibration_points: int = 65
+    calibration_sequences: int = 48
+
+    def __post_init__(self) -> None:
+        p = "supernet."
+        check_at_least(0, **{p + k: getattr(self, k) for k in ("anneal_steps", "dense_steps", "distill")})
+        check_at_least(0, **{p + k: getattr(self, k) for k in ("route_noise", "gradient_clamp", "random_policies")})
+        check(
+            0 <= self.budget_min <= self.budget_max <= 1,
+            p + "budget_min/budget_max",
+            (self.budget_min, self.budget_max),
+            "0 ≤ budget_min ≤ budget_max ≤ 1",
+        )
+        check(self.route_temperature > 0, p + "route_temperature", self.route_temperature, "it must be > 0")
+        check(
+            0 < self.counterfactual_rate <= 1,
+            p + "counterfactual_rate",
+            self.counterfactual_rate,
+            "it must lie in (0, 1]",
+        )
+        check_at_least(17, **{p + "calibration_points": self.calibration_points})
+        check_at_least(1, **{p + "calibration_sequences": self.calibration_sequences})
+        check(
+            self.distill == 0 or self.sandwich is Sandwich.accumulate,
+            p + "distill",
+            self.distill,
+            "distillation compares policies on the same data: it needs supernet.sandwich=accumulate",
+        )
+
+
+@dataclass
+class TrainConfig:
+    """Optimiser and schedule: AdamW, linear warm-up, cosine to ``lr · lr_final``, clipping by norm."""
+
+    steps: int = 220
+    batch_size: int = 24
+    lr: float = 6e-3
+    lr_final: float = 0.05
+    warmup_steps: int = 30
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    router_clip: float = 1.0
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    max_bad_steps: int = 5
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        p = "train."
+        check_at_least(1, **{p + k: getattr(self, k) for k in ("steps", "batch_size", "checkpoint_every")})
+        check_at_least(1, **{p + k: getattr(self, k) for k in ("keep_checkpoints", "max_bad_steps", "log_every")})
+        check_at_least(0, **{p + "warmup_steps": self.warmup_steps, p + "weight_decay": self.weight_decay})
+        for name in ("lr", "clip", "router_clip"):
+            value = getattr(self, name)
+            check(math.isfinite(value) and value > 0, p + name, value, "it must be > 0")
+        check(0 <= self.lr_final <= 1, p + "lr_final", self.lr_final, "it must lie in [0, 1]")
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, p + name, getattr(self, name), "it must lie in [0, 1)")
+
+
+def to_plain(value: Any) -> Any:
+    """A config dataclass as JSON-ready plain Python (enums by value)."""
+    from dataclasses import asdict
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, Enum):
+            return item.value
+        if isinstance(item, dict):
+            return {str(k): plain(v) for k, v in item.items()}
+        if isinstance(item, list | tuple):
+            return [plain(v) for v in item]
+        return item
+
+    return plain(asdict(value))
+
+
+def check_batch(kinds: list[Op], train: TrainConfig, supernet: SupernetConfig) -> None:
+    """Raise ``ValueError`` unless the sandwich fits the batch and the model has something to route."""
+    check(Op.routed in kinds, "model.layers", [kind.value for kind in kinds], "a supernet needs a routed layer")
+    policies = 2 + supernet.random_policies
+    if supernet.sandwich is Sandwich.groups:
+        check(
+            train.batch_size % policies == 0,
+            "train.batch_size",
+            train.batch_size,
+            f"it must be a multiple of the {policies} policies of a step (2 + supernet.random_policies)",
+        )
+
+
+class TrackingMode(Enum):
+    """Where Weights & Biases sends what it is told."""
+
+    disabled = "disabled"
+    offline = "offline"  # into the run's folder; no account, no network
+    online = "online"
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases: ``mode``, and the project, group and tags under which a run is listed."""
+
+    mode: TrackingMode = TrackingMode.offline
+    project: str = "natsl"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check(len(self.project) > 0, "tracking.project", self.project, "it must not be empty")
+
+
+@dataclass
+class TrainRunConfig:
+    """Train one supernet into ``root/name``; a run that exists is resumed. ``device``: auto, cpu, cuda or cuda:<n>."""
+
+    name: str = "train"
+    root: str = "runs"
+    seed: int = 0
+    device: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    supernet: SupernetConfig = field(default_factory=SupernetConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        check_at_least(0, seed=self.seed)
+
+
+@dataclass
+class EvaluateRunConfig:
+    """Score a point of a run's front, or an exported model, again on held-out data.
+
+    Either ``run`` (below ``root``) with ``pick`` (``knee``, an id of the front or its beginning) or ``export`` (a
+    folder made by natsl.export). ``budget``: the same budget in every routed layer instead of a pick. ``split``: search
+    or test.
+    """
+
+    run: str | None = None
+    root: str = "runs"
+    pick: str = "knee"
+    export: str | None = None
+    budget: float | None = None
+    split: str = "test"
+    seed: int = 0
+    device: str = "auto"
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        _check_source(self.run, self.export)
+        check(self.split in ("search", "test"), "split", self.split, "it must be search or test")
+        check(self.budget is None or 0 <= self.budget <= 1, "budget", self.budget, "it must lie in [0, 1]")
+        check_at_least(0, seed=self.seed)
+        check_at_least(1, batch_size=self.batch_size)
+
+
+@dataclass
+class ExportConfig:
+    """Write one point of a run's front as a model of its own and verify it in a fresh process.
+
+    ``run``: a run below ``root``. ``pick``: ``knee``, an id of the front, or the beginning of an id or of a policy's
+    digest. ``name``: of the folder below ``root/run/export`` (null: the point's id). ``overwrite`` replaces a folder
+    that exists.
+    """
+
+    run: str = "???"  # must be given
+    root: str = "runs"
+    pick: str = "knee"
+    name: str | None = None
+    overwrite: bool = False
+
+
+@dataclass
+class GenerateConfig:
+    """Continue a prompt with a point of a run's front or with an exported model.
+
+    Either ``run`` (below ``root``) with ``pick`` or ``export`` (a folder made by natsl.export). ``prompt`` is text;
+    ``⟨k3⟩`` and ``⟨v3⟩`` in it stand for the fourth key and value of the recall tasks. ``temperature`` 0 takes the most
+    likely token; ``top_k`` 0 keeps all.
+    """
+
+    run: str | None = None
+    root: str = "runs"
+    pick: str = "knee"
+    export: str | None = None
+    prompt: str = "def "
+    max_new_tokens: int = 64
+    temperature: float = 0.8
+    top_k: int = 0
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_source(self.run, self.export)
+        check(len(self.prompt) > 0, "prompt", self.prompt, "it must not be empty")
+        check_at_least(1, max_new_tokens=self.max_new_tokens)
+        check_at_least(0, temperature=self.temperature, top_k=self.top_k, seed=self.seed)
+
+
+def _check_source(run: str | None, export: str | None) -> None:
+    check((run is None) != (export is None), "run, export", (run, export), "give either run=<name> or export=<folder>")

@@ -1,0 +1,138 @@
+"""Quality and kept fraction of a model under one policy, on held-out sequences."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from natsl.cli import resolve_device, run_main
+from natsl.config import DataConfig, EvaluateRunConfig
+from natsl.data import Split, load_text
+from natsl.export import load_choice, stored_data
+from natsl.kernels.routing import complete_chunks
+from natsl.model import RoutedLM
+from natsl.space.policy import Op, RoutingPolicy
+from natsl.tasks import IGNORED, Batch, TaskData
+
+
+@dataclass(frozen=True)
+class RandomRouting:
+    """The control: layer l keeps each complete chunk with probability ``fractions[l]`` instead of asking its router."""
+
+    seed: int
+    fractions: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measured values: losses in nats per token, errors as 1 − accuracy (None: no such task), fractions of complete
+    chunks.
+
+    ``kept_fraction`` is the mean over the layers with a router; ``kept_by_layer`` has an entry per layer,
+    ``kept_by_head`` one per layer and routing head.
+    """
+
+    val_loss: float | None
+    bits_per_byte: float | None
+    recall_error: float | None
+    needle_error: float | None
+    kept_fraction: float
+    kept_by_layer: tuple[float, ...]
+    kept_by_head: tuple[tuple[float, ...], ...]
+
+
+@torch.no_grad()
+def evaluate(
+    model: RoutedLM,
+    policy: RoutingPolicy,
+    sets: Mapping[str, Batch],
+    *,
+    random_routing: RandomRouting | None = None,
+    batch_size: int = 32,
+) -> Evaluation:
+    """Score a policy on ``sets`` (task → sequences); ``val_loss`` is the mean over the text of all of them.
+
+    Raises ``FloatingPointError`` if a result is not finite.
+    """
+    device = model.embed.weight.device
+    chunk = model.config.chunk_size
+    generator = torch.Generator().manual_seed(random_routing.seed) if random_routing else None
+    text_sum, text_count = 0.0, 0
+    errors: dict[str, float] = {}
+    kept = torch.zeros(len(model.kinds), model.config.heads, dtype=torch.float64)
+    chunks = 0
+    model.eval()
+    for task, batch in sets.items():
+        right, asked = 0, 0
+        for first in range(0, len(batch), batch_size):
+            part = batch.rows(slice(first, first + batch_size)).to(device)
+            B, T = part.tokens.shape
+            routes = None
+            if random_routing is not None and generator is not None:
+                shape = (B, -(-T // chunk), model.config.heads)
+                routes = _random_routes(policy, random_routing, shape, generator)
+            output = model(part.tokens, policy, routes=routes)
+            scored = part.targets != IGNORED
+            if not bool(output.logits[scored].isfinite().all()):
+                raise FloatingPointError(f"logits of task {task} are not finite under this policy")
+            text = scored & ~part.recall
+            if bool(text.any()):
+                text_sum += float(F.cross_entropy(output.logits[text], part.targets[text], reduction="sum"))
+                text_count += int(text.sum())
+            if bool(part.recall.any()):
+                right += int((output.logits[part.recall].argmax(-1) == part.targets[part.recall]).sum())
+                asked += int(part.recall.sum())
+            complete = complete_chunks(torch.full((B,), T, device=device), chunk, -(-T // chunk))
+            chunks += int(complete.sum())
+            for i, layer in enumerate(output.layers):
+                kept[i] += layer.route[complete].sum(0).double().cpu()
+        if asked:
+            errors[task] = 1.0 - right / asked
+    kept /= max(chunks, 1)
+    by_layer = kept.mean(1)
+    routed = [i for i, kind in enumerate(model.kinds) if kind is Op.routed]
+    val_loss = text_sum / text_count if text_count else None
+    return Evaluation(
+        val_loss=val_loss,
+        bits_per_byte=None if val_loss is None else val_loss / math.log(2),
+        recall_error=errors.get("mqar"),
+        needle_error=errors.get("needle"),
+        kept_fraction=float(by_layer[routed].mean()) if routed else 0.0,
+        kept_by_layer=tuple(by_layer.tolist()),
+        kept_by_head=tuple(tuple(row) for row in kept.tolist()),
+    )
+
+
+def _random_routes(
+    policy: RoutingPolicy, routing: RandomRouting, shape: tuple[int, int, int], generator: torch.Generator
+) -> list[Tensor | None]:
+    """Random routes [B,N,R] for layers that the policy routes; None (the policy decides) for the others."""
+    routes: list[Tensor | None] = []
+    for layer, fraction in zip(policy.layers, routing.fractions, strict=True):
+        draw = torch.rand(shape, generator=generator)
+        routes.append((draw < fraction).float() if layer.op is Op.routed else None)
+    return routes
+
+
+def evaluate_choice(config: EvaluateRunConfig) -> Evaluation:
+    """Score what the configuration names on its own held-out data; see ``EvaluateRunConfig``."""
+    model, policy = load_choice(config.run, config.root, config.pick, config.export, config.budget)
+    settings: DataConfig = stored_data(config.run, config.root, config.export)
+    data = TaskData(settings, load_text(settings.path), model.config.vocab_size)
+    model.to(resolve_device(config.device))
+    return evaluate(model, policy, data.eval_sets(Split(config.split)), batch_size=config.batch_size)
+
+
+def main() -> None:
+    """Entry point of ``natsl-evaluate`` and ``python -m natsl.evaluate``: prints the values as JSON."""
+    run_main("evaluate", EvaluateRunConfig, lambda config: print(json.dumps(asdict(evaluate_choice(config)), indent=1)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Text from a model under a routing policy: tokens one after another, each from the whole text before it."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from natsl.cli import resolve_device, run_main
+from natsl.config import GenerateConfig, check, check_at_least
+from natsl.run import UserError
+
+if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
+    from natsl.model import RoutedLM
+    from natsl.space.policy import RoutingPolicy
+
+_SPECIAL = re.compile(r"⟨([kv]?)(\d+)⟩")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: ``temperature`` 0 takes the likeliest, ``top_k`` 0 keeps all, ``seed`` fixes the draws."""
+
+    temperature: float = 0.8
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(0, temperature=self.temperature, top_k=self.top_k, seed=self.seed)
+
+
+def encode(text: str, vocab_size: int) -> list[int]:
+    """Token ids of a prompt: its UTF-8 bytes; ``⟨k3⟩``, ``⟨v3⟩`` and ``⟨n⟩`` are a key, a value and any id.
+
+    ``ValueError`` for an empty prompt and for ids outside the vocabulary.
+    """
+    from natsl.tasks import KEYS, VALUES
+
+    check(len(text) > 0, "prompt", text, "it must not be empty")
+    tokens: list[int] = []
+    end = 0
+    for match in _SPECIAL.finditer(text):
+        tokens += text[end : match.start()].encode(errors="surrogateescape")
+        kind, number = match[1], int(match[2])
+        names = {"k": KEYS, "v": VALUES, "": range(vocab_size)}[kind]
+        check(number < len(names), "prompt", match[0], f"it must be below ⟨{kind}{len(names)}⟩")
+        tokens.append(names[number])
+        end = match.end()
+    tokens += text[end:].encode(errors="surrogateescape")
+    check(max(tokens) < vocab_size, "prompt", max(tokens), f"the model's vocabulary has {vocab_size} tokens")
+    return tokens
+
+
+def decode(tokens: Sequence[int]) -> str:
+    """Text of token ids: bytes as UTF-8, recall keys and values as ``⟨k3⟩`` and ``⟨v3⟩``, other ids as ``⟨n⟩``."""
+    return "".join(stream(tokens))
+
+
+def stream(tokens: Iterator[int] | Sequence[int]) -> Iterator[str]:
+    """``decode`` piece by piece: a character appears once its last byte is there."""
+    from natsl.tasks import BYTES, KEYS, VALUES
+
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        if token in BYTES:
+            piece = decoder.decode(bytes([token]))
+        else:
+            name = (
+                f"k{token - KEYS.start}" if token in KEYS else f"v{token - VALUES.start}" if token in VALUES else token
+            )
+            piece = decoder.decode(b"", final=True) + f"⟨{name}⟩"
+            decoder.reset()
+        if piece:
+            yield piece
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+def generate(
+    model: RoutedLM, policy: RoutingPolicy, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling
+) -> Iterator[int]:
+    """Draw ``max_new_tokens`` ids that continue ``prompt`` (ids, at least one), one by one.
+
+    Each token costs a forward pass over the whole text. The same arguments give the same tokens. ``ValueError`` for a
+    policy that does not fit and ids outside the vocabulary, ``UserError`` for logits that are not finite.
+    """
+    check(len(prompt) > 0, "prompt", list(prompt), "it must have at least one token")
+    size = model.config.vocab_size
+    check(
+        min(prompt) >= 0 and max(prompt) < size, "prompt", [min(prompt), max(prompt)], f"ids must lie in 0–{size - 1}"
+    )
+    check_at_least(1, max_new_tokens=max_new_tokens)
+    policy.check(model.kinds, model.config.chunk_size)
+    return _tokens(model.eval(), policy, list(prompt), max_new_tokens, sampling)
+
+
+def _tokens(
+    model: RoutedLM, policy: RoutingPolicy, text: list[int], max_new_tokens: int, sampling: Sampling
+) -> Iterator[int]:
+    import torch
+
+    device = model.embed.weight.device
+    generator = torch.Generator().manual_seed(sampling.seed)  # on the CPU: the same draws on every device
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            logits = model(torch.tensor([text], device=device), policy).logits[0, -1].double().cpu()
+        if not bool(logits.isfinite().all()):
+            raise UserError("the model's logits are not finite: it cannot be used")
+        if sampling.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            if 0 < sampling.top_k < len(logits):
+                logits[logits < logits.topk(sampling.top_k).values[-1]] = -torch.inf
+            weights = torch.softmax((logits - logits.max()) / sampling.temperature, -1)
+            token = int(torch.multinomial(weights, 1, generator=generator))
+        text.append(token)
+        yield token
+
+
+def main() -> None:
+    """``python -m natsl.generate run=<name> prompt=...``."""
+    run_main("generate", GenerateConfig, _generate)
+
+
+def _generate(config: GenerateConfig) -> None:
+    device = resolve_device(config.device)
+    from natsl.export import load_choice
+
+    model, policy = load_choice(config.run, config.root, config.pick, config.export)
+    prompt = encode(config.prompt, model.config.vocab_size)
+    sampling = Sampling(config.temperature, config.top_k, config.seed)
+    print(config.prompt, end="", flush=True)
+    for piece in stream(generate(model.to(device), policy, prompt, config.max_new_tokens, sampling)):
+        print(piece, end="", flush=True)
+    print()
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""One layer's two memories: softmax attention and Gated DeltaNet on shared projections, with a router between them.
+
+Shapes: B batch, T tokens, D width, C chunk size, N chunks, R routing heads, Hs softmax heads, K/V key/value width of a
+routing head. Source: arXiv 2602.03681, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from natsl.config import CalibrationScope, ModelConfig, SupernetConfig
+from natsl.kernels import reference
+from natsl.kernels.delta import routed_delta_rule
+from natsl.kernels.mix import routed_mix
+from natsl.kernels.routing import budget_threshold, cap_routes, chunk_means, complete_chunks, threshold_routes
+from natsl.kernels.softmax import routed_softmax
+from natsl.space.policy import LayerPolicy, Op
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """What a layer's router did: margins [B,N,R] (None without a router), routes [B,N,R] (1 = softmax keeps)."""
+
+    margins: Tensor | None
+    route: Tensor
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """Everything a layer needs beside its input: the policies of the batch's equal consecutive groups and the lengths.
+
+    ``policies``: one per group. ``lengths`` [B] int64: real tokens per sequence. ``calibration`` [R,P]: quantiles of
+    the margins. ``route`` [B,N,R]: routes given from outside instead of the router's (random-routing controls,
+    tests). ``training``: budgets become quantiles of the group itself and the routes carry a gradient.
+    """
+
+    policies: Sequence[LayerPolicy]
+    lengths: Tensor
+    calibration: Tensor
+    route: Tensor | None = None
+    training: SupernetConfig | None = None
+
+
+def straight_through(margins: Tensor, threshold: Tensor, hard: Tensor, temperature: float) -> Tensor:
+    """Routes ``hard`` in the forward pass; backward as y = sigmoid((m − θ)/τ)."""
+    y = torch.sigmoid((margins - threshold) / temperature)
+    return hard + (y - y.detach())  # the bracket is exactly 0, so that routes stay exactly 0 or 1
+
+
+def quantile_threshold(margins: Tensor, complete: Tensor, budget: float, training: SupernetConfig) -> Tensor:
+    """Exact threshold of a budget over one training group, broadcastable to margins [B,N,R].
+
+    θ depends on the margins through the budget; with ``project_budget`` its implicit derivative dθ/dm ∝ σ'((m − θ)/τ)
+    is in the backward pass, so that the router's gradient cannot drift along the direction that the budget undoes.
+    """
+    if budget in (0.0, 1.0) or not bool(complete.any()):
+        return torch.full_like(margins[:1, :1], math.inf if budget == 0.0 else -math.inf)
+    pool = margins[complete]  # [M,R]
+    if training.calibration is CalibrationScope.layer:
+        pool = pool.reshape(-1, 1)
+    theta = torch.quantile(pool.detach(), 1.0 - budget, dim=0)
+    if training.project_budget:
+        y = torch.sigmoid((pool.detach() - theta) / training.route_temperature)
+        slope = y * (1 - y) + 1e-12
+        centre = (slope * pool).sum(0) / slope.sum(0)
+        theta = theta + (centre - centre.detach())
+    return theta[None, None]
+
+
+def clamp_gradient(route: Tensor, factor: float) -> None:
+    """Clamp the gradient that reaches the routes at ± factor × its mean magnitude."""
+    if route.requires_grad:
+
+        def hook(grad: Tensor) -> Tensor:
+            bound = factor * grad.abs().mean()
+            return grad.clamp(-bound, bound)
+
+        route.register_hook(hook)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, in float32 inside."""
+
+    def __init__(self, width: int, eps: float, gain: float = 1.0) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.full((width,), gain))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding over the whole head width; x [B,T,H,K], positions 0…T−1."""
+    T, half = x.shape[1], x.shape[3] // 2
+    rate = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(T, device=x.device, dtype=torch.float32)[:, None] * rate
+    cos, sin = angle.cos()[None, :, None].to(x.dtype), angle.sin()[None, :, None].to(x.dtype)
+    a, b = x.split(half, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class RoutedMixer(nn.Module):
+    """Mixing layer of kind ``delta`` (Gated DeltaNet), ``softmax`` (attention) or ``routed`` (both and a router)."""
+
+    def __init__(self, config: ModelConfig, kind: Op) -> None:
+        super().__init__()
+        c = self.config = config
+        self.kind = kind
+        self.key_width, self.value_width = c.heads * c.key_dim, c.heads * c.value_dim
+        channels = 2 * self.key_width + self.value_width
+        self.qkv_proj = nn.Linear(c.width, channels, bias=False)
+        self.conv = nn.Parameter(torch.empty(channels, c.conv_width))
+        self.gate_proj = nn.Linear(c.width, self.value_width, bias=False)
+        self.out_proj = nn.Linear(self.value_width, c.width, bias=False)
+        head_value = c.value_dim // c.softmax_per_head
+        if kind is not Op.delta:
+            gain = 1.5 if c.associative_init else 1.0
+            self.q_norm = RMSNorm(c.key_dim // c.softmax_per_head, c.norm_eps, gain)
+            self.k_norm = RMSNorm(c.key_dim // c.softmax_per_head, c.norm_eps, gain)
+            self.softmax_norm = nn.Parameter(torch.ones(head_value))
+        if kind is not Op.softmax:
+            self.a_proj = nn.Linear(c.width, c.heads, bias=False)
+            self.b_proj = nn.Linear(c.width, c.heads)
+            self.A_log = nn.Parameter(torch.empty(c.heads))
+            self.dt_bias = nn.Parameter(torch.empty(c.heads))
+            self.delta_norm = nn.Parameter(torch.ones(head_value))
+        if kind is Op.routed:
+            self.mix_proj = nn.Linear(self.key_width, 2 * c.softmax_heads)
+            self.router = nn.Linear(c.width, 2 * c.heads, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise. With ``associative_init`` the convolution starts as identity (q, v) and shift by one (k) and
+        W_k as
+        a copy of W_q, so that a key looks for what followed its last occurrence: recall appears without a
+        curriculum."""
+        c = self.config
+        for linear in (self.qkv_proj, self.gate_proj):
+            nn.init.normal_(linear.weight, std=c.width**-0.5)
+        nn.init.normal_(self.out_proj.weight, std=(2 * len(c.layers) * self.value_width) ** -0.5)
+        nn.init.normal_(self.conv, std=0.09 if c.associative_init else c.conv_width**-0.5)
+        if c.associative_init:
+            with torch.no_grad():
+                K = self.key_width
+                self.qkv_proj.weight[K : 2 * K] = self.qkv_proj.weight[:K]
+                self.conv[:, -1] += 1.0
+                if c.conv_width > 1:
+                    self.conv[K : 2 * K, -1] -= 1.0
+                    self.conv[K : 2 * K, -2] += 1.0
+        if self.kind is not Op.softmax:
+            nn.init.normal_(self.a_proj.weight, std=0.02)
+            nn.init.normal_(self.b_proj.weight, std=0.02)
+            with torch.no_grad():
+                self.b_proj.bias.fill_(1.0)
+                if c.associative_init:
+                    self.A_log.zero_()
+                    self.dt_bias.fill_(-6.0)
+                else:  # as Mamba-2 and Gated DeltaNet start: A in [1, 16], step in [0.001, 0.1]
+                    self.A_log.uniform_(1.0, 16.0).log_()
+                    step = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+                    self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        if self.kind is Op.routed:
+            nn.init.zeros_(self.mix_proj.weight)
+            nn.init.zeros_(self.mix_proj.bias)
+            nn.init.normal_(self.router.weight, std=0.02)
+
+    def forward(self, x: Tensor, context: LayerContext) -> tuple[Tensor, LayerRouting]:
+        """Mix tokens: x [B,T,D] (normed) → [B,T,D] and the routing that happened."""
+        B, T, _ = x.shape
+        c = self.config
+        q, k, v = self._convolve(self.qkv_proj(x)).split((self.key_width, self.key_width, self.value_width), -1)
+        gate = self.gate_proj(x).view(B, T, c.softmax_heads, -1)
+        margins, route = self._route(x, context)
+        training = context.training
+        mode = training.counterfactual.value if training else "none"
+        rate = training.counterfactual_rate if training else 1.0
+
+        def softmax_branch(rows: slice) -> Tensor:
+            shape = (rows.stop - rows.start, T, c.softmax_heads, -1)
+            qs, ks = self.q_norm(q[rows].reshape(shape)), self.k_norm(k[rows].reshape(shape))
+            if c.rope:
+                qs, ks = rotate(qs, c.rope_theta), rotate(ks, c.rope_theta)
+            return routed_softmax(
+                qs,
+                ks,
+                v[rows].reshape(shape),
+                route[rows],
+                chunk_size=c.chunk_size,
+                counterfactual=mode,
+                counterfactual_rate=rate,
+            )
+
+        def delta_branch(rows: slice) -> Tensor:
+            shape = (rows.stop - rows.start, T, c.heads, -1)
+            g = -self.A_log.float().exp() * F.softplus(self.a_proj(x[rows]).float() + self.dt_bias.float())
+            o, _ = routed_delta_rule(
+                q[rows].reshape(shape),
+                k[rows].reshape(shape),
+                v[rows].reshape(shape),
+                g,
+                torch.sigmoid(self.b_proj(x[rows]).float()),
+                route[rows],
+                chunk_size=c.chunk_size,
+                counterfactual=mode,
+                counterfactual_rate=rate,
+            )
+            return o.reshape(shape[0], T, c.softmax_heads, -1)
+
+        outputs = []
+        for rows, op, temperature in self._runs(context.policies, B):
+            if self.kind is Op.softmax:
+                o = reference.gated_norm(softmax_branch(rows), gate[rows], self.softmax_norm, c.norm_eps)
+            elif op is Op.delta:
+                o = reference.gated_norm(delta_branch(rows), gate[rows], self.delta_norm, c.norm_eps)
+            else:
+                logits = self.mix_proj(q[rows]).view(-1, T, c.softmax_heads, 2) / temperature
+                o = routed_mix(
+                    delta_branch(rows),
+                    softmax_branch(rows),
+                    gate[rows],
+                    logits,
+                    self.delta_norm,
+                    self.softmax_norm,
+                    eps=c.norm_eps,
+                )
+            outputs.append(o)
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return self.out_proj(y.reshape(B, T, -1)), LayerRouting(margins, route.detach())
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """SiLU(causal depthwise convolution): x [B,T,channels]; the last tap sees the token itself."""
+        taps = self.conv.to(x.dtype)[:, None]
+        padded = F.pad(x.transpose(1, 2), (taps.shape[2] - 1, 0))
+        return F.silu(F.conv1d(padded, taps, groups=taps.shape[0]).transpose(1, 2))
+
+    @staticmethod
+    def _runs(policies: Sequence[LayerPolicy], batch: int) -> list[tuple[slice, Op, float]]:
+        """Consecutive rows that share a computation: (rows, delta or routed, mix temperature)."""
+        size = batch // len(policies)
+        runs: list[tuple[slice, Op, float]] = []
+        for i, policy in enumerate(policies):
+            op = Op.delta if policy.op is Op.delta else Op.routed
+            if runs and runs[-1][1:] == (op, policy.mix_temperature):
+                runs[-1] = (slice(runs[-1][0].start, (i + 1) * size), op, policy.mix_temperature)
+            else:
+                runs.append((slice(i * size, (i + 1) * size), op, policy.mix_temperature))
+        return runs
+
+    def _route(self, x: Tensor, context: LayerContext) -> tuple[Tensor | None, Tensor]:
+        """Margins (None without a router) and routes [B,N,R] of all groups."""
+        B, T, _ = x.shape
+        c = self.config
+        N = -(-T // c.chunk_size)
+        margins = None
+        if self.kind is Op.routed:
+            training = context.training
+            source = x.detach() if training is None or training.detach_router else x
+            z = self.router(chunk_means(source, c.chunk_size, context.lengths)).float().view(B, N, c.heads, 2)
+            margins = z[..., 1] - z[..., 0]  # softmax − delta
+        if context.route is not None:
+            return margins, context.route.to(device=x.device, dtype=torch.float32)
+        size = B // len(context.policies)
+        complete = complete_chunks(context.lengths, c.chunk_size, N)
+        parts = []
+        for i, policy in enumerate(context.policies):
+            rows = slice(i * size, (i + 1) * size)
+            if margins is None or policy.op is not Op.routed:
+                fixed = 0.0 if policy.op is Op.delta else 1.0
+                parts.append(x.new_full((size, N, c.heads), fixed, dtype=torch.float32))
+            else:
+                parts.append(self._route_group(margins[rows], complete[rows], policy, context))
+        return margins, parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @staticmethod
+    def _route_group(margins: Tensor, complete: Tensor, policy: LayerPolicy, context: LayerContext) -> Tensor:
+        training = context.training
+        if training is not None and training.route_noise > 0:  # the difference of two Gumbel variables is logistic
+            u = torch.rand_like(margins).clamp(1e-6, 1 - 1e-6)
+            margins = margins + training.route_noise * (u.log() - torch.log1p(-u))
+        if policy.threshold is not None:
+            theta = margins.new_full((1, 1, 1), policy.threshold)
+        elif policy.budget is None:
+            raise ValueError("a routed layer needs a budget or a threshold")
+        elif training is not None:
+            theta = quantile_threshold(margins, complete, policy.budget, training)
+        else:
+            theta = budget_threshold(context.calibration, policy.budget).to(margins.dtype)[None, None]
+            if bool(theta.isnan().any()):
+                raise ValueError("the model is not calibrated: budgets need a calibration table, thresholds do not")
+        route = threshold_routes(margins.detach(), theta.detach())
+        if policy.cap is not None:
+            route = cap_routes(route, policy.cap, policy.burst)
+        if training is not None and torch.is_grad_enabled() and bool(theta.isfinite().all()):
+            route = straight_through(margins, theta, route, training.route_temperature)
+            if training.gradient_clamp > 0:
+                clamp_gradient(route, training.gradient_clamp)
+        return route

@@ -1,0 +1,150 @@
+"""A decoder-only language model whose layers hold two memories; the routing policy is an argument of ``forward``.
+
+Shapes: B batch, T tokens, D width, N chunks, R routing heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from natsl.config import ModelConfig, SupernetConfig
+from natsl.mixer import LayerContext, LayerRouting, RMSNorm, RoutedMixer
+from natsl.space.policy import Op, RoutingPolicy
+
+
+@dataclass(frozen=True)
+class LMOutput:
+    """Logits [B,T,vocabulary] in float32 and what each layer's router did."""
+
+    logits: Tensor
+    layers: list[LayerRouting]
+
+
+class SwiGLU(nn.Module):
+    """W_out (SiLU(a) · b) with (a, b) = W_in x."""
+
+    def __init__(self, width: int, hidden: int, n_layers: int) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(width, 2 * hidden, bias=False)
+        self.out_proj = nn.Linear(hidden, width, bias=False)
+        nn.init.normal_(self.in_proj.weight, std=width**-0.5)
+        nn.init.normal_(self.out_proj.weight, std=(2 * n_layers * hidden) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.in_proj(x).chunk(2, -1)
+        return self.out_proj(F.silu(a) * b)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: mixer, then SwiGLU."""
+
+    def __init__(self, config: ModelConfig, kind: Op) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.width, config.norm_eps)
+        self.mixer = RoutedMixer(config, kind)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = SwiGLU(config.width, config.mlp_width, len(config.layers))
+
+    def forward(self, x: Tensor, context: LayerContext) -> tuple[Tensor, LayerRouting]:
+        y, routing = self.mixer(self.mixer_norm(x), context)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), routing
+
+
+class RoutedLM(nn.Module):
+    """Language model over ``config.layers``; ``calibration`` [layers,R,P] turns budgets into thresholds (NaN: none)."""
+
+    calibration: Tensor
+
+    def __init__(self, config: ModelConfig, calibration_points: int = 65) -> None:
+        super().__init__()
+        self.config = config
+        self.kinds: list[Op] = list(config.layers)
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        nn.init.normal_(self.embed.weight, std=config.width**-0.5)
+        self.blocks = nn.ModuleList(Block(config, kind) for kind in self.kinds)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=config.width**-0.5)
+        table = torch.full((len(self.kinds), config.heads, calibration_points), math.nan)
+        self.register_buffer("calibration", table)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        policy: RoutingPolicy | Sequence[RoutingPolicy],
+        *,
+        attention_mask: Tensor | None = None,
+        routes: Sequence[Tensor | None] | None = None,
+        training: SupernetConfig | None = None,
+    ) -> LMOutput:
+        """Next-token logits under a policy.
+
+        tokens [B,T] int64. ``policy``: one for the whole batch, or several, each for an equal consecutive slice of
+        it. ``attention_mask`` [B,T], true on real tokens, padding on the left, the right or both sides: real tokens
+        get the logits of the unpadded sequence, logits of padding are unspecified. ``routes``: per layer None or
+        given routes [B,N,R] instead of the router's. ``training``: budgets are exact quantiles of the slice (not
+        causal: for training and calibration alone) and routes carry the router's gradient.
+
+        Raises ``ValueError`` if a policy does not fit the model, the batch does not split or the mask has holes.
+        """
+        if tokens.dim() != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int32, torch.int64):
+            found = f"{tokens.dtype} {tuple(tokens.shape)}"
+            raise ValueError(f"tokens must be integers [batch ≥ 1, tokens ≥ 1], found {found}")
+        policies = [policy] if isinstance(policy, RoutingPolicy) else list(policy)
+        B, T = tokens.shape
+        if not policies or B % len(policies):
+            raise ValueError(f"a batch of {B} does not split into {len(policies)} equal policies")
+        for p in policies:
+            p.check(self.kinds, self.config.chunk_size)
+        if routes is not None and len(routes) != len(self.kinds):
+            raise ValueError(f"routes has {len(routes)} entries for {len(self.kinds)} layers")
+        lengths = torch.full((B,), T, device=tokens.device)
+        order = None
+        if attention_mask is not None:
+            tokens, lengths, order = _pack_right(tokens, attention_mask)
+
+        x = self.embed(tokens) * math.sqrt(self.config.width)
+        layers = []
+        for i, block in enumerate(self.blocks):
+            context = LayerContext(
+                policies=[p.layers[i] for p in policies],
+                lengths=lengths,
+                calibration=self.calibration[i],
+                route=None if routes is None else routes[i],
+                training=training,
+            )
+            x, routing = block(x, context)
+            layers.append(routing)
+        x = self.norm(x)
+        logits = F.linear(x, self.embed.weight if self.head is None else self.head.weight).float()
+        if order is not None:
+            logits = torch.empty_like(logits).scatter_(1, order[..., None].expand_as(logits), logits)
+        return LMOutput(logits, layers)
+
+
+def _pack_right(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Roll each row so that its real tokens come first: (tokens, lengths [B], source index of each position [B,T])."""
+    if mask.shape != tokens.shape:
+        raise ValueError(f"attention_mask {tuple(mask.shape)} must have the shape of tokens {tuple(tokens.shape)}")
+    mask = mask.bool()
+    T = tokens.shape[1]
+    lengths = mask.sum(1)
+    start = mask.int().argmax(1)
+    order = (torch.arange(T, device=tokens.device)[None] + start[:, None]) % T
+    packed = mask.gather(1, order)
+    if bool((packed != (torch.arange(T, device=tokens.device)[None] < lengths[:, None])).any()):
+        raise ValueError("attention_mask has holes: the real tokens of a row must be contiguous")
+    return tokens.gather(1, order), lengths, order
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable scalars."""
+    return sum(p.numel() for p in model.parameters())

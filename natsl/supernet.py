@@ -1,0 +1,172 @@
+"""Training one set of weights under many policies: the sandwich, its loss, calibration of budgets.
+
+Shapes: B batch, T tokens, N chunks, R routing heads, P table points.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from natsl.config import CalibrationScope, Sandwich, SupernetConfig
+from natsl.data import Split
+from natsl.kernels.routing import complete_chunks, quantile_table
+from natsl.model import RoutedLM
+from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
+from natsl.tasks import IGNORED, Batch, TaskData
+
+# Share of the routed layers that a random policy makes delta-only, so that searched policies that mix ops are trained.
+DELTA_SHARE = 0.25
+CALIBRATION_POLICIES = 8
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from any parts: neighbouring seeds and steps have nothing in common, the same on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def split_budget(total: float, shares: Sequence[float]) -> list[float]:
+    """Budgets proportional to ``shares`` but at most 1 each, whose mean is ``total`` in [0, 1] (water filling)."""
+    budgets = [0.0] * len(shares)
+    open_layers = sorted(range(len(shares)), key=lambda i: -shares[i])
+    rest = total * len(shares)
+    for position, i in enumerate(open_layers):
+        weight = sum(shares[j] for j in open_layers[position:])
+        budgets[i] = min(1.0, rest * shares[i] / weight) if weight > 0 else rest / (len(shares) - position)
+        rest -= budgets[i]
+    return budgets
+
+
+def random_policy(kinds: Sequence[Op], chunk_size: int, low: float, high: float, rng: random.Random) -> RoutingPolicy:
+    """A policy whose budget, averaged over all layers with a router, is uniform in [low, high] and split at random."""
+    routed = [i for i, kind in enumerate(kinds) if kind is Op.routed]
+    total = rng.uniform(low, high) * len(routed)  # in layers kept whole: at least so many must stay routed
+    shuffled = rng.sample(routed, len(routed))
+    active = [i for n, i in enumerate(shuffled) if n < max(total, 1) or rng.random() >= DELTA_SHARE]
+    budgets = split_budget(total / max(1, len(active)), [rng.expovariate(1.0) for _ in active])
+    layers = [LayerPolicy(Op.delta if kind is Op.routed else kind) for kind in kinds]
+    for i, budget in zip(active, budgets, strict=True):
+        layers[i] = LayerPolicy(Op.routed, budget=budget)
+    return RoutingPolicy(tuple(layers), chunk_size)
+
+
+def sandwich_policies(model: RoutedLM, config: SupernetConfig, seed: int, step: int) -> list[RoutingPolicy]:
+    """The policies of one step: largest, smallest and random ones, determined by (seed, step) on every rank."""
+    kinds, chunk = model.kinds, model.config.chunk_size
+    largest = RoutingPolicy.all_softmax(kinds, chunk)
+    if step < config.dense_steps:
+        return [largest]
+    low = config.budget_min
+    if config.anneal_steps > 0:
+        done = min(1.0, (step - config.dense_steps) / config.anneal_steps)
+        low = config.budget_max - done * (config.budget_max - config.budget_min)
+    rng = random.Random(seed_of("sandwich", seed, step))
+    middle = [random_policy(kinds, chunk, low, config.budget_max, rng) for _ in range(config.random_policies)]
+    return [largest, RoutingPolicy.all_delta(kinds, chunk), *middle]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Loss of one policy: ``total`` = text + recall, means over scored positions (nats); ``accuracy`` of recall."""
+
+    total: Tensor
+    text: float | None
+    recall: float | None
+    accuracy: float | None
+
+
+def task_loss(logits: Tensor, batch: Batch) -> Loss:
+    """Cross-entropy over scored text plus cross-entropy over recall answers; logits [B,T,vocabulary]."""
+    ce = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="none")
+    ce = ce.view_as(batch.targets)
+    text = (batch.targets != IGNORED) & ~batch.recall
+    parts, values = [], []
+    for mask in (text, batch.recall):
+        count = int(mask.sum())
+        if count:
+            parts.append((ce * mask).sum() / count)
+        values.append(float(parts[-1].detach()) if count else None)
+    accuracy = None
+    if values[1] is not None:
+        right = logits.detach()[batch.recall].argmax(-1) == batch.targets[batch.recall]
+        accuracy = float(right.float().mean())
+    return Loss(torch.stack(parts).sum(), values[0], values[1], accuracy)
+
+
+def sandwich_backward(
+    model: RoutedLM, batch: Batch, policies: Sequence[RoutingPolicy], config: SupernetConfig
+) -> list[Loss]:
+    """Accumulate the gradient of the mean loss over the policies; returns each policy's loss, in their order.
+
+    ``groups``: every policy on its own equal slice of the batch, in one pass. ``accumulate``: every policy on the whole
+    batch, one pass each, with in-place distillation from the first (largest) policy if ``distill`` > 0.
+    """
+    if config.sandwich is Sandwich.groups:
+        size = len(batch) // len(policies)
+        logits = model(batch.tokens, policies, training=config).logits
+        slices = [slice(i * size, (i + 1) * size) for i in range(len(policies))]
+        losses = [task_loss(logits[rows], batch.rows(rows)) for rows in slices]
+        (torch.stack([loss.total for loss in losses]).mean()).backward()
+        return losses
+    losses = []
+    teacher: Tensor | None = None
+    scored = batch.targets != IGNORED
+    for policy in policies:
+        logits = model(batch.tokens, policy, training=config).logits
+        loss = task_loss(logits, batch)
+        total = loss.total
+        if teacher is not None:
+            student = F.log_softmax(logits[scored], -1)
+            total = total + config.distill * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        elif config.distill > 0:
+            teacher = F.log_softmax(logits[scored].detach(), -1)
+        (total / len(policies)).backward()
+        losses.append(loss)
+    return losses
+
+
+@torch.no_grad()
+def calibrate(model: RoutedLM, data: TaskData, config: SupernetConfig, seed: int) -> None:
+    """Fill the model's calibration table from held-out text, under a mix of random policies.
+
+    The margins of a layer depend on what earlier layers kept: they are pooled over policies as varied as in training,
+    each with the exact quantiles of its slice as thresholds, over complete chunks (and over heads in ``layer``
+    scope).
+    """
+    device = model.embed.weight.device
+    rng = random.Random(seed_of("calibration", seed))
+    kinds, chunk = model.kinds, model.config.chunk_size
+    if Op.routed not in kinds:
+        return
+    policies = [
+        random_policy(kinds, chunk, config.budget_min, config.budget_max, rng) for _ in range(CALIBRATION_POLICIES)
+    ]
+    pooled: list[list[Tensor]] = [[] for _ in kinds]
+    weights = data.config.tasks
+    whole = sum(weights[name] for name in data.tasks)
+    for name in data.tasks:
+        share = config.calibration_sequences * weights[name] / whole / len(policies)
+        batch = data.batch(name, Split.search, max(1, round(share)) * len(policies), seed=1).to(device)
+        output = model(batch.tokens, policies, training=config)
+        lengths = torch.full((len(batch),), batch.tokens.shape[1], device=device)
+        for i, layer in enumerate(output.layers):
+            if layer.margins is not None:
+                complete = complete_chunks(lengths, chunk, layer.margins.shape[1])
+                pooled[i].append(layer.margins[complete])
+    for i, parts in enumerate(pooled):
+        if not parts:
+            continue
+        margins = torch.cat(parts)  # [M,R]
+        if margins.shape[0] == 0:
+            raise ValueError(f"calibration needs complete chunks: sequences are shorter than chunk_size = {chunk}")
+        if config.calibration is CalibrationScope.layer:
+            margins = margins.reshape(-1, 1).expand(-1, margins.shape[1])
+        table = quantile_table(margins, model.calibration.shape[2])  # [P,R]
+        model.calibration[i] = table.T.to(model.calibration)

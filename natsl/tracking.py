@@ -1,0 +1,175 @@
+"""Weights & Biases as a guest: whatever it raises becomes one warning, and the run goes on without it.
+
+Offline by default: records go to the run's folder and can be sent later with ``wandb sync``. No account, no network and
+no wandb package is needed. Secrets are removed from all that is sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from natsl.config import TrackingConfig, TrackingMode
+from natsl.run import Run, plain, redact
+
+_INIT_SECONDS = 20  # how long a start may wait for the network
+_FINISH_SECONDS = 60  # how long the end may wait for uploads
+
+
+class Tracker:
+    """Where curves, tables and files of a run are shown; this one shows nothing and serves as the null object."""
+
+    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        """Add a row of numbers. Names such as ``train/loss`` are drawn over ``train/step``."""
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Set final numbers of the run."""
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Show a table."""
+
+    def image(self, name: str, path: Path) -> None:
+        """Show a picture."""
+
+    def html(self, name: str, path: Path) -> None:
+        """Show a page, such as the report."""
+
+    def file(self, name: str, path: Path, kind: str = "result") -> None:
+        """Store a file or a folder as an artifact."""
+
+    def finish(self, ok: bool = True) -> None:
+        """End the record; ``ok`` false marks it as failed."""
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.finish(ok=kind is None)
+
+
+def start_tracker(config: TrackingConfig, run: Run, settings: Mapping[str, Any]) -> Tracker:
+    """Begin to record a run whose configuration is ``settings`` (plain data, already checked).
+
+    Never raises: what goes wrong becomes one warning and a tracker that does nothing.
+    """
+    if config.mode is TrackingMode.disabled:
+        return Tracker()
+    try:
+        return WandbTracker(config, run, settings)
+    except Exception as error:
+        _warn(error)
+        return Tracker()
+
+
+class WandbTracker(Tracker):
+    """Records into Weights & Biases; after the first failure it does nothing."""
+
+    def __init__(self, config: TrackingConfig, run: Run, settings: Mapping[str, Any]) -> None:
+        run.wandb.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=run.wandb):  # wandb would go to /tmp without a word
+            pass
+        # Artifacts are staged there until they are sent; the default is the home directory.
+        os.environ.setdefault("WANDB_DATA_DIR", str(run.wandb.absolute()))
+        import wandb
+
+        wandb.setup(settings=wandb.Settings(silent=True))
+        if config.mode is TrackingMode.online and not wandb.login(prompt=False, verify=False):
+            raise RuntimeError("there is no API key: run `wandb login` or use tracking.mode=offline")
+        self._wandb = wandb
+        self._folder = run.wandb
+        self._stages: set[str] = set()
+        self._run: Any = wandb.init(
+            project=redact(config.project),
+            group=redact(config.group),
+            tags=redact(config.tags),
+            name=run.name,
+            dir=str(run.path),
+            mode=config.mode.value,
+            config=plain(redact(plain(settings))),
+            settings=wandb.Settings(
+                silent=True,
+                # Not the terminal, which may show a key, nor command line and git remote, which may hold a password.
+                console="off",
+                x_disable_meta=True,
+                disable_git=True,
+                save_code=False,
+                init_timeout=_INIT_SECONDS,
+                finish_timeout=_FINISH_SECONDS,
+            ),
+        )
+
+    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        self._try(lambda: self._log(values, step))
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self._try(lambda: self._run.summary.update(plain(redact(plain(values)))))
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        def send() -> None:
+            cells = [plain(redact(plain(row))) for row in rows]
+            # Cells of a column may be text in one row and missing or a number in the next.
+            self._run.log({name: self._wandb.Table(columns=list(columns), data=cells, allow_mixed_types=True)})
+
+        self._try(send)
+
+    def image(self, name: str, path: Path) -> None:
+        self._try(lambda: self._run.log({name: self._wandb.Image(str(path))}))
+
+    def html(self, name: str, path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        self._try(lambda: self._run.log({name: self._wandb.Html(redact(text), inject=False)}))
+
+    def file(self, name: str, path: Path, kind: str = "result") -> None:
+        def send() -> None:
+            artifact = self._wandb.Artifact(name, type=kind)
+            # Linked, not copied: checkpoints are large, and stay where they are.
+            add = artifact.add_dir if path.is_dir() else artifact.add_file
+            add(str(path), skip_cache=True, policy="immutable")
+            self._run.log_artifact(artifact)
+
+        self._try(send)
+
+    def finish(self, ok: bool = True) -> None:
+        self._try(lambda: self._run.finish(exit_code=0 if ok else 1))
+        self._run = None
+
+    def _log(self, values: Mapping[str, Any], step: int | None) -> None:
+        record = dict(plain(redact(plain(values))))
+        if step is not None:
+            # Each stage counts its own steps; wandb's one counter must never go back.
+            for stage in dict.fromkeys(name.rpartition("/")[0] for name in values):
+                axis = f"{stage}/step" if stage else "step"
+                if stage not in self._stages:
+                    self._stages.add(stage)
+                    self._run.define_metric(f"{stage}/*" if stage else "*", step_metric=axis)
+                record[axis] = step
+        self._run.log(record)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._run = None
+            _warn(error)
+            # Its hook at exit would print a traceback; and it may wait for a network that is gone.
+            ending = threading.Thread(target=self._tear_down, daemon=True)
+            ending.start()
+            ending.join(5)
+
+    def _tear_down(self) -> None:
+        with contextlib.suppress(Exception):
+            self._wandb.teardown(exit_code=1)
+
+
+def _warn(error: Exception) -> None:
+    text = " ".join(str(redact(str(error))).split()) or type(error).__name__
+    warnings.warn(f"wandb failed ({text}); the run goes on without it", stacklevel=3)

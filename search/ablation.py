@@ -1,0 +1,207 @@
+"""Train the same supernet with one change at a time, over seeds, and compare what its router learned.
+
+``python -m search.ablation`` writes ``runs/<name>/ablation.json`` and prints a Markdown table. A job that is done is
+kept: the same command again runs what is missing. No torch at import.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import statistics
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from natsl.cli import resolve_device, run_main
+from natsl.config import (
+    DataConfig,
+    ModelConfig,
+    SupernetConfig,
+    TrainConfig,
+    check,
+    check_at_least,
+    check_batch,
+    to_plain,
+)
+from natsl.progress import Progress
+from natsl.run import Run, read_json, write_json
+
+
+@dataclass
+class AblationConfig:
+    """Variants of the supernet's training, each trained with every seed.
+
+    ``variants``: name → fields of ``supernet`` that differ. ``budgets``: uniform budgets at which the learned router is
+    judged, against ``random_draws`` draws of random routing at the same kept fraction per layer. ``workers``: processes
+    at a time, one thread each.
+    """
+
+    name: str = "ablation"
+    root: str = "runs"
+    device: str = "auto"
+    workers: int = 2
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    budgets: list[float] = field(default_factory=lambda: [0.05, 0.12])
+    random_draws: int = 5
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    supernet: SupernetConfig = field(default_factory=SupernetConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_at_least(1, workers=self.workers, random_draws=self.random_draws)
+        check(len(self.seeds) > 0, "seeds", self.seeds, "at least one seed is needed")
+        check(len(self.variants) > 0, "variants", self.variants, "at least one is needed, such as {base: {}}")
+        check("mqar" in self.data.tasks, "data.tasks", self.data.tasks, "variants are judged by recall: mqar is needed")
+        for budget in self.budgets:
+            check(0 < budget < 1, "budgets", budget, "each budget must lie in (0, 1)")
+        for name in self.variants:
+            check_batch(self.model.layers, self.train, self.variant(name))
+
+    def variant(self, name: str) -> SupernetConfig:
+        """The supernet configuration of a variant; ``ValueError`` for a field or value that is not allowed."""
+        changes: dict[str, Any] = {}
+        for key, value in self.variants[name].items():
+            known = {f.name for f in dataclasses.fields(SupernetConfig)}
+            check(key in known, f"variants.{name}", key, f"the fields are {', '.join(sorted(known))}")
+            current = getattr(self.supernet, key)
+            if isinstance(current, Enum):
+                kind = type(current)
+                check(
+                    value in kind.__members__, f"variants.{name}.{key}", value, f"one of {', '.join(kind.__members__)}"
+                )
+                value = kind[value]
+            changes[key] = value
+        return dataclasses.replace(self.supernet, **changes)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One supernet to train and judge; the result goes to ``path``."""
+
+    config: AblationConfig
+    variant: str
+    seed: int
+    path: Path
+
+    def fingerprint(self) -> str:
+        """What the result depends on."""
+        c = self.config
+        parts = [to_plain(x) for x in (c.model, c.data, c.variant(self.variant), c.train)]
+        text = json.dumps([parts, self.seed, c.budgets, c.random_draws], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Train the supernet of one job, score it on the test split and write its result."""
+    import tempfile
+
+    import torch
+
+    from natsl.data import Split, load_text
+    from natsl.evaluate import RandomRouting, evaluate
+    from natsl.model import RoutedLM
+    from natsl.space.policy import RoutingPolicy
+    from natsl.tasks import TaskData
+    from natsl.train import TrainRecipe, train_supernet
+
+    torch.set_num_threads(1)
+    c = job.config
+    data = TaskData(c.data, load_text(c.data.path), c.model.vocab_size)
+    recipe = TrainRecipe(c.train, c.variant(job.variant), job.seed)
+    torch.manual_seed(job.seed)
+    model = RoutedLM(c.model, recipe.supernet.calibration_points).to(resolve_device(c.device))
+    with tempfile.TemporaryDirectory() as folder:
+        train_supernet(model, data, recipe, Path(folder))
+    sets = data.eval_sets(Split.test)
+    kinds, chunk = model.kinds, c.model.chunk_size
+
+    def recall(policy: RoutingPolicy, routing: RandomRouting | None = None) -> tuple[float, float, tuple[float, ...]]:
+        result = evaluate(model, policy, sets, random_routing=routing)
+        return 1.0 - (result.recall_error or 0.0), result.kept_fraction, result.kept_by_layer
+
+    scores: dict[str, Any] = {
+        "softmax": recall(RoutingPolicy.all_softmax(kinds, chunk))[0],
+        "delta": recall(RoutingPolicy.all_delta(kinds, chunk))[0],
+    }
+    for budget in c.budgets:
+        policy = RoutingPolicy.uniform(kinds, chunk, budget)
+        learned, kept, fractions = recall(policy)
+        draws = [recall(policy, RandomRouting(draw, fractions))[0] for draw in range(c.random_draws)]
+        scores[f"{budget:g}"] = {"learned": learned, "kept": kept, "random": statistics.mean(draws)}
+    result = {"variant": job.variant, "seed": job.seed, "fingerprint": job.fingerprint(), "recall": scores}
+    write_json(job.path, result)
+    return result
+
+
+def run_jobs(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
+    """Results of the jobs as they finish; those on disk come first."""
+    waiting = []
+    for job in jobs:
+        old = read_json(job.path) if job.path.exists() else {}
+        if old.get("fingerprint") == job.fingerprint():
+            yield old
+        else:
+            waiting.append(job)
+    if not waiting:
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(waiting)), mp_context=context, max_tasks_per_child=1) as pool:
+        for future in as_completed([pool.submit(run_job, job) for job in waiting]):
+            yield future.result()
+
+
+def table(results: list[dict[str, Any]], config: AblationConfig) -> str:
+    """Markdown: recall by variant, mean (lowest seed) over seeds; learned / random at each budget."""
+    heads = ["variant", "all-softmax", "all-delta"]
+    heads += [f"{kind} at {budget:g}" for budget in config.budgets for kind in ("learned", "random")]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    for name in config.variants:
+        scores = [r["recall"] for r in results if r["variant"] == name]
+        columns = [[s["softmax"] for s in scores], [s["delta"] for s in scores]]
+        for budget in config.budgets:
+            columns += [[s[f"{budget:g}"][kind] for s in scores] for kind in ("learned", "random")]
+        cells = [f"{statistics.mean(c):.2f} ({min(c):.2f})" if c else "–" for c in columns]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def run_ablation(config: AblationConfig) -> None:
+    """The command ``search.ablation``."""
+    config = dataclasses.replace(config, device=str(resolve_device(config.device)))
+    run = Run.open(config.name, config.root)
+    with run.lock():
+        run.write_config(config)
+        folder = run.path / "jobs"
+        folder.mkdir(exist_ok=True)
+        jobs = [
+            Job(config, name, seed, folder / f"{i:02d}-{seed}.json")
+            for seed in config.seeds
+            for i, name in enumerate(config.variants)
+        ]
+        results: list[dict[str, Any]] = []
+        with Progress("ablation", len(jobs)) as progress:
+            for result in run_jobs(jobs, config.workers):
+                results.append(result)
+                run.write_json(run.path / "ablation.json", results)
+                progress.update(len(results), f"{result['variant']}, seed {result['seed']}")
+    print(table(results, config))
+
+
+def main() -> None:
+    """Entry point of ``python -m search.ablation``."""
+    run_main("ablation", AblationConfig, run_ablation)
+
+
+if __name__ == "__main__":
+    # under its import name, so that the classes here are those that the schema and the worker processes know
+    from natsl.search import ablation
+
+    ablation.main()

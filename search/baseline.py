@@ -1,0 +1,220 @@
+"""What a front has to beat, and scoring front and baselines on the test split."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from natsl.evaluate import Evaluation
+from natsl.search.front import QUALITY, Baseline, Kind, Point, Scale, dominates
+from natsl.search.objective import measure
+from natsl.search.study import Problem, Record
+from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
+
+_DEPTH_MEANS = (0.1, 0.25)  # mean budgets of the schedules that rise or fall with depth
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Evaluates policies: on the search split, on the test split, and there with random routing.
+
+    ``random`` takes the policy, the fraction of chunks that each layer keeps, and a seed.
+    """
+
+    search: Callable[[RoutingPolicy], Evaluation]
+    test: Callable[[RoutingPolicy], Evaluation]
+    random: Callable[[RoutingPolicy, tuple[float, ...], int], Evaluation]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A baseline before it is scored."""
+
+    name: str
+    kind: Kind
+    policy: RoutingPolicy
+
+
+def baselines(kinds: Sequence[Op], chunk_size: int, budgets: Sequence[float]) -> list[Named]:
+    """Baselines that need no front: extremes, uniform budgets, schedules over depth, single softmax layers.
+
+    Of several that are the same policy, as happens with one routed layer, the first is kept.
+    """
+    places = [i for i, kind in enumerate(kinds) if kind is Op.routed]
+    found: dict[str, Named] = {}
+
+    def add(name: str, kind: Kind, layers: Mapping[int, LayerPolicy]) -> None:
+        chosen = tuple(layers[i] if i in layers else LayerPolicy(item) for i, item in enumerate(kinds))
+        policy = RoutingPolicy(chosen, chunk_size)
+        found.setdefault(policy.digest(), Named(name, kind, policy))
+
+    def softmax(selected: Sequence[int]) -> dict[int, LayerPolicy]:
+        return {i: LayerPolicy(Op.softmax if i in selected else Op.delta) for i in places}
+
+    def budget(values: Sequence[float]) -> dict[int, LayerPolicy]:
+        return {i: LayerPolicy(Op.routed, budget=round(b, 4)) for i, b in zip(places, values, strict=True)}
+
+    add("all-softmax", Kind.extreme, softmax(places))
+    add("all-delta", Kind.extreme, softmax([]))
+    n = len(places)
+    for value in budgets:
+        add(f"uniform-{value:g}", Kind.uniform, budget([value] * n))
+    for i in places:
+        add(f"only-layer-{i}", Kind.single, softmax([i]))
+    add("every-second-softmax", Kind.depth, softmax(places[1::2]))
+    add("first-half-softmax", Kind.depth, softmax(places[: (n + 1) // 2]))
+    add("last-half-softmax", Kind.depth, softmax(places[n // 2 :]))
+    for mean in _DEPTH_MEANS:
+        rising = [2 * mean * (i + 0.5) / n for i in range(n)]
+        add(f"rising-{mean:g}", Kind.depth, budget(rising))
+        add(f"falling-{mean:g}", Kind.depth, budget(rising[::-1]))
+    return list(found.values())
+
+
+class Scorer:
+    """Scores policies on both splits, each at most once."""
+
+    def __init__(self, judge: Judge, problem: Problem, seed: int, draws: int, records: Sequence[Record] = ()) -> None:
+        self._judge = judge
+        self._problem = problem
+        self.names = tuple(item.name for item in problem.objectives)
+        self._seed = seed
+        self._draws = draws
+        self._search = {r.policy.digest(): r.evaluation for r in records if r.evaluation is not None}
+        self._test: dict[str, Evaluation] = {}
+        self.problems: list[str] = []  # policies that could not be scored, and why
+
+    def on_search(self, policy: RoutingPolicy) -> Evaluation:
+        """The policy on the search split."""
+        return _cached(self._search, policy, self._judge.search)
+
+    def scale(self) -> Scale:
+        """The scale from all-softmax to all-delta on the search split."""
+        kinds, chunk = self._problem.kinds, self._problem.chunk_size
+        ends = (RoutingPolicy.all_softmax(kinds, chunk), RoutingPolicy.all_delta(kinds, chunk))
+        first, second = (self._values(self.on_search(policy), policy) for policy in ends)
+        return Scale.between(self.names, first, second)
+
+    def point(self, record: Record) -> Point | None:
+        """A point of the front, without comparisons; None (and a problem noted) if its test score is not finite."""
+        assert record.values is not None, "a record without values is not on the front"
+        try:
+            tested = _cached(self._test, record.policy, self._judge.test)
+            values = self._values(tested, record.policy)
+        except FloatingPointError as error:
+            self.problems.append(f"{record.id}: {error} on the test split")
+            return None
+        return Point(record.id, record.policy, values, record.values, asdict(tested))
+
+    def baseline(self, named: Named) -> Baseline | None:
+        """A baseline on both splits; None (and a problem noted) if a score is not finite."""
+        try:
+            tested = _cached(self._test, named.policy, self._judge.test)
+            values = self._values(tested, named.policy)
+            searched = self._values(self.on_search(named.policy), named.policy)
+        except FloatingPointError as error:
+            self.problems.append(f"{named.name}: {error}")
+            return None
+        return Baseline(named.name, named.kind, named.policy, values, asdict(tested), searched)
+
+    def random(self, of: str, policy: RoutingPolicy, fractions: Sequence[float]) -> Baseline | None:
+        """Random routing in the layers that the policy routes, at these kept fractions; None if it routes none."""
+        if all(layer.op is not Op.routed for layer in policy.layers):
+            return None
+        rows: list[dict[str, Any]] = []
+        values: list[dict[str, float]] = []
+        try:
+            for draw in range(self._draws):
+                seed = _seed(self._seed, policy, draw)
+                evaluation = self._judge.random(policy, tuple(fractions), seed)
+                rows.append(asdict(evaluation))
+                values.append(self._values(evaluation, policy))
+        except FloatingPointError as error:
+            self.problems.append(f"random@{of}: {error}")
+            return None
+        measured = {name: _mean([row[name] for row in rows]) for name in rows[0]}
+        mean = {name: statistics.fmean(item[name] for item in values) for name in self.names}
+        numbers = [
+            {name: value for name, value in row.items() if isinstance(value, float)} | item
+            for row, item in zip(rows, values, strict=True)
+        ]
+        std = {name: statistics.stdev(item[name] for item in numbers) for name in numbers[0]}
+        return Baseline(f"random@{of}", Kind.random, policy, mean, measured, None, std, self._draws, of)
+
+    def _values(self, evaluation: Evaluation, policy: RoutingPolicy) -> dict[str, float]:
+        return measure(self.names, evaluation, policy, self._problem.costs)
+
+
+def steps_to_score(records: Sequence[Record], fixed: Sequence[Named]) -> int:
+    """How often ``score`` calls ``on_step`` at most."""
+    return 2 * len(records) + len(fixed) + sum(item.kind is Kind.uniform for item in fixed)
+
+
+def score(
+    scorer: Scorer, records: Sequence[Record], fixed: Sequence[Named], on_step: Callable[[str], None]
+) -> tuple[tuple[Point, ...], tuple[Baseline, ...]]:
+    """The front and its baselines on the test split, compared with each other.
+
+    Random routing stands beside every point and every uniform budget. Points come in order of the fraction kept. What
+    cannot be scored is left out and noted in ``scorer.problems``.
+    """
+    points: list[Point] = []
+    others: list[Baseline] = []
+    controls: list[Baseline | None] = []
+    for named in fixed:
+        baseline = scorer.baseline(named)
+        on_step(named.name)
+        if baseline is not None:
+            others.append(baseline)
+            if named.kind is Kind.uniform:
+                controls.append(scorer.random(named.name, named.policy, baseline.measured["kept_by_layer"]))
+                on_step(f"random routing beside {named.name}")
+    for record in records:
+        point = scorer.point(record)
+        on_step(record.id)
+        if point is not None:
+            points.append(point)
+            controls.append(scorer.random(point.id, point.policy, point.measured["kept_by_layer"]))
+            on_step(f"random routing beside {record.id}")
+    others += [control for control in controls if control is not None]
+    points.sort(key=lambda point: (point.measured["kept_fraction"], point.id))
+    return tuple(_compared(point, others, scorer.names) for point in points), tuple(others)
+
+
+def _compared(point: Point, others: Sequence[Baseline], names: Sequence[str]) -> Point:
+    """The point with what dominates it and what it gains over random routing."""
+    better = tuple(item.name for item in others if dominates(item.values, point.values, names))
+    control = next((item for item in others if item.of == point.id), None)
+    gain = None if control is None else _gain(point.measured, control.measured)
+    return replace(point, dominated_by=better, gain_over_random=gain)
+
+
+def _gain(learned: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, float]:
+    names = [name for name in QUALITY if learned.get(name) is not None and control.get(name) is not None]
+    return {name: control[name] - learned[name] for name in names}
+
+
+def _cached(
+    cache: dict[str, Evaluation], policy: RoutingPolicy, evaluate: Callable[[RoutingPolicy], Evaluation]
+) -> Evaluation:
+    digest = policy.digest()
+    if digest not in cache:
+        cache[digest] = evaluate(policy)
+    return cache[digest]
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Mean of numbers, or of nested tuples of them, or None where there is none."""
+    first = values[0]
+    if first is None:
+        return None
+    if isinstance(first, tuple):
+        return tuple(_mean([value[i] for value in values]) for i in range(len(first)))
+    return statistics.fmean(values)
+
+
+def _seed(seed: int, policy: RoutingPolicy, draw: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{policy.digest()}:{draw}".encode()).digest()[:4], "big")

@@ -1,0 +1,101 @@
+"""Configuration of a search: what is varied, what is wanted, how long it looks. No torch and no optuna at import."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+from natsl.config import (
+    DataConfig,
+    ModelConfig,
+    SupernetConfig,
+    TrackingConfig,
+    TrainConfig,
+    check,
+    check_at_least,
+)
+from natsl.space.space import SearchSpace
+
+
+class Sampler(Enum):
+    """How the next policy is proposed."""
+
+    tpe = "tpe"  # multivariate, grouped tree-structured Parzen estimator
+    nsga2 = "nsga2"
+    nsga3 = "nsga3"
+    random = "random"
+
+
+@dataclass
+class SearchConfig:
+    """One search over the routing policies of a trained supernet.
+
+    local_share: share of the trials that move a policy near the knee of the front a little instead of asking the
+        sampler.
+    objectives: names from the registry in ``natsl.search.objective``, all minimised.
+    constraints: upper bounds by objective name; what breaks one is no candidate for the front.
+    context: tokens, the length at which memory and compute are counted.
+    policies: JSON files of policies that are tried first.
+    random_draws: how often random routing is drawn beside a point.
+    uniform_budgets: baselines with one budget in every layer.
+    max_failure_rate, min_failures: the search stops once at least so many trials, and more than this share, failed.
+    storage: an Optuna database URL (null: ``study.db`` in the run's folder).
+    """
+
+    n_trials: int = 140
+    sampler: Sampler = Sampler.tpe
+    local_share: float = 0.35
+    objectives: list[str] = field(default_factory=lambda: ["recall_error", "kept_fraction"])
+    constraints: dict[str, float] = field(default_factory=dict)
+    space: SearchSpace = field(default_factory=SearchSpace)
+    context: int = 32768
+    policies: list[str] = field(default_factory=list)
+    random_draws: int = 5
+    uniform_budgets: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.15, 0.25, 0.375, 0.5, 0.75])
+    batch_size: int = 32
+    max_failure_rate: float = 0.5
+    min_failures: int = 5
+    storage: str | None = None
+
+    def __post_init__(self) -> None:
+        p = "search."
+        check_at_least(1, **{p + k: getattr(self, k) for k in ("n_trials", "context", "batch_size", "min_failures")})
+        check_at_least(2, **{p + "random_draws": self.random_draws})
+        check(len(self.objectives) > 0, p + "objectives", self.objectives, "at least one objective is needed")
+        check(
+            len(set(self.objectives)) == len(self.objectives), p + "objectives", self.objectives, "each may come once"
+        )
+        for name, bound in self.constraints.items():
+            check(math.isfinite(bound), f"{p}constraints.{name}", bound, "it must be a finite upper bound")
+        for budget in self.uniform_budgets:
+            check(0 < budget < 1, p + "uniform_budgets", budget, "each budget must lie in (0, 1)")
+        check(0 <= self.local_share <= 1, p + "local_share", self.local_share, "it must lie in [0, 1]")
+        check(0 <= self.max_failure_rate <= 1, p + "max_failure_rate", self.max_failure_rate, "it must lie in [0, 1]")
+
+
+@dataclass
+class SearchRunConfig:
+    """A whole search: train a supernet (or take one), search its policies, report and export.
+
+    ``name``: folder below ``root``; the same name again resumes. ``device``: auto, cpu, cuda or cuda:<n>.
+    ``supernet_from``: name of a run below ``root`` whose finished supernet is searched instead of training one (its
+    model is used; ``model``, ``train`` and ``supernet`` are then without effect). ``export``: whether the knee is
+    exported at the end.
+    """
+
+    name: str = "search"
+    root: str = "runs"
+    seed: int = 0
+    device: str = "auto"
+    supernet_from: str | None = None
+    export: bool = True
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    supernet: SupernetConfig = field(default_factory=SupernetConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        check_at_least(0, seed=self.seed)

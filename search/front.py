@@ -1,0 +1,247 @@
+"""The outcome of a search: which policies nothing beats, which one to take, and the files that say so."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from optuna._hypervolume import compute_hypervolume
+
+from natsl.search.objective import OBJECTIVES
+from natsl.space.policy import RoutingPolicy
+
+Values = Mapping[str, float]  # objective → value, smaller is better
+
+# Measures of quality in the order in which a report prefers them; smaller is better in all.
+QUALITY = ("recall_error", "needle_error", "val_loss", "bits_per_byte")
+
+
+class Kind(Enum):
+    """What a baseline is."""
+
+    extreme = "extreme"  # all-softmax, all-delta
+    uniform = "uniform"  # the learned router with one budget in every layer
+    depth = "depth"  # a schedule over depth that looks at no input, or budgets that rise or fall with depth
+    single = "single"  # one layer all-softmax, the others delta
+    random = "random"  # as many chunks as a learned router keeps, chosen at random
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A policy that the front has to beat.
+
+    ``values``: objectives on the test split, ``search_values`` on the search split. ``measured``: the evaluation on the
+    test split (kept fractions, every quality). Random routing is a mean over ``draws``, with ``std`` per measure (both
+    objectives and quality), and ``of`` names the point or baseline whose kept fraction per layer it has.
+    """
+
+    name: str
+    kind: Kind
+    policy: RoutingPolicy
+    values: dict[str, float]
+    measured: dict[str, Any]
+    search_values: dict[str, float] | None = None
+    std: dict[str, float] = field(default_factory=dict)
+    draws: int = 1
+    of: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        plain: dict[str, Any] = {"name": self.name, "kind": self.kind.value, "policy": self.policy.to_dict()}
+        plain |= {"values": self.values, "search_values": self.search_values, "measured": self.measured}
+        if self.of is not None:
+            plain |= {"of": self.of, "draws": self.draws, "std": self.std}
+        return plain
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy of the front, chosen on the search split and scored again on the test split.
+
+    ``dominated_by``: baselines that are at least as good in every objective and better in one, on the test split.
+    ``gain_over_random``: by how much random routing at the same kept fraction per layer is worse, per measure of
+    quality (null: the policy routes nothing).
+    """
+
+    id: str
+    policy: RoutingPolicy
+    values: dict[str, float]
+    search_values: dict[str, float]
+    measured: dict[str, Any]
+    dominated_by: tuple[str, ...] = ()
+    gain_over_random: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "id": self.id,
+            "digest": self.policy.digest(),
+            "policy": self.policy.to_dict(),
+            "values": self.values,
+            "search_values": self.search_values,
+            "measured": self.measured,
+            "dominated_by": list(self.dominated_by),
+            "gain_over_random": self.gain_over_random,
+        }
+
+
+@dataclass(frozen=True)
+class Front:
+    """Everything that a report shows.
+
+    ``points`` are sorted by the last objective; ``knee`` is the id of one of them (null: there is none).
+    ``hypervolume`` is that of the search split after the last trial, ``history`` after each. ``facts``: what else is
+    worth telling (counts of trials, seconds), shown as it is.
+    """
+
+    run: str
+    objectives: tuple[str, ...]
+    points: tuple[Point, ...]
+    baselines: tuple[Baseline, ...]
+    knee: str | None
+    hypervolume: float
+    history: tuple[float, ...]
+    fingerprint: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[Point | Baseline]:
+        """Points, then baselines."""
+        return [*self.points, *self.baselines]
+
+    def point(self, name: str) -> Point:
+        """The point with this id."""
+        return next(point for point in self.points if point.id == name)
+
+    @property
+    def quality(self) -> str:
+        """The measure of quality that comparisons use: the first among the objectives, else the first measured."""
+        named = [name for name in self.objectives if name in QUALITY]
+        measured = [name for name in QUALITY if self.rows and self.rows[0].measured.get(name) is not None]
+        return (named or measured or [QUALITY[0]])[0]
+
+    @property
+    def cost(self) -> str:
+        """The cost that comparisons use: the first cost among the objectives, else the kept fraction."""
+        return next((name for name in self.objectives if name not in QUALITY), "kept_fraction")
+
+    def random_of(self, name: str) -> Baseline | None:
+        """Random routing at the kept fractions of the point or baseline of this name."""
+        return next((item for item in self.baselines if item.of == name), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """``front.json``."""
+        return {
+            "run": self.run,
+            "objectives": [{"name": name, "direction": OBJECTIVES[name].direction} for name in self.objectives],
+            "points": [point.to_dict() for point in self.points],
+            "baselines": [item.to_dict() for item in self.baselines],
+            "knee": self.knee,
+            "hypervolume": self.hypervolume,
+            "hypervolume_history": list(self.history),
+            "fingerprint": self.fingerprint,
+            "facts": self.facts,
+        }
+
+    def to_csv(self) -> str:
+        """``front.csv``: one row per point and baseline."""
+        measures = list(dict.fromkeys([*self.objectives, "kept_fraction", *QUALITY]))
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        head = ["name", "kind", "digest", "policy", *measures]
+        head += [f"search_{name}" for name in self.objectives] + [f"std_{name}" for name in measures]
+        table.writerow([*head, "dominated_by", "knee"])
+        for item in self.rows:
+            std = {} if isinstance(item, Point) else item.std
+            row: list[Any] = [item.id, "front"] if isinstance(item, Point) else [item.name, item.kind.value]
+            row += [item.policy.digest(), item.policy.describe()]
+            row += [item.values.get(name, item.measured.get(name)) for name in measures]
+            row += [(item.search_values or {}).get(name) for name in self.objectives]
+            row += [std.get(name) for name in measures]
+            row.append(" ".join(item.dominated_by) if isinstance(item, Point) else None)
+            table.writerow([*row, "knee" if isinstance(item, Point) and item.id == self.knee else None])
+        return text.getvalue()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps objectives so that 0 is the better and 1 the worse of two reference policies (all-softmax and all-delta)."""
+
+    names: tuple[str, ...]
+    best: tuple[float, ...]
+    worst: tuple[float, ...]
+
+    @classmethod
+    def between(cls, names: Sequence[str], first: Values, second: Values) -> Scale:
+        """The scale whose ends are the two policies with these values."""
+        best = tuple(min(first[name], second[name]) for name in names)
+        return cls(tuple(names), best, tuple(max(first[name], second[name]) for name in names))
+
+    def apply(self, values: Sequence[Values]) -> npt.NDArray[np.float64]:
+        """Scaled values [policies, objectives].
+
+        Where the references agree both are the worse one, at 1: only what is better than both counts as a gain.
+        """
+        raw = np.array([[item[name] for name in self.names] for item in values], dtype=np.float64)
+        best, worst = np.array(self.best), np.array(self.worst)
+        span = np.where(worst > best, worst - best, 1.0)
+        scaled: npt.NDArray[np.float64] = (raw.reshape(len(values), len(self.names)) - best) / span
+        return scaled + (worst <= best)
+
+    def hypervolume(self, values: Sequence[Values]) -> float:
+        """Volume dominated by these policies, up to the worse of the two references in every objective.
+
+        1 is reached by a policy as good as the better reference in every objective at once.
+        """
+        scaled = self.apply(values)
+        scaled = scaled[(scaled < 1).all(axis=1)]
+        if len(scaled) == 0:
+            return 0.0
+        return float(compute_hypervolume(scaled, np.ones(len(self.names))))
+
+    def knee(self, values: Sequence[Values]) -> int | None:
+        """Index of the policy with the least sum of scaled objectives (null: there is none)."""
+        return int(np.argmin(self.apply(values).sum(axis=1))) if values else None
+
+
+class Volume:
+    """Hypervolume of what was added so far."""
+
+    def __init__(self, scale: Scale) -> None:
+        self._scale = scale
+        self._front: list[Values] = []
+        self.now = 0.0
+
+    def add(self, values: Values | None) -> float:
+        """The hypervolume after one more trial (null: one without a result, or that breaks a constraint)."""
+        names = self._scale.names
+        if values is not None and not any(covers(other, values, names) for other in self._front):
+            self._front = [other for other in self._front if not covers(values, other, names)] + [values]
+            self.now = self._scale.hypervolume(self._front)
+        return self.now
+
+
+def covers(first: Values, second: Values, names: Sequence[str]) -> bool:
+    """Whether the first is at least as good as the second in every objective."""
+    return all(first[name] <= second[name] for name in names)
+
+
+def dominates(first: Values, second: Values, names: Sequence[str]) -> bool:
+    """Whether the first is at least as good in every objective and better in one."""
+    return covers(first, second, names) and any(first[name] < second[name] for name in names)
+
+
+def non_dominated(values: Sequence[Values], names: Sequence[str]) -> list[int]:
+    """Indices of those that no other dominates, in order; of several with equal values the first alone."""
+    order = sorted(range(len(values)), key=lambda i: ([values[i][name] for name in names], i))
+    kept: list[int] = []  # whatever dominates an item is sorted before it
+    for i in order:
+        if not any(covers(values[j], values[i], names) for j in kept):
+            kept.append(i)
+    return sorted(kept)

@@ -1,0 +1,94 @@
+"""``front.png``: the front beside its baselines, and what it costs in plain text quality."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from natsl.search.chart import FRACTION_TICKS, Shape
+from natsl.search.front import Front
+from natsl.search.objective import OBJECTIVES
+from natsl.search.report import axis, planes, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Colours that can be told apart with a colour weakness, on white.
+COLOURS = {
+    "front": "#1f5fd6",
+    "random": "#d9730d",
+    "uniform": "#0c8a7a",
+    "depth": "#8a4fc7",
+    "single": "#b8377f",
+    "extreme": "#4b5563",
+    "knee": "#14171a",
+}
+_MARKERS = {Shape.dot: "o", Shape.ring: "o", Shape.square: "s", Shape.diamond: "D", Shape.none: ""}
+
+
+def front_png(front: Front) -> bytes:
+    """A PNG: each pair of objectives, then the loss on plain text over the fraction kept."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    panels = planes(front)
+    if any(item.measured.get("val_loss") is not None for item in front.rows):
+        panels = list(dict.fromkeys([*panels, ("kept_fraction", "val_loss")]))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(6.2 * columns, 4.6 * rows + 0.9), layout="constrained", dpi=130)
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(len(panels))]
+    for place, (across, up) in zip(axes, panels, strict=True):
+        _draw(place, front, across, up)
+    handles, labels = axes[0].get_legend_handles_labels()
+    if handles:
+        ncols = 3 if columns > 1 else 2
+        figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
+    figure.suptitle(f"{front.run}: {len(front.points)} policies on the front, test split", fontsize=12)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def _draw(place: Axes, front: Front, across: str, up: str) -> None:
+    for order, item in enumerate(series(front, across, up)):
+        if not item.marks:
+            continue
+        xs, ys = [mark.x for mark in item.marks], [mark.y for mark in item.marks]
+        colour = COLOURS[item.style]
+        hollow = item.shape is Shape.ring
+        if item.line and len(xs) > 1:
+            drawn = ("steps-post", "-") if item.step else ("default", "--")
+            place.plot(xs, ys, color=colour, linewidth=1.4, zorder=order + 2, drawstyle=drawn[0], linestyle=drawn[1])
+        place.errorbar(
+            xs,
+            ys,
+            yerr=[mark.error for mark in item.marks] if any(mark.error for mark in item.marks) else None,
+            fmt=_MARKERS[item.shape],
+            color=colour,
+            markerfacecolor="none" if hollow else colour,
+            markeredgecolor=colour if hollow else "white",
+            markeredgewidth=2.0 if hollow else 0.6,
+            markersize=item.size * (2.6 if hollow else 1.35),
+            elinewidth=1.1,
+            label=item.label,
+            zorder=order + 3,
+        )
+    place.set_xlabel(axis(across).label)
+    place.set_ylabel(axis(up).label)
+    x, y = axis(across), axis(up)
+    if x.root:
+        place.set_xscale("function", functions=(lambda v: abs(v) ** 0.5, lambda v: v**2))
+        place.set_xlim(left=0)
+        largest = max((mark.x for item in series(front, across, up) for mark in item.marks), default=1.0) or 1.0
+        place.set_xticks([tick for tick in FRACTION_TICKS if tick <= largest * 1.01])
+    place.xaxis.set_major_formatter(lambda value, _: x.show(value))
+    place.yaxis.set_major_formatter(lambda value, _: y.show(value))
+    place.grid(alpha=0.25, linewidth=0.7)
+    place.spines[["top", "right"]].set_visible(False)
+    if up in ("recall_error", "needle_error"):
+        place.set_ylim(bottom=-0.02)
+    if OBJECTIVES[up].task is None and across == "kept_fraction":
+        place.set_title("quality on plain text", fontsize=10)

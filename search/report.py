@@ -1,0 +1,381 @@
+"""``report.html``: one file that needs no network, drawn from a ``Front`` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from itertools import combinations
+from typing import Any
+
+from natsl.search.chart import Axis, Mark, Series, Shape, chart, dumbbells, legend
+from natsl.search.front import QUALITY, Baseline, Front, Kind, Point
+from natsl.search.objective import OBJECTIVES
+from natsl.search.style import STYLE
+from natsl.space.policy import Op
+
+_ROWS = 30  # rows of the comparison with random routing: more would not be read
+_FRACTIONS = ("recall_error", "needle_error", "kept_fraction")
+_BYTES = ("kv_bytes_per_token", "decode_bytes")
+_KINDS = {
+    Kind.uniform: ("same budget in every layer (learned router)", Shape.dot),
+    Kind.depth: ("schedule over depth", Shape.square),
+    Kind.single: ("one layer all-softmax, others delta", Shape.diamond),
+    Kind.extreme: ("all-softmax, all-delta", Shape.square),
+}
+
+
+def show(name: str, value: float | None) -> str:
+    """A measure as text: fractions and errors in per cent, bytes and FLOP with a prefix, losses with three digits."""
+    if value is None:
+        return "–"
+    if name in _FRACTIONS:
+        return f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
+    if name in _BYTES or name == "prefill_flops":
+        unit = "B" if name in _BYTES else "FLOP"
+        for prefix in ("", "k", "M", "G", "T", "P"):
+            if abs(value) < 1000 or prefix == "P":
+                return f"{value:.3g}\N{NO-BREAK SPACE}{prefix}{unit}"
+            value /= 1000
+    return f"{value:.3f}"
+
+
+def axis(name: str) -> Axis:
+    """The axis on which a measure is drawn."""
+    item = OBJECTIVES[name]
+    if name in _FRACTIONS:
+        root = name == "kept_fraction"
+        return Axis(item.label, lambda v: f"{100 * v:.3g} %", root=root, include=(0.0,))
+    if name in _BYTES or name == "prefill_flops":
+        return Axis(item.label, lambda v: show(name, v))
+    return Axis(f"{item.label} ({item.unit})", lambda v: f"{v:.4g}")
+
+
+def amount(item: Point | Baseline, name: str) -> float | None:
+    """A measure of a point or baseline on the test split, be it an objective or not."""
+    value = item.values.get(name, item.measured.get(name))
+    return None if value is None else float(value)
+
+
+def beats_random(point: Point, front: Front) -> bool | None:
+    """Whether the point is better than random routing by more than the spread of its draws (None: no comparison)."""
+    control = front.random_of(point.id)
+    if control is None or point.gain_over_random is None or front.quality not in point.gain_over_random:
+        return None
+    return point.gain_over_random[front.quality] > control.std.get(front.quality, 0.0)
+
+
+def planes(front: Front) -> list[tuple[str, str]]:
+    """Pairs of measures (across, up) in which the front is drawn: every pair of objectives, costs across."""
+    names = sorted(front.objectives, key=lambda name: name in QUALITY)
+    if len(names) == 1:
+        return [(front.cost, names[0]) if names[0] in QUALITY else (names[0], front.quality)]
+    return list(combinations(names, 2))
+
+
+def series(front: Front, across: str, up: str) -> list[Series]:
+    """The front, its knee, every kind of baseline and random routing in one plane, from the test split."""
+
+    def marks(items: Sequence[Point | Baseline], link: bool = False) -> tuple[Mark, ...]:
+        found = []
+        for item in items:
+            a, b = amount(item, across), amount(item, up)
+            if a is not None and b is not None:
+                name = item.id if isinstance(item, Point) else item.name
+                spread = item.std.get(up, 0.0) if isinstance(item, Baseline) else 0.0
+                text = f"{name}: {show(across, a)}, {show(up, b)}" + (f" ± {show(up, spread)}" if spread else "")
+                text += f"\n{item.policy.describe()}" if len(item.policy.layers) <= 24 else ""
+                found.append(Mark(a, b, text, spread, f"#{item.id}" if isinstance(item, Point) and link else ""))
+        return tuple(sorted(found, key=lambda mark: (mark.x, mark.y)))
+
+    of = {kind: [item for item in front.baselines if item.kind is kind] for kind in Kind}
+    drawn = [
+        Series(label, kind.value, marks(of[kind]), shape, line=kind is Kind.uniform, size=4)
+        for kind, (label, shape) in _KINDS.items()
+    ]
+    drawn.append(
+        Series("random routing, equal kept fractions", "random", marks(of[Kind.random]), Shape.diamond, size=3.5)
+    )
+    step = set(front.objectives) <= {across, up}  # a staircase means something only where both are objectives
+    drawn.append(Series("front (learned)", "front", marks(front.points, True), line=step, step=True))
+    knee = [point for point in front.points if point.id == front.knee]
+    return [*drawn, Series("knee", "knee", marks(knee), Shape.ring)]
+
+
+def render(front: Front) -> str:
+    """The report as HTML; everything that comes from outside is escaped."""
+    title = f"natsl search: {front.run}"
+    sections = [
+        _summary(front),
+        _fronts(front),
+        _random(front),
+        _budgets(front),
+        _policies(front),
+        _points(front),
+        _baselines(front),
+        _volume(front),
+        _reproduce(front),
+    ]
+    return "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">',
+            f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>",
+            *sections,
+            "</main>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def headline(front: Front) -> list[tuple[str, bool | None]]:
+    """What the search found, as sentences; the flag says whether it is good news (None: neutral)."""
+    lines: list[tuple[str, bool | None]] = []
+    if not front.points:
+        return [("No trial gave a result that keeps the constraints: there is no front and nothing to export.", False)]
+    quality, cost = front.quality, front.cost
+    label = OBJECTIVES[quality].label
+    knee = front.point(front.knee) if front.knee else front.points[0]
+    ends = {item.name: item for item in front.baselines if item.kind is Kind.extreme}
+    text = f"At the knee ({knee.id}): {OBJECTIVES[cost].label} {show(cost, amount(knee, cost))}, "
+    text += f"{label} {show(quality, amount(knee, quality))}"
+    control = front.random_of(knee.id)
+    others = [f"random routing at the same fractions {show(quality, amount(control, quality))}"] if control else []
+    others += [f"{name} {show(quality, amount(item, quality))}" for name, item in ends.items()]
+    lines.append((text + (f" ({', '.join(others)})." if others else "."), None))
+    verdicts = [beats_random(point, front) for point in front.points]
+    compared = [verdict for verdict in verdicts if verdict is not None]
+    if compared:
+        wins = sum(compared)
+        text = f"Points at which learned routing beats random routing: {wins} of {len(compared)}."
+        lines.append((text, wins * 2 > len(compared)))
+    free, whole = sum(not point.dominated_by for point in front.points), len(front.points)
+    lines.append((f"Points that no baseline dominates on the test split: {free} of {whole}.", free * 2 > whole))
+    return lines
+
+
+def _summary(front: Front) -> str:
+    lines = []
+    for text, good in headline(front):
+        style = "" if good is None else f' class="{"good" if good else "bad"}"'
+        sign = "" if good is None else ("✓ " if good else "✗ ")
+        lines.append(f"<li{style}>{sign}{escape(text)}</li>")
+    facts = {"points": len(front.points), "hypervolume": f"{front.hypervolume:.4f}", **front.facts.get("counts", {})}
+    cards = "".join(f"<div><b>{escape(str(value))}</b>{escape(str(name))}</div>" for name, value in facts.items())
+    notes = "".join(f"<p class=bad>{escape(str(note))}</p>" for note in front.facts.get("problems", []))
+    verdict = f'<ul class="verdict">{"".join(lines)}</ul>'
+    return f'<h1>{escape(front.run)}</h1>\n{verdict}\n<div class="cards">{cards}</div>{notes}'
+
+
+def _section(title: str, body: str, note: str = "") -> str:
+    return f"<section><h2>{escape(title)}</h2>{f'<p class=note>{escape(note)}</p>' if note else ''}\n{body}\n</section>"
+
+
+def _fronts(front: Front) -> str:
+    pairs = planes(front)
+    figures: list[str] = []
+    for across, up in pairs:
+        drawn = series(front, across, up)
+        name = f"{OBJECTIVES[up].label} over {OBJECTIVES[across].label}"
+        key = legend(drawn) if len(pairs) <= 3 or not figures else ""
+        figures.append(f"<figure>{chart(name, drawn, axis(across), axis(up))}{key}</figure>")
+    return _section(
+        "The front and what it has to beat",
+        f'<div class="figures{" wide" if len(pairs) == 1 else ""}">{"".join(figures)}</div>',
+        "Chosen on the search split, drawn as scored again on the test split. Down and left is better. "
+        "Point at a mark for its policy; the points of the front lead to their rows below.",
+    )
+
+
+def _random(front: Front) -> str:
+    quality = front.quality
+    rows = []
+    for point in front.points:
+        control = front.random_of(point.id)
+        ours, verdict = amount(point, quality), beats_random(point, front)
+        theirs = None if control is None else amount(control, quality)
+        if control is None or ours is None or theirs is None:
+            continue
+        spread = control.std.get(quality, 0.0)
+        kept = show("kept_fraction", amount(point, "kept_fraction"))
+        hover = f"{point.id}, {kept} kept: learned {show(quality, ours)}"
+        other = f"random routing: {show(quality, theirs)} ± {show(quality, spread)} over {control.draws} draws"
+        rows.append((kept, Mark(ours, 0, hover), Mark(theirs, 0, other, spread), bool(verdict)))
+    if not rows:
+        return _section("Learned against random routing", "<p>No point of the front routes anything.</p>")
+    shown = rows if len(rows) <= _ROWS else [rows[i * (len(rows) - 1) // (_ROWS - 1)] for i in range(_ROWS)]
+    key = legend(
+        [
+            Series("learned", "front", (Mark(0, 0),)),
+            Series("random routing, mean and spread of its draws", "random", (Mark(0, 0),), Shape.diamond),
+        ]
+    )
+    picture = dumbbells("learned against random routing", shown, axis(quality))
+    note = (
+        f"One row per point of the front{'' if shown is rows else f' ({_ROWS} of {len(rows)})'}, labelled by the "
+        "fraction of chunks kept. Random routing keeps the same fraction in every layer. A green bar: the learned "
+        "router is better by more than the spread of the draws; a red one: it is not."
+    )
+    return _section("Learned against random routing", f'<figure class="narrow">{picture}{key}</figure>', note)
+
+
+def _budgets(front: Front) -> str:
+    uniform = [item for item in front.baselines if item.kind in (Kind.uniform, Kind.extreme)]
+    if not any(item.kind is Kind.uniform for item in uniform):
+        return ""
+    names = {item.name for item in uniform}
+    random = [item for item in front.baselines if item.of in names]
+    measures = [name for name in (front.quality, "val_loss") if amount(uniform[0], name) is not None]
+    figures = []
+    for name in dict.fromkeys(measures):
+        drawn = []
+        for label, style, items, shape in (
+            ("learned, same budget in every layer", "front", uniform, Shape.dot),
+            ("random routing", "random", random, Shape.diamond),
+        ):
+            marks = []
+            for item in items:
+                kept, value, spread = amount(item, "kept_fraction"), amount(item, name), item.std.get(name, 0.0)
+                if kept is not None and value is not None:
+                    text = f"{item.name}: {show('kept_fraction', kept)} kept, {show(name, value)}"
+                    marks.append(Mark(kept, value, text, spread))
+            drawn.append(Series(label, style, tuple(sorted(marks, key=lambda mark: mark.x)), shape, line=True))
+        title = f"{OBJECTIVES[name].label} over the fraction kept"
+        figures.append(f"<figure>{chart(title, drawn, axis('kept_fraction'), axis(name))}{legend(drawn)}</figure>")
+    rows = []
+    for item in uniform:
+        if item.kind is Kind.uniform:
+            asked = next(layer.budget for layer in item.policy.layers if layer.op is Op.routed)
+            layers = "".join(f"<td>{show('kept_fraction', v)}</td>" for v in item.measured["kept_by_layer"])
+            total = show("kept_fraction", amount(item, "kept_fraction"))
+            rows.append(f"<tr><td>{show('kept_fraction', asked)}</td><td>{total}</td>{layers}</tr>")
+    heads = "".join(f"<th>layer {i}</th>" for i in range(len(uniform[0].policy.layers)))
+    head = f"<tr><th>budget asked for</th><th>kept</th>{heads}</tr>"
+    table = _folded("Budget asked for and fraction measured", head, rows)
+    return _section("Quality over budget", f'<div class="figures">{"".join(figures)}</div>{table}')
+
+
+def _policies(front: Front) -> str:
+    if not front.points:
+        return ""
+    rows = []
+    for point in front.points:
+        cells = []
+        layers = zip(point.policy.layers, point.measured["kept_by_layer"], point.measured["kept_by_head"], strict=True)
+        for i, (layer, kept, heads) in enumerate(layers):
+            per_head = ", ".join(f"{100 * value:.0f} %" for value in heads)
+            text = f"layer {i}: {layer.op.value}, {layer.describe()}, kept {show('kept_fraction', kept)}"
+            text += f" (heads {per_head})"
+            bars = "".join(f'<i style="height:{100 * min(max(v, 0.0), 1.0):.1f}%"></i>' for v in heads)
+            cells.append(f'<span class="{layer.op.value}" title="{escape(text)}">{bars}</span>')
+        mark = " ◎" if point.id == front.knee else ""
+        kept = show("kept_fraction", amount(point, "kept_fraction"))
+        value = show(front.quality, amount(point, front.quality))
+        rows.append(
+            f'<div class="policy"><b>{escape(point.id)}{mark}</b><div class="bars">{"".join(cells)}</div>'
+            f"<span>{kept}</span><span>{value}</span></div>"
+        )
+    head = (
+        '<div class="policy head"><b></b><div class="bars">first layer → last layer</div>'
+        f"<span>kept</span><span>{escape(OBJECTIVES[front.quality].label)}</span></div>"
+    )
+    key = (
+        '<ul class="legend ops"><li><i class="softmax"></i>all-softmax</li><li><i class="routed"></i>routed</li>'
+        '<li><i class="delta"></i>delta only (nothing kept)</li></ul>'
+    )
+    note = "One box per layer, one bar per routing head: its height is the fraction of chunks kept on the test split."
+    return _section("Policies of the front", f'<div class="policies">{head}{"".join(rows)}</div>{key}', note)
+
+
+def _points(front: Front) -> str:
+    if not front.points:
+        return ""
+    quality = front.quality
+    extra = [name for name in dict.fromkeys(("kept_fraction", quality, "val_loss")) if name not in front.objectives]
+    heads = [f"<th>{escape(OBJECTIVES[name].label)}<small>search split</small></th>" for name in front.objectives]
+    heads += [f"<th>{escape(OBJECTIVES[name].label)}</th>" for name in extra]
+    titles = (f"{OBJECTIVES[quality].label}, random routing", "dominated by", "export")
+    tail = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    head = f"<tr><th>point</th><th>policy</th>{''.join(heads)}{tail}</tr>"
+    rows = []
+    for point in front.points:
+        cells = [
+            f"<td>{show(name, point.values[name])}<small>{show(name, point.search_values[name])}</small></td>"
+            for name in front.objectives
+        ]
+        cells += [f"<td>{show(name, amount(point, name))}</td>" for name in extra]
+        control = front.random_of(point.id)
+        if control is None:
+            cells.append("<td>–</td>")
+        else:
+            spread = show(quality, control.std.get(quality, 0.0))
+            style = "good" if beats_random(point, front) else "bad"
+            cells.append(f'<td class="{style}">{show(quality, amount(control, quality))}<small>± {spread}</small></td>')
+        cells.append(f'<td class="names">{escape(", ".join(point.dominated_by)) or "–"}</td>')
+        command = f"python -m natsl.export {front.facts.get('select', f'run={front.run}')} pick={point.id}"
+        name = f"{escape(point.id)}{' ◎ knee' if point.id == front.knee else ''}"
+        policy = f"<td><code>{escape(_clip(point.policy.describe()))}</code><small>{point.policy.digest()}</small></td>"
+        cells.append(f'<td><code class="command">{escape(command)}</code></td>')
+        rows.append(f'<tr id="{escape(point.id)}"><th>{name}</th>{policy}{"".join(cells)}</tr>')
+    note = (
+        "Test split; small figures below are from the search split, on which the points were chosen. In a policy: D "
+        "delta, S all-softmax, a number is the budget of a routed layer. The knee (◎) has the least sum of objectives, "
+        "each scaled from the better (0) to the worse (1) of all-softmax and all-delta on the search split."
+    )
+    return _section("Points and how to take one", _table(head, rows), note)
+
+
+def _baselines(front: Front) -> str:
+    names = list(dict.fromkeys([*front.objectives, "kept_fraction", front.quality, "val_loss"]))
+    head = f"<tr><th>baseline</th>{''.join(f'<th>{escape(OBJECTIVES[name].label)}</th>' for name in names)}</tr>"
+    rows = []
+    for item in front.baselines:
+        cells = []
+        for name in names:
+            spread = f"<small>± {show(name, item.std[name])}</small>" if name in item.std else ""
+            cells.append(f"<td>{show(name, amount(item, name))}{spread}</td>")
+        rows.append(f"<tr><th>{escape(item.name)}</th>{''.join(cells)}</tr>")
+    return _section("Baselines", _folded(f"All {len(rows)} baselines on the test split", head, rows))
+
+
+def _volume(front: Front) -> str:
+    marks = tuple(Mark(i + 1, value, f"trial {i}: {value:.4f}") for i, value in enumerate(front.history))
+    if len(marks) > 400:
+        marks = tuple(marks[i * (len(marks) - 1) // 399] for i in range(400))
+    drawn = [Series("hypervolume", "front", marks, Shape.none, line=True, step=True)]
+    x = Axis("trials", lambda v: f"{v:g}")
+    picture = chart("hypervolume over trials", drawn, x, Axis("hypervolume", lambda v: f"{v:.4g}"))
+    note = (
+        "Share of the box between the worse and the better of all-softmax and all-delta, in every objective, that the "
+        "front dominates on the search split (above 1: better than both). A flat end: more trials would add little."
+    )
+    return _section("Hypervolume over trials", f'<figure class="narrow">{picture}</figure>', note)
+
+
+def _reproduce(front: Front) -> str:
+    commands = "\n".join(str(command) for command in front.facts.get("commands", []))
+    rows = [
+        f"<tr><th>{escape(key)}</th><td>{escape(_clip(str(value), 200))}</td></tr>"
+        for source in (front.facts.get("setting", {}), front.fingerprint)
+        for key, value in _flat(source)
+    ]
+    block = f"<pre>{escape(commands)}</pre>" if commands else ""
+    return _section("Reproduce", block + _folded("Settings and fingerprints", "", rows))
+
+
+def _flat(source: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in source.items():
+        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", value)]
+    return found
+
+
+def _table(head: str, rows: Sequence[str]) -> str:
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _folded(title: str, head: str, rows: Sequence[str]) -> str:
+    return f"<details><summary>{escape(title)}</summary>{_table(head, rows)}</details>"
+
+
+def _clip(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

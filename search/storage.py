@@ -1,0 +1,155 @@
+"""Where the trials of a study are kept: an SQLite file by default, any Optuna database on request."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+
+from natsl.run import UserError, redact_text
+from natsl.search.objective import Direction
+
+FINGERPRINT = "natsl_fingerprint"  # study attribute: what the trials belong to
+_BUSY_SECONDS = 60.0
+_ADVICE = "move it away or choose another name"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a study is: its name, the directions of its objectives, and all else that its trials depend on."""
+
+    name: str
+    directions: Sequence[Direction]
+    fingerprint: Mapping[str, Any]
+
+
+def open_study(path: Path, url: str | None, identity: Identity) -> optuna.Study:
+    """The study in the database at ``url``, or else in the SQLite file ``path``; made if it is not there.
+
+    Raises ``UserError`` for a file that is damaged or holds something else, which is left as it is, for a database that
+    cannot be reached, and for a study whose trials were made under another fingerprint (naming the differences).
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if url is not None:
+        try:
+            storage = RDBStorage(url)
+        except Exception as error:  # drivers raise errors of their own
+            raise UserError(redact_text(f"search.storage cannot be opened: {_first_line(error)}")) from None
+        if identity.name not in optuna.get_all_study_names(storage):
+            _create(storage, identity)
+    else:
+        if not path.exists() or path.stat().st_size == 0:
+            _create_file(path, identity)
+        _check_file(path, identity.name)
+        try:
+            storage = _sqlite(path)
+        except Exception as error:
+            raise UserError(f"{path} cannot be opened ({_first_line(error)}): {_ADVICE}") from None
+    study = optuna.load_study(storage=storage, study_name=identity.name)
+    changes = difference(study.user_attrs.get(FINGERPRINT, {}), json.loads(json.dumps(identity.fingerprint)))
+    if changes:
+        raise UserError(
+            f"the study {identity.name!r} was made under other settings ({'; '.join(changes)}): "
+            "restore them or choose another name"
+        )
+    return study
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two nested mappings, one text ``key: old → new`` each."""
+    first, second = _flat(old), _flat(new)
+    keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+    return [f"{key}: {_shown(first, key)} → {_shown(second, key)}" for key in keys]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            flat |= _flat(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def _shown(flat: Mapping[str, Any], key: str) -> str:
+    if key not in flat:
+        return "absent"
+    text = json.dumps(flat[key], ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _create(storage: RDBStorage, identity: Identity) -> None:
+    study = optuna.create_study(storage=storage, study_name=identity.name, directions=identity.directions)
+    study.set_user_attr(FINGERPRINT, identity.fingerprint)
+
+
+def _create_file(path: Path, identity: Identity) -> None:
+    """Make the file with its study under another name first, so that it is there as a whole or not at all."""
+    fresh = path.with_name(f"{path.name}.new")
+    for leftover in path.parent.glob(f"{fresh.name}*"):
+        leftover.unlink()
+    storage = _sqlite(fresh)
+    _create(storage, identity)
+    storage.remove_session()
+    storage.engine.dispose()  # the last connection to close writes the log back into the file
+    fresh.replace(path)
+
+
+def _sqlite(path: Path) -> RDBStorage:
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
+        # Readers do not block the writer, and a commit is one write: a killed process loses nothing.
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        return connection
+
+    return RDBStorage(f"sqlite:///{path}", engine_kwargs={"creator": connect})
+
+
+def _check_file(path: Path, name: str) -> None:
+    """Raise ``UserError`` unless the file is a sound SQLite database that holds our study. Reads only."""
+    with path.open("rb") as file:
+        if file.read(16) != b"SQLite format 3\0":
+            raise UserError(f"{path} cannot be used as a study (it is no SQLite database): {_ADVICE}")
+    # Without a log of pending writes the file is all there is, and reading it must not create one beside it.
+    pending = path.with_name(f"{path.name}-wal").exists()
+    address = f"file:{urllib.parse.quote(str(path.resolve()))}?{'mode=ro' if pending else 'mode=ro&immutable=1'}"
+    try:
+        connection = sqlite3.connect(address, uri=True)
+        try:
+            problem = _problem(connection, name)
+        finally:
+            connection.close()
+    except sqlite3.DatabaseError as error:
+        problem = f"it is damaged: {_first_line(error)}"
+    if problem is not None:
+        raise UserError(f"{path} cannot be used as a study ({problem}): {_ADVICE}")
+
+
+def _problem(connection: sqlite3.Connection, name: str) -> str | None:
+    state = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if state != "ok":
+        return f"it is damaged: {_first_line(state)}"
+    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if not {"studies", "study_user_attributes", "trials", "version_info"} <= tables:
+        return "it was not made by Optuna"
+    marked = (
+        "SELECT s.study_name, a.key FROM studies s LEFT JOIN study_user_attributes a "
+        "ON a.study_id = s.study_id AND a.key = ?"
+    )
+    studies = dict(connection.execute(marked, (FINGERPRINT,)).fetchall())
+    if name not in studies:
+        return f"it holds {', '.join(map(repr, sorted(studies))) or 'no study'}, not {name!r}"
+    return None if studies[name] else f"its study {name!r} was not made by natsl"
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,28 @@
+"""What every test runs under: few threads, a fixed seed, poisoned memory, and nothing of the caller's accounts."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+# Charts are drawn without a display, and no test can reach an account or a server of whoever runs it.
+os.environ["MPLBACKEND"] = "Agg"
+for name in [name for name in os.environ if name.startswith("WANDB_")]:
+    del os.environ[name]
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+# Deterministic algorithms make torch.empty give NaN (integers: the largest value), so that a read of memory that nobody
+# wrote shows in the result. An operation that has no deterministic algorithm may still run.
+torch.use_deterministic_algorithms(True, warn_only=True)
+assert torch.empty(3).isnan().all()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    torch.manual_seed(0)

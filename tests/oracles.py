@@ -1,0 +1,144 @@
+"""The routed ops once more, in their plainest form: what the tests hold the kernels against.
+
+Shapes: B batch, T tokens, C chunk size, N chunks, R routing heads, Hq/Hs query/key softmax heads, K/V key/value width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from natsl.config import DataConfig, ModelConfig
+from natsl.data import Corpus
+from natsl.model import RoutedLM
+from natsl.space.policy import Op
+from natsl.tasks import TaskData
+
+# Largest error, relative to the largest entry of the expected tensor, by dtype; the same in every test.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+DTYPES = list(TOLERANCE)
+
+
+def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Fail unless ``actual`` equals ``expected`` within the tolerance of ``dtype`` (default: that of ``actual``)."""
+    assert actual.shape == expected.shape
+    expected = expected.double()
+    bound = TOLERANCE[dtype or actual.dtype] * max(
+        1.0, float(expected.detach().abs().max()) if expected.numel() else 0.0
+    )
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=bound)
+
+
+def chunk_count(tokens: int, chunk_size: int) -> int:
+    return -(-tokens // chunk_size)
+
+
+def visible(route: Tensor, tokens: int, chunk_size: int, heads: int) -> Tensor:
+    """Which keys each query sees: bool [B,heads,T,T], from routes of 0 and 1 [B,N,R], query by query."""
+    B, _, R = route.shape
+    mask = torch.zeros(B, heads, tokens, tokens, dtype=torch.bool)
+    for t in range(tokens):
+        for s in range(t + 1):
+            c = s // chunk_size
+            for h in range(heads):
+                kept = route[:, c, h // (heads // R)] == 1
+                mask[:, h, t, s] = True if c == t // chunk_size else kept
+    return mask
+
+
+def dense_softmax(q: Tensor, k: Tensor, v: Tensor, route: Tensor, chunk_size: int, scale: float) -> Tensor:
+    """The relaxed softmax branch as one dense formula, differentiable in everything: an earlier key weighs a·exp(s)."""
+    T, Hq, Hs, R = q.shape[1], q.shape[2], k.shape[2], route.shape[2]
+    k, v = k.repeat_interleave(Hq // Hs, 2), v.repeat_interleave(Hq // Hs, 2)
+    a = route.repeat_interleave(Hq // R, 2).repeat_interleave(chunk_size, 1)[:, :T].permute(0, 2, 1)[:, :, None]
+    score = torch.einsum("bthk,bshk->bhts", q, k) * scale
+    place = torch.arange(T)
+    chunk = place // chunk_size
+    causal = place[:, None] >= place[None]
+    weight = torch.where(chunk[:, None] == chunk[None], torch.ones_like(a), a) * causal
+    score = score.masked_fill(~causal, float("-inf"))
+    score = score - score.detach().masked_fill(weight == 0, float("-inf")).amax(-1, keepdim=True)
+    p = weight * score.exp()
+    return torch.einsum("bhts,bshv->bthv", p / p.sum(-1, keepdim=True), v)
+
+
+def token_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    route: Tensor,
+    chunk_size: int,
+    initial_state: Tensor | None = None,
+    qk_l2norm: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The delta branch token by token: outputs [B,T,R,V] and the final state [B,R,K,V]."""
+    B, T, R, K = q.shape
+    if qk_l2norm:
+        q, k = (x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    state = q.new_zeros(B, R, K, v.shape[3]) if initial_state is None else initial_state
+    working, decayed = state, state
+    outputs = []
+    for t in range(T):
+        if t % chunk_size == 0:
+            working = decayed = state
+        decay = g[:, t].exp()[..., None, None]
+        working, decayed = decay * working, decay * decayed
+        error = beta[:, t, :, None] * (v[:, t] - torch.einsum("brkv,brk->brv", working, k[:, t]))
+        working = working + k[:, t, :, :, None] * error[:, :, None]
+        outputs.append(K**-0.5 * torch.einsum("brkv,brk->brv", working, q[:, t]))
+        if t % chunk_size == chunk_size - 1 or t == T - 1:
+            a = route[:, t // chunk_size, :, None, None]
+            state = (1 - a) * working + a * decayed
+    return torch.stack(outputs, 1), state
+
+
+def softmax_inputs(
+    T: int, *, B: int = 2, R: int = 2, G: int = 1, J: int = 1, C: int = 4, K: int = 4, V: int = 3
+) -> list[Tensor]:
+    """Random float64 q, k, v and routes of 0 and 1 for the softmax branch (J query heads per key head)."""
+    q, k, v = (torch.randn(B, T, h, w).double() for h, w in ((R * G * J, K), (R * G, K), (R * G, V)))
+    return [q, k, v, (torch.rand(B, chunk_count(T, C), R) < 0.5).double()]
+
+
+def delta_inputs(T: int, *, B: int = 2, R: int = 2, C: int = 4, K: int = 4, V: int = 3) -> list[Tensor]:
+    """Random float64 q, k, v, g, beta and routes of 0 and 1 for the delta branch."""
+    q, k, v = (torch.randn(B, T, R, w).double() for w in (K, K, V))
+    g, beta = -torch.rand(B, T, R).double(), torch.rand(B, T, R).double()
+    return [q, k, v, g, beta, (torch.rand(B, chunk_count(T, C), R) < 0.5).double()]
+
+
+def leaves(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Copies that collect gradients."""
+    return [x.detach().to(dtype or x.dtype).clone().requires_grad_() for x in tensors]
+
+
+def tiny_config(kinds: str = "rrr", **options: object) -> ModelConfig:
+    """A model of some 20k parameters in chunks of 8; ``kinds``: one letter per layer, d(elta), s(oftmax), r(outed)."""
+    layers = [{"d": Op.delta, "s": Op.softmax, "r": Op.routed}[letter] for letter in kinds]
+    shape: dict[str, object] = {"width": 16, "mlp_width": 24, "heads": 2, "key_dim": 8, "value_dim": 8, "chunk_size": 8}
+    return ModelConfig(layers=layers, **{**shape, **options})  # type: ignore[arg-type]
+
+
+def tiny_model(kinds: str = "rrr", **options: object) -> RoutedLM:
+    """A ``tiny_config`` model whose parameters are all far from zero, so that every path shows in the logits."""
+    model = RoutedLM(tiny_config(kinds, **options), calibration_points=17)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mix_proj" in name or "router" in name:
+                parameter.normal_(std=0.5)
+    return model.eval()
+
+
+def fill_calibration(model: RoutedLM) -> None:
+    """A calibration table that is good enough for tests of everything else: evenly spread thresholds around 0."""
+    model.calibration.copy_(torch.linspace(-1, 1, model.calibration.shape[2]))
+
+
+def tiny_data(**options: object) -> TaskData:
+    """mqar on random letters, 64 tokens a sequence."""
+    parts = [torch.randint(97, 123, (4000,), generator=torch.Generator().manual_seed(i)).byte() for i in range(3)]
+    corpus = Corpus(parts[0], parts[1], parts[2], fingerprint="letters", description="letters", files=3)
+    settings: dict[str, object] = {"seq_len": 64, "search_sequences": 8, "test_sequences": 8}
+    return TaskData(DataConfig(**{**settings, **options}), corpus, 384)  # type: ignore[arg-type]

@@ -1,0 +1,62 @@
+"""A synthetic supernet for tests of the search: recall as a smooth function of the kept fractions, no model at all."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+from natsl.evaluate import Evaluation
+from natsl.search.baseline import Judge
+from natsl.search.config import SearchConfig
+from natsl.search.objective import CostContext, find_objectives
+from natsl.search.study import Problem, first_policies
+from natsl.space.cost import LayerShape
+from natsl.space.policy import Op, RoutingPolicy
+
+ROUTED = (Op.routed, Op.routed, Op.routed)
+CHUNK = 16
+WORTH = (0.15, 1.0, 0.9)  # how much of the recall a layer can do by itself
+HEADS = 2
+
+
+def noise(*parts: object) -> float:
+    """A number in [−1, 1] fixed by its arguments."""
+    return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:8], 16) / 2**31 - 1
+
+
+def synthetic(policy: RoutingPolicy, split: str = "search", useful: float = 0.22) -> Evaluation:
+    """Recall from how much of the ``useful`` share of chunks each layer keeps; random routing has ``useful`` = 1."""
+    kept, error = [], 0.98
+    for i, layer in enumerate(policy.layers):
+        fraction = 1.0 if layer.op is Op.softmax else (layer.budget or 0.0)
+        if 0 < fraction < 1:
+            fraction = min(1.0, max(0.0, fraction * (1 + 0.03 * noise(policy.digest(), split, useful, i))))
+        kept.append(fraction)
+        worth = WORTH[i % len(WORTH)]
+        error *= 1 - worth * min(1.0, fraction / useful) ** 0.8
+    error = min(1.0, max(0.0, error + 0.004 * noise(policy.digest(), split, useful) * math.sqrt(error)))
+    loss = 1.93 + 0.02 * sum(kept) / len(kept) + 0.002 * noise(policy.digest(), split, "loss", useful)
+    by_head = tuple(tuple(min(1.0, f * (0.6 + 0.8 * h)) for h in range(HEADS)) for f in kept)
+    return Evaluation(loss, loss / math.log(2), error, None, sum(kept) / len(kept), tuple(kept), by_head)
+
+
+def synthetic_judge() -> Judge:
+    """Judge of the synthetic supernet; random routing needs all chunks to find all pairs."""
+
+    def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
+        return synthetic(policy, f"random {seed}", useful=1.0)
+
+    return Judge(synthetic, lambda policy: synthetic(policy, "test"), random)
+
+
+def shapes(kinds: Sequence[Op]) -> tuple[LayerShape, ...]:
+    """Shapes of the default model."""
+    return tuple(LayerShape(kind, 64, HEADS, 16, 16, 1, 128, 4) for kind in kinds)
+
+
+def problem(config: SearchConfig, kinds: Sequence[Op] = ROUTED) -> Problem:
+    """What a search over these kinds of layers asks."""
+    objectives = find_objectives(config.objectives, {"mqar"}, config.constraints)
+    first = first_policies(config, kinds, CHUNK, [])
+    return Problem(tuple(kinds), CHUNK, CostContext(shapes(kinds), config.context), objectives, first)

@@ -1,0 +1,149 @@
+"""Measured quality and kept fractions against a computation by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from natsl.data import Split
+from natsl.evaluate import RandomRouting, evaluate
+from natsl.model import RoutedLM
+from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
+from natsl.tasks import IGNORED, Batch
+from tests.oracles import fill_calibration, tiny_data, tiny_model
+
+ROUTED = LayerPolicy(budget=0.4)
+
+
+def make_model(kinds: str = "rrr") -> RoutedLM:
+    model = tiny_model(kinds)
+    fill_calibration(model)
+    return model
+
+
+def policy(*layers: LayerPolicy) -> RoutingPolicy:
+    return RoutingPolicy(layers, 8)
+
+
+def make_sets() -> dict[str, Batch]:
+    return tiny_data(tasks={"bytes": 1.0, "mqar": 1.0, "needle": 1.0}).eval_sets(Split.search)
+
+
+def test_values_by_hand() -> None:
+    model, sets = make_model("rds"), make_sets()
+    p = policy(ROUTED, LayerPolicy(Op.delta), LayerPolicy(Op.softmax))
+    result = evaluate(model, p, sets)
+    losses, errors = [], {}
+    for task, batch in sets.items():
+        with torch.no_grad():
+            logits = model(batch.tokens, p).logits
+        text = (batch.targets != IGNORED) & ~batch.recall
+        losses.append(F.cross_entropy(logits[text], batch.targets[text], reduction="none"))
+        if batch.recall.any():
+            errors[task] = 1 - (logits.argmax(-1) == batch.targets)[batch.recall].double().mean().item()
+    loss = float(torch.cat(losses).double().mean())
+    assert result.val_loss == pytest.approx(loss, rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(loss / math.log(2), rel=1e-5)
+    assert result.recall_error == pytest.approx(errors["mqar"])
+    assert result.needle_error == pytest.approx(errors["needle"])
+
+
+def test_tasks_that_were_not_asked_for_have_no_value() -> None:
+    sets = make_sets()
+    result = evaluate(make_model(), policy(ROUTED, ROUTED, ROUTED), {"bytes": sets["bytes"]})
+    assert result.val_loss is not None
+    assert result.recall_error is result.needle_error is None
+    asked = sets["mqar"]
+    targets = torch.where(asked.recall, asked.targets, IGNORED)
+    only_recall = evaluate(make_model(), policy(ROUTED, ROUTED, ROUTED), {"mqar": Batch(asked.tokens, targets, asked.recall)})
+    assert only_recall.val_loss is only_recall.bits_per_byte is None
+    assert only_recall.recall_error is not None
+
+
+def test_perfect_answers_have_no_error() -> None:
+    model, batch = make_model("r"), make_sets()["mqar"]
+    p = policy(ROUTED)
+    with torch.no_grad():
+        answers = model(batch.tokens, p).logits.argmax(-1)
+    right = Batch(batch.tokens, torch.where(batch.recall, answers, batch.targets), batch.recall)
+    assert evaluate(model, p, {"mqar": right}).recall_error == 0
+    wrong = Batch(batch.tokens, torch.where(batch.recall, (answers + 1) % 384, batch.targets), batch.recall)
+    assert evaluate(model, p, {"mqar": wrong}).recall_error == 1
+
+
+@pytest.mark.parametrize("length", [16, 20, 23])
+def test_kept_fraction_counts_complete_chunks_alone(length: int) -> None:
+    model = make_model("rrrrs")
+    x = torch.randint(0, 256, (6, length))
+    batch = Batch(x, torch.roll(x, -1, 1), torch.zeros_like(x, dtype=torch.bool))
+    capped = LayerPolicy(threshold=-math.inf, cap=0.5)
+    p = policy(LayerPolicy(Op.softmax), LayerPolicy(Op.delta), LayerPolicy(threshold=0.1), capped, LayerPolicy(Op.softmax))
+    result = evaluate(model, p, {"bytes": batch}, batch_size=4)
+    with torch.no_grad():
+        margins = model(x, p).layers[2].margins
+    assert margins is not None
+    by_head = (margins[:, :2] > 0.1).double().mean((0, 1))
+    assert result.kept_by_head[2] == pytest.approx(by_head.tolist())
+    assert result.kept_by_layer == pytest.approx([1, 0, by_head.mean().item(), 0.5, 1])
+    assert result.kept_fraction == pytest.approx((1 + 0 + by_head.mean().item() + 0.5) / 4), "layers with a router"
+
+
+def test_model_without_a_router_keeps_nothing() -> None:
+    result = evaluate(make_model("ds"), policy(LayerPolicy(Op.delta), LayerPolicy(Op.softmax)), make_sets())
+    assert result.kept_fraction == 0
+    assert result.kept_by_layer == (0, 1)
+
+
+def test_batch_size_does_not_matter() -> None:
+    model, sets, p = make_model(), make_sets(), policy(ROUTED, ROUTED, LayerPolicy(Op.delta))
+    one, other = (evaluate(model, p, sets, batch_size=n) for n in (3, 32))
+    assert one.val_loss == pytest.approx(other.val_loss, rel=1e-5)
+    assert one.kept_by_head == pytest.approx(other.kept_by_head)  # type: ignore[comparison-overlap]
+    assert one.recall_error == other.recall_error
+
+
+def test_random_routing_keeps_its_fractions_where_the_policy_routes() -> None:
+    model = make_model()
+    batch = tiny_data(tasks={"bytes": 1.0}, test_sequences=200).eval_sets(Split.test)
+    p = policy(ROUTED, LayerPolicy(Op.softmax), ROUTED)
+    results = [evaluate(model, p, batch, random_routing=RandomRouting(s, (0.2, 0.5, 0.7))) for s in (0, 0, 1)]
+    for result in results:
+        assert result.kept_by_layer == pytest.approx([0.2, 1.0, 0.7], abs=0.03)
+        assert result.kept_fraction == pytest.approx(sum(result.kept_by_layer) / 3)
+    assert results[0] == results[1]
+    assert results[0].val_loss != results[2].val_loss
+    all_kept, none_kept = (
+        evaluate(model, p, batch, random_routing=RandomRouting(0, (f, 0.5, f))).kept_by_layer for f in (1.0, 0.0)
+    )
+    assert all_kept == (1, 1, 1)
+    assert none_kept == (0, 1, 0)
+
+
+def test_random_routing_needs_a_fraction_per_layer() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        evaluate(make_model(), policy(ROUTED, ROUTED, ROUTED), make_sets(), random_routing=RandomRouting(0, (0.5,)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_results_that_are_not_finite_are_refused(value: float) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.embed.weight[100] = value
+    with pytest.raises(FloatingPointError, match="not finite"):
+        evaluate(model, policy(ROUTED, ROUTED, ROUTED), make_sets())
+
+
+def test_answers_that_are_not_finite_are_refused_though_the_text_is() -> None:
+    model, batch = make_model("r"), make_sets()["mqar"]
+    with torch.no_grad():
+        model.blocks[0].mlp.out_proj.weight[:, 0] = 0
+
+    def break_end(_module: object, _inputs: object, out: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.arange(out.shape[1])[None, :, None] < out.shape[1] - 2, out, math.nan)
+
+    model.norm.register_forward_hook(break_end)
+    with pytest.raises(FloatingPointError, match="logits of task mqar are not finite"):
+        evaluate(model, policy(ROUTED), {"mqar": batch})

@@ -1,0 +1,432 @@
+"""Exports: what is written, the check in a fresh process, and everything that must be refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from natsl import checkpoint
+from natsl.checkpoint import file_sha256
+from natsl.config import ModelConfig
+from natsl.export import FILES, export_point, load_choice, load_exported, read_point, verify
+from natsl.model import RoutedLM
+from natsl.run import Run, UserError, read_json, write_json
+from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
+
+ROOT = Path(__file__).parents[1]
+KINDS = [Op.routed, Op.delta, Op.routed]
+BUDGET = RoutingPolicy((LayerPolicy(budget=0.3), LayerPolicy(Op.delta), LayerPolicy(budget=0.6, cap=0.5)), 8)
+SOFTMAX = RoutingPolicy.all_softmax(KINDS, 8)
+
+
+def make_model() -> RoutedLM:
+    """A calibrated model whose routers keep some chunks and drop others."""
+    torch.manual_seed(1)
+    model = RoutedLM(ModelConfig(layers=KINDS, width=16, mlp_width=16, key_dim=8, value_dim=8, chunk_size=8))
+    with torch.no_grad():
+        model.calibration[[0, 2]] = torch.linspace(-0.02, 0.02, model.calibration.shape[2])
+    return model.eval()
+
+
+def save(run: Run, model: RoutedLM) -> None:
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.save(run.supernet, 3, model, optimizer, {"finished": True}, keep=1)
+
+
+def point(name: str, policy: RoutingPolicy) -> dict[str, Any]:
+    plain = {"id": name, "digest": policy.digest(), "policy": policy.to_dict()}
+    return plain | {"values": {"recall_error": 0.5}, "measured": {"kept_fraction": 0.3}}
+
+
+def write_front(run: Run, points: list[dict[str, Any]], knee: str | None, **more: Any) -> None:
+    front = {"run": run.name, "objectives": [{"name": "recall_error", "direction": "minimize"}], "points": points}
+    run.write_json(
+        run.front_json, front | {"baselines": [], "hypervolume": 0.5, "fingerprint": {}, "knee": knee} | more
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with the finished run ``r``."""
+    root = tmp_path_factory.mktemp("runs")
+    run = Run.open("r", root)
+    save(run, make_model())
+    write_front(run, [point("t0002", BUDGET), point("t0013", SOFTMAX)], "t0002")
+    return root
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Run:
+    """A copy of the finished run that a test may damage."""
+    shutil.copytree(finished, tmp_path / "runs")
+    return Run.open("r", tmp_path / "runs", create=False)
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the fresh process where a test is about something else."""
+    monkeypatch.setattr("natsl.export.verify", lambda folder, model, policy: 0.0)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(384, (2, 27), generator=torch.Generator().manual_seed(5))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_export_and_reload(run: Run) -> None:
+    folder = export_point(run, "knee")
+    assert folder == run.path / "export" / "t0002"
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "manifest.json"])
+    assert [path.name for path in folder.parent.iterdir()] == ["t0002"]
+    model, policy = load_exported(folder)
+    assert policy == BUDGET
+    assert not model.training
+    expected = make_model()(tokens(), BUDGET)
+    assert torch.equal(model(tokens(), policy).logits, expected.logits)
+    assert 0 < float(expected.layers[0].route.mean()) < 1  # else the calibration would not matter
+    provenance = read_json(folder / "provenance.json")
+    assert (provenance["run"], provenance["id"], provenance["digest"]) == ("r", "t0002", BUDGET.digest())
+    assert provenance["checkpoint"]["step"] == 3
+    assert read_json(folder / "calibration.json")["quantiles_of_margins"][1][0][0] is None
+
+
+def test_a_fresh_process_elsewhere_gives_the_same_logits(run: Run, tmp_path: Path) -> None:
+    folder = export_point(run, "t0002").rename(tmp_path / "moved")
+    code = "import sys, torch; from natsl.export import load_exported; m, p = load_exported(sys.argv[1]);"
+    code += "t = torch.randint(384, (2, 27), generator=torch.Generator().manual_seed(5));"
+    code += "torch.set_num_threads(int(sys.argv[2])); torch.save(m(t, p).logits.detach(), sys.argv[3])"
+    arguments = [str(folder), str(torch.get_num_threads()), str(tmp_path / "logits.pt")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, env=environment, check=True)
+    shutil.rmtree(run.path)
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    torch.testing.assert_close(logits, make_model()(tokens(), BUDGET).logits.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pick", "name"),
+    [("knee", "t0002"), ("t0013", "t0013"), ("t001", "t0013"), (SOFTMAX.digest()[:5], "t0013")],
+    ids=["knee", "id", "beginning of an id", "beginning of a digest"],
+)
+def test_picks(pick: str, name: str, run: Run) -> None:
+    assert read_point(run, pick)["id"] == name
+
+
+@pytest.mark.parametrize(
+    ("pick", "message"),
+    [
+        ("t00", "fits several points: pick knee or one of t0002, t0013"),
+        ("t9", "is not on the front: pick knee or one of t0002, t0013"),
+        ("", "is not on the front"),
+        ("../../x", "is not on the front"),
+    ],
+    ids=["several", "none", "empty", "path"],
+)
+def test_picks_that_name_no_point(pick: str, message: str, run: Run) -> None:
+    with pytest.raises(UserError, match=message):
+        export_point(run, pick)
+    assert not run.exports.exists()
+
+
+def test_an_exact_id_wins_over_a_beginning(run: Run) -> None:
+    write_front(run, [point("t1", BUDGET), point("t10", SOFTMAX)], None)
+    assert read_point(run, "t1")["id"] == "t1"
+    with pytest.raises(UserError, match="has no knee: pick one of t1, t10"):
+        read_point(run, "knee")
+
+
+def test_fronts_that_cannot_be_used(run: Run) -> None:
+    write_front(run, [], None)
+    with pytest.raises(UserError, match="is empty: no trial was feasible"):
+        export_point(run)
+    for content in ("{", "[]", '{"points": 3}', '{"points": [{"id": 1}]}'):
+        run.front_json.write_text(content)
+        with pytest.raises(UserError, match=r"front\.json is not"):
+            export_point(run)
+    run.front_json.unlink()
+    with pytest.raises(UserError, match=r"has no front\.json: finish the search first"):
+        export_point(run)
+
+
+BAD_NAMES = ["../../x", "/tmp/x", "a\0b", "", ".", "..", "a/b", ".hidden"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_bad_names_are_refused(name: str, run: Run) -> None:
+    before = contents(run.path.parent.parent)
+    with pytest.raises(UserError, match=r"name = .* is not allowed"):
+        export_point(run, name=name)
+    assert contents(run.path.parent.parent) == before
+    assert not run.exports.exists()
+
+
+def test_a_bad_id_is_refused(run: Run) -> None:
+    write_front(run, [point("../../x", BUDGET)], "../../x")
+    with pytest.raises(UserError, match="is not allowed"):
+        export_point(run)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_links_that_lead_out_are_refused(overwrite: bool, run: Run, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    run.exports.mkdir()
+    (run.exports / "x").symlink_to(outside)
+    with pytest.raises(UserError, match="leads out of"):
+        export_point(run, name="x", overwrite=overwrite)
+    shutil.rmtree(run.exports)
+    run.exports.symlink_to(outside)
+    with pytest.raises(UserError, match="leads out of"):
+        export_point(run, name="y", overwrite=overwrite)
+    assert list(outside.iterdir()) == []
+
+
+@pytest.mark.usefixtures("fast")
+def test_an_existing_folder(run: Run) -> None:
+    folder = export_point(run, "knee", "best")
+    before = contents(folder)
+    with pytest.raises(UserError, match="exists: choose another name or give overwrite=true"):
+        export_point(run, "t0013", "best")
+    assert contents(folder) == before
+    assert export_point(run, "t0013", "best", overwrite=True) == folder
+    assert load_exported(folder)[1] == SOFTMAX
+    assert [path.name for path in run.exports.iterdir()] == ["best"]
+
+
+def test_a_folder_that_is_no_export_is_never_overwritten(run: Run) -> None:
+    (run.exports / "notes").mkdir(parents=True)
+    (run.exports / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not an exported model"):
+        export_point(run, name="notes", overwrite=True)
+    assert contents(run.exports) == {"notes/mine.txt": b"mine"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value: float, run: Run) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.get_parameter("blocks.1.mlp.out_proj.weight")[0, 0] = value
+    save(run, model)
+    with pytest.raises(UserError, match="hold numbers that are not finite"):
+        export_point(run)
+    assert not run.exports.exists()
+
+
+def test_a_budget_without_calibration(run: Run) -> None:
+    model = make_model()
+    model.calibration.fill_(float("nan"))
+    save(run, model)
+    with pytest.raises(UserError, match="the model is not calibrated"):
+        export_point(run, "t0002")
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_policy_without_budgets_needs_no_calibration(run: Run) -> None:
+    model = make_model()
+    model.calibration.fill_(float("nan"))
+    save(run, model)
+    assert load_exported(export_point(run, "t0013"))[1] == SOFTMAX
+
+
+MISFITS = {
+    "layers": (RoutingPolicy.all_softmax(KINDS[:2], 8), "the model has 3 layers"),
+    "chunk size": (RoutingPolicy.all_softmax(KINDS, 16), "the model's chunk size is 8"),
+    "kind": (RoutingPolicy.all_softmax([Op.routed] * 3, 8), "of kind delta"),
+}
+
+
+@pytest.mark.parametrize(("policy", "message"), MISFITS.values(), ids=MISFITS.keys())
+def test_a_policy_that_does_not_fit(policy: RoutingPolicy, message: str, run: Run) -> None:
+    write_front(run, [point("t1", policy)], "t1")
+    with pytest.raises(ValueError, match=message):
+        export_point(run)
+    assert not run.exports.exists()
+
+
+def test_a_policy_that_is_none(run: Run) -> None:
+    write_front(run, [{"id": "t1", "policy": {"layers": []}}], "t1")
+    with pytest.raises(UserError, match="point t1"):
+        export_point(run)
+
+
+def test_another_supernet_than_the_searched_one(run: Run) -> None:
+    write_front(run, [point("t1", BUDGET)], "t1", fingerprint={"supernet": "0" * 64})
+    with pytest.raises(UserError, match="is not the one that was searched"):
+        export_point(run)
+
+
+def test_a_full_disk_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_point(run)
+    assert list(run.exports.iterdir()) == []
+    monkeypatch.undo()
+    assert export_point(run).is_dir()
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_failed_rename_brings_the_old_export_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = export_point(run, name="best")
+    before = contents(folder)
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        export_point(run, "t0013", "best", overwrite=True)
+    assert contents(folder) == before
+    assert [path.name for path in run.exports.iterdir()] == ["best"]
+
+
+def test_a_model_that_differs_is_not_exported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_other(folder: Path, model: RoutedLM, policy: RoutingPolicy, provenance: object) -> None:
+        other = make_model()
+        with torch.no_grad():
+            other.embed.weight.mul_(1.001)
+        write(folder, other, policy, {})
+
+    from natsl import export
+
+    write = export._write
+    monkeypatch.setattr(export, "_write", save_other)
+    with pytest.raises(UserError, match=r"logits differ by .* in a fresh process: nothing was exported"):
+        export_point(run)
+    assert list(run.exports.iterdir()) == []
+
+
+def test_a_model_that_cannot_be_loaded_is_not_exported(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"cannot be loaded in a fresh process: .*has no manifest\.json"):
+        verify(tmp_path / "empty", make_model(), BUDGET)
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit(name: str, run: Run) -> None:
+    path = export_point(run) / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"checksum error: .*{name} has changed"):
+        load_exported(path.parent)
+
+
+def seal(folder: Path) -> None:
+    """Make the manifest fit what lies in the folder, as somebody who means harm would."""
+    manifest = read_json(folder / "manifest.json")
+    manifest["files"] = {name: file_sha256(folder / name) for name in FILES}
+    write_json(folder / "manifest.json", manifest)
+
+
+class Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_pickle_posing_as_weights_is_never_executed(run: Run, tmp_path: Path) -> None:
+    folder = export_point(run)
+    for write in (pickle.dump, torch.save):
+        with (folder / "model.safetensors").open("wb") as file:
+            write(Trap(tmp_path / "executed"), file)
+        seal(folder)
+        with pytest.raises(UserError, match="cannot be used"):
+            load_exported(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+DAMAGES: dict[str, tuple[str, str, str]] = {
+    "no policy": ("policy.json", "{}", "policy has no"),
+    "other policy": ("policy.json", json.dumps(MISFITS["kind"][0].to_dict()), "of kind delta"),
+    "no shape": ("config.json", "{}", "model"),
+    "unknown shape": ("config.json", '{"model": {"foo": 1}}', "foo"),
+    "bad shape": ("config.json", '{"model": {"chunk_size": 48}}', "chunk_size = 48"),
+    "other shape": ("config.json", '{"model": {"width": 8}}', "do not fit"),
+}
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_sealed_nonsense(name: str, content: str, message: str, run: Run) -> None:
+    folder = export_point(run)
+    (folder / name).write_text(content)
+    seal(folder)
+    with pytest.raises(UserError, match=f"cannot be used: .*{message}"):
+        load_exported(folder)
+
+
+@pytest.mark.usefixtures("fast")
+def test_folders_that_are_no_exports(run: Run, tmp_path: Path) -> None:
+    folder = export_point(run)
+    (folder / "policy.json").unlink()
+    with pytest.raises(UserError, match=r"is incomplete: policy\.json is missing"):
+        load_exported(folder)
+    write_json(folder / "manifest.json", {"format": 2, "natsl": "9.0"})
+    with pytest.raises(UserError, match=r"the export format 2, this natsl reads 1: use natsl 9\.0"):
+        load_exported(folder)
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(UserError, match="is not an exported model"):
+            load_exported(path)
+
+
+def test_no_secret_is_exported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("natsl.export.verify", lambda folder, model, policy: 0.0)
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    write_front(run, [point("t1", BUDGET) | {"measured": {"api_key": "hunter2"}}], "t1", fingerprint={"x": "y"})
+    run.front_json.write_text(run.front_json.read_text().replace('"y"', '"0123456789abcdef"'))
+    everything = b"".join(contents(export_point(run)).values())
+    assert b"0123456789abcdef" not in everything
+    assert b"hunter2" not in everything
+
+
+@pytest.mark.usefixtures("fast")
+def test_choices_of_other_commands(run: Run) -> None:
+    folder = export_point(run, "t0013")
+    root = str(run.path.parent)
+    assert load_choice("r", root, "knee", None)[1] == BUDGET
+    assert load_choice(None, root, "knee", str(folder))[1] == SOFTMAX
+    with pytest.raises(UserError, match="there is no run 'x'"):
+        load_choice("x", root, "knee", None)
+
+
+def test_the_command(run: Run) -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "natsl.export", "run=r", "root=runs", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        where = run.path.parent.parent
+        return subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, check=False)
+
+    done = call("pick=t0013")
+    assert done.returncode == 0, done.stderr
+    assert "exported to runs/r/export/t0013" in done.stdout
+    again = call("pick=t0013")
+    assert again.returncode == 2
+    assert again.stderr == "error: runs/r/export/t0013 exists: choose another name or give overwrite=true\n"

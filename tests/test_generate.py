@@ -1,0 +1,168 @@
+"""Generation: the encoding of prompts, greedy and random draws against a direct loop, and bad arguments."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from natsl import checkpoint
+from natsl.config import ModelConfig
+from natsl.generate import Sampling, decode, encode, generate, stream
+from natsl.model import RoutedLM
+from natsl.run import Run, UserError
+from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
+
+ROOT = Path(__file__).parents[1]
+KINDS = [Op.routed, Op.delta]
+POLICY = RoutingPolicy((LayerPolicy(threshold=0.0), LayerPolicy(Op.delta)), 8)
+
+
+def make_model(vocab_size: int = 384) -> RoutedLM:
+    torch.manual_seed(2)
+    return RoutedLM(ModelConfig(KINDS, vocab_size, 16, 16, key_dim=8, value_dim=8, chunk_size=8)).eval()
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("ab", [97, 98]),
+        ("é⟨k0⟩", [0xC3, 0xA9, 256]),
+        ("⟨k63⟩⟨v0⟩⟨v63⟩", [319, 320, 383]),
+        ("⟨300⟩x", [300, 120]),
+        ("⟨k⟩", [*"⟨k⟩".encode()]),
+        ("\n\t\0", [10, 9, 0]),
+    ],
+    ids=["letters", "key", "keys and values", "any id", "no id", "control"],
+)
+def test_prompts(text: str, tokens: list[int]) -> None:
+    assert encode(text, 384) == tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "message"),
+    [
+        ("", 384, "prompt = '' is not allowed"),
+        ("⟨k64⟩", 384, "it must be below ⟨k64⟩"),
+        ("⟨v64⟩", 384, "it must be below ⟨v64⟩"),
+        ("⟨384⟩", 384, "it must be below ⟨384⟩"),
+        ("⟨k0⟩", 256, "the model's vocabulary has 256 tokens"),
+        ("é", 128, "prompt = 195 is not allowed"),
+    ],
+    ids=["empty", "key", "value", "id", "model without keys", "model without bytes"],
+)
+def test_bad_prompts(text: str, size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode(text, size)
+
+
+def test_decode_is_the_inverse() -> None:
+    text = "def f(): return 'é€😀'\n⟨k12⟩⟨v3⟩ end"
+    assert decode(encode(text, 384)) == text
+    assert decode([31999]) == "⟨31999⟩"
+    assert decode([0xC3, 256, 0xFF, 97]) == "\ufffd⟨k0⟩\ufffda"
+    assert decode([0xC3]) == "\ufffd"
+    assert decode([]) == ""
+
+
+def test_a_character_appears_with_its_last_byte() -> None:
+    assert list(stream(encode("aé", 384))) == ["a", "é"]
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 30])
+def test_greedy_is_the_likeliest_token_each_time(length: int) -> None:
+    model = make_model()
+    prompt = torch.randint(384, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    found = list(generate(model, POLICY, prompt, 12, Sampling(temperature=0)))
+    text = torch.tensor([prompt + found])
+    with torch.no_grad():
+        expected = model(text, POLICY).logits[0, length - 1 : -1].argmax(-1)
+    assert found == expected.tolist()
+    assert found == list(generate(model, POLICY, prompt, 12, Sampling(temperature=0, seed=9)))
+    assert len(prompt) == length
+
+
+def test_draws_follow_the_seed_and_the_temperature() -> None:
+    model = make_model()
+
+    def draw(**options: float) -> list[int]:
+        sampling = Sampling(options.get("temperature", 1.0), int(options.get("top_k", 0)), int(options.get("seed", 0)))
+        return list(generate(model, POLICY, [1, 2, 3], 16, sampling))
+
+    state = torch.random.get_rng_state()
+    assert draw(seed=1) == draw(seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert draw(seed=1) != draw(seed=2)
+    greedy = draw(temperature=0)
+    assert draw(top_k=1, seed=5) == greedy
+    assert draw(temperature=1e-6, seed=5) == greedy
+    assert draw(top_k=384, seed=1) == draw(seed=1) == draw(top_k=9999, seed=1)
+
+
+def test_frequencies_of_draws() -> None:
+    model = make_model(vocab_size=4)
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 2]]), POLICY).logits[0, -1].double()
+    counts = torch.zeros(4, dtype=torch.float64)
+    for seed in range(600):
+        counts[next(generate(model, POLICY, [1, 2], 1, Sampling(0.5, 3, seed)))] += 1
+    kept = logits.topk(3).indices
+    expected = torch.zeros(4, dtype=torch.float64)
+    expected[kept] = torch.softmax(logits[kept] / 0.5, -1)
+    assert counts[logits.argmin()] == 0
+    torch.testing.assert_close(counts / 600, expected, atol=0.07, rtol=0)
+
+
+BAD: dict[str, tuple[Callable[[], object], str]] = {
+    "no prompt": (lambda: generate(make_model(), POLICY, [], 1, Sampling()), "at least one token"),
+    "id too large": (lambda: generate(make_model(), POLICY, [384], 1, Sampling()), "ids must lie in 0–383"),
+    "negative id": (lambda: generate(make_model(), POLICY, [-1], 1, Sampling()), "ids must lie in 0–383"),
+    "no tokens": (lambda: generate(make_model(), POLICY, [1], 0, Sampling()), "max_new_tokens = 0"),
+    "policy": (
+        lambda: generate(make_model(), RoutingPolicy.all_softmax(KINDS, 16), [1], 1, Sampling()),
+        "chunk size is 8",
+    ),
+    "temperature": (lambda: Sampling(temperature=-1), "temperature = -1"),
+    "NaN": (lambda: Sampling(temperature=float("nan")), "temperature = nan"),
+    "top_k": (lambda: Sampling(top_k=-1), "top_k = -1"),
+    "seed": (lambda: Sampling(seed=-1), "seed = -1"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_arguments(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_logits_that_are_not_finite() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="logits are not finite"):
+        list(generate(model, POLICY, [1], 1, Sampling()))
+
+
+def test_the_command(tmp_path: Path) -> None:
+    run = Run.open("r", tmp_path / "runs")
+    model = make_model()
+    checkpoint.save(run.supernet, 1, model, torch.optim.AdamW(model.parameters()), {"finished": True}, 1)
+    run.write_json(run.front_json, {"points": [{"id": "t1", "policy": POLICY.to_dict()}], "knee": "t1"})
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "natsl.generate", "max_new_tokens=5", "device=cpu", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    done = call("run=r", "prompt='a⟨k3⟩'", "temperature=0")
+    assert (done.returncode, done.stderr) == (0, "")
+    new = list(generate(model, POLICY, encode("a⟨k3⟩", 384), 5, Sampling(temperature=0)))
+    assert done.stdout == "a⟨k3⟩" + decode(new) + "\n"
+    wrong = call("run=r", "export=x")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: run, export = ('r', 'x') is not allowed: give either run=<name> or export=<folder>\n"

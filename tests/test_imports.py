@@ -1,0 +1,181 @@
+"""The direction of imports, the names under which the folders are imported, and how long entry points take to load."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINKED = ("kernels", "space", "search", "conf")
+
+# Which parts of natsl each folder may import; of natsl and search, entry modules alone read conf (a test of its own).
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "space": {"space"},
+    "natsl": {"natsl", "kernels", "space", "conf"},
+    "search": {"natsl", "kernels", "space", "search", "conf"},
+    "conf": {"natsl", "kernels", "space", "search", "conf"},
+}
+MAY_USE = {"kernels": {"torch", "triton"}, "space": set()}
+
+
+def sources(folder: str) -> list[Path]:
+    """The Python files of a top-level folder; links are not followed, so each file is seen once."""
+    files = [
+        Path(parent, name)
+        for parent, _, names in os.walk(ROOT / folder, followlinks=False)
+        for name in names
+        if name.endswith(".py")
+    ]
+    return sorted(files)
+
+
+def module_name(path: Path) -> str:
+    """The name a file is imported under, for example ``natsl.search.study``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] in ("natsl", "tests") else ("natsl", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: Path) -> list[tuple[int, str]]:
+    """Line and full name of everything a file imports, at the top or inside of functions."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            found += [(node.lineno, f"{source}.{alias.name}") for alias in node.names]
+    return found
+
+
+def part_of(name: str) -> str | None:
+    """The folder that an imported name lies in (``natsl.space.policy`` → ``space``), None if it is not ours."""
+    head, *rest = name.split(".")
+    if head != "natsl":
+        return None
+    return rest[0] if rest and rest[0] in LINKED else "natsl"
+
+
+def entry_modules() -> set[str]:
+    """Modules that are commands: those with a ``__main__`` guard and those that pyproject.toml makes scripts of."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    entries = {target.partition(":")[0] for target in project["scripts"].values()}
+    for folder in ("kernels", "natsl", "search"):
+        for path in sources(folder):
+            guards = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.If)]
+            if path.name == "__main__.py" or any("__name__" in ast.dump(guard.test) for guard in guards):
+                entries.add(module_name(path))
+    return entries
+
+
+def describe(path: Path, line: int, name: str) -> str:
+    return f"{path.relative_to(ROOT)}:{line} imports {name}"
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_direction(folder: str) -> None:
+    files = sources(folder)
+    assert files
+    wrong = [
+        describe(path, line, name)
+        for path in files
+        for line, name in imported(path)
+        if part_of(name) is not None and part_of(name) not in MAY_IMPORT[folder]
+    ]
+    assert wrong == []
+
+
+def test_conf_is_read_by_entry_modules() -> None:
+    entries = entry_modules()
+    wrong = [
+        describe(path, line, name)
+        for folder in ("natsl", "search")
+        for path in sources(folder)
+        for line, name in imported(path)
+        if part_of(name) == "conf" and module_name(path) not in entries
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("folder", MAY_USE)
+def test_third_party_packages(folder: str) -> None:
+    allowed = MAY_USE[folder] | sys.stdlib_module_names | {"natsl"}
+    wrong = [
+        describe(path, line, name)
+        for path in sources(folder)
+        for line, name in imported(path)
+        if name.partition(".")[0] not in allowed
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("folder", [*MAY_IMPORT, "tests"])
+def test_imports_are_absolute_and_never_bare(folder: str) -> None:
+    wrong = [
+        describe(path, line, name)
+        for path in sources(folder)
+        for line, name in imported(path)
+        if name.startswith(".") or name.partition(".")[0] in LINKED
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("folder", LINKED)
+def test_link_is_relative(folder: str) -> None:
+    link = ROOT / "natsl" / folder
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{folder}"
+    assert link.resolve() == (ROOT / folder).resolve()
+
+
+def test_which_folders_are_regular_packages() -> None:
+    # With an __init__.py, kernels/ would hide another package of that name from transformers when run from the root;
+    # without one, Hydra does not find conf.
+    regular = {folder for folder in LINKED if (ROOT / folder / "__init__.py").exists()}
+    assert regular == {"space", "search", "conf"}
+
+
+def fresh(*arguments: str) -> tuple[float, subprocess.CompletedProcess[str]]:
+    """Run a fresh interpreter from the root; its seconds and its result."""
+    begin = time.perf_counter()
+    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return time.perf_counter() - begin, result
+
+
+LIGHT = [
+    ("natsl", ["torch", "optuna", "hydra", "wandb"]),
+    ("natsl.config", ["torch", "optuna", "wandb"]),
+    ("natsl.space", ["torch", "numpy", "optuna", "hydra", "wandb"]),
+    ("natsl.search.config", ["torch", "optuna", "wandb"]),
+    ("natsl.conf", ["torch", "optuna", "wandb"]),
+]
+
+
+@pytest.mark.parametrize(("module", "heavy"), LIGHT, ids=[module for module, _ in LIGHT])
+def test_light_modules_load_nothing_heavy(module: str, heavy: list[str]) -> None:
+    code = f"import sys, {module}; print(*[name for name in {heavy!r} if name in sys.modules])"
+    _, result = fresh("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
+
+
+def test_space_loads_within_a_fifth_of_a_second() -> None:
+    code = "import time; begin = time.perf_counter(); import natsl.space; print(time.perf_counter() - begin)"
+    seconds = [float(fresh("-c", code)[1].stdout) for _ in range(5)]
+    assert min(seconds) <= 0.2
+
+
+def test_help_answers_within_a_second() -> None:
+    runs = [fresh("-m", "natsl.search", "--help") for _ in range(5)]  # the best counts: other tests run beside it
+    for _, result in runs:
+        assert result.returncode == 0, result.stderr
+        assert "n_trials" in result.stdout
+    assert min(seconds for seconds, _ in runs) <= 1.0

@@ -1,0 +1,267 @@
+"""One layer against its definition written token by token, and the router's gradient against its formula."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from natsl.config import CalibrationScope, Counterfactual, SupernetConfig
+from natsl.mixer import LayerContext, RoutedMixer, clamp_gradient, quantile_threshold, rotate, straight_through
+from natsl.space.policy import ALLOWED_OPS, LayerPolicy, Op
+from tests.oracles import assert_near, dense_softmax, tiny_config, token_delta
+
+KINDS = {"delta": "d", "softmax": "s", "routed": "r"}
+
+
+def make_mixer(kind: str, **options: object) -> RoutedMixer:
+    """A float64 layer with every parameter random."""
+    mixer = RoutedMixer(tiny_config(KINDS[kind], **options), Op(kind)).double()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return mixer
+
+
+def context(policy: LayerPolicy, B: int, T: int, route: Tensor | None = None) -> LayerContext:
+    return LayerContext([policy], torch.full((B,), T), torch.full((2, 17), math.nan), route)
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def plain_layer(m: RoutedMixer, x: Tensor, op: Op, route: Tensor, temperature: float = 1.0) -> Tensor:
+    """The layer as the paper defines it; x [B,T,D], route [B,N,R] of 0 and 1."""
+    B, T, _ = x.shape
+    c = m.config
+    Hs = c.softmax_heads
+    y = x @ m.qkv_proj.weight.T
+    conv = torch.zeros_like(y)
+    for t in range(T):
+        for tap in range(c.conv_width):
+            if t - tap >= 0:
+                conv[:, t] += m.conv[:, c.conv_width - 1 - tap] * y[:, t - tap]
+    conv = conv * torch.sigmoid(conv)
+    K, V = c.heads * c.key_dim, c.heads * c.value_dim
+    q, k, v = conv[..., :K], conv[..., K : 2 * K], conv[..., 2 * K : 2 * K + V]
+    o: dict[Op, Tensor] = {}
+    if op is not Op.delta:
+        qs, ks = norm(q.view(B, T, Hs, -1), m.q_norm.weight), norm(k.view(B, T, Hs, -1), m.k_norm.weight)
+        if c.rope:
+            qs, ks = (torch.cat([plain_rotation(z[:, t : t + 1], t) for t in range(T)], 1) for z in (qs, ks))
+        scale = (c.key_dim // c.softmax_per_head) ** -0.5
+        o[Op.softmax] = norm(dense_softmax(qs, ks, v.view(B, T, Hs, -1), route, c.chunk_size, scale), m.softmax_norm)
+    if m.kind is not Op.softmax:
+        g = -m.A_log.exp() * torch.log1p((x @ m.a_proj.weight.T + m.dt_bias).exp())
+        beta = torch.sigmoid(x @ m.b_proj.weight.T + m.b_proj.bias)
+        heads = [z.view(B, T, c.heads, -1) for z in (q, k, v)]
+        out, _ = token_delta(heads[0], heads[1], heads[2], g, beta, route, c.chunk_size)
+        o[Op.delta] = norm(out.reshape(B, T, Hs, -1), m.delta_norm)
+    if len(o) == 1:
+        (mixed,) = o.values()
+    else:
+        share = ((q @ m.mix_proj.weight.T + m.mix_proj.bias).view(B, T, Hs, 2) / temperature).softmax(-1)
+        mixed = share[..., :1] * o[Op.delta] + share[..., 1:] * o[Op.softmax]
+    gate = (x @ m.gate_proj.weight.T).view(B, T, Hs, -1)
+    return (gate * torch.sigmoid(gate) * mixed).reshape(B, T, -1) @ m.out_proj.weight.T
+
+
+def plain_rotation(x: Tensor, position: int) -> Tensor:
+    """Rotary embedding of one position; pairs are (i, i + half)."""
+    half = x.shape[-1] // 2
+    out = x.clone()
+    for i in range(half):
+        angle = position * 10000.0 ** (-i / half)
+        out[..., i] = x[..., i] * math.cos(angle) - x[..., i + half] * math.sin(angle)
+        out[..., i + half] = x[..., i + half] * math.cos(angle) + x[..., i] * math.sin(angle)
+    return out
+
+
+@pytest.mark.parametrize(("kind", "op"), [(kind.value, op.value) for kind, ops in ALLOWED_OPS.items() for op in ops])
+@pytest.mark.parametrize("options", [{}, {"softmax_per_head": 2}, {"rope": True}, {"associative_init": True}], ids=str)
+@pytest.mark.parametrize("T", [1, 7, 8, 21])
+def test_layer_equals_its_definition(T: int, options: dict[str, object], kind: str, op: str) -> None:
+    mixer = make_mixer(kind, **options)
+    x = torch.randn(2, T, 16).double()
+    N = -(-T // 8)
+    policy = LayerPolicy(Op(op), threshold=0.0 if op == "routed" else None, mix_temperature=0.7)
+    margins = x.new_zeros(2, N, 2)
+    if kind == "routed":
+        for n in range(N):
+            z = x[:, 8 * n : 8 * n + 8].mean(1) @ mixer.router.weight.T
+            margins[:, n] = z.view(2, 2, 2)[..., 1] - z.view(2, 2, 2)[..., 0]
+    fixed = {"delta": torch.zeros_like(margins), "softmax": torch.ones_like(margins)}
+    route = fixed.get(op, (margins > 0).double())
+    y, routing = mixer(x, context(policy, 2, T))
+    assert torch.equal(routing.route, route.float())
+    if kind == "routed":
+        assert routing.margins is not None
+        assert_near(routing.margins, margins, torch.float32)
+    # rotation angles, gates and norms of the softmax heads are float32 on purpose
+    assert_near(y, plain_layer(mixer, x, Op(op), route, 0.7), torch.float32)
+
+
+def test_given_routes_take_the_place_of_the_routers() -> None:
+    mixer = make_mixer("routed")
+    x = torch.randn(2, 21, 16).double()
+    route = (torch.rand(2, 3, 2) < 0.5).float()
+    y, routing = mixer(x, context(LayerPolicy(Op.routed, threshold=-math.inf), 2, 21, route))
+    assert torch.equal(routing.route, route)
+    assert_near(y, plain_layer(mixer, x, Op.routed, route.double()), torch.float32)
+
+
+def test_rotation_is_relative() -> None:
+    x, y = torch.randn(1, 12, 2, 8), torch.randn(1, 12, 2, 8)
+    here = torch.einsum("bthk,bshk->bhts", rotate(x, 100.0), rotate(y, 100.0))
+    for shift in (1, 5, 300):
+        far = [rotate(torch.cat((torch.zeros(1, shift, 2, 8), z), 1), 100.0)[:, shift:] for z in (x, y)]
+        torch.testing.assert_close(torch.einsum("bthk,bshk->bhts", *far), here, rtol=0, atol=1e-4)
+    unrotated = torch.einsum("bthk,bshk->bhts", x, y)
+    torch.testing.assert_close(here.diagonal(dim1=2, dim2=3), unrotated.diagonal(dim1=2, dim2=3))
+    assert not torch.allclose(here, unrotated)
+
+
+def test_associative_start_is_identity_and_shift() -> None:
+    config = tiny_config("r", associative_init=True)
+    convs = torch.stack([RoutedMixer(config, Op.routed).conv.detach() for _ in range(40)]).mean(0)
+    mixer = RoutedMixer(config, Op.routed)
+    expected = torch.zeros(48, 4)
+    expected[:16, 3] = expected[16:32, 2] = expected[32:, 3] = 1
+    assert (convs - expected).abs().max() < 0.09
+    assert torch.equal(mixer.qkv_proj.weight[:16], mixer.qkv_proj.weight[16:32])
+
+
+# The router's gradient
+
+
+def test_straight_through_is_binary_forward_and_a_sigmoid_backward() -> None:
+    margins = torch.randn(500).requires_grad_()
+    theta = torch.tensor(0.2)
+    hard = (margins.detach() > theta).float()
+    route = straight_through(margins, theta, hard, 0.5)
+    assert torch.equal(route, hard), "exactly 0 or 1: the kernels tell kept from left out by it"
+    upstream = torch.randn(500)
+    (grad,) = torch.autograd.grad((route * upstream).sum(), margins)
+    y = torch.sigmoid((margins.detach() - theta) / 0.5)
+    torch.testing.assert_close(grad, y * (1 - y) / 0.5 * upstream)
+
+
+def group_route(margins: Tensor, complete: Tensor, budget: float, training: SupernetConfig) -> Tensor:
+    theta = quantile_threshold(margins, complete, budget, training)
+    hard = (margins.detach() > theta.detach()).to(margins.dtype)
+    return straight_through(margins, theta, hard, training.route_temperature)
+
+
+@pytest.mark.parametrize("scope", CalibrationScope, ids=lambda s: s.value)
+@pytest.mark.parametrize("budget", [0.05, 0.3, 0.9])
+def test_projected_gradient_has_no_part_along_a_common_shift(budget: float, scope: CalibrationScope) -> None:
+    margins = torch.randn(3, 8, 2).double().requires_grad_()
+    complete = torch.ones(3, 8, dtype=torch.bool)
+    complete[:, -1] = complete[1, 5:] = False
+    upstream = torch.randn(3, 8, 2).double() * complete[..., None]
+    training = SupernetConfig(calibration=scope)
+    (grad,) = torch.autograd.grad((group_route(margins, complete, budget, training) * upstream).sum(), margins)
+    (free,) = torch.autograd.grad(
+        (group_route(margins, complete, budget, SupernetConfig(calibration=scope, project_budget=False)) *
+        upstream).sum(), margins,
+    )
+    over = (0, 1, 2) if scope is CalibrationScope.layer else (0, 1)
+    assert grad.sum(over).abs().max() < 1e-9
+    assert free.sum(over).abs().max() > 1e-3
+    theta = quantile_threshold(margins.detach(), complete, budget, training)
+    y = torch.sigmoid((margins.detach() - theta) / 0.5)
+    slope = y * (1 - y)
+    assert_near(free, slope / 0.5 * upstream)
+    weight = slope * complete[..., None]
+    weight = weight / weight.sum(over, keepdim=True)
+    torch.testing.assert_close(grad, free - weight * free.sum(over, keepdim=True), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("scope", CalibrationScope, ids=lambda s: s.value)
+@pytest.mark.parametrize("project", [True, False], ids=["projected", "free"])
+def test_training_threshold_keeps_the_budget_exactly(project: bool, scope: CalibrationScope) -> None:
+    training = SupernetConfig(calibration=scope, project_budget=project)
+    complete = torch.ones(5, 20, dtype=torch.bool)
+    for case in range(50):
+        margins = (torch.randn(5, 20, 2) * 10 ** (case % 5 - 2)).requires_grad_()
+        budget = (case + 0.5) / 51
+        route = group_route(margins, complete, budget, training)
+        pool = 200 if scope is CalibrationScope.layer else 100
+        kept = route.detach().sum() if scope is CalibrationScope.layer else route.detach().sum((0, 1))
+        # the quantile lies between two of M margins: M − 1 − floor((1 − budget)(M − 1)) of them are above
+        assert (kept == pool - 1 - math.floor((1 - budget) * (pool - 1))).all()
+
+
+def test_extreme_budgets_and_incomplete_groups_have_infinite_thresholds() -> None:
+    margins, none = torch.randn(2, 3, 2), torch.zeros(2, 3, dtype=torch.bool)
+    training = SupernetConfig()
+    assert (quantile_threshold(margins, ~none, 0.0, training) == math.inf).all()
+    assert (quantile_threshold(margins, ~none, 1.0, training) == -math.inf).all()
+    assert quantile_threshold(margins, none, 0.5, training).isinf().all()
+
+
+def test_clamp() -> None:
+    x = torch.zeros(8, requires_grad=True)
+    route = x * 1
+    clamp_gradient(route, 2.0)
+    upstream = torch.tensor([1.0, -1, 1, -1, 1, -1, 1, 33.0])
+    (grad,) = torch.autograd.grad((route * upstream).sum(), x)
+    assert grad.tolist() == [1, -1, 1, -1, 1, -1, 1, 10.0]  # 2 · mean |g| = 2 · 40 / 8
+
+
+def run_training(training: SupernetConfig, x: Tensor, mixer: RoutedMixer) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a linear loss: margins, router weights, input."""
+    x = x.clone().requires_grad_()
+    rows = LayerContext(
+        [LayerPolicy(Op.routed, budget=0.4)], torch.full((4,), x.shape[1]), torch.zeros(2, 17), None, training
+    )
+    y, routing = mixer(x, rows)
+    assert routing.margins is not None
+    loss = (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
+    return torch.autograd.grad(loss, [routing.margins, mixer.router.weight, x])
+
+
+@pytest.mark.parametrize("mode", Counterfactual, ids=lambda m: m.value)
+def test_router_gradient_of_a_layer(mode: Counterfactual) -> None:
+    mixer = make_mixer("routed")
+    x = torch.randn(4, 35, 16).double()
+    config = SupernetConfig(counterfactual=mode, gradient_clamp=0.0)
+    free, _, _ = run_training(replace(config, project_budget=False), x, mixer)
+    projected, weight, into = run_training(config, x, mixer)
+    assert free[:, :4].abs().max() > 1e-3
+    assert not free[:, 4].any(), "an incomplete last chunk has no route to learn"
+    assert abs(float(projected.sum())) < 1e-5 * float(projected.abs().sum())
+    same, same_weight, through = run_training(replace(config, detach_router=False), x, mixer)
+    torch.testing.assert_close(same, projected)
+    torch.testing.assert_close(same_weight, weight)
+    assert not torch.allclose(through, into), "not detached, the router's gradient reaches the trunk"
+
+
+def test_chosen_sides_have_the_same_gradient_in_every_mode() -> None:
+    mixer = make_mixer("routed")
+    x = torch.randn(4, 32, 16).double()
+    config = SupernetConfig(project_budget=False, gradient_clamp=0.0)
+    chosen, derivative, insertion = (
+        run_training(replace(config, counterfactual=mode), x, mixer)[0] for mode in Counterfactual
+    )
+    _, routing = mixer(x, context(LayerPolicy(threshold=0.0), 4, 32))
+    assert routing.margins is not None
+    theta = quantile_threshold(routing.margins.detach(), torch.ones(4, 4, dtype=torch.bool), 0.4, config)
+    kept = routing.margins > theta
+    torch.testing.assert_close(derivative[kept], insertion[kept])
+    assert not torch.allclose(derivative[:, :-1], insertion[:, :-1])
+    assert not torch.allclose(chosen[:, :-1], derivative[:, :-1])
+
+
+def test_route_noise_is_drawn_anew() -> None:
+    mixer = make_mixer("routed")
+    x = torch.randn(4, 64, 16).double()
+    policies = [LayerPolicy(Op.routed, budget=0.5)]
+    noisy = LayerContext(policies, torch.full((4,), 64), torch.zeros(2, 17), None, SupernetConfig(route_noise=3.0))
+    routes = [mixer(x, noisy)[1].route for _ in range(2)]
+    assert not torch.equal(*routes)
+    assert all(r.sum() == 32 for r in routes), "noise reorders the chunks, the budget holds"

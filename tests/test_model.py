@@ -1,0 +1,354 @@
+"""The language model: policies, padding, causality, refusals, presets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+
+from natsl.config import ModelConfig, SupernetConfig
+from natsl.model import LMOutput, RoutedLM, count_parameters
+from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
+from tests.oracles import TOLERANCE, fill_calibration, tiny_config, tiny_model
+
+PRESETS = Path(__file__).parents[1] / "conf" / "model"
+D, S, R = (LayerPolicy(Op.delta), LayerPolicy(Op.softmax), LayerPolicy(Op.routed, budget=0.4))
+T0 = LayerPolicy(Op.routed, threshold=0.0)
+
+
+def policy(*layers: LayerPolicy) -> RoutingPolicy:
+    return RoutingPolicy(layers, 8)
+
+
+def tokens(B: int = 2, T: int = 37) -> Tensor:
+    return torch.randint(0, 384, (B, T))
+
+
+def calibrated(kinds: str = "rrr", **options: object) -> RoutedLM:
+    model = tiny_model(kinds, **options)
+    fill_calibration(model)
+    return model
+
+
+def near(a: Tensor, b: Tensor, bound: float = 2e-5) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=bound)
+
+
+def run(model: RoutedLM, x: Tensor, p: RoutingPolicy | Sequence[RoutingPolicy], **options: Any) -> LMOutput:
+    with torch.no_grad():
+        output: LMOutput = model(x, p, **options)
+    return output
+
+
+@pytest.mark.parametrize("T", [1, 7, 8, 9, 37])
+def test_groups_of_the_batch_equal_each_run_alone(T: int) -> None:
+    model, x = calibrated(), tokens(10, T)
+    warm = LayerPolicy(Op.routed, budget=0.4, mix_temperature=3.0)
+    capped = LayerPolicy(Op.routed, threshold=-1.0, cap=0.5, burst=1)
+    policies = [policy(S, S, S), policy(D, D, D), policy(R, D, S), policy(warm, R, T0), policy(capped, warm, R)]
+    whole = run(model, x, policies)
+    for i, p in enumerate(policies):
+        alone = run(model, x[2 * i : 2 * i + 2], p)
+        near(whole.logits[2 * i : 2 * i + 2], alone.logits)
+        for a, b in zip(whole.layers, alone.layers, strict=True):
+            assert torch.equal(a.route[2 * i : 2 * i + 2], b.route)
+    assert whole.logits.dtype is torch.float32
+    different = {tuple(row.flatten().tolist()) for row in run(model, x[:1].expand(5, -1), policies).logits}
+    assert len(different) == 5, "every policy does something else"
+
+
+@pytest.mark.parametrize("T", [8, 20])
+def test_padding_on_any_side_equals_no_padding(T: int) -> None:
+    model = calibrated("rsdr", rope=True)
+    p = policy(R, S, D, LayerPolicy(Op.routed, threshold=-1.0, cap=0.5))
+    rows = [(0, T), (3, T - 3), (0, 5), (T - 1, T), (4, T - 1), (0, 0)]
+    x = tokens(len(rows), T)
+    mask = torch.zeros(len(rows), T, dtype=torch.bool)
+    for i, (a, b) in enumerate(rows):
+        mask[i, a:b] = True
+    padded = run(model, x, p, attention_mask=mask)
+    assert padded.logits.isfinite().all()
+    for i, (a, b) in enumerate(rows):
+        if a < b:
+            alone = run(model, x[i : i + 1, a:b], p)
+            near(padded.logits[i : i + 1, a:b], alone.logits)
+            complete = (b - a) // 8
+            for one, other in zip(padded.layers, alone.layers, strict=True):
+                assert torch.equal(one.route[i, :complete], other.route[0, :complete])
+    near(run(model, x, p, attention_mask=mask.long()).logits, padded.logits)
+    near(run(model, x, p, attention_mask=torch.ones_like(mask)).logits, run(model, x, p).logits)
+
+
+def test_padding_in_training_leaves_budgets_to_real_chunks() -> None:
+    model, x = calibrated("r"), tokens(4, 40)
+    mask = torch.zeros(4, 40, dtype=torch.bool)
+    mask[:, :16] = True
+    layers = run(model, x, policy(R), attention_mask=mask, training=SupernetConfig()).layers
+    alone = run(model, x[:, :16], policy(R), training=SupernetConfig()).layers
+    assert torch.equal(layers[0].route[:, :2], alone[0].route)
+
+
+@pytest.mark.parametrize("row", [[1, 0, 1, 1], [1, 1, 0, 1], [0, 1, 0, 1], [1, 0, 0, 1]], ids=str)
+def test_masks_with_holes_are_refused(row: list[int]) -> None:
+    with pytest.raises(ValueError, match="attention_mask has holes"):
+        run(calibrated("d"), tokens(2, 4), policy(D), attention_mask=torch.tensor([[1, 1, 1, 1], row]))
+
+
+@pytest.mark.parametrize("kinds", ["d", "s", "r", "dsr", "rsd", "srd", "ddr", "ssd"])
+def test_layers_in_any_order(kinds: str) -> None:
+    model = RoutedLM(tiny_config(kinds))
+    p = RoutingPolicy.fill(model.kinds, 8, LayerPolicy(Op.routed, budget=0.5))
+    output = model(tokens(4, 19), p, training=SupernetConfig())
+    assert [layer.margins is not None for layer in output.layers] == [kind == "r" for kind in kinds]
+    output.logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+def test_unused_branch_gets_no_gradient() -> None:
+    model = tiny_model("r")
+    model(tokens(), policy(D)).logits.square().sum().backward()
+    mixer = model.blocks[0].mixer
+    assert mixer.q_norm.weight.grad is mixer.softmax_norm.grad is mixer.mix_proj.weight.grad is None
+    assert mixer.a_proj.weight.grad.any()
+
+
+# Causality
+
+
+@pytest.mark.parametrize("rope", [False, True], ids=["no-rope", "rope"])
+@pytest.mark.parametrize(
+    ("kinds", "p"),
+    [
+        ("d", policy(D)), ("s", policy(S)), ("r", policy(D)), ("r", policy(S)), ("rrr", policy(R, T0, R)), ("rr",
+        policy(LayerPolicy(Op.routed, threshold=-0.5, cap=0.4), LayerPolicy(Op.routed, budget=0.5, cap=0.3,
+        burst=1))),
+    ],
+    ids=["delta", "softmax", "routed-delta", "routed-softmax", "routed", "capped"],
+)
+def test_no_output_before_a_token_depends_on_it(kinds: str, p: RoutingPolicy, rope: bool) -> None:
+    model, x = calibrated(kinds, rope=rope), tokens(2, 37)
+    before = run(model, x, p)
+    for t in (0, 6, 7, 8, 20, 36):
+        changed = x.clone()
+        changed[:, t] = (changed[:, t] + 1) % 384
+        after = run(model, changed, p)
+        near(after.logits[:, :t], before.logits[:, :t], 1e-6)
+        assert not torch.allclose(after.logits[:, t], before.logits[:, t])
+        for a, b in zip(after.layers, before.layers, strict=True):
+            assert torch.equal(a.route[:, : t // 8], b.route[:, : t // 8])
+
+
+def test_routes_of_a_prefix_are_those_of_the_whole() -> None:
+    model, x = calibrated(), tokens(3, 64)
+    p = policy(R, LayerPolicy(Op.routed, budget=0.6, cap=0.5), T0)
+    whole = run(model, x, p)
+    for n in (8, 9, 24, 39):
+        part = run(model, x[:, :n], p)
+        near(part.logits, whole.logits[:, :n])
+        for a, b in zip(part.layers, whole.layers, strict=True):
+            assert torch.equal(a.route[:, : n // 8], b.route[:, : n // 8])
+
+
+@pytest.mark.parametrize("T", [8, 32, 37])
+def test_the_route_of_the_last_chunk_changes_nothing(T: int) -> None:
+    model, x = calibrated(), tokens(2, T)
+    p = policy(T0, T0, T0)
+    first = run(model, x, p)
+    routes = [layer.route.clone() for layer in first.layers]
+    for route in routes:
+        route[:, -1] = 1 - route[:, -1]
+    near(run(model, x, p, routes=routes).logits, first.logits, 1e-6)
+    if T > 8:
+        routes[1][:, 0] = 1 - routes[1][:, 0]
+        assert not torch.allclose(run(model, x, p, routes=routes).logits, first.logits)
+
+
+# Policies
+
+
+def test_budgets_are_nested_in_a_layer() -> None:
+    model, x = calibrated("r"), tokens(4, 80)
+    kept = [run(model, x, policy(LayerPolicy(budget=b))).layers[0].route for b in (0, 0.1, 0.3, 0.5, 0.9, 1)]
+    for fewer, more in zip(kept, kept[1:], strict=False):
+        assert (more >= fewer).all()
+    assert not kept[0].any()
+    assert kept[-1].all()
+    assert 0 < kept[2].sum() < kept[3].sum() < 80
+
+
+def test_budget_1_is_softmax_and_needs_no_calibration() -> None:
+    model, x = tiny_model("r"), tokens()
+    near(run(model, x, policy(LayerPolicy(budget=1))).logits, run(model, x, policy(S)).logits, 1e-6)
+
+
+def test_budget_0_serves_the_own_chunk_with_both_branches() -> None:
+    model, x = tiny_model("r"), tokens()
+    none_kept = run(model, x, policy(LayerPolicy(budget=0)))
+    assert not none_kept.layers[0].route.any()
+    given = run(model, x, policy(S), routes=[torch.zeros(2, 5, 2)])
+    near(given.logits, none_kept.logits, 1e-6)
+    assert not torch.allclose(run(model, x, policy(D)).logits, none_kept.logits)
+
+
+def test_threshold_is_a_margin_in_logits() -> None:
+    model, x = tiny_model("r"), tokens()
+    output = run(model, x, policy(LayerPolicy(threshold=0.3)))
+    margins = output.layers[0].margins
+    assert margins is not None
+    assert torch.equal(output.layers[0].route, (margins > 0.3).float())
+    assert 0 < output.layers[0].route.mean() < 1
+
+
+def test_calibration_is_per_head() -> None:
+    model, x = calibrated("r"), tokens()
+    model.calibration[0, 1] += 100
+    route = run(model, x, policy(R)).layers[0].route
+    assert route[..., 0].any()
+    assert not route[..., 1].any()
+
+
+def test_mix_temperature_divides_the_mixing_logits() -> None:
+    model, x = calibrated("r"), tokens()
+    hot = run(model, x, policy(replace(R, mix_temperature=4.0))).logits
+    assert not torch.allclose(hot, run(model, x, policy(R)).logits)
+    with torch.no_grad():
+        for parameter in model.blocks[0].mixer.mix_proj.parameters():
+            parameter /= 4
+    near(run(model, x, policy(R)).logits, hot, 1e-6)
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.5])
+def test_budgets_need_calibration(budget: float) -> None:
+    with pytest.raises(ValueError, match="the model is not calibrated: budgets need a calibration table"):
+        run(tiny_model("r"), tokens(), policy(LayerPolicy(budget=budget)))
+
+
+@pytest.mark.parametrize(
+    ("p", "message"),
+    [
+        (policy(S, S), "policy layers = 2 .* the model has 3 layers"),
+        (policy(S, S, S), "policy.layers\\[0\\].op = 'softmax' .* kind delta"),
+        (policy(D, D, D), "policy.layers\\[1\\].op = 'delta' .* kind softmax"),
+        (policy(D, R, D), "policy.layers\\[1\\].op = 'routed'"),
+        (RoutingPolicy((D, S, D), 16), "policy.chunk_size = 16 .* chunk size is 8"),
+    ],
+    ids=["depth", "delta", "softmax", "routed", "chunk"],
+)
+def test_policies_that_do_not_fit_are_refused(p: RoutingPolicy, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tiny_model("dsr"), tokens(), p)
+    with pytest.raises(ValueError, match=message):
+        run(tiny_model("dsr"), tokens(), [policy(D, S, D), p])
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        (torch.zeros(3, dtype=torch.int64), {}, "tokens must be"),
+        (torch.zeros(3, 0, dtype=torch.int64), {}, "tokens must be"),
+        (torch.zeros(0, 3, dtype=torch.int64), {}, "tokens must be"),
+        (torch.zeros(2, 3), {}, "tokens must be integers .* found torch.float32"),
+        (torch.zeros(2, 3, dtype=torch.int64), {"attention_mask": torch.ones(2, 4)}, "attention_mask \\(2, 4\\)"),
+        (torch.zeros(2, 3, dtype=torch.int64), {"routes": [None, None]}, "routes has 2 entries for 1 layers"),
+        (torch.zeros(2, 3, dtype=torch.int64), {"routes": [torch.zeros(2, 2, 2)]}, "route has shape"),
+    ],
+    ids=["1-d", "no-tokens", "no-rows", "float", "mask", "routes", "route-shape"],
+)
+def test_mistakes_in_the_input(x: Tensor, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tiny_model("r"), x, policy(S), **options)
+
+
+def test_batch_that_does_not_split() -> None:
+    for policies in ([policy(S)] * 2, []):
+        with pytest.raises(ValueError, match=f"a batch of 3 does not split into {len(policies)} equal policies"):
+            run(tiny_model("r"), tokens(3), policies)
+
+
+# Options and shapes
+
+
+def test_order_of_the_batch_does_not_matter() -> None:
+    model, x = calibrated(), tokens(4)
+    order = torch.tensor([2, 0, 3, 1])
+    p = policy(R, T0, R)
+    near(run(model, x[order], p).logits, run(model, x, p).logits[order], 1e-5)
+
+
+def test_rope_tells_positions_apart() -> None:
+    """One softmax layer without convolution sees a set of earlier tokens; with rope it sees their places."""
+    x = tokens(1, 8)
+    swapped = x[:, [1, 0, *range(2, 8)]]
+    for rope in (False, True):
+        model = tiny_model("s", rope=rope, conv_width=1)
+        same = torch.allclose(run(model, x, policy(S)).logits[:, -1], run(model, swapped, policy(S)).logits[:, -1], atol=1e-5)
+        assert same is not rope
+
+
+def test_tied_and_untied_embeddings() -> None:
+    tied, untied = (tiny_model("d", tie_embeddings=tie) for tie in (True, False))
+    assert tied.head is None
+    assert count_parameters(untied) - count_parameters(tied) == 384 * 16
+    hidden: list[Tensor] = []
+    for model in (tied, untied):
+        hook = model.norm.register_forward_hook(lambda _m, _i, out: hidden.append(out))
+        logits = run(model, tokens(), policy(D)).logits
+        hook.remove()
+        weight = model.embed.weight if model.head is None else model.head.weight
+        near(logits, F.linear(hidden[-1], weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_model_in_other_dtypes(dtype: torch.dtype) -> None:
+    model, x = tiny_model("rsd"), tokens()
+    p = policy(LayerPolicy(budget=0), S, D)
+    expected = run(model, x, p).logits
+    logits = run(model.to(dtype), x, p).logits
+    assert logits.dtype is torch.float32
+    near(logits, expected, max(TOLERANCE[dtype], TOLERANCE[torch.float32]) * 8)
+
+
+def test_fresh_model_predicts_about_uniformly() -> None:
+    model, x = RoutedLM(tiny_config()), tokens(4, 64)
+    loss = F.cross_entropy(run(model, x, policy(S, D, T0)).logits.flatten(0, 1), torch.roll(x, -1, 1).flatten())
+    assert math.log(384) - 0.5 < float(loss) < math.log(384) + 2.5
+
+
+def preset(name: str) -> RoutedLM:
+    with torch.device("meta"):
+        return RoutedLM(ModelConfig(**yaml.safe_load((PRESETS / f"{name}.yaml").read_text())))
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("340m", 323e6, 357e6), ("760m", 722e6, 798e6), ("small", 20e6, 60e6), ("tiny", 5e4, 2e5)],
+)
+def test_presets_have_the_parameters_of_their_names(name: str, low: float, high: float) -> None:
+    assert low <= count_parameters(preset(name)) <= high
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "key", "value", "softmax_heads"), [("340m", 1024, 128, 256, 12), ("760m", 1536, 192, 384, 18)]
+)
+def test_presets_have_the_heads_of_the_paper(name: str, width: int, key: int, value: int, softmax_heads: int) -> None:
+    model = preset(name)
+    c = model.config
+    assert (c.width, c.heads, c.key_dim, c.value_dim, c.chunk_size) == (width, 6, key, value, 64)
+    assert (c.softmax_heads, len(c.layers)) == (softmax_heads, 21)
+    assert [i for i, kind in enumerate(c.layers) if kind is Op.routed] == [3, 7, 11, 15, 19, 20]
+    assert {kind for kind in c.layers} == {Op.delta, Op.routed}
+    mixer = model.blocks[3].mixer
+    assert mixer.q_norm.weight.shape == (64,)
+    assert mixer.softmax_norm.shape == (128,)
+    assert not c.rope

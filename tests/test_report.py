@@ -1,0 +1,251 @@
+"""The report and the picture: complete for every kind of front, one file without a network, everything escaped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from natsl.search.baseline import Scorer, baselines, score
+from natsl.search.chart import Axis, Mark, Series, Shape, chart, dumbbells
+from natsl.search.config import SearchConfig
+from natsl.search.front import Front, Volume
+from natsl.search.plot import front_png
+from natsl.search.report import beats_random, headline, planes, render, show
+from natsl.search.study import PolicyStudy, open_policy_study
+from natsl.space.policy import Op
+from tests.search_helpers import ROUTED, problem, synthetic, synthetic_judge
+
+HOSTILE = "<script>alert('&')</script>$x_1$"
+
+
+class Page(HTMLParser):
+    """Collects tags, links and text, and checks that what is opened is closed."""
+
+    VOID = ("meta", "br", "path", "circle")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID or (tag in ("circle", "path") and "<title>" in (self.get_starttag_text() or "")):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.VOID:
+            return
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def searched(folder: Path, config: SearchConfig, kinds: Sequence[Op] = ROUTED) -> PolicyStudy:
+    study = open_policy_study(folder / "study.db", "first", config, problem(config, kinds), 0, {"model": "m"})
+    study.run(synthetic)
+    return study
+
+
+def built(study: PolicyStudy, name: str = "first") -> Front:
+    scorer = Scorer(synthetic_judge(), study.problem, 0, 3, study.records)
+    fixed = baselines(study.problem.kinds, study.problem.chunk_size, study.config.uniform_budgets)
+    points, others = score(scorer, study.front(), fixed, lambda _: None)
+    scale = scorer.scale()
+    knee = scale.knee([point.search_values for point in points])
+    volume = Volume(scale)
+    history = tuple(volume.add(record.result) for record in study.records)
+    facts = {"counts": {"trials": len(study.records)}, "commands": ["python -m search name=first"]}
+    chosen = None if knee is None else points[knee].id
+    return Front(name, scorer.names, points, others, chosen, volume.now, history, study.fingerprint, facts)
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Front:
+    """A front of two objectives."""
+    return built(searched(tmp_path_factory.mktemp("front"), SearchConfig(n_trials=20)))
+
+
+def is_png(data: bytes) -> bool:
+    return data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 10_000
+
+
+def test_a_report_is_one_file_without_network_or_scripts(front: Front) -> None:
+    page = Page(render(front))
+    assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
+    assert all(name != "src" and not name.startswith("on") for name, _ in page.attributes)
+    assert all(value is not None and value.startswith("#") for name, value in page.attributes if name == "href")
+    assert "http" not in render(front)
+    assert "url(" not in render(front)
+    assert ("name", "viewport") in page.attributes
+    assert "prefers-color-scheme: dark" in render(front)
+
+
+def test_a_report_holds_every_point_with_its_export_command(front: Front) -> None:
+    text = "".join(Page(render(front)).text)
+    for point in front.points:
+        assert f"python -m natsl.export run=first pick={point.id}" in text
+        assert point.policy.digest() in text
+    for item in front.baselines:
+        assert item.name in text
+    assert f"{front.knee} ◎ knee" in text
+    assert "python -m search name=first" in text
+    links = {value for name, value in Page(render(front)).attributes if name == "href"}
+    assert links == {f"#{point.id}" for point in front.points}
+
+
+def test_the_headline_compares_with_random_routing_and_baselines(front: Front) -> None:
+    lines = headline(front)
+    assert "random routing at the same fractions" in lines[0][0]
+    routed = [point for point in front.points if point.gain_over_random is not None]
+    wins = sum(beats_random(point, front) is True for point in routed)
+    assert lines[1] == (f"Points at which learned routing beats random routing: {wins} of {len(routed)}.", True)
+    assert wins > len(routed) / 2
+
+
+def test_a_router_that_does_not_beat_random_routing_is_told_so(front: Front) -> None:
+    worse = tuple(
+        replace(p, gain_over_random=p.gain_over_random and dict.fromkeys(p.gain_over_random, -0.1))
+        for p in front.points
+    )
+    lines = headline(replace(front, points=worse))
+    assert lines[1][0].startswith("Points at which learned routing beats random routing: 0 of")
+    assert lines[1][1] is False
+    assert 'class="bad"' in render(replace(front, points=worse))
+    assert 'class="gap good"' not in render(replace(front, points=worse))
+
+
+def test_what_comes_from_outside_is_escaped(front: Front) -> None:
+    facts = {"counts": {HOSTILE: HOSTILE}, "problems": [HOSTILE], "commands": [HOSTILE], "setting": {HOSTILE: HOSTILE}}
+    points = tuple(replace(point, dominated_by=(HOSTILE,)) for point in front.points)
+    hostile = replace(front, run=HOSTILE, points=points, fingerprint={"data": HOSTILE}, facts=facts)
+    html = render(hostile)
+    assert "<script" not in html
+    assert HOSTILE in "".join(Page(html).text)
+
+
+def test_the_picture_is_a_png(front: Front) -> None:
+    assert is_png(front_png(front))
+    assert is_png(front_png(replace(front, run="costs 3$ or 4$ {\\alpha}")))
+
+
+@pytest.mark.parametrize(
+    ("objectives", "expected"),
+    [
+        (["recall_error"], 1),
+        (["kept_fraction"], 1),
+        (["recall_error", "kept_fraction"], 1),
+        (["recall_error", "val_loss", "decode_bytes"], 3),
+        (["recall_error", "val_loss", "decode_bytes", "kept_fraction"], 6),
+        (["bits_per_byte", "prefill_flops", "recall_error", "kv_bytes_per_token", "kept_fraction"], 10),
+    ],
+    ids=lambda value: f"{len(value)} objectives" if isinstance(value, list) else "",
+)
+def test_any_number_of_objectives_is_drawn_in_pairs(objectives: list[str], expected: int, tmp_path: Path) -> None:
+    found = built(searched(tmp_path, SearchConfig(n_trials=14, objectives=objectives, uniform_budgets=[0.25])))
+    pairs = planes(found)
+    assert len(pairs) == expected
+    assert all(across != up for across, up in pairs)
+    text = render(found)
+    Page(text)
+    assert text.split("Learned against random")[0].count('<svg viewBox="0 0 480') == expected
+    assert is_png(front_png(found))
+
+
+def test_a_front_without_a_feasible_trial_is_reported(tmp_path: Path) -> None:
+    found = built(searched(tmp_path, SearchConfig(n_trials=5, constraints={"recall_error": -1.0})))
+    assert (found.points, found.knee, found.hypervolume) == ((), None, 0.0)
+    text = render(found)
+    Page(text)
+    assert "there is no front and nothing to export" in text
+    assert is_png(front_png(found))
+
+
+def test_a_front_of_one_point_is_reported(tmp_path: Path) -> None:
+    found = built(searched(tmp_path, SearchConfig(n_trials=1)))
+    assert [point.id for point in found.points] == [found.knee] == ["t0000"]
+    Page(render(found))
+    assert is_png(front_png(found))
+
+
+def test_a_front_of_equal_points_is_reported(front: Front) -> None:
+    values = {"recall_error": 0.5, "kept_fraction": 0.5}
+    measured = front.points[0].measured | values | {"val_loss": 2.0}
+    points = tuple(replace(point, values=values, measured=measured) for point in front.points)
+    others = tuple(replace(item, values=values, measured=item.measured | measured) for item in front.baselines)
+    equal = replace(front, points=points, baselines=others, history=(0.0,) * 20, hypervolume=0.0)
+    Page(render(equal))
+    assert is_png(front_png(equal))
+
+
+def test_a_front_of_nothing_at_all_is_reported(front: Front) -> None:
+    empty = replace(front, points=(), baselines=(), knee=None, history=(), facts={}, fingerprint={})
+    Page(render(empty))
+    assert is_png(front_png(empty))
+
+
+@pytest.mark.parametrize("kinds", [(Op.routed,), (Op.delta, Op.routed, Op.softmax)], ids=["one layer", "hybrid"])
+def test_other_models_are_reported(kinds: tuple[Op, ...], tmp_path: Path) -> None:
+    found = built(searched(tmp_path, SearchConfig(n_trials=12), kinds))
+    Page(render(found))
+    assert is_png(front_png(found))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("recall_error", 0.0314, "3.1 %"),
+        ("kept_fraction", 1.0, "100.0 %"),
+        ("val_loss", 1.93049, "1.930"),
+        ("kv_bytes_per_token", 96.0, "96 B"),
+        ("decode_bytes", 1234567.0, "1.23 MB"),
+        ("prefill_flops", 5.5e16, "55 PFLOP"),
+        ("needle_error", None, "–"),
+    ],
+)
+def test_numbers_are_shown_with_their_units(name: str, value: float | None, expected: str) -> None:
+    assert show(name, value) == expected.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+AXIS = Axis("value", lambda value: f"{value:.3g}")
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [(), ((1.0, 1.0),), ((0.0, 0.0), (0.0, 0.0)), ((-5.0, 1e9), (3.0, 1e-9)), ((0.0, 1e-12), (1e-12, 0.0))],
+    ids=["none", "one", "equal", "far apart", "tiny"],
+)
+@pytest.mark.parametrize("root", [False, True], ids=["linear", "root"])
+def test_charts_stay_inside_their_frame(marks: tuple[tuple[float, float], ...], root: bool) -> None:
+    series = Series("s", "front", tuple(Mark(x, y, "here", 0.1) for x, y in marks), Shape.dot, line=True)
+    drawn = chart("a chart", [series], replace(AXIS, root=root), AXIS)
+    Page(drawn)
+    for x, y in re.findall(r'cx="([-\d.]+)" cy="([-\d.]+)"', drawn):
+        assert 0 <= float(x) <= 480
+        assert 0 <= float(y) <= 330
+    assert drawn.count("<circle") == len(marks)
+
+
+def test_dumbbells_have_a_bar_per_row() -> None:
+    rows = [("a", Mark(0.1, 0), Mark(0.5, 0, "", 0.05), True), ("b", Mark(0.6, 0), Mark(0.5, 0), False)]
+    drawn = dumbbells("compared", rows, AXIS)
+    Page(drawn)
+    assert drawn.count('class="gap good"') == 1
+    assert drawn.count('class="gap bad"') == 1
+    Page(dumbbells("nothing", [], AXIS))

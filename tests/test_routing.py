@@ -1,0 +1,185 @@
+"""Margins to routes: chunk means, thresholds, budgets, the hard cap; and the choice of backend."""
+
+from __future__ import annotations
+
+import math
+import random
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor
+
+from natsl.kernels.dispatch import resolve
+from natsl.kernels.routing import (
+    budget_threshold,
+    cap_routes,
+    chunk_means,
+    complete_chunks,
+    quantile_table,
+    threshold_routes,
+)
+
+
+@pytest.mark.parametrize("T", [1, 3, 4, 5, 11])
+def test_chunk_means_divide_by_the_true_count(T: int) -> None:
+    x = torch.randn(2, T, 3)
+    means = chunk_means(x, 4)
+    assert means.shape == (2, -(-T // 4), 3)
+    for n in range(means.shape[1]):
+        torch.testing.assert_close(means[:, n], x[:, 4 * n : 4 * n + 4].mean(1))
+
+
+def test_chunk_means_of_padded_rows_equal_those_of_short_ones() -> None:
+    x = torch.randn(4, 11, 3)
+    lengths = torch.tensor([11, 6, 4, 0])
+    means = chunk_means(x, 4, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        chunks = -(-length // 4)
+        if chunks:
+            torch.testing.assert_close(means[row : row + 1, :chunks], chunk_means(x[row : row + 1, :length], 4))
+        assert not means[row, chunks:].any()
+
+
+def test_complete_chunks() -> None:
+    found = complete_chunks(torch.tensor([0, 3, 4, 7, 12]), 4, 3).sum(1)
+    assert found.tolist() == [0, 0, 1, 1, 3]
+
+
+def test_threshold_routes_are_nested() -> None:
+    margins = torch.randn(3, 20, 2)
+    kept = [threshold_routes(margins, t) for t in (-math.inf, -1.0, 0.0, 0.3, 2.0, math.inf)]
+    assert kept[0].all()
+    assert not kept[-1].any()
+    for more, fewer in zip(kept, kept[1:], strict=False):
+        assert (more >= fewer).all()
+    by_head = threshold_routes(margins, torch.tensor([math.inf, -math.inf]))
+    assert by_head.sum((0, 1)).tolist() == [0, 60]
+    assert not threshold_routes(torch.full((1, 1, 1), math.nan), 0.0).any()
+
+
+# Budgets
+
+
+def test_budgets_give_quantiles() -> None:
+    margins = torch.randn(4001, 2).double()
+    table = quantile_table(margins, 65).T
+    assert table.shape == (2, 65)
+    assert (table.diff(dim=1) >= 0).all()
+    assert torch.equal(table[:, 0], margins.amin(0))
+    assert torch.equal(table[:, -1], margins.amax(0))
+    for budget in (0.05, 0.1, 0.25, 0.5, 0.77, 0.95):
+        kept = (margins > budget_threshold(table, budget)).double().mean(0)
+        assert (kept - budget).abs().max() < 0.01
+
+
+def test_budget_thresholds_fall_as_the_budget_grows() -> None:
+    table = quantile_table(torch.randn(100, 3), 17).T.float()
+    budgets = torch.linspace(0, 1, 501).tolist()
+    thetas = torch.stack([budget_threshold(table, b) for b in budgets])  # [501,3]
+    assert (thetas.diff(dim=0) <= 0).all()
+    margins = torch.randn(2, 50, 3)
+    kept = torch.stack([threshold_routes(margins, theta) for theta in thetas])
+    assert (kept.diff(dim=0) >= 0).all(), "a larger budget keeps a superset"
+    assert not kept[0].any()
+    assert kept[-1].all()
+
+
+def test_interpolation_between_the_points_of_a_table() -> None:
+    table = torch.tensor([[0.0, 1.0, 3.0]])
+    values = [float(budget_threshold(table, b)) for b in (1.0, 0.75, 0.5, 0.25, 0.125, 0.0)]
+    assert values == [-math.inf, 0.5, 1.0, 2.0, 2.5, math.inf]
+
+
+def test_equal_margins_keep_nothing_but_at_budget_1() -> None:
+    table = quantile_table(torch.zeros(50, 1), 17).T
+    margins = torch.zeros(1, 8, 1)
+    kept = [threshold_routes(margins, budget_threshold(table, b)).mean().item() for b in (0, 0.5, 0.99, 1)]
+    assert kept == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("budget", [-0.1, 1.1, math.nan])
+def test_budget_outside_its_range(budget: float) -> None:
+    with pytest.raises(ValueError, match="budget = .* must lie in \\[0, 1\\]"):
+        budget_threshold(torch.zeros(1, 17), budget)
+
+
+# Cap
+
+
+def sequential_cap(wanted: list[int], cap: str, burst: int) -> list[int]:
+    """The rule, chunk by chunk, in exact numbers."""
+    kept: list[int] = []
+    for n, want in enumerate(wanted):
+        limit = math.ceil(Fraction(cap) * (n + 1)) + burst
+        kept.append(int(want and sum(kept) < limit))
+    return kept
+
+
+def test_cap_equals_the_sequential_rule() -> None:
+    rng = random.Random(0)
+    for case in range(400):
+        cap = rng.choice(["0", "1", "0.5", "0.07", "0.1", "0.3", f"{rng.random():.3f}"])
+        burst, length, density = rng.choice([0, 0, 1, 3]), rng.choice([1, 2, 30, 130]), rng.random()
+        wanted = [[int(rng.random() < density) for _ in range(length)] for _ in range(4)]
+        route = torch.tensor(wanted, dtype=torch.float32).view(2, 2, length).transpose(1, 2)  # [B,N,R]
+        capped = cap_routes(route, float(cap), burst)
+        assert capped.dtype is route.dtype
+        expected = [sequential_cap(row, cap, burst) for row in wanted]
+        assert capped.transpose(1, 2).reshape(4, length).int().tolist() == expected, (case, cap, burst)
+        assert (capped <= route).all()
+
+
+def test_cap_is_causal_and_bounds_every_prefix() -> None:
+    route = (torch.rand(2, 60, 3) < 0.6).float()
+    whole = cap_routes(route, 0.23, 2)
+    for n in (1, 7, 33, 59):
+        assert torch.equal(cap_routes(route[:, :n], 0.23, 2), whole[:, :n])
+    limit = torch.tensor([math.ceil(Fraction("0.23") * n) + 2 for n in range(1, 61)])[None, :, None]
+    assert (whole.cumsum(1) <= limit).all()
+
+
+def test_cap_0_and_1() -> None:
+    route = torch.ones(1, 9, 1)
+    assert not cap_routes(route, 0.0).any()
+    assert cap_routes(route, 0.0, burst=2).flatten().tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert torch.equal(cap_routes(route, 1.0), route)
+    assert cap_routes(torch.ones(0, 4, 2), 0.5).shape == (0, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("cap", "burst", "message"), [(1.2, 0, "cap = 1.2"), (-0.1, 0, "cap = -0.1"), (math.nan, 0, "cap"), (0.5, -1,
+    "burst = -1")]
+)
+def test_cap_mistakes(cap: float, burst: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cap_routes(torch.ones(1, 4, 1), cap, burst)
+
+
+# Backend
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "ready", "expected"),
+    [
+        ("auto", "cpu", True, "torch"),
+        ("auto", "cuda", True, "triton"),
+        ("auto", "cuda", False, "torch"),
+        ("torch", "cuda", True, "torch"),
+        ("triton", "cuda", True, "triton"),
+    ],
+)
+def test_backend(backend: str, device: str, ready: bool, expected: str) -> None:
+    assert resolve(backend, "op", torch.device(device), triton_ready=ready) == expected
+
+
+@pytest.mark.parametrize("backend", ["triton", "Auto", ""])
+def test_backend_that_is_absent(backend: str) -> None:
+    with pytest.raises(ValueError, match=f"backend = '{backend}'"):
+        resolve(backend, "op", torch.device("cpu"), triton_ready=False)
+
+
+def test_poisoned_memory_shows() -> None:
+    """The suite runs with uninitialised memory set to NaN, so that any op that reads it would fail its test."""
+    poisoned: Tensor = torch.empty(4)
+    assert poisoned.isnan().all()
