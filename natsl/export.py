@@ -148,7 +148,7 @@ def load_choice(
     elif budget is None:
         model, policy, _ = load_point(Run.open(run, root, create=False), pick)
     else:
-        model, _ = checkpoint.load_model(Run.open(run, root, create=False).weights())
+        model, _ = checkpoint.load_model(Run.open(run, root, create=False).supernet)
     if budget is not None:
         policy = RoutingPolicy.uniform(model.kinds, model.config.chunk_size, budget)
         check_model(model, policy)

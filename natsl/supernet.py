@@ -40,7 +40,7 @@ def split_budget(total: float, shares: Sequence[float]) -> list[float]:
     for position, i in enumerate(open_layers):
         weight = sum(shares[j] for j in open_layers[position:])
         budgets[i] = min(1.0, rest * shares[i] / weight) if weight > 0 else rest / (len(shares) - position)
-        rest -= budgets[i]
+        rest = max(0.0, rest - budgets[i])  # rounding must not leave less than nothing
     return budgets
 
 

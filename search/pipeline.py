@@ -284,7 +284,8 @@ class _Search:
             table.add_column(title)
         shown = front.points
         if len(shown) > _TABLE_ROWS:
-            shown = tuple(shown[i * (len(shown) - 1) // (_TABLE_ROWS - 1)] for i in range(_TABLE_ROWS))
+            places = {i * (len(shown) - 1) // (_TABLE_ROWS - 2) for i in range(_TABLE_ROWS - 1)}
+            shown = tuple(point for i, point in enumerate(shown) if i in places or point.id == front.knee)
         for point in shown:
             control = front.random_of(point.id)
             random = None if control is None else control.measured.get(front.quality)

@@ -33,7 +33,7 @@ _STARTUP = 16
 
 # Trials near the knee: how many points of the front they start from, the share of them that fill a gap between two
 # points, the chance to switch an op, and how far numbers move (powers of 10, as a share of their range).
-_PARENTS = 6
+_PARENTS = 8
 _BETWEEN = 0.5
 _SWITCH = 0.1
 _STEP = (-2.3, -1.0)

@@ -18,7 +18,7 @@ import torch
 
 from natsl import checkpoint
 from natsl.checkpoint import file_sha256
-from natsl.config import ModelConfig
+from natsl.config import DataConfig, ModelConfig, TrainRunConfig
 from natsl.export import FILES, export_point, load_choice, load_exported, read_point, verify
 from natsl.model import RoutedLM
 from natsl.run import Run, UserError, read_json, write_json
@@ -61,6 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with the finished run ``r``."""
     root = tmp_path_factory.mktemp("runs")
     run = Run.open("r", root)
+    run.write_config(TrainRunConfig(data=DataConfig(seq_len=96)))
     save(run, make_model())
     write_front(run, [point("t0002", BUDGET), point("t0013", SOFTMAX)], "t0002")
     return root

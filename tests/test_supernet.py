@@ -67,7 +67,7 @@ def test_total_budget_of_random_policies_is_uniform(low: float, high: float) -> 
         distance = max(abs((i + 0.5) / 3000 - (t - low) / (high - low)) for i, t in enumerate(totals))
         assert distance < 2 / math.sqrt(3000)
     assert torch.tensor(firsts).std() > 0.2, "the split over layers is random too"
-    assert 0.1 < sum(op is Op.delta for op in ops) / len(ops) < 0.26, "some layers are delta-only"
+    assert 0.05 < sum(op is Op.delta for op in ops) / len(ops) < 0.26, "some layers are delta-only"
     assert Op.softmax not in ops
 
 
@@ -95,7 +95,7 @@ def test_policies_of_a_step_follow_from_seed_and_step() -> None:
 
 def test_seed_of_is_the_same_everywhere() -> None:
     assert seed_of("sandwich", 0, 1) == seed_of("sandwich", 0, 1) != seed_of("sandwich", 1, 0)
-    assert seed_of("a", 1) == 3158337110131187404
+    assert seed_of("a", 1) == 4294491576641134471
     assert 0 <= seed_of("x") < 2**63
 
 

@@ -158,7 +158,7 @@ def test_mqar_layout() -> None:
 
 
 def test_mqar_easy_batches_only_in_training() -> None:
-    data = make_data()
+    data = make_data(mqar=MqarConfig(easy_share=0.3))
     counts: dict[Split, list[int]] = {split: [] for split in Split}
     for seed in range(200):
         for split in Split:

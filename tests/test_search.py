@@ -1,0 +1,340 @@
+"""A whole search on a tiny model: files, resume, refusals, and the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from natsl.checkpoint import load_model
+from natsl.config import DataConfig, ModelConfig, MqarConfig, SupernetConfig, TrackingConfig, TrackingMode, TrainConfig
+from natsl.data import load_text
+from natsl.evaluate import Evaluation, evaluate
+from natsl.run import Run, UserError
+from natsl.search import pipeline
+from natsl.search.config import SearchConfig, SearchRunConfig
+from natsl.search.front import Front
+from natsl.search.pipeline import make_judge, run_search
+from natsl.search.study import SearchFailedError
+from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
+from natsl.tasks import TaskData
+
+KEY = "sk-0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A text of a user's, large enough for three splits."""
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(3000)))
+    return str(path)
+
+
+def tiny(root: Path, text: str, **changes: Any) -> SearchRunConfig:
+    """A search of seconds. ``changes``: fields of the search config."""
+    settings: dict[str, Any] = {"n_trials": 7, "random_draws": 2, "uniform_budgets": [0.25], "batch_size": 8}
+    return SearchRunConfig(
+        name="first",
+        root=str(root),
+        device="cpu",
+        export=False,
+        model=ModelConfig(
+            layers=[Op.routed] * 2, width=16, mlp_width=16, heads=2, key_dim=8, value_dim=8, chunk_size=8
+        ),
+        data=DataConfig(
+            path=text, seq_len=64, search_sequences=3, test_sequences=3, mqar=MqarConfig(segment=8, query_segments=1)
+        ),
+        supernet=SupernetConfig(calibration_sequences=4, calibration_points=17),
+        train=TrainConfig(steps=2, batch_size=4, warmup_steps=1, checkpoint_every=1, log_every=1),
+        search=SearchConfig(**(settings | changes)),
+        tracking=TrackingConfig(mode=TrackingMode.disabled),
+    )
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, text: str) -> tuple[Run, Front]:
+    """A finished search with its export."""
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOME_API_KEY", KEY)
+        front = run_search(replace(tiny(root, text), export=True), f"python -m search name=first data.path={KEY}")
+    assert front is not None
+    return Run.open("first", root, create=False), front
+
+
+def results(run: Run) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(run.front_json.read_text())
+    plain.pop("facts")
+    return plain
+
+
+def test_a_run_has_all_its_files(done: tuple[Run, Front]) -> None:
+    run, front = done
+    names = ("config.yaml", "calibration.json", "study.db", "front.json", "front.csv", "front.png", "report.html")
+    for name in (*names, "log.jsonl", "supernet", "export"):
+        assert (run.path / name).exists(), name
+    plain = results(run)
+    assert [point["id"] for point in plain["points"]] == [point.id for point in front.points]
+    assert len(plain["hypervolume_history"]) == 7
+    assert {"natsl", "model", "data", "supernet", "space", "objectives"} <= set(plain["fingerprint"])
+    assert {item["kind"] for item in plain["baselines"]} >= {"extreme", "uniform", "single", "depth", "random"}
+    assert [item.name for item in run.exports.iterdir()] == [front.knee]
+    events = [record["event"] for record in run.read_log()]
+    assert (events.count("step"), events.count("trial")) == (2, 7)
+
+
+def test_figures_of_the_front_come_from_the_right_split(done: tuple[Run, Front], text: str) -> None:
+    run, front = done
+    model = load_model(run.supernet)[0]
+    config = tiny(run.path.parent, text)
+    data = TaskData(config.data, load_text(text), config.model.vocab_size)
+    judge = make_judge(model, data, 8)
+    for point in front.points:
+        assert judge.test(point.policy).recall_error == point.values["recall_error"]
+        assert judge.search(point.policy).kept_fraction == point.search_values["kept_fraction"]
+
+
+def test_secrets_are_nowhere_in_the_run(done: tuple[Run, Front]) -> None:
+    for path in done[0].path.rglob("*"):
+        if path.is_file():
+            assert KEY.encode() not in path.read_bytes(), path
+
+
+def test_a_finished_search_does_nothing(done: tuple[Run, Front], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = done
+    before = {path: path.stat().st_mtime_ns for path in (run.front_json, run.report, run.config, run.log_file)}
+    assert run_search(replace(tiny(run.path.parent, text), export=True)) is None
+    assert "nothing to do: all 7 trials of 'first' are made" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def interrupting(at: int) -> Callable[..., Evaluation]:
+    """``evaluate`` that is interrupted at its call number ``at``."""
+    calls = 0
+
+    def interrupted(*args: Any, **named: Any) -> Evaluation:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        return evaluate(*args, **named)
+
+    return interrupted
+
+
+@pytest.mark.parametrize("at", [1, 5, 14], ids=["before the first trial", "in a trial", "while testing"])
+def test_an_interrupted_search_ends_as_a_straight_one(
+    at: int, done: tuple[Run, Front], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "evaluate", interrupting(at))
+    with pytest.raises(KeyboardInterrupt):
+        run_search(tiny(tmp_path, text))
+    monkeypatch.undo()
+    assert run_search(tiny(tmp_path, text)) is not None
+    assert results(Run.open("first", tmp_path, create=False)) == results(done[0])
+
+
+def test_more_trials_can_be_added(done: tuple[Run, Front], text: str, tmp_path: Path) -> None:
+    run_search(tiny(tmp_path, text, n_trials=3))
+    front = run_search(tiny(tmp_path, text))
+    assert front is not None
+    assert len(front.history) == 7
+    assert results(Run.open("first", tmp_path, create=False)) == results(done[0])
+
+
+def contents(run: Run) -> dict[Path, bytes]:
+    """Everything in a run's folder but its database, which SQLite tidies up when it is opened."""
+    files = [path for path in run.path.rglob("*") if path.is_file() and not path.name.startswith("study.db")]
+    return {path: path.read_bytes() for path in files}
+
+
+def test_a_resume_under_other_settings_is_refused(done: tuple[Run, Front], text: str) -> None:
+    run, _ = done
+    before = contents(run)
+    config = tiny(run.path.parent, text, n_trials=9, objectives=["val_loss", "kept_fraction"])
+    with pytest.raises(UserError, match=r"made under other settings .*objectives.recall_error: .* → absent"):
+        run_search(config)
+    config = tiny(run.path.parent, text, n_trials=9)
+    config.train.steps = 3
+    with pytest.raises(ValueError, match="choose another name"):
+        run_search(config)
+    assert contents(run) == before
+
+
+def test_the_supernet_of_another_run_is_searched(done: tuple[Run, Front], text: str) -> None:
+    run, first = done
+    config = replace(tiny(run.path.parent, text), name="second", supernet_from="first", model=ModelConfig())
+    front = run_search(config)
+    assert front is not None
+    assert [point.values for point in front.points] == [point.values for point in first.points]
+    with pytest.raises(UserError, match=r"there is no run 'thrid' .* known: first, second"):
+        run_search(replace(config, name="third", supernet_from="thrid"))
+
+
+def test_an_unfinished_supernet_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("natsl.train.calibrate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_search(tiny(tmp_path, text))
+    with pytest.raises(UserError, match="the supernet of run 'first' is not trained to its end"):
+        run_search(replace(tiny(tmp_path, text), name="second", supernet_from="first"))
+
+
+def refuse_training(*_: object, **__: object) -> None:
+    raise AssertionError("training began")
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda c: setattr(c.search, "objectives", ["recal"]), "objective 'recal' is unknown"),
+        (lambda c: setattr(c.search, "objectives", ["needle_error"]), "needs the task needle"),
+        (lambda c: setattr(c.search, "constraints", {"speed": 1.0}), "objective 'speed' is unknown"),
+        (lambda c: setattr(c.model, "layers", [Op.delta]), "routed layer"),
+        (lambda c: setattr(c.search, "policies", ["/nowhere/p.json"]), "p.json cannot be read"),
+        (lambda c: setattr(c, "device", "tpu"), "device = 'tpu'"),
+        (lambda c: setattr(c, "name", "../x"), "name = '../x'"),
+        (lambda c: setattr(c.data, "path", "/nowhere"), "/nowhere"),
+        (lambda c: setattr(c.train, "batch_size", 5), "train.batch_size = 5"),
+    ],
+    ids=["objective", "task", "constraint", "nothing to route", "policy file", "device", "name", "data", "batch"],
+)
+def test_mistakes_are_told_before_training(
+    change: Callable[[SearchRunConfig], None],
+    error: str,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline, "fit", refuse_training)
+    config = tiny(tmp_path, text)
+    change(config)
+    with pytest.raises(ValueError, match=error) as caught:
+        run_search(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "error"),
+    [
+        ({"chunk_size": 8, "layers": [{"op": "delta"}] * 2, "speed": 1}, "unknown key 'speed'"),
+        ({"chunk_size": 8, "layers": [{"op": "delta"}] * 3}, "the model has 2 layers"),
+        ({"chunk_size": 8, "layers": [{"op": "routed", "budget": 1.2}, {"op": "delta"}]}, "budget = 1.2"),
+        ({"chunk_size": 8, "layers": [{"op": "routed", "threshold": 0.1}, {"op": "delta"}]}, "budget"),
+    ],
+    ids=["unknown key", "other depth", "budget 1.2", "outside the space"],
+)
+def test_a_policy_of_the_users_that_cannot_be_tried_is_rejected(
+    policy: dict[str, Any], error: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "fit", refuse_training)
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(policy))
+    with pytest.raises(ValueError, match=error):
+        run_search(tiny(tmp_path, text, policies=[str(path)]))
+
+
+def test_a_policy_of_the_users_comes_first(text: str, tmp_path: Path) -> None:
+    mine = RoutingPolicy((LayerPolicy(budget=0.321), LayerPolicy(Op.softmax)), 8)
+    path = tmp_path / "policy.json"
+    path.write_text(mine.to_json())
+    run_search(tiny(tmp_path, text, policies=[str(path)], n_trials=1))
+    trials = [record for record in Run.open("first", tmp_path, create=False).read_log() if record["event"] == "trial"]
+    assert [record["policy"] for record in trials] == [mine.describe()]
+
+
+def test_a_search_without_a_feasible_trial_still_reports(text: str, tmp_path: Path) -> None:
+    front = run_search(replace(tiny(tmp_path, text, constraints={"recall_error": -1.0}), export=True))
+    assert front is not None
+    assert front.points == ()
+    run = Run.open("first", tmp_path, create=False)
+    assert "nothing to export" in run.report.read_text()
+    assert run.front_png.exists()
+    assert not run.exports.exists()
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [("all", "the supernet is of no use"), ("routed", "5 of 7 trials failed")],
+    ids=["every policy", "routed policies"],
+)
+def test_a_model_that_gives_nan_ends_the_search(
+    bad: str, error: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(model: Any, policy: RoutingPolicy, *args: Any, **named: Any) -> Evaluation:
+        found = evaluate(model, policy, *args, **named)
+        fails = bad == "all" or any(layer.op is Op.routed for layer in policy.layers)
+        return replace(found, recall_error=math.nan) if fails else found
+
+    monkeypatch.setattr(pipeline, "evaluate", broken)
+    with pytest.raises(UserError, match=error) as caught:
+        run_search(tiny(tmp_path, text))
+    assert isinstance(caught.value, SearchFailedError) == (bad == "routed")
+    assert not (tmp_path / "first" / "report.html").exists()
+
+
+def test_random_routing_keeps_the_fractions_asked_for(done: tuple[Run, Front], text: str) -> None:
+    run, _ = done
+    model = load_model(run.supernet)[0]
+    config = tiny(run.path.parent, text)
+    config.data.test_sequences = 64
+    data = TaskData(config.data, load_text(text), config.model.vocab_size)
+    judge = make_judge(model, data, 8)
+    policy = RoutingPolicy((LayerPolicy(budget=0.5), LayerPolicy(Op.softmax)), 8)
+    first, again, other = (judge.random(policy, (0.25, 1.0), seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert first.kept_by_layer == pytest.approx((0.25, 1.0), abs=0.06)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "search", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+def test_the_command_searches_and_then_has_nothing_to_do(text: str, tmp_path: Path) -> None:
+    arguments = ["experiment=smoke", "name=cli", f"root={tmp_path}", f"data.path={text}", "search.n_trials=3"]
+    arguments += ["tracking.mode=disabled", "export=false", "device=cpu", "data.seq_len=96"]
+    first = command(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert f"report  {tmp_path}/cli/report.html" in first.stdout
+    assert f"python -m natsl.generate run=cli root={tmp_path} pick=knee" in first.stdout
+    assert "python -m search experiment=smoke name=cli" in (tmp_path / "cli" / "report.html").read_text()
+    again = command(*arguments)
+    assert again.returncode == 0
+    assert "nothing to do" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("argument", "error"),
+    [
+        ("search.n_trials=-3", "search.n_trials = -3"),
+        ("search.objectives=[]", "search.objectives"),
+        ("search.sampler=best", "search.sampler"),
+        ("+search.foo=1", "search.foo"),
+        ("search.space.budget_max=1.2", "budget_max = 1.2"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(argument: str, error: str, tmp_path: Path) -> None:
+    found = command(argument, f"root={tmp_path}")
+    assert found.returncode == 2
+    assert error in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_the_search_command_loads_no_torch() -> None:
+    code = "import sys, natsl.search.__main__; print({'torch', 'optuna', 'wandb'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
