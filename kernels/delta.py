@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -66,29 +68,33 @@ def routed_delta_rule(
     resolve(backend, op, q.device, triton_ready=False)
     scale = K**-0.5 if scale is None else scale
     bounds = [0, T] if cu_seqlens is None else sequence_bounds(op, cu_seqlens, B, T)
-    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(bounds)]
     chunks = count_chunks(lengths, chunk_size)
     check_shape(op, "route", route, (B, sum(chunks), R))
     sequences = B if cu_seqlens is None else len(lengths)
     if initial_state is not None:
         check_tensors(op, "q", q=q, initial_state=initial_state)
         check_shape(op, "initial_state", initial_state, (sequences, R, K, V))
-    if cu_seqlens is None:
-        o, state = reference.routed_delta_rule(
-            q, k, v, g, beta, route, chunk_size, scale, initial_state, qk_l2norm, counterfactual, counterfactual_rate
+
+    def run(
+        start: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, route: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return reference.routed_delta_rule(
+            q, k, v, g, beta, route, chunk_size, scale, start, qk_l2norm, counterfactual, counterfactual_rate
         )
+
+    if cu_seqlens is None:
+        o, state = run(initial_state, q, k, v, g, beta, route)
         return o, state if output_final_state else None
 
     outputs, states = [], []
-    split = zip(*(x.split(lengths, 1) for x in (q, k, v, g, beta)), route.split(chunks, 1), strict=True)
-    for i, part in enumerate(split):
+    parts = zip(*(x.split(lengths, 1) for x in (q, k, v, g, beta)), route.split(chunks, 1), strict=True)
+    for i, part in enumerate(parts):
         start = None if initial_state is None else initial_state[i : i + 1]
         if part[0].shape[1] == 0:  # an empty sequence hands its state on
             states.append(q.new_zeros(1, R, K, V, dtype=torch.float32) if start is None else start)
             continue
-        o, state = reference.routed_delta_rule(
-            *part, chunk_size, scale, start, qk_l2norm, counterfactual, counterfactual_rate
-        )
+        o, state = run(start, *part)
         outputs.append(o)
         states.append(state)
     return torch.cat(outputs, 1), torch.cat(states, 0) if output_final_state else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
@@ -54,7 +56,7 @@ def sequence_bounds(op: str, cu_seqlens: torch.Tensor, batch: int, tokens: int) 
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
         raise ValueError(f"{op}: cu_seqlens must be a 1-D integer tensor")
     bounds: list[int] = cu_seqlens.tolist()
-    rising = all(a <= b for a, b in zip(bounds, bounds[1:], strict=False))
+    rising = all(a <= b for a, b in pairwise(bounds))
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or not rising:
         raise ValueError(f"{op}: cu_seqlens = {bounds} must rise from 0 to the number of tokens, {tokens}")
     return bounds

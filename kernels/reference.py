@@ -202,7 +202,7 @@ def routed_delta_rule(
 
     def chunked(x: Tensor) -> Tensor:  # [B,T,R,·] → [B,R,N,C,·]
         x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, N * C - T))
-        return x.unflatten(1, (N, C)).permute(0, 3, 1, 2, 4)
+        return x.view(B, N, C, R, x.shape[-1]).permute(0, 3, 1, 2, 4)
 
     q, k, v_ = chunked(q), chunked(k), chunked(v)
     gate, beta = chunked(g[..., None])[..., 0], chunked(beta[..., None])

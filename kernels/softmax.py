@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -75,7 +77,7 @@ def routed_softmax(
         check_shape(op, "route", route, (B, *count_chunks([T], chunk_size), route.shape[2]))
         return run(q, k, v, route)
     bounds = sequence_bounds(op, cu_seqlens, B, T)
-    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(bounds)]
     chunks = count_chunks(lengths, chunk_size)
     check_shape(op, "route", route, (B, sum(chunks), route.shape[2]))
     parts = zip(*(x.split(lengths, 1) for x in (q, k, v)), route.split(chunks, 1), strict=True)

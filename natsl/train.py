@@ -34,7 +34,7 @@ class TrainRecipe:
     seed: int
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDivergedError(RuntimeError):
     """Loss or gradient was not finite for too many steps in a row; the last good checkpoint is kept."""
 
 
@@ -68,8 +68,8 @@ def train_supernet(
 
     A folder with checkpoints of the same configuration is resumed: the result equals that of an unbroken run; one of
     another configuration is refused with the difference (``ValueError``). ``on_step`` receives a record of numbers
-    every ``log_every`` steps. Raises ``TrainingDiverged`` after ``max_bad_steps`` steps in a row without finite loss
-    and gradient.
+    every ``log_every`` steps. Raises ``TrainingDivergedError`` after ``max_bad_steps`` steps in a row without finite
+    loss and gradient.
     """
     train, supernet, seed = recipe.train, recipe.supernet, recipe.seed
     check_batch(model.kinds, train, supernet)
@@ -112,7 +112,7 @@ def train_supernet(
         else:
             bad_in_a_row, skipped = bad_in_a_row + 1, skipped + 1
             if bad_in_a_row >= train.max_bad_steps:
-                raise TrainingDiverged(
+                raise TrainingDivergedError(
                     f"loss or gradient was not finite for {bad_in_a_row} steps in a row, the last one {step + 1}: "
                     f"lower train.lr; the checkpoints in {folder} are from before"
                 )

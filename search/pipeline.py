@@ -29,7 +29,7 @@ from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import TaskData
 from natsl.tracking import Tracker, start_tracker
-from natsl.train import TrainingDiverged, TrainRecipe, fit
+from natsl.train import TrainingDivergedError, TrainRecipe, fit
 
 _TABLE_ROWS = 14  # of the table at the end
 
@@ -157,7 +157,7 @@ class _Search:
         recipe = TrainRecipe(config.train, config.supernet, config.seed)
         try:
             return fit(run, config.model, self.data, recipe, self.device, self.tracker)
-        except TrainingDiverged as error:
+        except TrainingDivergedError as error:
             raise UserError(str(error)) from None
 
     def _trials(self, study: PolicyStudy, scorer: Scorer) -> Scale:

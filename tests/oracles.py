@@ -10,7 +10,8 @@ from torch import Tensor
 
 from natsl.config import DataConfig, ModelConfig
 from natsl.data import Corpus
-from natsl.model import RoutedLM
+from natsl.mixer import RoutedMixer
+from natsl.model import Block, RoutedLM
 from natsl.space.policy import Op
 from natsl.tasks import TaskData
 
@@ -46,7 +47,7 @@ def visible(route: Tensor, tokens: int, chunk_size: int, heads: int) -> Tensor:
     return mask
 
 
-def dense_softmax(q: Tensor, k: Tensor, v: Tensor, route: Tensor, chunk_size: int, scale: float) -> Tensor:
+def dense_softmax(q: Tensor, k: Tensor, v: Tensor, route: Tensor, *, chunk_size: int, scale: float) -> Tensor:
     """The relaxed softmax branch as one dense formula, differentiable in everything: an earlier key weighs a·exp(s)."""
     T, Hq, Hs, R = q.shape[1], q.shape[2], k.shape[2], route.shape[2]
     k, v = k.repeat_interleave(Hq // Hs, 2), v.repeat_interleave(Hq // Hs, 2)
@@ -69,8 +70,9 @@ def token_delta(
     g: Tensor,
     beta: Tensor,
     route: Tensor,
-    chunk_size: int,
     initial_state: Tensor | None = None,
+    *,
+    chunk_size: int,
     qk_l2norm: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The delta branch token by token: outputs [B,T,R,V] and the final state [B,R,K,V]."""
@@ -129,6 +131,13 @@ def tiny_model(kinds: str = "rrr", **options: object) -> RoutedLM:
             if "mix_proj" in name or "router" in name:
                 parameter.normal_(std=0.5)
     return model.eval()
+
+
+def mixer_of(model: RoutedLM, layer: int = 0) -> RoutedMixer:
+    """The mixer of one layer."""
+    block = model.blocks[layer]
+    assert isinstance(block, Block)
+    return block.mixer
 
 
 def fill_calibration(model: RoutedLM) -> None:

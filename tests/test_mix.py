@@ -15,11 +15,15 @@ EPS = 1e-6
 
 def mix_inputs(B: int = 2, T: int = 5) -> list[Tensor]:
     shape = (B, T, 3, 4)
-    return [*(torch.randn(shape).double() for _ in range(3)), torch.randn(B, T, 3, 2).double(), *torch.randn(2, 4).double()]
+    return [
+        *(torch.randn(shape).double() for _ in range(3)),
+        torch.randn(B, T, 3, 2).double(),
+        *torch.randn(2, 4).double(),
+    ]
 
 
 def plain_mix(o_delta: Tensor, o_softmax: Tensor, gate: Tensor, logits: Tensor, w_d: Tensor, w_s: Tensor) -> Tensor:
-    """The formula of the paper, written with other means than the op: a sigmoid in the place of the softmax over two."""
+    """The formula of the paper, by other means than the op: a sigmoid in the place of the softmax over two."""
     share = 1 / (1 + (logits[..., 1:] - logits[..., :1]).exp())  # of the delta branch
     normed = [x / (x.pow(2).sum(-1, keepdim=True) / x.shape[-1] + EPS).sqrt() for x in (o_delta, o_softmax)]
     return gate / (1 + (-gate).exp()) * (share * w_d * normed[0] + (1 - share) * w_s * normed[1])

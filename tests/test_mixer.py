@@ -54,12 +54,13 @@ def plain_layer(m: RoutedMixer, x: Tensor, op: Op, route: Tensor, temperature: f
         if c.rope:
             qs, ks = (torch.cat([plain_rotation(z[:, t : t + 1], t) for t in range(T)], 1) for z in (qs, ks))
         scale = (c.key_dim // c.softmax_per_head) ** -0.5
-        o[Op.softmax] = norm(dense_softmax(qs, ks, v.view(B, T, Hs, -1), route, c.chunk_size, scale), m.softmax_norm)
+        attended = dense_softmax(qs, ks, v.view(B, T, Hs, -1), route, chunk_size=c.chunk_size, scale=scale)
+        o[Op.softmax] = norm(attended, m.softmax_norm)
     if m.kind is not Op.softmax:
         g = -m.A_log.exp() * torch.log1p((x @ m.a_proj.weight.T + m.dt_bias).exp())
         beta = torch.sigmoid(x @ m.b_proj.weight.T + m.b_proj.bias)
         heads = [z.view(B, T, c.heads, -1) for z in (q, k, v)]
-        out, _ = token_delta(heads[0], heads[1], heads[2], g, beta, route, c.chunk_size)
+        out, _ = token_delta(heads[0], heads[1], heads[2], g, beta, route, chunk_size=c.chunk_size)
         o[Op.delta] = norm(out.reshape(B, T, Hs, -1), m.delta_norm)
     if len(o) == 1:
         (mixed,) = o.values()
@@ -166,8 +167,10 @@ def test_projected_gradient_has_no_part_along_a_common_shift(budget: float, scop
     training = SupernetConfig(calibration=scope)
     (grad,) = torch.autograd.grad((group_route(margins, complete, budget, training) * upstream).sum(), margins)
     (free,) = torch.autograd.grad(
-        (group_route(margins, complete, budget, SupernetConfig(calibration=scope, project_budget=False)) *
-        upstream).sum(), margins,
+        (
+            group_route(margins, complete, budget, SupernetConfig(calibration=scope, project_budget=False)) * upstream
+        ).sum(),
+        margins,
     )
     over = (0, 1, 2) if scope is CalibrationScope.layer else (0, 1)
     assert grad.sum(over).abs().max() < 1e-9
@@ -222,7 +225,8 @@ def run_training(training: SupernetConfig, x: Tensor, mixer: RoutedMixer) -> tup
     y, routing = mixer(x, rows)
     assert routing.margins is not None
     loss = (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
-    return torch.autograd.grad(loss, [routing.margins, mixer.router.weight, x])
+    margins, weights, inputs = torch.autograd.grad(loss, [routing.margins, mixer.router.weight, x])
+    return margins, weights, inputs
 
 
 @pytest.mark.parametrize("mode", Counterfactual, ids=lambda m: m.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_threshold_routes_are_nested() -> None:
     kept = [threshold_routes(margins, t) for t in (-math.inf, -1.0, 0.0, 0.3, 2.0, math.inf)]
     assert kept[0].all()
     assert not kept[-1].any()
-    for more, fewer in zip(kept, kept[1:], strict=False):
+    for more, fewer in pairwise(kept):
         assert (more >= fewer).all()
     by_head = threshold_routes(margins, torch.tensor([math.inf, -math.inf]))
     assert by_head.sum((0, 1)).tolist() == [0, 60]
@@ -100,7 +101,7 @@ def test_equal_margins_keep_nothing_but_at_budget_1() -> None:
 
 @pytest.mark.parametrize("budget", [-0.1, 1.1, math.nan])
 def test_budget_outside_its_range(budget: float) -> None:
-    with pytest.raises(ValueError, match="budget = .* must lie in \\[0, 1\\]"):
+    with pytest.raises(ValueError, match=r"budget = .* must lie in \[0, 1\]"):
         budget_threshold(torch.zeros(1, 17), budget)
 
 
@@ -148,8 +149,8 @@ def test_cap_0_and_1() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cap", "burst", "message"), [(1.2, 0, "cap = 1.2"), (-0.1, 0, "cap = -0.1"), (math.nan, 0, "cap"), (0.5, -1,
-    "burst = -1")]
+    ("cap", "burst", "message"),
+    [(1.2, 0, "cap = 1.2"), (-0.1, 0, "cap = -0.1"), (math.nan, 0, "cap"), (0.5, -1, "burst = -1")],
 )
 def test_cap_mistakes(cap: float, burst: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -24,7 +24,8 @@ def run(tensors: list[Tensor], mode: str = "derivative", rate: float = 1.0) -> T
 def masked(q: Tensor, k: Tensor, v: Tensor, route: Tensor) -> Tensor:
     """SDPA with the mask written out; routes of 0 and 1."""
     mask = visible(route, q.shape[1], C, k.shape[2])
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def route_gradient(inputs: list[Tensor], mode: str, do: Tensor, rate: float = 1.0) -> Tensor:
@@ -73,18 +74,18 @@ def test_float32_equals_sdpa(routes: str, T: int) -> None:
     )
     o = routed_softmax(q, k, v, route, chunk_size=16)
     mask = visible(route, T, 16, heads=4)
-    heads = [x.transpose(1, 2) for x in (q, k, v)]
-    expected = F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     torch.testing.assert_close(o, expected, rtol=0, atol=1e-6)
     if routes == "ones":
-        causal = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+        causal = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         torch.testing.assert_close(o, causal, rtol=0, atol=1e-6)
 
 
 def test_scale() -> None:
     q, k, v, route = softmax_inputs(10)
     o = routed_softmax(q, k, v, route, chunk_size=C, scale=0.1)
-    assert_near(o, dense_softmax(q, k, v, route, C, 0.1))
+    assert_near(o, dense_softmax(q, k, v, route, chunk_size=C, scale=0.1))
 
 
 @pytest.mark.parametrize(("T", "G", "J"), [(4, 1, 1), (10, 1, 1), (9, 2, 1), (9, 1, 2)])

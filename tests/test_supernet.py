@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +17,15 @@ from natsl.config import CalibrationScope, Sandwich, SupernetConfig
 from natsl.data import Split
 from natsl.model import RoutedLM
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
-from natsl.supernet import calibrate, random_policy, sandwich_backward, sandwich_policies, seed_of, split_budget, task_loss
+from natsl.supernet import (
+    calibrate,
+    random_policy,
+    sandwich_backward,
+    sandwich_policies,
+    seed_of,
+    split_budget,
+    task_loss,
+)
 from natsl.tasks import IGNORED, Batch
 from tests.oracles import assert_near, tiny_config, tiny_data, tiny_model
 
@@ -41,7 +50,7 @@ def test_split_budget_keeps_the_mean_and_the_bound() -> None:
         assert all(0 <= b <= 1 for b in budgets)
         assert abs(sum(budgets) / n - total) < 1e-12
         order = sorted(range(n), key=lambda i: shares[i])
-        assert all(budgets[a] <= budgets[b] + 1e-12 for a, b in zip(order, order[1:], strict=False))
+        assert all(budgets[a] <= budgets[b] + 1e-12 for a, b in pairwise(order))
 
 
 def test_split_budget_is_proportional_below_the_bound() -> None:

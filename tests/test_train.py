@@ -1,0 +1,361 @@
+"""The training loop: schedule, learning, exact resume, steps without a finite loss, refused folders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from natsl import checkpoint, supernet
+from natsl.config import Counterfactual, Sandwich, SupernetConfig, TrainConfig, check_batch
+from natsl.model import RoutedLM
+from natsl.space.policy import RoutingPolicy
+from natsl.supernet import Loss, task_loss
+from natsl.tasks import Batch, TaskData
+from natsl.train import TrainingDivergedError, TrainRecipe, build_optimizer, learning_rate, train_supernet
+from tests.oracles import mixer_of, tiny_config, tiny_data
+
+Record = dict[str, float]
+
+
+class Killed(BaseException):
+    """Stands for a signal."""
+
+
+def recipe(seed: int = 0, net: SupernetConfig | None = None, **options: Any) -> TrainRecipe:
+    train = TrainConfig(
+        **{"steps": 7, "batch_size": 4, "warmup_steps": 2, "checkpoint_every": 2, "log_every": 1, **options}
+    )
+    return TrainRecipe(train, net or SupernetConfig(calibration_points=17), seed)
+
+
+def make_model(kinds: str = "rr", init: int = 0, **options: object) -> RoutedLM:
+    torch.manual_seed(init)
+    return RoutedLM(tiny_config(kinds, **options), calibration_points=17)
+
+
+def kill_at(step: int) -> Callable[[Record], None]:
+    def on_step(record: Record) -> None:
+        if record["step"] == step:
+            raise Killed
+
+    return on_step
+
+
+def assert_equal(a: RoutedLM, b: RoutedLM) -> None:
+    one, other = a.state_dict(), b.state_dict()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+# Schedule and optimiser
+
+
+def test_learning_rate() -> None:
+    config = TrainConfig(steps=100, warmup_steps=10, lr=2.0, lr_final=0.1)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10] == 2.0
+    assert rates[54] == pytest.approx(0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi * 44 / 89)))
+    assert rates[-1] == pytest.approx(0.2)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+    flat = TrainConfig(steps=3, warmup_steps=0, lr=1.0, lr_final=1.0)
+    assert [learning_rate(flat, step) for step in range(3)] == [1.0, 1.0, 1.0]
+    assert learning_rate(TrainConfig(steps=1, warmup_steps=0, lr=1.0), 0) == 1.0
+
+
+def test_matrices_alone_decay() -> None:
+    model = make_model("r", tie_embeddings=False)
+    decayed, plain = build_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed_names = {names[id(p)] for p in decayed["params"]}
+    plain_names = {names[id(p)] for p in plain["params"]}
+    assert decayed_names | plain_names == set(names.values())
+    assert {"head.weight", "blocks.0.mixer.router.weight", "blocks.0.mlp.in_proj.weight"} <= decayed_names
+    assert {"embed.weight", "blocks.0.mixer.conv", "blocks.0.mixer.A_log", "norm.weight"} <= plain_names
+    assert not any(name.endswith(("bias", "norm.weight", "conv")) for name in decayed_names)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "batch", "net", "message"),
+    [
+        ("ds", 4, SupernetConfig(), "a supernet needs a routed layer"),
+        ("r", 6, SupernetConfig(), "train.batch_size = 6 .* multiple of the 4 policies"),
+        ("r", 4, SupernetConfig(random_policies=1), "multiple of the 3 policies"),
+    ],
+    ids=["nothing-to-route", "groups", "one-random"],
+)
+def test_batches_must_fit_the_sandwich(
+    tmp_path: Path, kinds: str, batch: int, net: SupernetConfig, message: str
+) -> None:
+    model = make_model(kinds)
+    with pytest.raises(ValueError, match=message):
+        train_supernet(model, tiny_data(), recipe(net=net, batch_size=batch), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_accumulate_takes_any_batch() -> None:
+    check_batch(make_model("r").kinds, TrainConfig(batch_size=5), SupernetConfig(sandwich=Sandwich.accumulate))
+
+
+# Training
+
+
+def test_training_learns_and_reports(tmp_path: Path) -> None:
+    model = make_model()
+    records: list[Record] = []
+    train_supernet(model, tiny_data(), recipe(steps=25, batch_size=8, log_every=5), tmp_path, records.append)
+    assert [r["step"] for r in records] == [1, 5, 10, 15, 20, 25]
+    assert not model.training
+    assert model.calibration.isfinite().all()
+    for record in records:
+        assert all(math.isfinite(v) for v in record.values())
+        assert record["tokens_per_second"] > 0
+    assert records[-1]["loss"] < records[0]["loss"] - 1
+    assert records[-1]["eta_seconds"] == 0
+    assert {"loss_softmax", "loss_delta", "loss_random", "recall_softmax", "text_random", "lr", "grad_norm"} <= set(
+        records[0]
+    )
+    loaded, record = checkpoint.load_model(tmp_path)
+    assert record["finished"] is True
+    assert_equal(loaded, model)
+
+
+@pytest.mark.parametrize("kind", ["dense", "accumulate", "none", "sampled", "noise"])
+def test_options_train(tmp_path: Path, kind: str) -> None:
+    nets = {
+        "dense": SupernetConfig(dense_steps=3, anneal_steps=2),
+        "accumulate": SupernetConfig(sandwich=Sandwich.accumulate, distill=0.5, random_policies=1),
+        "none": SupernetConfig(counterfactual=Counterfactual.none, project_budget=False, gradient_clamp=0.0),
+        "sampled": SupernetConfig(counterfactual=Counterfactual.derivative, counterfactual_rate=0.5),
+        "noise": SupernetConfig(route_noise=1.0, detach_router=False),
+    }
+    model = make_model("rd")
+    records: list[Record] = []
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    net = replace(nets[kind], calibration_points=17, calibration_sequences=8)
+    train_supernet(model, tiny_data(), recipe(net=net, steps=5), tmp_path, records.append)
+    assert all(math.isfinite(v) for r in records for v in r.values())
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    if kind == "dense":
+        assert [("loss_delta" in r, r["router_grad_norm"] > 0) for r in records] == [(False, False)] * 3 + [
+            (True, True)
+        ] * 2
+
+
+# Resume
+
+
+@pytest.mark.parametrize("kind", ["plain", "noise"])
+@pytest.mark.parametrize("stops", [[1], [3], [4, 6], [7], [2, 3, 5, 7]], ids=str)
+def test_resumed_run_equals_an_unbroken_one(tmp_path: Path, stops: list[int], kind: str) -> None:
+    net = SupernetConfig(calibration_points=17, calibration_sequences=8)
+    if kind == "noise":  # everything that draws at random during a step
+        net = replace(net, route_noise=0.5, counterfactual_rate=0.5)
+    whole = make_model()
+    records: list[Record] = []
+    train_supernet(whole, tiny_data(), recipe(net=net), tmp_path / "whole", records.append)
+    folder = tmp_path / "broken"
+    for stop in stops:
+        with pytest.raises(Killed):  # once there is a checkpoint, the weights a run starts with no longer matter
+            train_supernet(
+                make_model(init=len(checkpoint.steps(folder))), tiny_data(), recipe(net=net), folder, kill_at(stop)
+            )
+    resumed = make_model(init=len(checkpoint.steps(folder)))
+    tail: list[Record] = []
+    train_supernet(resumed, tiny_data(), recipe(net=net), folder, tail.append)
+    assert_equal(whole, resumed)
+    done = max(0, (stops[-1] - 1) // 2 * 2)
+    assert [r["step"] for r in tail] == list(range(done + 1, 8))
+    assert [r["loss"] for r in tail] == [r["loss"] for r in records[done:]]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+
+
+def test_resume_from_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
+    whole = make_model()
+    train_supernet(whole, tiny_data(), recipe(), tmp_path / "whole")
+    with pytest.raises(Killed):
+        train_supernet(make_model(), tiny_data(), recipe(), tmp_path / "broken", kill_at(5))
+    assert checkpoint.steps(tmp_path / "broken") == [2, 4]
+    damaged = tmp_path / "broken" / "step-000004.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    resumed = make_model(init=9)
+    tail: list[Record] = []
+    with pytest.warns(UserWarning, match="step-000004.safetensors is passed over: checksum error"):
+        train_supernet(resumed, tiny_data(), recipe(), tmp_path / "broken", tail.append)
+    assert tail[0]["step"] == 3
+    assert_equal(whole, resumed)
+
+
+def test_a_finished_run_is_taken_as_it_is(tmp_path: Path) -> None:
+    whole = make_model()
+    train_supernet(whole, tiny_data(), recipe(), tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = make_model(init=5)
+    records: list[Record] = []
+    train_supernet(again, tiny_data(), recipe(), tmp_path, records.append)
+    assert_equal(whole, again)
+    assert not records
+    assert not again.training
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": recipe(seed=1)}, "seed: 0 then, 1 now"),
+        ({"recipe": recipe(lr=1e-3, steps=9)}, "train.lr: 0.006 then, 0.001 now, train.steps: 7 then, 9 now"),
+        (
+            {"recipe": recipe(net=SupernetConfig(budget_max=0.5, calibration_points=17))},
+            "supernet.budget_max: 0.6 then, 0.5",
+        ),
+        ({"data": tiny_data(tasks={"bytes": 1.0})}, "data: "),
+        ({"model": make_model("rd")}, "model.layers: \\['routed', 'routed'\\] then, \\['routed', 'delta'\\] now"),
+    ],
+    ids=["seed", "train", "supernet", "data", "model"],
+)
+def test_checkpoints_of_another_run_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(Killed):
+        train_supernet(make_model(), tiny_data(), recipe(), tmp_path, kill_at(3))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = change.get("model", make_model())
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"belong to another run \\({message}"):
+        train_supernet(model, change.get("data", tiny_data()), change.get("recipe", recipe()), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert all(torch.equal(t, weights[name]) or t.isnan().all() for name, t in model.state_dict().items())
+
+
+def test_how_often_to_log_and_how_many_to_keep_may_change(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train_supernet(make_model(), tiny_data(), recipe(), tmp_path, kill_at(5))
+    train_supernet(make_model(), tiny_data(), recipe(log_every=3, keep_checkpoints=1), tmp_path)
+    assert checkpoint.steps(tmp_path) == [7]
+
+
+# Losses that are not finite
+
+
+def broken_loss(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool], value: float) -> None:
+    """Make the loss of the steps for which ``bad`` holds (counted from 1 in this process) ``value``."""
+    calls = 0
+
+    def loss(logits: Tensor, batch: Batch) -> Loss:
+        nonlocal calls
+        calls += 1
+        result = task_loss(logits, batch)
+        step = (calls + 3) // 4  # four policies a step
+        return replace(result, total=result.total * value) if bad(step) else result
+
+    monkeypatch.setattr(supernet, "task_loss", loss)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_a_step_without_a_finite_loss_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    model = make_model()
+    snapshots: list[dict[str, Tensor]] = []
+    records: list[Record] = []
+
+    def on_step(record: Record) -> None:
+        records.append(record)
+        snapshots.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    broken_loss(monkeypatch, lambda step: step in (3, 4), value)
+    train_supernet(model, tiny_data(), recipe(), tmp_path, on_step)
+    assert [r["skipped"] for r in records] == [0, 0, 1, 2, 2, 2, 2]
+    for i in range(1, 7):
+        same = [torch.equal(snapshots[i][name], snapshots[i - 1][name]) for name in snapshots[i]]
+        assert all(same) if i in (2, 3) else not any(same)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert model.calibration.isfinite().all()
+
+
+def test_no_checkpoint_is_written_in_the_middle_of_bad_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_loss(monkeypatch, lambda step: step in (3, 4), math.nan)
+    with pytest.raises(Killed):
+        train_supernet(make_model(), tiny_data(), recipe(), tmp_path, kill_at(5))
+    assert checkpoint.steps(tmp_path) == [2]
+
+
+def test_training_stops_after_bad_steps_in_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_loss(monkeypatch, lambda step: step in (2, 3) or step >= 5, math.nan)
+    with pytest.raises(
+        TrainingDivergedError, match=r"not finite for 3 steps in a row, the last one 7: lower train\.lr"
+    ) as error:
+        train_supernet(make_model(), tiny_data(), recipe(steps=20, max_bad_steps=3), tmp_path)
+    assert "\n" not in str(error.value)
+    assert checkpoint.steps(tmp_path) == [4]
+    loaded, record = checkpoint.load_model(tmp_path)
+    assert all(p.isfinite().all() for p in loaded.parameters())
+    assert record["finished"] is False
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path: Path) -> None:
+    """A finite loss whose gradient overflows must not reach the weights."""
+    model = make_model()
+    records: list[Record] = []
+    hook = mixer_of(model, 1).out_proj.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(TrainingDivergedError):
+        train_supernet(model, tiny_data(), recipe(max_bad_steps=2), tmp_path, records.append)
+    hook.remove()
+    assert math.isfinite(records[0]["loss"])
+    assert not math.isfinite(records[0]["grad_norm"])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), make_model().parameters(), strict=True))
+
+
+def test_clipping_bounds_trunk_and_router_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[tuple[float, float]] = []
+    step = torch.optim.AdamW.step
+
+    def spy(self: torch.optim.AdamW, closure: None = None) -> None:
+        groups = {True: 0.0, False: 0.0}
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                groups[".router." in name] += float(p.grad.square().sum())
+        norms.append((math.sqrt(groups[False]), math.sqrt(groups[True])))
+        step(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    model = make_model()
+    records: list[Record] = []
+    train_supernet(model, tiny_data(), recipe(clip=0.01, router_clip=1e-4), tmp_path, records.append)
+    assert all(r["grad_norm"] > 0.01 for r in records)
+    for trunk, router in norms:
+        assert trunk == pytest.approx(0.01, rel=1e-3)
+        assert router == pytest.approx(1e-4, rel=2e-2)
+
+
+def test_a_trained_budget_is_usable(tmp_path: Path) -> None:
+    model, data = make_model(), tiny_data()
+    train_supernet(model, data, recipe(steps=3), tmp_path)
+    loaded, _ = checkpoint.load_model(tmp_path)
+    policy = RoutingPolicy.uniform(loaded.kinds, 8, 0.3)
+    x = data.train_batch(2, 0, 0).tokens
+    with torch.no_grad():
+        assert torch.equal(loaded(x, policy).logits, model(x, policy).logits)
+
+
+def test_data_is_read_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, asked = tiny_data(), []
+    original = data.train_batch
+
+    def spy(count: int, seed: int, step: int) -> Batch:
+        asked.append((count, seed, step))
+        return original(count, seed, step)
+
+    monkeypatch.setattr(data, "train_batch", spy)
+    with pytest.raises(Killed):
+        train_supernet(make_model(), data, recipe(seed=4), tmp_path, kill_at(3))
+    train_supernet(make_model(), data, recipe(seed=4), tmp_path)
+    assert asked == [(4, 4, s) for s in (0, 1, 2, 2, 3, 4, 5, 6)]
+    assert isinstance(data, TaskData)
