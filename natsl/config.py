@@ -6,6 +6,7 @@ Each class checks itself in ``__post_init__`` and raises ``ValueError`` naming t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -19,8 +20,8 @@ def check(ok: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name} = {value!r} is not allowed: {allowed}")
 
 
-def check_at_least(bound: float, **values: float) -> None:
-    """Raise ``ValueError`` unless every value is a finite number ≥ ``bound``."""
+def check_at_least(bound: float, values: Mapping[str, float]) -> None:
+    """Raise ``ValueError`` unless every named value is a finite number ≥ ``bound``."""
     for name, value in values.items():
         check(math.isfinite(value) and value >= bound, name, value, f"it must be ≥ {bound:g}")
 
@@ -88,7 +89,7 @@ class ModelConfig:
             "softmax_per_head",
             "conv_width",
         ):
-            check_at_least(1, **{f"model.{name}": getattr(self, name)})
+            check_at_least(1, {f"model.{name}": getattr(self, name)})
         check(
             self.chunk_size in CHUNK_SIZES,
             "model.chunk_size",
@@ -133,7 +134,7 @@ class MqarConfig:
     def __post_init__(self) -> None:
         check(self.segment >= 2 and self.segment % 2 == 0, "data.mqar.segment", self.segment, "it must be even and ≥ 2")
         check(0 < self.pair_share < 1, "data.mqar.pair_share", self.pair_share, "it must lie in (0, 1)")
-        check_at_least(1, **{"data.mqar.query_segments": self.query_segments})
+        check_at_least(1, {"data.mqar.query_segments": self.query_segments})
         check(0 <= self.easy_share <= 1, "data.mqar.easy_share", self.easy_share, "it must lie in [0, 1]")
         check(
             all(n >= 1 for n in self.easy_pairs) and (self.easy_share == 0 or len(self.easy_pairs) > 0),
@@ -155,7 +156,7 @@ class NeedleConfig:
     depth_max: float = 1.0
 
     def __post_init__(self) -> None:
-        check_at_least(1, **{"data.needle.needles": self.needles})
+        check_at_least(1, {"data.needle.needles": self.needles})
         check(
             0 <= self.depth_min <= self.depth_max <= 1,
             "data.needle.depth_min/depth_max",
@@ -191,10 +192,10 @@ class DataConfig:
         for name, weight in self.tasks.items():
             check(name in ("bytes", "mqar", "needle"), "data.tasks", name, "the tasks are bytes, mqar, needle")
             check(math.isfinite(weight) and weight >= 0, f"data.tasks.{name}", weight, "it must be ≥ 0")
-        check_at_least(2, **{"data.seq_len": self.seq_len})
+        check_at_least(2, {"data.seq_len": self.seq_len})
         check_at_least(
             1,
-            **{"data.search_sequences": self.search_sequences, "data.test_sequences": self.test_sequences},
+            {"data.search_sequences": self.search_sequences, "data.test_sequences": self.test_sequences},
         )
 
 
@@ -228,8 +229,17 @@ class SupernetConfig:
 
     def __post_init__(self) -> None:
         p = "supernet."
-        check_at_least(0, **{p + k: getattr(self, k) for k in ("anneal_steps", "dense_steps", "distill")})
-        check_at_least(0, **{p + k: getattr(self, k) for k in ("route_noise", "gradient_clamp", "random_policies")})
+        for name, kind in (
+            ("sandwich", Sandwich),
+            ("counterfactual", Counterfactual),
+            ("calibration", CalibrationScope),
+        ):
+            value = getattr(self, name)
+            allowed = "it must be one of " + ", ".join(item.value for item in kind)
+            check(isinstance(value, kind) or value in [item.value for item in kind], p + name, value, allowed)
+            setattr(self, name, kind(value))
+        check_at_least(0, {p + k: getattr(self, k) for k in ("anneal_steps", "dense_steps", "distill")})
+        check_at_least(0, {p + k: getattr(self, k) for k in ("route_noise", "gradient_clamp", "random_policies")})
         check(
             0 <= self.budget_min <= self.budget_max <= 1,
             p + "budget_min/budget_max",
@@ -243,8 +253,8 @@ class SupernetConfig:
             self.counterfactual_rate,
             "it must lie in (0, 1]",
         )
-        check_at_least(17, **{p + "calibration_points": self.calibration_points})
-        check_at_least(1, **{p + "calibration_sequences": self.calibration_sequences})
+        check_at_least(17, {p + "calibration_points": self.calibration_points})
+        check_at_least(1, {p + "calibration_sequences": self.calibration_sequences})
         check(
             self.distill == 0 or self.sandwich is Sandwich.accumulate,
             p + "distill",
@@ -274,9 +284,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         p = "train."
-        check_at_least(1, **{p + k: getattr(self, k) for k in ("steps", "batch_size", "checkpoint_every")})
-        check_at_least(1, **{p + k: getattr(self, k) for k in ("keep_checkpoints", "max_bad_steps", "log_every")})
-        check_at_least(0, **{p + "warmup_steps": self.warmup_steps, p + "weight_decay": self.weight_decay})
+        check_at_least(1, {p + k: getattr(self, k) for k in ("steps", "batch_size", "checkpoint_every")})
+        check_at_least(1, {p + k: getattr(self, k) for k in ("keep_checkpoints", "max_bad_steps", "log_every")})
+        check_at_least(0, {p + "warmup_steps": self.warmup_steps, p + "weight_decay": self.weight_decay})
         for name in ("lr", "clip", "router_clip"):
             value = getattr(self, name)
             check(math.isfinite(value) and value > 0, p + name, value, "it must be > 0")
@@ -350,7 +360,7 @@ class TrainRunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        check_at_least(0, seed=self.seed)
+        check_at_least(0, {"seed": self.seed})
 
 
 @dataclass
@@ -376,8 +386,8 @@ class EvaluateRunConfig:
         _check_source(self.run, self.export)
         check(self.split in ("search", "test"), "split", self.split, "it must be search or test")
         check(self.budget is None or 0 <= self.budget <= 1, "budget", self.budget, "it must lie in [0, 1]")
-        check_at_least(0, seed=self.seed)
-        check_at_least(1, batch_size=self.batch_size)
+        check_at_least(0, {"seed": self.seed})
+        check_at_least(1, {"batch_size": self.batch_size})
 
 
 @dataclass
@@ -419,8 +429,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         _check_source(self.run, self.export)
         check(len(self.prompt) > 0, "prompt", self.prompt, "it must not be empty")
-        check_at_least(1, max_new_tokens=self.max_new_tokens)
-        check_at_least(0, temperature=self.temperature, top_k=self.top_k, seed=self.seed)
+        check_at_least(1, {"max_new_tokens": self.max_new_tokens})
+        check_at_least(0, {"temperature": self.temperature, "top_k": self.top_k, "seed": self.seed})
 
 
 def _check_source(run: str | None, export: str | None) -> None:

@@ -29,7 +29,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least(0, temperature=self.temperature, top_k=self.top_k, seed=self.seed)
+        check_at_least(0, {"temperature": self.temperature, "top_k": self.top_k, "seed": self.seed})
 
 
 def encode(text: str, vocab_size: int) -> list[int]:
@@ -92,7 +92,7 @@ def generate(
     check(
         min(prompt) >= 0 and max(prompt) < size, "prompt", [min(prompt), max(prompt)], f"ids must lie in 0–{size - 1}"
     )
-    check_at_least(1, max_new_tokens=max_new_tokens)
+    check_at_least(1, {"max_new_tokens": max_new_tokens})
     policy.check(model.kinds, model.config.chunk_size)
     return _tokens(model.eval(), policy, list(prompt), max_new_tokens, sampling)
 

@@ -167,6 +167,6 @@ def calibrate(model: RoutedLM, data: TaskData, config: SupernetConfig, seed: int
         if margins.shape[0] == 0:
             raise ValueError(f"calibration needs complete chunks: sequences are shorter than chunk_size = {chunk}")
         if config.calibration is CalibrationScope.layer:
-            margins = margins.reshape(-1, 1).expand(-1, margins.shape[1])
-        table = quantile_table(margins, model.calibration.shape[2])  # [P,R]
+            margins = margins.reshape(-1, 1)
+        table = quantile_table(margins, model.calibration.shape[2])  # [P,R], or [P,1] for all heads
         model.calibration[i] = table.T.to(model.calibration)

@@ -14,7 +14,6 @@ import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ class AblationConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        check_at_least(1, workers=self.workers, random_draws=self.random_draws)
+        check_at_least(1, {"workers": self.workers, "random_draws": self.random_draws})
         check(len(self.seeds) > 0, "seeds", self.seeds, "at least one seed is needed")
         check(len(self.variants) > 0, "variants", self.variants, "at least one is needed, such as {base: {}}")
         check("mqar" in self.data.tasks, "data.tasks", self.data.tasks, "variants are judged by recall: mqar is needed")
@@ -67,19 +66,10 @@ class AblationConfig:
 
     def variant(self, name: str) -> SupernetConfig:
         """The supernet configuration of a variant; ``ValueError`` for a field or value that is not allowed."""
-        changes: dict[str, Any] = {}
-        for key, value in self.variants[name].items():
-            known = {f.name for f in dataclasses.fields(SupernetConfig)}
+        known = {item.name for item in dataclasses.fields(SupernetConfig)}
+        for key in self.variants[name]:
             check(key in known, f"variants.{name}", key, f"the fields are {', '.join(sorted(known))}")
-            current = getattr(self.supernet, key)
-            if isinstance(current, Enum):
-                kind = type(current)
-                check(
-                    value in kind.__members__, f"variants.{name}.{key}", value, f"one of {', '.join(kind.__members__)}"
-                )
-                value = kind[value]
-            changes[key] = value
-        return dataclasses.replace(self.supernet, **changes)
+        return dataclasses.replace(self.supernet, **self.variants[name])
 
 
 @dataclass(frozen=True)

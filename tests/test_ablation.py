@@ -1,0 +1,87 @@
+"""The ablation: jobs in processes, kept results, the table, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from natsl.config import Counterfactual, DataConfig, ModelConfig, SupernetConfig, TrainConfig
+from natsl.run import Run
+from natsl.search import ablation
+from natsl.search.ablation import AblationConfig, run_ablation, table
+
+
+def config(root: Path, variants: dict[str, dict[str, object]] | None = None) -> AblationConfig:
+    return AblationConfig(
+        name="a",
+        root=str(root),
+        device="cpu",
+        workers=2,
+        seeds=[0, 1],
+        budgets=[0.25],
+        random_draws=1,
+        variants=variants or {"base": {}, "chosen": {"counterfactual": "none"}},
+        model=ModelConfig(associative_init=True),
+        data=DataConfig(seq_len=64, test_sequences=2),
+        supernet=SupernetConfig(calibration_sequences=8),
+        train=TrainConfig(steps=1, batch_size=4, warmup_steps=0),
+    )
+
+
+def test_every_variant_is_trained_with_every_seed_and_results_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ablation(config(tmp_path))
+    first = capsys.readouterr().out
+    results = json.loads((tmp_path / "a" / "ablation.json").read_text())
+    assert sorted((r["variant"], r["seed"]) for r in results) == [
+        ("base", 0),
+        ("base", 1),
+        ("chosen", 0),
+        ("chosen", 1),
+    ]
+    assert first.count("\n") == 4
+    assert "| learned at 0.25 | random at 0.25 |" in first
+
+    def refuse(job: object) -> None:
+        raise AssertionError("a job that is done was run again")
+
+    monkeypatch.setattr(ablation, "run_job", refuse)
+    run_ablation(config(tmp_path))
+    assert capsys.readouterr().out == first
+
+
+def test_variants_change_one_thing() -> None:
+    c = config(Path("unused"))
+    assert c.variant("base") == c.supernet
+    assert c.variant("chosen").counterfactual is Counterfactual.none
+    assert c.variant("chosen").project_budget == c.supernet.project_budget
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        ({"x": {"counterfactuals": "none"}}, r"variants.x = 'counterfactuals' is not allowed: the fields are"),
+        ({"x": {"counterfactual": "all"}}, r"counterfactual = 'all' is not allowed: it must be one of none"),
+        ({"x": {"random_policies": 3}}, r"train.batch_size = 4 is not allowed: it must be a multiple of the 5"),
+    ],
+    ids=["field", "value", "batch"],
+)
+def test_bad_variants_are_refused(variants: dict[str, dict[str, object]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(Path("unused"), variants)
+
+
+def test_the_table_shows_mean_and_lowest_seed(tmp_path: Path) -> None:
+    scores = [{"softmax": 1.0, "delta": d, "0.25": {"learned": 0.8, "random": 0.5}} for d in (0.2, 0.4)]
+    results = [{"variant": "base", "recall": s} for s in scores]
+    text = table(results, config(tmp_path))
+    assert "| base | 1.00 (1.00) | 0.30 (0.20) | 0.80 (0.80) | 0.50 (0.50) |" in text
+    assert "| chosen | – | – | – | – |" in text
+
+
+def test_the_run_folder_is_a_run(tmp_path: Path) -> None:
+    run_ablation(config(tmp_path, {"base": {}}))
+    assert Run.names(tmp_path) == ["a"]
