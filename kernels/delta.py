@@ -10,6 +10,7 @@ from torch import Tensor
 from natsl.kernels import reference
 from natsl.kernels.dispatch import (
     check_counterfactual,
+    check_heads,
     check_shape,
     check_tensors,
     count_chunks,
@@ -48,18 +49,11 @@ def routed_delta_rule(
     ``ValueError`` naming the argument. Source: Gated DeltaNet, arXiv 2412.06464; routing, arXiv 2602.03681, section 3.
     """
     op = "routed_delta_rule"
-    check_tensors(op, "q", q=q, k=k, v=v, g=g, beta=beta, route=route)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{op}: {name} must be [batch, tokens, heads, width], found {tuple(tensor.shape)}")
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{op}: {name} is {tensor.dtype}, but q is {q.dtype}")
+    heads = {"q": q, "k": k, "v": v}
+    check_tensors(op, {**heads, "g": g, "beta": beta, "route": route})
+    check_heads(op, heads, chunk_size)
     B, T, R, K = q.shape
     V = v.shape[3]
-    if chunk_size < 1:
-        raise ValueError(f"{op}: chunk_size = {chunk_size!r} must be ≥ 1")
-    if T < 1:
-        raise ValueError(f"{op}: q holds no tokens")
     check_shape(op, "k", k, (B, T, R, K))
     check_shape(op, "v", v, (B, T, R, V))
     check_shape(op, "g", g, (B, T, R))
@@ -73,7 +67,7 @@ def routed_delta_rule(
     check_shape(op, "route", route, (B, sum(chunks), R))
     sequences = B if cu_seqlens is None else len(lengths)
     if initial_state is not None:
-        check_tensors(op, "q", q=q, initial_state=initial_state)
+        check_tensors(op, {"q": q, "initial_state": initial_state})
         check_shape(op, "initial_state", initial_state, (sequences, R, K, V))
 
     def run(

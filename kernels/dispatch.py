@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -24,15 +25,29 @@ def resolve(backend: str, op: str, device: torch.device, *, triton_ready: bool) 
     return backend
 
 
-def check_tensors(op: str, reference: str, **tensors: torch.Tensor) -> None:
-    """Raise ``ValueError`` naming the argument that is not floating point or not on the device of ``reference``."""
-    device = tensors[reference].device
+def check_tensors(op: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ``ValueError`` naming the argument that is no floating point tensor or not on the device of the first."""
+    first, reference = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise ValueError(f"{op}: {name} must be a floating point tensor, found {found}")
-        if tensor.device != device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, but {reference} is on {device}")
+        if tensor.device != reference.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, but {first} is on {reference.device}")
+
+
+def check_heads(op: str, tensors: Mapping[str, torch.Tensor], chunk_size: int) -> None:
+    """Raise ``ValueError`` unless all are [batch, tokens, heads, width] of one dtype, none but the batch empty, and
+    ``chunk_size`` is an integer ≥ 1."""
+    first, reference = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.dim() != 4 or 0 in tensor.shape[1:]:
+            found = tuple(tensor.shape)
+            raise ValueError(f"{op}: {name} must be [batch, tokens, heads, width], each ≥ 1, found {found}")
+        if tensor.dtype != reference.dtype:
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, but {first} is {reference.dtype}")
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"{op}: chunk_size = {chunk_size!r} must be an integer ≥ 1")
 
 
 def check_shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:

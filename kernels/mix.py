@@ -29,16 +29,10 @@ def routed_mix(
     op = "routed_mix"
     tensors = {"o_delta": o_delta, "o_softmax": o_softmax, "gate": gate, "mix_logits": mix_logits}
     weights = {"weight_delta": weight_delta, "weight_softmax": weight_softmax}
-    check_tensors(
-        op,
-        "o_delta",
-        o_delta=o_delta,
-        o_softmax=o_softmax,
-        gate=gate,
-        mix_logits=mix_logits,
-        weight_delta=weight_delta,
-        weight_softmax=weight_softmax,
-    )
+    check_tensors(op, {**tensors, **weights})
+    for name in ("o_softmax", "gate"):
+        if tensors[name].dtype != o_delta.dtype:
+            raise ValueError(f"{op}: {name} is {tensors[name].dtype}, but o_delta is {o_delta.dtype}")
     if o_delta.dim() != 4:
         raise ValueError(f"{op}: o_delta must be [batch, tokens, heads, width], found {tuple(o_delta.shape)}")
     shape = tuple(o_delta.shape)

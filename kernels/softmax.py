@@ -10,6 +10,7 @@ from torch import Tensor
 from natsl.kernels import reference
 from natsl.kernels.dispatch import (
     check_counterfactual,
+    check_heads,
     check_shape,
     check_tensors,
     count_chunks,
@@ -43,21 +44,16 @@ def routed_softmax(
     everywhere; ``insertion`` the bounded exact effect of inserting a chunk that was left out. ``counterfactual_rate``
     in (0, 1] samples that share of the left-out chunks, unbiased.
 
+    NaN and overflow are not hidden: as in dense attention they may reach other queries of the same matrix product.
+
     Returns o [B,T,Hq,Vs] in q's dtype. Raises ``ValueError`` naming the argument. Source: arXiv 2602.03681, section 3.
     """
     op = "routed_softmax"
-    check_tensors(op, "q", q=q, k=k, v=v, route=route)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{op}: {name} must be [batch, tokens, heads, width], found {tuple(tensor.shape)}")
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{op}: {name} is {tensor.dtype}, but q is {q.dtype}")
+    heads = {"q": q, "k": k, "v": v}
+    check_tensors(op, {**heads, "route": route})
+    check_heads(op, heads, chunk_size)
     B, T, Hq, Ks = q.shape
     Hs = k.shape[2]
-    if chunk_size < 1:
-        raise ValueError(f"{op}: chunk_size = {chunk_size!r} must be ≥ 1")
-    if T < 1:
-        raise ValueError(f"{op}: q holds no tokens")
     check_shape(op, "k", k, (B, T, Hs, Ks))
     check_shape(op, "v", v, (B, T, Hs, v.shape[3]))
     if Hq % Hs:

@@ -48,8 +48,13 @@ def save(
     meta: dict[str, Any],
     keep: int,
 ) -> None:
-    """Write the checkpoint of a step and remove all but the newest ``keep``; ``meta`` is JSON-ready."""
+    """Write the checkpoint of a step and remove all but the newest ``keep``; ``meta`` is JSON-ready.
+
+    Checkpoints of later steps do not count: a training that came here again has passed them over as damaged.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
+        stale.unlink(missing_ok=True)
     tensors = {f"model.{name}": t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
@@ -66,7 +71,7 @@ def save(
     finally:
         temporary.unlink(missing_ok=True)
     write_text(info, json.dumps(record, indent=1))
-    for old in steps(folder)[:-keep]:
+    for old in [found for found in steps(folder) if found <= step][:-keep]:
         (folder / f"step-{old:06d}.json").unlink(missing_ok=True)
         (folder / f"step-{old:06d}.safetensors").unlink(missing_ok=True)
 

@@ -11,19 +11,21 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from natsl.space.policy import Op
-
-
-def check(ok: bool, name: str, value: object, allowed: str) -> None:
-    """Raise ``ValueError`` naming a value and its bound unless ``ok``."""
-    if not ok:
-        raise ValueError(f"{name} = {value!r} is not allowed: {allowed}")
+from natsl.space.cost import LayerShape
+from natsl.space.policy import Op, check_count, check_op
+from natsl.space.policy import check as check  # again exported
 
 
 def check_at_least(bound: float, values: Mapping[str, float]) -> None:
     """Raise ``ValueError`` unless every named value is a finite number ≥ ``bound``."""
     for name, value in values.items():
         check(math.isfinite(value) and value >= bound, name, value, f"it must be ≥ {bound:g}")
+
+
+def check_counts(low: int, values: Mapping[str, object]) -> None:
+    """Raise ``ValueError`` unless every named value is an integer ≥ ``low``."""
+    for name, value in values.items():
+        check_count(name, value, low)
 
 
 class Counterfactual(Enum):
@@ -77,7 +79,7 @@ class ModelConfig:
     associative_init: bool = False
 
     def __post_init__(self) -> None:
-        self.layers = [Op(kind) for kind in self.layers]
+        self.layers = [check_op(f"model.layers[{i}]", kind) for i, kind in enumerate(self.layers)]
         check(len(self.layers) > 0, "model.layers", self.layers, "at least one layer is needed")
         for name in (
             "vocab_size",
@@ -89,9 +91,9 @@ class ModelConfig:
             "softmax_per_head",
             "conv_width",
         ):
-            check_at_least(1, {f"model.{name}": getattr(self, name)})
+            check_counts(1, {f"model.{name}": getattr(self, name)})
         check(
-            self.chunk_size in CHUNK_SIZES,
+            type(self.chunk_size) is int and self.chunk_size in CHUNK_SIZES,
             "model.chunk_size",
             self.chunk_size,
             f"it must be one of {', '.join(map(str, CHUNK_SIZES))}",
@@ -115,6 +117,22 @@ class ModelConfig:
         """Number of softmax heads of a layer (Hs = R·G)."""
         return self.heads * self.softmax_per_head
 
+    def layer_shapes(self) -> tuple[LayerShape, ...]:
+        """Shapes of the layers in order, as costs are counted from."""
+        return tuple(
+            LayerShape(
+                kind,
+                self.width,
+                self.heads,
+                self.key_dim,
+                self.value_dim,
+                self.softmax_per_head,
+                self.mlp_width,
+                self.conv_width,
+            )
+            for kind in self.layers
+        )
+
 
 @dataclass
 class MqarConfig:
@@ -132,12 +150,13 @@ class MqarConfig:
     easy_pairs: list[int] = field(default_factory=lambda: [4, 8, 16])
 
     def __post_init__(self) -> None:
-        check(self.segment >= 2 and self.segment % 2 == 0, "data.mqar.segment", self.segment, "it must be even and ≥ 2")
+        check_counts(2, {"data.mqar.segment": self.segment})
+        check(self.segment % 2 == 0, "data.mqar.segment", self.segment, "it must be even and ≥ 2")
         check(0 < self.pair_share < 1, "data.mqar.pair_share", self.pair_share, "it must lie in (0, 1)")
-        check_at_least(1, {"data.mqar.query_segments": self.query_segments})
+        check_counts(1, {"data.mqar.query_segments": self.query_segments})
         check(0 <= self.easy_share <= 1, "data.mqar.easy_share", self.easy_share, "it must lie in [0, 1]")
         check(
-            all(n >= 1 for n in self.easy_pairs) and (self.easy_share == 0 or len(self.easy_pairs) > 0),
+            all(type(n) is int and n >= 1 for n in self.easy_pairs) and (self.easy_share == 0 or bool(self.easy_pairs)),
             "data.mqar.easy_pairs",
             self.easy_pairs,
             "counts ≥ 1, at least one if easy_share > 0",
@@ -156,7 +175,7 @@ class NeedleConfig:
     depth_max: float = 1.0
 
     def __post_init__(self) -> None:
-        check_at_least(1, {"data.needle.needles": self.needles})
+        check_counts(1, {"data.needle.needles": self.needles})
         check(
             0 <= self.depth_min <= self.depth_max <= 1,
             "data.needle.depth_min/depth_max",
@@ -192,8 +211,8 @@ class DataConfig:
         for name, weight in self.tasks.items():
             check(name in ("bytes", "mqar", "needle"), "data.tasks", name, "the tasks are bytes, mqar, needle")
             check(math.isfinite(weight) and weight >= 0, f"data.tasks.{name}", weight, "it must be ≥ 0")
-        check_at_least(2, {"data.seq_len": self.seq_len})
-        check_at_least(
+        check_counts(2, {"data.seq_len": self.seq_len})
+        check_counts(
             1,
             {"data.search_sequences": self.search_sequences, "data.test_sequences": self.test_sequences},
         )
@@ -238,8 +257,8 @@ class SupernetConfig:
             allowed = "it must be one of " + ", ".join(item.value for item in kind)
             check(isinstance(value, kind) or value in [item.value for item in kind], p + name, value, allowed)
             setattr(self, name, kind(value))
-        check_at_least(0, {p + k: getattr(self, k) for k in ("anneal_steps", "dense_steps", "distill")})
-        check_at_least(0, {p + k: getattr(self, k) for k in ("route_noise", "gradient_clamp", "random_policies")})
+        check_counts(0, {p + k: getattr(self, k) for k in ("anneal_steps", "dense_steps", "random_policies")})
+        check_at_least(0, {p + k: getattr(self, k) for k in ("distill", "route_noise", "gradient_clamp")})
         check(
             0 <= self.budget_min <= self.budget_max <= 1,
             p + "budget_min/budget_max",
@@ -253,8 +272,8 @@ class SupernetConfig:
             self.counterfactual_rate,
             "it must lie in (0, 1]",
         )
-        check_at_least(17, {p + "calibration_points": self.calibration_points})
-        check_at_least(1, {p + "calibration_sequences": self.calibration_sequences})
+        check_counts(17, {p + "calibration_points": self.calibration_points})
+        check_counts(1, {p + "calibration_sequences": self.calibration_sequences})
         check(
             self.distill == 0 or self.sandwich is Sandwich.accumulate,
             p + "distill",
@@ -284,9 +303,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         p = "train."
-        check_at_least(1, {p + k: getattr(self, k) for k in ("steps", "batch_size", "checkpoint_every")})
-        check_at_least(1, {p + k: getattr(self, k) for k in ("keep_checkpoints", "max_bad_steps", "log_every")})
-        check_at_least(0, {p + "warmup_steps": self.warmup_steps, p + "weight_decay": self.weight_decay})
+        check_counts(1, {p + k: getattr(self, k) for k in ("steps", "batch_size", "checkpoint_every")})
+        check_counts(1, {p + k: getattr(self, k) for k in ("keep_checkpoints", "max_bad_steps", "log_every")})
+        check_counts(0, {p + "warmup_steps": self.warmup_steps})
+        check_at_least(0, {p + "weight_decay": self.weight_decay})
         for name in ("lr", "clip", "router_clip"):
             value = getattr(self, name)
             check(math.isfinite(value) and value > 0, p + name, value, "it must be > 0")
@@ -360,7 +380,7 @@ class TrainRunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        check_at_least(0, {"seed": self.seed})
+        check_counts(0, {"seed": self.seed})
 
 
 @dataclass
@@ -378,7 +398,6 @@ class EvaluateRunConfig:
     export: str | None = None
     budget: float | None = None
     split: str = "test"
-    seed: int = 0
     device: str = "auto"
     batch_size: int = 32
 
@@ -386,8 +405,7 @@ class EvaluateRunConfig:
         _check_source(self.run, self.export)
         check(self.split in ("search", "test"), "split", self.split, "it must be search or test")
         check(self.budget is None or 0 <= self.budget <= 1, "budget", self.budget, "it must lie in [0, 1]")
-        check_at_least(0, {"seed": self.seed})
-        check_at_least(1, {"batch_size": self.batch_size})
+        check_counts(1, {"batch_size": self.batch_size})
 
 
 @dataclass
@@ -429,8 +447,9 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         _check_source(self.run, self.export)
         check(len(self.prompt) > 0, "prompt", self.prompt, "it must not be empty")
-        check_at_least(1, {"max_new_tokens": self.max_new_tokens})
-        check_at_least(0, {"temperature": self.temperature, "top_k": self.top_k, "seed": self.seed})
+        check_counts(1, {"max_new_tokens": self.max_new_tokens})
+        check_at_least(0, {"temperature": self.temperature})
+        check_counts(0, {"top_k": self.top_k, "seed": self.seed})
 
 
 def _check_source(run: str | None, export: str | None) -> None:

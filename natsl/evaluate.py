@@ -23,7 +23,10 @@ from natsl.tasks import IGNORED, Batch, TaskData
 
 @dataclass(frozen=True)
 class RandomRouting:
-    """The control: layer l keeps each complete chunk with probability ``fractions[l]`` instead of asking its router."""
+    """The control: layer l keeps the share ``fractions[l]`` of all complete chunks and heads, drawn at random.
+
+    The number kept is exact: the share of the evaluated sequences as a whole, rounded.
+    """
 
     seed: int
     fractions: tuple[float, ...]
@@ -62,7 +65,7 @@ def evaluate(
     """
     device = model.embed.weight.device
     chunk = model.config.chunk_size
-    generator = torch.Generator().manual_seed(random_routing.seed) if random_routing else None
+    drawn = None if random_routing is None else _random_routes(policy, random_routing, sets, model.config.heads)
     text_sum, text_count = 0.0, 0
     errors: dict[str, float] = {}
     kept = torch.zeros(len(model.kinds), model.config.heads, dtype=torch.float64)
@@ -74,9 +77,8 @@ def evaluate(
             part = batch.rows(slice(first, first + batch_size)).to(device)
             B, T = part.tokens.shape
             routes = None
-            if random_routing is not None and generator is not None:
-                shape = (B, -(-T // chunk), model.config.heads)
-                routes = _random_routes(policy, random_routing, shape, generator)
+            if drawn is not None:
+                routes = [None if route is None else route[first : first + B] for route in drawn[task]]
             output = model(part.tokens, policy, routes=routes)
             scored = part.targets != IGNORED
             if not bool(output.logits[scored].isfinite().all()):
@@ -110,13 +112,25 @@ def evaluate(
 
 
 def _random_routes(
-    policy: RoutingPolicy, routing: RandomRouting, shape: tuple[int, int, int], generator: torch.Generator
-) -> list[Tensor | None]:
-    """Random routes [B,N,R] for layers that the policy routes; None (the policy decides) for the others."""
-    routes: list[Tensor | None] = []
+    policy: RoutingPolicy, routing: RandomRouting, sets: Mapping[str, Batch], heads: int
+) -> dict[str, list[Tensor | None]]:
+    """Per task and layer random routes [B,N,R] where the policy routes, None (the policy decides) elsewhere."""
+    if len(routing.fractions) != len(policy.layers):
+        raise ValueError(
+            f"RandomRouting.fractions = {routing.fractions} is not allowed: it needs one for each of the "
+            f"{len(policy.layers)} layers"
+        )
+    generator = torch.Generator().manual_seed(routing.seed)
+    sizes = [(len(batch), batch.tokens.shape[1] // policy.chunk_size, heads) for batch in sets.values()]
+    counts = [math.prod(size) for size in sizes]
+    routes: dict[str, list[Tensor | None]] = {task: [] for task in sets}
     for layer, fraction in zip(policy.layers, routing.fractions, strict=True):
-        draw = torch.rand(shape, generator=generator)
-        routes.append((draw < fraction).float() if layer.op is Op.routed else None)
+        keep = torch.zeros(sum(counts))
+        keep[torch.randperm(len(keep), generator=generator)[: round(fraction * len(keep))]] = 1.0
+        for (task, batch), size, part in zip(sets.items(), sizes, keep.split(counts), strict=True):
+            incomplete = int(batch.tokens.shape[1] % policy.chunk_size > 0)  # the last chunk, which nothing reads
+            padded = F.pad(part.view(size), (0, 0, 0, incomplete))
+            routes[task].append(padded if layer.op is Op.routed else None)
     return routes
 
 

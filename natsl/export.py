@@ -166,6 +166,8 @@ def stored_data(run: str | None, root: str, export: str | None) -> DataConfig:
     else:
         path = Run.open(str(run), root, create=False).config
         found = read_config(path).get("data")
+    if "${" in json.dumps(found, default=str):  # stored settings are resolved; these could expand without end
+        raise UserError(f"{path} holds no data settings: interpolations are not allowed")
     try:
         result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), found))
     except (OmegaConfBaseException, TypeError) as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from natsl.cli import resolve_device, run_main
-from natsl.config import GenerateConfig, check, check_at_least
+from natsl.config import GenerateConfig, check, check_at_least, check_counts
 from natsl.run import UserError
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
@@ -29,7 +29,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least(0, {"temperature": self.temperature, "top_k": self.top_k, "seed": self.seed})
+        check_at_least(0, {"temperature": self.temperature})
+        check_counts(0, {"top_k": self.top_k, "seed": self.seed})
 
 
 def encode(text: str, vocab_size: int) -> list[int]:
@@ -92,7 +93,7 @@ def generate(
     check(
         min(prompt) >= 0 and max(prompt) < size, "prompt", [min(prompt), max(prompt)], f"ids must lie in 0–{size - 1}"
     )
-    check_at_least(1, {"max_new_tokens": max_new_tokens})
+    check_counts(1, {"max_new_tokens": max_new_tokens})
     policy.check(model.kinds, model.config.chunk_size)
     return _tokens(model.eval(), policy, list(prompt), max_new_tokens, sampling)
 

@@ -93,11 +93,16 @@ class RoutedLM(nn.Module):
         given routes [B,N,R] instead of the router's. ``training``: budgets are exact quantiles of the slice (not
         causal: for training and calibration alone) and routes carry the router's gradient.
 
-        Raises ``ValueError`` if a policy does not fit the model, the batch does not split or the mask has holes.
+        Raises ``ValueError`` if a policy does not fit the model, a token is not in the vocabulary, the batch does not
+        split or the mask has holes.
         """
         if tokens.dim() != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int32, torch.int64):
             found = f"{tokens.dtype} {tuple(tokens.shape)}"
             raise ValueError(f"tokens must be integers [batch ≥ 1, tokens ≥ 1], found {found}")
+        # only where looking costs no synchronisation; on a GPU the embedding's own assertion stops the kernel
+        if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            found = f"{int(tokens.min())} to {int(tokens.max())}"
+            raise ValueError(f"tokens are {found}: they must lie in [0, {self.config.vocab_size})")
         policies = [policy] if isinstance(policy, RoutingPolicy) else list(policy)
         B, T = tokens.shape
         if not policies or B % len(policies):

@@ -29,12 +29,7 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from natsl.run import UserError
-
-MAX_FILE_BYTES = 1 << 20
-MAX_NODES = 100_000  # of one config file, after its aliases are expanded
-_TAG_PREFIX = "tag:yaml.org,2002:"
-_PLAIN_TAGS = {_TAG_PREFIX + t for t in ("str", "int", "float", "bool", "null", "map", "seq", "merge", "value")}
+from natsl.run import UserError, read_yaml
 
 # Settings of Hydra that do no harm, since nothing reads them: Hydra makes no folder, no log and launches nothing here.
 IGNORED_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.chdir")
@@ -42,51 +37,12 @@ IGNORED_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydr
 
 def check_yaml(path: Path) -> None:
     """Raise ``UserError`` unless a config file is small, plain YAML without tags, ``_target_`` or Hydra settings."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    if len(content) > MAX_FILE_BYTES:
-        raise UserError(f"{path} is larger than {MAX_FILE_BYTES} bytes, the limit for a config file")
-    try:
-        root = yaml.compose(content.decode(), Loader=yaml.SafeLoader)
-        size = _node_size(root, path, {}) if root is not None else 0
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply") from None
-    if size > MAX_NODES:
-        raise UserError(f"{path} expands to more than {MAX_NODES} values through its aliases")
+    text, root = read_yaml(path)
     if isinstance(root, yaml.MappingNode) and any(key.value == "hydra" for key, _ in root.value):
         raise UserError(f"{path}: 'hydra' is not allowed: Hydra's own settings are fixed")
-    header = content[:4096].decode(errors="ignore")
+    header = text[:4096]
     if "@package" in header and "hydra" in header.split("@package", 1)[1].split("\n", 1)[0]:
         raise UserError(f"{path}: '@package hydra' is not allowed: Hydra's own settings are fixed")
-
-
-def _node_size(node: Any, path: Path, known: dict[int, int | None]) -> int:
-    """Values below a YAML node once aliases are expanded; checks tags and keys on the way."""
-    if id(node) in known:
-        size = known[id(node)]
-        if size is None:
-            raise UserError(f"{path} holds an alias to itself")
-        return size
-    known[id(node)] = None
-    if node.tag not in _PLAIN_TAGS and node.tag != _TAG_PREFIX + "timestamp":
-        raise UserError(f"{path}: the YAML tag {node.tag!r} is not allowed")
-    size = 1
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value == "_target_":
-                raise UserError(f"{path}: '_target_' is not allowed: nothing in a config is ever executed")
-            size += _node_size(key, path, known) + _node_size(value, path, known)
-    elif isinstance(node, yaml.SequenceNode):
-        size += sum(_node_size(value, path, known) for value in node.value)
-    known[id(node)] = size
-    return size
 
 
 class Repository(ConfigRepository):

@@ -25,6 +25,10 @@ from natsl.config import to_plain
 FORMAT = 1  # of the run folder; raise it when a reader of older folders would go wrong
 FORMAT_VERSIONS = {1: "0.1"}  # format → first natsl version that writes it
 MASK = "<removed>"
+MAX_FILE_BYTES = 1 << 20
+MAX_NODES = 100_000  # of one config file, after its aliases are expanded
+_TAG_PREFIX = "tag:yaml.org,2002:"
+_PLAIN_TAGS = {_TAG_PREFIX + t for t in ("str", "int", "float", "bool", "null", "map", "seq", "merge", "value")}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 # Keys whose text values are secrets. Only text is masked, so that counts such as max_new_tokens stay readable; kv cost
@@ -39,6 +43,12 @@ _SECRET_VARIABLE = re.compile(
 )
 _NOT_SECRET_VARIABLE = re.compile(r"_(FILE|PATH|DIR|URL)$", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(\w://[^/\s:@]*):[^/\s@]+@")
+# A parameter of a URL ("&amp;" in HTML ends with ";"). Its value ends where that of a URL does, in HTML or in JSON.
+_URL_PARAMETER = re.compile(
+    r"([?&;][\w.-]*(?:passw(?:or)?d|passphrase|pwd|secret|token|credentials?|sig(?:nature)?"
+    r"|(?:api|access|private|auth)[_-]?key)=)[^&#\s<>\"]+",
+    re.IGNORECASE,
+)
 _SHORTEST_SECRET = 8  # shorter values ("1", "true", "none") would blot out ordinary text
 
 
@@ -93,7 +103,7 @@ def _redact(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, str):
         for secret in secrets:
             value = value.replace(secret, MASK)
-        return _URL_PASSWORD.sub(rf"\1:{MASK}@", value)
+        return _URL_PARAMETER.sub(rf"\1{MASK}", _URL_PASSWORD.sub(rf"\1:{MASK}@", value))
     if isinstance(value, Mapping):
         return {
             _redact(key, secrets): MASK
@@ -165,12 +175,62 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error})") from None
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Content of a run's ``config.yaml``; ``UserError`` naming the file if it is missing or no YAML mapping."""
+def read_yaml(path: Path) -> tuple[str, Any]:
+    """Text and root node (None: empty) of a YAML file that is safe to load.
+
+    ``UserError`` naming the file unless it is small, also with its aliases expanded, and has no tags or ``_target_``.
+    """
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise UserError(f"{path} is larger than {MAX_FILE_BYTES} bytes, the limit for a config file")
+    try:
+        text = content.decode()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        size = _node_size(root, path, {}) if root is not None else 0
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply") from None
+    if size > MAX_NODES:
+        raise UserError(f"{path} expands to more than {MAX_NODES} values through its aliases")
+    return text, root
+
+
+def _node_size(node: Any, path: Path, known: dict[int, int | None]) -> int:
+    """Values below a YAML node once aliases are expanded; checks tags and keys on the way."""
+    if id(node) in known:
+        size = known[id(node)]
+        if size is None:
+            raise UserError(f"{path} holds an alias to itself")
+        return size
+    known[id(node)] = None
+    if node.tag not in _PLAIN_TAGS and node.tag != _TAG_PREFIX + "timestamp":
+        raise UserError(f"{path}: the YAML tag {node.tag!r} is not allowed")
+    size = 1
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value == "_target_":
+                raise UserError(f"{path}: '_target_' is not allowed: nothing in a config is ever executed")
+            size += _node_size(key, path, known) + _node_size(value, path, known)
+    elif isinstance(node, yaml.SequenceNode):
+        size += sum(_node_size(value, path, known) for value in node.value)
+    known[id(node)] = size
+    return size
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Content of a run's ``config.yaml``; ``UserError`` naming the file if it is missing or no safe YAML mapping."""
+    if not path.exists():
+        raise UserError(f"{path} is missing")
+    text, _ = read_yaml(path)
+    try:
+        config = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
@@ -244,11 +304,16 @@ class Run:
 
     @staticmethod
     def names(root: str | Path = "runs") -> list[str]:
-        """Names of the runs below ``root``, sorted."""
+        """Names of the runs below ``root`` that hold anything, sorted."""
         base = Path(root)
         if not base.is_dir():
             return []
-        return sorted(item.name for item in base.iterdir() if (item / "run.json").is_file())
+        found = [item for item in base.iterdir() if (item / "run.json").is_file()]
+        return sorted(
+            item.name
+            for item in found
+            if any(file.name != "run.json" and not file.name.startswith(".") for file in item.iterdir())
+        )
 
     def _check_version(self) -> None:
         if not self.version.is_file():
@@ -281,17 +346,6 @@ class Run:
             os.write(handle, line.encode())
         finally:
             os.close(handle)
-
-    def read_log(self) -> list[dict[str, Any]]:
-        """Records of ``log.jsonl`` in order; a torn line is left out."""
-        records = []
-        if self.log_file.exists():
-            for line in self.log_file.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError):
-                    record = json.loads(line)
-                    if isinstance(record, dict):
-                        records.append(record)
-        return records
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from natsl.config import DataConfig, check, check_at_least, to_plain
+from natsl.config import DataConfig, check, check_counts, to_plain
 from natsl.data import Corpus, Split
 
 BYTES = range(256)
@@ -217,9 +217,9 @@ class TaskData:
         ``length``: tokens per sequence instead of ``data.seq_len``. ``depth``: where all needles lie, instead of the
         configured range (a share in [0, 1]; task ``needle`` alone).
         """
-        check_at_least(1, {"count": count})
+        check_counts(1, {"count": count})
         size = self.config.seq_len if length is None else length
-        check_at_least(2, {"length": size})
+        check_counts(2, {"length": size})
         self._check(task, size)
         self._check_text(split, size, "length")
         if depth is not None:
@@ -230,7 +230,7 @@ class TaskData:
 
     def train_batch(self, count: int, seed: int, step: int) -> Batch:
         """The training batch of a step: tasks by weight, in random order of sequences."""
-        check_at_least(1, {"count": count})
+        check_counts(1, {"count": count})
         generator = _generator("mix", seed, step)
         weights = torch.tensor([self.config.tasks[name] for name in self.tasks], dtype=torch.float64)
         # One random offset for the whole batch: shares differ from the weights by less than one sequence.

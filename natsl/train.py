@@ -17,10 +17,13 @@ from natsl.config import ModelConfig, SupernetConfig, TrainConfig, TrainRunConfi
 from natsl.data import load_text
 from natsl.model import RoutedLM, count_parameters
 from natsl.progress import Progress
-from natsl.run import Run
+from natsl.run import Run, UserError
 from natsl.supernet import Loss, calibrate, sandwich_backward, sandwich_policies, seed_of
 from natsl.tasks import TaskData
 from natsl.tracking import Tracker, start_tracker
+
+# How often things are written and how long bad steps are borne: a resumed run may change these.
+_FREE_ON_RESUME = ("keep_checkpoints", "log_every", "checkpoint_every", "max_bad_steps")
 
 OnStep = Callable[[dict[str, float]], None]
 
@@ -34,7 +37,7 @@ class TrainRecipe:
     seed: int
 
 
-class TrainingDivergedError(RuntimeError):
+class TrainingDivergedError(UserError):
     """Loss or gradient was not finite for too many steps in a row; the last good checkpoint is kept."""
 
 
@@ -80,7 +83,7 @@ def train_supernet(
     meta = {
         "seed": seed,
         "data": data.fingerprint,
-        "train": {k: v for k, v in to_plain(train).items() if k not in ("keep_checkpoints", "log_every")},
+        "train": {k: v for k, v in to_plain(train).items() if k not in _FREE_ON_RESUME},
         "supernet": to_plain(supernet),
     }
     start, finished = _resume(folder, model, optimizer, meta)
@@ -112,9 +115,11 @@ def train_supernet(
         else:
             bad_in_a_row, skipped = bad_in_a_row + 1, skipped + 1
             if bad_in_a_row >= train.max_bad_steps:
+                kept = checkpoint.steps(folder)
+                where = f"; the checkpoint of step {kept[-1]} in {folder} is from before" if kept else ""
                 raise TrainingDivergedError(
                     f"loss or gradient was not finite for {bad_in_a_row} steps in a row, the last one {step + 1}: "
-                    f"lower train.lr; the checkpoints in {folder} are from before"
+                    f"train again under another name with a lower train.lr{where}"
                 )
         done = step + 1
         if on_step is not None and (done % train.log_every == 0 or done in (1, train.steps)):
@@ -202,15 +207,19 @@ def run_training(config: TrainRunConfig) -> None:
     """The command ``natsl.train``: a supernet in ``runs/<name>/supernet``."""
     device = resolve_device(config.device)
     check_batch(config.model.layers, config.train, config.supernet)
+    data = TaskData(config.data, load_text(config.data.path), config.model.vocab_size)
     run = Run.open(config.name, config.root)
     with run.lock():
-        data = TaskData(config.data, load_text(config.data.path), config.model.vocab_size)
-        run.write_config(config)
+        if run.study_db.exists():
+            raise UserError(f"name = {config.name!r} is a search, which trains its own supernet: choose another name")
+        if not run.config.exists():
+            run.write_config(config)
         recipe = TrainRecipe(config.train, config.supernet, config.seed)
         with start_tracker(config.tracking, run, to_plain(config)) as tracker:
             net = fit(run, config.model, data, recipe, device, tracker)
+        run.write_config(config)  # only now is it known that the checkpoints belong to this configuration
     print(f"supernet of {count_parameters(net):,} parameters in {run.supernet}")
-    print(f"search its policies: python -m search name={config.name}-search supernet_from={config.name}")
+    print(f"search its policies: natsl-search name={config.name}-search supernet_from={config.name}")
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from natsl.config import (
     SupernetConfig,
     TrainConfig,
     check,
-    check_at_least,
     check_batch,
+    check_counts,
     to_plain,
 )
 from natsl.progress import Progress
@@ -55,7 +55,7 @@ class AblationConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        check_at_least(1, {"workers": self.workers, "random_draws": self.random_draws})
+        check_counts(1, {"workers": self.workers, "random_draws": self.random_draws})
         check(len(self.seeds) > 0, "seeds", self.seeds, "at least one seed is needed")
         check(len(self.variants) > 0, "variants", self.variants, "at least one is needed, such as {base: {}}")
         check("mqar" in self.data.tasks, "data.tasks", self.data.tasks, "variants are judged by recall: mqar is needed")
@@ -149,16 +149,23 @@ def run_jobs(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]], config: AblationConfig) -> str:
-    """Markdown: recall by variant, mean (lowest seed) over seeds; learned / random at each budget."""
+    """Markdown, a row per variant: mean recall (lowest seed); at each budget learned / random and the fraction kept."""
     heads = ["variant", "all-softmax", "all-delta"]
-    heads += [f"{kind} at {budget:g}" for budget in config.budgets for kind in ("learned", "random")]
+    heads += [f"{budget:g}: learned / random [kept]" for budget in config.budgets]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+
+    def shown(values: list[float]) -> str:
+        return f"{statistics.mean(values):.2f} ({min(values):.2f})"
+
     for name in config.variants:
         scores = [r["recall"] for r in results if r["variant"] == name]
-        columns = [[s["softmax"] for s in scores], [s["delta"] for s in scores]]
-        for budget in config.budgets:
-            columns += [[s[f"{budget:g}"][kind] for s in scores] for kind in ("learned", "random")]
-        cells = [f"{statistics.mean(c):.2f} ({min(c):.2f})" if c else "–" for c in columns]
+        cells = ["–"] * (len(heads) - 1)
+        if scores:
+            cells = [shown([s[key] for s in scores]) for key in ("softmax", "delta")]
+        for budget in config.budgets if scores else []:
+            at = [s[f"{budget:g}"] for s in scores]
+            random, kept = (statistics.mean(s[key] for s in at) for key in ("random", "kept"))
+            cells.append(f"{shown([s['learned'] for s in at])} / {random:.2f} [{kept:.3f}]")
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
 

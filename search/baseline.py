@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from natsl.evaluate import Evaluation
+from natsl.search.config import SearchConfig
 from natsl.search.front import QUALITY, Baseline, Kind, Point, Scale, dominates
 from natsl.search.objective import measure
-from natsl.search.study import Problem, Record
+from natsl.search.study import Problem, Record, read_evaluation
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
+from natsl.space.space import SearchSpace
 
 _DEPTH_MEANS = (0.1, 0.25)  # mean budgets of the schedules that rise or fall with depth
 
@@ -38,10 +40,11 @@ class Named:
     policy: RoutingPolicy
 
 
-def baselines(kinds: Sequence[Op], chunk_size: int, budgets: Sequence[float]) -> list[Named]:
+def baselines(kinds: Sequence[Op], chunk_size: int, budgets: Sequence[float], space: SearchSpace) -> list[Named]:
     """Baselines that need no front: extremes, uniform budgets, schedules over depth, single softmax layers.
 
-    Of several that are the same policy, as happens with one routed layer, the first is kept.
+    Learned budgets obey the cap of the space and its mix temperature, if that is fixed. Of several that are the same
+    policy, as happens with one routed layer, the first is kept.
     """
     places = [i for i, kind in enumerate(kinds) if kind is Op.routed]
     found: dict[str, Named] = {}
@@ -54,8 +57,13 @@ def baselines(kinds: Sequence[Op], chunk_size: int, budgets: Sequence[float]) ->
     def softmax(selected: Sequence[int]) -> dict[int, LayerPolicy]:
         return {i: LayerPolicy(Op.softmax if i in selected else Op.delta) for i in places}
 
+    fixed = space.mix_temperature_min == space.mix_temperature_max
+    routed = LayerPolicy(
+        budget=0.0, cap=space.cap, burst=space.burst, mix_temperature=space.mix_temperature_min if fixed else 1.0
+    )
+
     def budget(values: Sequence[float]) -> dict[int, LayerPolicy]:
-        return {i: LayerPolicy(Op.routed, budget=round(b, 4)) for i, b in zip(places, values, strict=True)}
+        return {i: replace(routed, budget=round(b, 4)) for i, b in zip(places, values, strict=True)}
 
     add("all-softmax", Kind.extreme, softmax(places))
     add("all-delta", Kind.extreme, softmax([]))
@@ -77,12 +85,15 @@ def baselines(kinds: Sequence[Op], chunk_size: int, budgets: Sequence[float]) ->
 class Scorer:
     """Scores policies on both splits, each at most once."""
 
-    def __init__(self, judge: Judge, problem: Problem, seed: int, draws: int, records: Sequence[Record] = ()) -> None:
+    def __init__(
+        self, judge: Judge, problem: Problem, config: SearchConfig, seed: int, records: Sequence[Record] = ()
+    ) -> None:
         self._judge = judge
         self._problem = problem
         self.names = tuple(item.name for item in problem.objectives)
+        self._bounds = config.constraints
         self._seed = seed
-        self._draws = draws
+        self._draws = config.random_draws
         self._search = {r.policy.digest(): r.evaluation for r in records if r.evaluation is not None}
         self._test: dict[str, Evaluation] = {}
         self.problems: list[str] = []  # policies that could not be scored, and why
@@ -115,37 +126,39 @@ class Scorer:
             tested = _cached(self._test, named.policy, self._judge.test)
             values = self._values(tested, named.policy)
             searched = self._values(self.on_search(named.policy), named.policy)
+            feasible = self._feasible(tested, named.policy)
         except FloatingPointError as error:
             self.problems.append(f"{named.name}: {error}")
             return None
-        return Baseline(named.name, named.kind, named.policy, values, asdict(tested), searched)
+        return Baseline(named.name, named.kind, named.policy, values, asdict(tested), searched, feasible=feasible)
 
-    def random(self, of: str, policy: RoutingPolicy, fractions: Sequence[float]) -> Baseline | None:
-        """Random routing in the layers that the policy routes, at these kept fractions; None if it routes none."""
+    def random(self, of: Point | Baseline) -> Baseline | None:
+        """Random routing where this policy routes, at its kept fractions and costs; None if it routes nowhere."""
+        policy, name = of.policy, of.id if isinstance(of, Point) else of.name
         if all(layer.op is not Op.routed for layer in policy.layers):
             return None
-        rows: list[dict[str, Any]] = []
-        values: list[dict[str, float]] = []
+        model = read_evaluation(of.measured)
         try:
-            for draw in range(self._draws):
-                seed = _seed(self._seed, policy, draw)
-                evaluation = self._judge.random(policy, tuple(fractions), seed)
-                rows.append(asdict(evaluation))
-                values.append(self._values(evaluation, policy))
+            seeds = [_seed(self._seed, policy, draw) for draw in range(self._draws)]
+            rows = [asdict(self._judge.random(policy, model.kept_by_layer, seed)) for seed in seeds]
+            mean = read_evaluation({key: _mean([row[key] for row in rows]) for key in rows[0]})
+            # equal by construction; taken over so that the order of additions decides no comparison
+            mean = replace(mean, kept_fraction=model.kept_fraction, kept_by_layer=model.kept_by_layer)
+            values, feasible = self._values(mean, policy), self._feasible(mean, policy)
         except FloatingPointError as error:
-            self.problems.append(f"random@{of}: {error}")
+            self.problems.append(f"random@{name}: {error}")
             return None
-        measured = {name: _mean([row[name] for row in rows]) for name in rows[0]}
-        mean = {name: statistics.fmean(item[name] for item in values) for name in self.names}
-        numbers = [
-            {name: value for name, value in row.items() if isinstance(value, float)} | item
-            for row, item in zip(rows, values, strict=True)
-        ]
-        std = {name: statistics.stdev(item[name] for item in numbers) for name in numbers[0]}
-        return Baseline(f"random@{of}", Kind.random, policy, mean, measured, None, std, self._draws, of)
+        std = {key: statistics.stdev(row[key] for row in rows) for key in QUALITY if rows[0][key] is not None}
+        return Baseline(
+            f"random@{name}", Kind.random, policy, values, asdict(mean), None, std, self._draws, name, feasible
+        )
 
     def _values(self, evaluation: Evaluation, policy: RoutingPolicy) -> dict[str, float]:
         return measure(self.names, evaluation, policy, self._problem.costs)
+
+    def _feasible(self, evaluation: Evaluation, policy: RoutingPolicy) -> bool:
+        limited = measure(list(self._bounds), evaluation, policy, self._problem.costs)
+        return all(value <= self._bounds[name] for name, value in limited.items())
 
 
 def steps_to_score(records: Sequence[Record], fixed: Sequence[Named]) -> int:
@@ -170,14 +183,14 @@ def score(
         if baseline is not None:
             others.append(baseline)
             if named.kind is Kind.uniform:
-                controls.append(scorer.random(named.name, named.policy, baseline.measured["kept_by_layer"]))
+                controls.append(scorer.random(baseline))
                 on_step(f"random routing beside {named.name}")
     for record in records:
         point = scorer.point(record)
         on_step(record.id)
         if point is not None:
             points.append(point)
-            controls.append(scorer.random(point.id, point.policy, point.measured["kept_by_layer"]))
+            controls.append(scorer.random(point))
             on_step(f"random routing beside {record.id}")
     others += [control for control in controls if control is not None]
     points.sort(key=lambda point: (point.measured["kept_fraction"], point.id))
@@ -186,7 +199,7 @@ def score(
 
 def _compared(point: Point, others: Sequence[Baseline], names: Sequence[str]) -> Point:
     """The point with what dominates it and what it gains over random routing."""
-    better = tuple(item.name for item in others if dominates(item.values, point.values, names))
+    better = tuple(item.name for item in others if item.feasible and dominates(item.values, point.values, names))
     control = next((item for item in others if item.of == point.id), None)
     gain = None if control is None else _gain(point.measured, control.measured)
     return replace(point, dominated_by=better, gain_over_random=gain)

@@ -13,7 +13,7 @@ from natsl.config import (
     TrackingConfig,
     TrainConfig,
     check,
-    check_at_least,
+    check_counts,
 )
 from natsl.space.space import SearchSpace
 
@@ -60,8 +60,8 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         p = "search."
-        check_at_least(1, {p + k: getattr(self, k) for k in ("n_trials", "context", "batch_size", "min_failures")})
-        check_at_least(2, {p + "random_draws": self.random_draws})
+        check_counts(1, {p + k: getattr(self, k) for k in ("n_trials", "context", "batch_size", "min_failures")})
+        check_counts(2, {p + "random_draws": self.random_draws})
         check(len(self.objectives) > 0, p + "objectives", self.objectives, "at least one objective is needed")
         check(
             len(set(self.objectives)) == len(self.objectives), p + "objectives", self.objectives, "each may come once"
@@ -98,4 +98,4 @@ class SearchRunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        check_at_least(0, {"seed": self.seed})
+        check_counts(0, {"seed": self.seed})

@@ -37,8 +37,9 @@ class Baseline:
     """A policy that the front has to beat.
 
     ``values``: objectives on the test split, ``search_values`` on the search split. ``measured``: the evaluation on the
-    test split (kept fractions, every quality). Random routing is a mean over ``draws``, with ``std`` per measure (both
-    objectives and quality), and ``of`` names the point or baseline whose kept fraction per layer it has.
+    test split (kept fractions, every quality). ``feasible``: keeps all constraints there. Random routing is a mean over
+    ``draws``, with ``std`` per measure of quality, and ``of`` names the point or baseline whose kept fraction per
+    layer, and so whose costs, it has.
     """
 
     name: str
@@ -50,11 +51,13 @@ class Baseline:
     std: dict[str, float] = field(default_factory=dict)
     draws: int = 1
     of: str | None = None
+    feasible: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         plain: dict[str, Any] = {"name": self.name, "kind": self.kind.value, "policy": self.policy.to_dict()}
         plain |= {"values": self.values, "search_values": self.search_values, "measured": self.measured}
+        plain["feasible"] = self.feasible
         if self.of is not None:
             plain |= {"of": self.of, "draws": self.draws, "std": self.std}
         return plain
@@ -64,7 +67,8 @@ class Baseline:
 class Point:
     """A policy of the front, chosen on the search split and scored again on the test split.
 
-    ``dominated_by``: baselines that are at least as good in every objective and better in one, on the test split.
+    ``dominated_by``: baselines that are at least as good in every objective and better in one, on the test split, and
+    break no constraint.
     ``gain_over_random``: by how much random routing at the same kept fraction per layer is worse, per measure of
     quality (null: the policy routes nothing).
     """
@@ -95,7 +99,7 @@ class Point:
 class Front:
     """Everything that a report shows.
 
-    ``points`` are sorted by the last objective; ``knee`` is the id of one of them (null: there is none).
+    ``points`` are sorted by the fraction kept on the test split; ``knee`` is the id of one of them (null: none).
     ``hypervolume`` is that of the search split after the last trial, ``history`` after each. ``facts``: what else is
     worth telling (counts of trials, seconds), shown as it is.
     """

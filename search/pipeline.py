@@ -17,7 +17,7 @@ from natsl.data import Split, load_text
 from natsl.evaluate import Evaluation, RandomRouting, evaluate
 from natsl.model import RoutedLM
 from natsl.progress import Progress
-from natsl.run import Run, UserError, redact_text, write_bytes, write_text
+from natsl.run import Run, UserError, read_json, redact_text, write_bytes, write_text
 from natsl.search.baseline import Judge, Scorer, baselines, score, steps_to_score
 from natsl.search.config import SearchRunConfig
 from natsl.search.front import Front, Point, Scale, Volume
@@ -25,11 +25,10 @@ from natsl.search.objective import OBJECTIVES, CostContext, find_objectives
 from natsl.search.plot import front_png
 from natsl.search.report import headline, render, show
 from natsl.search.study import PolicyStudy, Problem, Record, first_policies, open_policy_study
-from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import TaskData
 from natsl.tracking import Tracker, start_tracker
-from natsl.train import TrainingDivergedError, TrainRecipe, fit
+from natsl.train import TrainRecipe, fit
 
 _TABLE_ROWS = 14  # of the table at the end
 
@@ -54,7 +53,7 @@ def run_search(config: SearchRunConfig, command: str = "") -> Front | None:
             run.write_config(config)
         text = load_text(config.data.path)
         data = TaskData(config.data, text, config.model.vocab_size)
-        finished = run.report.exists() and run.front_json.exists()
+        finished = trials_reported(run) >= config.search.n_trials
         with Tracker() if finished else start_tracker(config.tracking, run, to_plain(config)) as tracker:
             search = _Search(config, run, data, problem, tracker, device, text.description, command)
             return search.run(source, finished)
@@ -70,24 +69,35 @@ def make_problem(config: SearchRunConfig) -> Problem:
     tasks = {name for name, weight in config.data.tasks.items() if weight > 0}
     objectives = find_objectives(config.search.objectives, tasks, config.search.constraints)
     given = [read_policy(Path(path)) for path in config.search.policies]
-    for policy in given:
-        policy.check(kinds, model.chunk_size)
-        config.search.space.params(policy, kinds)
     first = first_policies(config.search, kinds, model.chunk_size, given)
-    shapes = tuple(
-        LayerShape(
-            kind,
-            model.width,
-            model.heads,
-            model.key_dim,
-            model.value_dim,
-            model.softmax_per_head,
-            model.mlp_width,
-            model.conv_width,
-        )
-        for kind in kinds
-    )
-    return Problem(kinds, model.chunk_size, CostContext(shapes, config.search.context), objectives, first)
+    costs = CostContext(model.layer_shapes(), config.search.context)
+    return Problem(kinds, model.chunk_size, costs, objectives, first)
+
+
+def trials_reported(run: Run) -> int:
+    """How many trials the report of a run is about (0: it has none). The report is the last file to be written."""
+    reported = run.report.exists() and run.front_json.exists()
+    return len(read_json(run.front_json)["hypervolume_history"]) if reported else 0
+
+
+def export_knee(run: Run) -> Path | None:
+    """The folder with the exported knee of a run's front, made unless it is there (None: the front has no knee).
+
+    ``UserError`` if what is there is damaged or another model: it is left as it is.
+    """
+    from natsl.export import export_point, load_exported, read_point
+
+    if read_json(run.front_json)["knee"] is None:
+        return None
+    point = read_point(run, "knee")
+    folder = run.exports / str(point["id"])
+    if not folder.exists():
+        return export_point(run, "knee")
+    _, policy = load_exported(folder)
+    made_from = read_json(folder / "provenance.json").get("checkpoint", {}).get("sha256")
+    if policy != RoutingPolicy.from_dict(point["policy"]) or made_from != point["fingerprint"]["supernet"]:
+        raise UserError(f"{folder} holds another model than the knee of this run: move it away")
+    return folder
 
 
 def read_policy(path: Path) -> RoutingPolicy:
@@ -123,16 +133,14 @@ class _Search:
             "supernet": record[1]["sha256"],
         }
         study = open_policy_study(run.study_db, run.name, settings, self.problem, self.config.seed, made_from)
-        if finished and not study.remaining:
-            print(f"nothing to do: all {len(study.records)} trials of {run.name!r} are made; see {run.report}")
+        if finished:
+            print(f"nothing to do: all {trials_reported(run)} trials of {run.name!r} are made; see {run.report}")
+            if self.config.export:
+                export_knee(run)  # it is missing if the search was cut off after its report
             return None
         run.write_config(self.config)
         scorer = Scorer(
-            make_judge(model, self.data, settings.batch_size),
-            self.problem,
-            self.config.seed,
-            settings.random_draws,
-            study.records,
+            make_judge(model, self.data, settings.batch_size), self.problem, settings, self.config.seed, study.records
         )
         scale = self._trials(study, scorer)
         front = self._score(study, scorer, scale)
@@ -143,22 +151,20 @@ class _Search:
     def _supernet(self, source: Run | None) -> RoutedLM:
         """The supernet of this run: trained, resumed, or copied from another run."""
         config, run = self.config, self.run_folder
-        if source is not None and not checkpoint.steps(run.supernet):
-            shutil.copytree(source.supernet, run.supernet, dirs_exist_ok=True)
-        if source is not None:
-            model, record = checkpoint.load_model(run.supernet)
-            if not record.get("finished"):
-                raise UserError(f"the supernet of run {source.name!r} is not trained to its end: resume that run first")
-            if record.get("data") != self.data.fingerprint:
-                print(f"note: the supernet of {source.name!r} was trained on other data")
-            if source.calibration.exists():
-                shutil.copyfile(source.calibration, run.calibration)
-            return model
-        recipe = TrainRecipe(config.train, config.supernet, config.seed)
-        try:
+        if source is None:
+            recipe = TrainRecipe(config.train, config.supernet, config.seed)
             return fit(run, config.model, self.data, recipe, self.device, self.tracker)
-        except TrainingDivergedError as error:
-            raise UserError(str(error)) from None
+        copied = bool(checkpoint.steps(run.supernet))
+        model, record = checkpoint.load_model((run if copied else source).supernet)
+        if not record.get("finished"):
+            raise UserError(f"the supernet of run {source.name!r} is not trained to its end: resume that run first")
+        if record.get("data") != self.data.fingerprint:
+            print(f"note: the supernet of {source.name!r} was trained on other data")
+        if source.calibration.exists():
+            write_bytes(run.calibration, source.calibration.read_bytes())
+        if not copied:
+            copy_checkpoint(source.supernet, run.supernet, record["step"])
+        return model
 
     def _trials(self, study: PolicyStudy, scorer: Scorer) -> Scale:
         try:
@@ -194,7 +200,7 @@ class _Search:
     def _score(self, study: PolicyStudy, scorer: Scorer, scale: Scale) -> Front:
         """Front and baselines on the test split, and what else the report tells."""
         settings, chosen = self.config.search, study.front()
-        fixed = baselines(self.problem.kinds, self.problem.chunk_size, settings.uniform_budgets)
+        fixed = baselines(self.problem.kinds, self.problem.chunk_size, settings.uniform_budgets, settings.space)
         with Progress("test", steps_to_score(chosen, fixed)) as progress:
             points, others = score(scorer, chosen, fixed, lambda name: progress.update(progress.done + 1, name))
         knee = scale.knee([point.search_values for point in points])
@@ -234,7 +240,7 @@ class _Search:
         }
 
     def _commands(self) -> list[str]:
-        again = redact_text(self.command) or f"python -m search name={self.run_folder.name}"
+        again = redact_text(self.command) or f"natsl-search {self.select.replace('run=', 'name=', 1)}"
         return [again, *(f"python -m natsl.{verb} {self.select} pick=knee" for verb in ("export", "generate"))]
 
     @property
@@ -245,6 +251,7 @@ class _Search:
 
     def _write(self, front: Front) -> None:
         run, tracker = self.run_folder, self.tracker
+        run.report.unlink(missing_ok=True)  # its presence says that all files belong together
         run.write_json(run.front_json, front.to_dict())
         write_text(run.front_csv, redact_text(front.to_csv()))
         write_bytes(run.front_png, front_png(front))
@@ -272,11 +279,7 @@ class _Search:
         from rich.table import Table
 
         run, console = self.run_folder, Console()
-        exported = None
-        if self.config.export and front.knee is not None:
-            from natsl.export import export_point
-
-            exported = export_point(run, "knee", None, overwrite=True)
+        exported = export_knee(run) if self.config.export else None
         names = list(dict.fromkeys([*front.objectives, "kept_fraction", front.quality]))
         table = Table(title=f"front of {escape(run.name)}, test split", title_justify="left")
         labels = [OBJECTIVES[name].label for name in names]
@@ -306,6 +309,19 @@ class _Search:
             lines.append(f"next    python -m natsl.generate {self.select} pick=knee")
         for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def copy_checkpoint(source: Path, target: Path, step: int) -> None:
+    """Copy one checkpoint; the folder ``target``, which holds no checkpoint yet, appears whole or not at all."""
+    temporary = target.with_name(f".{target.name}.new")
+    for folder in (temporary, target):
+        if folder.exists():  # what an interrupted copy or training has left
+            shutil.rmtree(folder)
+    temporary.mkdir()
+    for ending in ("safetensors", "json"):
+        name = f"step-{step:06d}.{ending}"
+        shutil.copyfile(source / name, temporary / name)
+    temporary.rename(target)
 
 
 def make_judge(model: RoutedLM, data: TaskData, batch_size: int) -> Judge:

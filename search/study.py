@@ -260,17 +260,17 @@ def open_policy_study(
 
     path: the SQLite file, unless ``config.storage`` names a database. made_from: what else the trials depend on (model,
     data, checkpoint), compared on resume. Raises ``UserError`` if the storage is damaged, foreign or belongs to other
-    settings; ``ValueError`` if one of the first policies is outside the space.
+    settings.
     """
-    for policy in problem.first:
-        policy.check(problem.kinds, problem.chunk_size)
-        config.space.params(policy, problem.kinds)
     fingerprint = {
         "objectives": {item.name: item.direction for item in problem.objectives},
         "constraints": config.constraints,
         "context": config.context,
         "space": config.space.fingerprint(),
         "first": [policy.digest() for policy in problem.first],
+        "seed": seed,
+        "sampler": config.sampler.value,
+        "local_share": config.local_share,
         **made_from,
     }
     identity = Identity(name, [item.direction for item in problem.objectives], fingerprint)
@@ -280,7 +280,13 @@ def open_policy_study(
 def first_policies(
     config: SearchConfig, kinds: Sequence[Op], chunk_size: int, given: Sequence[RoutingPolicy]
 ) -> tuple[RoutingPolicy, ...]:
-    """What is tried before the sampler draws: the user's policies, then the anchors of the space, each once."""
+    """What is tried before the sampler draws: the user's policies, then the anchors of the space, each once.
+
+    Raises ``ValueError`` if one of the user's does not fit the model or is outside the space.
+    """
+    for policy in given:
+        policy.check(kinds, chunk_size)
+        config.space.params(policy, kinds)
     policies = {policy.digest(): policy for policy in (*given, *config.space.anchors(kinds, chunk_size))}
     return tuple(policies.values())
 

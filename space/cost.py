@@ -4,9 +4,9 @@ Shapes per layer (``LayerShape``): D model width, R heads, K and V key and value
 head (so Hs = R·G), M width of the SwiGLU, W taps of the convolution. C tokens per chunk, L context in tokens, f the
 fraction of a layer's complete chunks that softmax keeps, b bytes per stored element.
 
-Every function takes one shape, one layer policy and one kept fraction per layer, in order. ``kept`` is measured, or
-asked for (``requested_kept``); it is read only where the policy's op is ``routed``: ``softmax`` keeps 1, ``delta`` 0.
-All count one sequence. Errors: ``ValueError`` if the policy does not fit the shapes or a number is out of range.
+Every function takes one shape, one layer policy and one kept fraction per layer, in order. ``kept`` is read only
+where the policy's op is ``routed``: ``softmax`` keeps 1, ``delta`` 0. All count one sequence. Errors:
+``ValueError`` if the policy does not fit the shapes or a number is out of range.
 """
 
 from __future__ import annotations
@@ -36,25 +36,6 @@ class LayerShape:
         check_op("shape.kind", self.kind)
         for item in fields(self)[1:]:
             check_count(f"shape.{item.name}", getattr(self, item.name), 1)
-
-
-def requested_kept(policy: RoutingPolicy) -> tuple[float, ...]:
-    """The fraction of chunks that each layer asks for: its budget, or its cap if smaller; 1 for softmax, 0 for delta.
-
-    The burst is left out: its share vanishes with the length. A threshold asks for no fraction: ``ValueError``.
-    """
-    kept = []
-    for i, layer in enumerate(policy.layers):
-        if layer.op is not Op.routed:
-            kept.append(1.0 if layer.op is Op.softmax else 0.0)
-            continue
-        if layer.budget is None:
-            check(
-                False, f"policy.layers[{i}].threshold", layer.threshold, "a threshold asks for no fraction: measure it"
-            )
-            continue
-        kept.append(layer.budget if layer.cap is None else min(layer.budget, layer.cap))
-    return tuple(kept)
 
 
 def kv_token_bytes(shape: LayerShape, bytes_per_element: int = 2) -> int:

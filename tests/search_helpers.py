@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
+from natsl.config import ModelConfig
 from natsl.evaluate import Evaluation
+from natsl.run import Run
 from natsl.search.baseline import Judge
 from natsl.search.config import SearchConfig
 from natsl.search.objective import CostContext, find_objectives
@@ -52,7 +56,7 @@ def synthetic_judge() -> Judge:
 
 def shapes(kinds: Sequence[Op]) -> tuple[LayerShape, ...]:
     """Shapes of the default model."""
-    return tuple(LayerShape(kind, 64, HEADS, 16, 16, 1, 128, 4) for kind in kinds)
+    return ModelConfig(layers=list(kinds)).layer_shapes()
 
 
 def problem(config: SearchConfig, kinds: Sequence[Op] = ROUTED) -> Problem:
@@ -60,3 +64,8 @@ def problem(config: SearchConfig, kinds: Sequence[Op] = ROUTED) -> Problem:
     objectives = find_objectives(config.objectives, {"mqar"}, config.constraints)
     first = first_policies(config, kinds, CHUNK, [])
     return Problem(tuple(kinds), CHUNK, CostContext(shapes(kinds), config.context), objectives, first)
+
+
+def read_log(run: Run) -> list[dict[str, Any]]:
+    """Records of a run's log in order."""
+    return [json.loads(line) for line in run.log_file.read_text().splitlines()]

@@ -43,7 +43,7 @@ def test_every_variant_is_trained_with_every_seed_and_results_are_kept(
         ("chosen", 1),
     ]
     assert first.count("\n") == 4
-    assert "| learned at 0.25 | random at 0.25 |" in first
+    assert "| 0.25: learned / random [kept] |" in first
 
     def refuse(job: object) -> None:
         raise AssertionError("a job that is done was run again")
@@ -75,11 +75,11 @@ def test_bad_variants_are_refused(variants: dict[str, dict[str, object]], messag
 
 
 def test_the_table_shows_mean_and_lowest_seed(tmp_path: Path) -> None:
-    scores = [{"softmax": 1.0, "delta": d, "0.25": {"learned": 0.8, "random": 0.5}} for d in (0.2, 0.4)]
+    scores = [{"softmax": 1.0, "delta": d, "0.25": {"learned": 0.8, "random": 0.5, "kept": d}} for d in (0.2, 0.4)]
     results = [{"variant": "base", "recall": s} for s in scores]
     text = table(results, config(tmp_path))
-    assert "| base | 1.00 (1.00) | 0.30 (0.20) | 0.80 (0.80) | 0.50 (0.50) |" in text
-    assert "| chosen | – | – | – | – |" in text
+    assert "| base | 1.00 (1.00) | 0.30 (0.20) | 0.80 (0.80) / 0.50 [0.300] |" in text
+    assert "| chosen | – | – | – |" in text
 
 
 def test_the_run_folder_is_a_run(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from natsl.search.config import SearchConfig
 from natsl.search.front import Kind, dominates
 from natsl.search.study import Record
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
+from natsl.space.space import SearchSpace
 from tests.search_helpers import CHUNK, ROUTED, problem, synthetic, synthetic_judge
 
 NAMES = ("recall_error", "kept_fraction")
@@ -21,7 +22,7 @@ HYBRID = (Op.delta, Op.routed, Op.softmax, Op.routed, Op.routed, Op.routed)
 
 
 def described(kinds: Sequence[Op], budgets: Sequence[float] = (0.25,)) -> dict[str, str]:
-    return {item.name: item.policy.describe() for item in baselines(kinds, CHUNK, budgets)}
+    return {item.name: item.policy.describe() for item in baselines(kinds, CHUNK, budgets, SearchSpace())}
 
 
 def test_baselines_of_three_routed_layers() -> None:
@@ -47,7 +48,7 @@ def test_baselines_of_a_hybrid_leave_fixed_layers_alone() -> None:
     assert found["every-second-softmax"] == "D D S S D S"
     assert found["first-half-softmax"] == "D S S S D D"
     assert found["only-layer-3"] == "D D S S D D"
-    for item in baselines(HYBRID, CHUNK, (0.25,)):
+    for item in baselines(HYBRID, CHUNK, (0.25,), SearchSpace()):
         item.policy.check(HYBRID, CHUNK)
 
 
@@ -61,7 +62,7 @@ def test_one_routed_layer_has_each_policy_once() -> None:
 
 
 def test_schedules_over_depth_have_the_mean_of_their_name() -> None:
-    for item in baselines(HYBRID, CHUNK, ()):
+    for item in baselines(HYBRID, CHUNK, (), SearchSpace()):
         if item.name.startswith(("rising", "falling")):
             budgets = [layer.budget for layer in item.policy.layers if layer.budget is not None]
             assert sum(budgets) / 4 == pytest.approx(float(item.name.split("-")[1]), abs=1e-4)
@@ -77,8 +78,9 @@ def records(policies: Sequence[RoutingPolicy]) -> list[Record]:
     return found
 
 
-def scorer(judge: Judge | None = None, known: Sequence[Record] = (), draws: int = 5) -> Scorer:
-    return Scorer(judge or synthetic_judge(), problem(SearchConfig()), 0, draws, known)
+def scorer(judge: Judge | None = None, known: Sequence[Record] = (), config: SearchConfig | None = None) -> Scorer:
+    config = config or SearchConfig()
+    return Scorer(judge or synthetic_judge(), problem(config), config, 0, known)
 
 
 GOOD = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(budget=0.2), LayerPolicy(Op.delta)), CHUNK)
@@ -88,7 +90,7 @@ FIXED = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(Op.softmax), LayerPoli
 
 def test_points_carry_both_splits_and_what_beats_them() -> None:
     steps: list[str] = []
-    fixed = baselines(ROUTED, CHUNK, (0.1, 0.25))
+    fixed = baselines(ROUTED, CHUNK, (0.1, 0.25), SearchSpace())
     chosen = records([WASTEFUL, GOOD, FIXED])
     points, others = score(scorer(), chosen, fixed, steps.append)
     assert [point.id for point in points] == ["t0001", "t0000", "t0002"]  # by the fraction kept
@@ -109,14 +111,16 @@ def test_points_carry_both_splits_and_what_beats_them() -> None:
 
 
 def test_random_routing_stands_beside_every_routed_point_and_uniform_budget() -> None:
-    points, others = score(scorer(), records([GOOD, FIXED]), baselines(ROUTED, CHUNK, (0.1, 0.25)), lambda _: None)
+    points, others = score(
+        scorer(), records([GOOD, FIXED]), baselines(ROUTED, CHUNK, (0.1, 0.25), SearchSpace()), lambda _: None
+    )
     controls = {item.of: item for item in others if item.kind is Kind.random}
     assert set(controls) == {"t0000", "uniform-0.1", "uniform-0.25"}
     control = controls["t0000"]
     assert control.draws == 5
     assert control.search_values is None
     assert 0 < control.std["recall_error"] < 0.05
-    assert control.measured["kept_by_layer"] == pytest.approx(points[0].measured["kept_by_layer"], abs=0.01)
+    assert control.measured["kept_by_layer"] == points[0].measured["kept_by_layer"]
     gain = points[0].gain_over_random
     assert gain is not None
     assert gain["recall_error"] == pytest.approx(control.values["recall_error"] - points[0].values["recall_error"])
@@ -131,9 +135,53 @@ def test_random_routing_gets_the_measured_fractions_and_other_seeds() -> None:
         return synthetic(policy, str(seed), useful=1.0)
 
     judge = replace(synthetic_judge(), random=random)
-    points, _ = score(scorer(judge, draws=3), records([GOOD]), [], lambda _: None)
+    points, _ = score(scorer(judge, config=SearchConfig(random_draws=3)), records([GOOD]), [], lambda _: None)
     assert len(calls) == len({seed for _, seed in calls}) == 3
     assert {fractions for fractions, _ in calls} == {points[0].measured["kept_by_layer"]}
+
+
+@pytest.mark.parametrize("better", [True, False], ids=["better", "worse"])
+@pytest.mark.parametrize("names", [["recall_error", "kept_fraction"], ["recall_error", "decode_bytes"]], ids="-".join)
+def test_random_routing_dominates_a_point_if_its_quality_is_better(names: list[str], better: bool) -> None:
+    """Whatever noise its own kept fractions have: its costs are those of the point."""
+
+    def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
+        found = synthetic(policy, "test")
+        noisy = tuple(fraction * (1 + 1e-9 * (seed % 5 + 1)) for fraction in fractions)
+        error = (found.recall_error or 0.0) + (-0.01 if better else 0.01)
+        return replace(found, recall_error=error, kept_by_layer=noisy, kept_fraction=found.kept_fraction + 1e-9)
+
+    config = SearchConfig(objectives=names)
+    chosen = [replace(item, values=dict.fromkeys(names, 0.5)) for item in records([GOOD])]
+    points, others = score(scorer(replace(synthetic_judge(), random=random), config=config), chosen, [], lambda _: None)
+    assert others[0].values[names[1]] == points[0].values[names[1]]
+    assert others[0].std.keys() == {"recall_error", "val_loss", "bits_per_byte"}
+    assert points[0].dominated_by == (("random@t0000",) if better else ())
+
+
+def test_a_baseline_that_breaks_a_constraint_dominates_nothing() -> None:
+    fixed = baselines(ROUTED, CHUNK, (0.25,), SearchSpace())
+    expensive = RoutingPolicy((LayerPolicy(budget=0.9), LayerPolicy(Op.delta), LayerPolicy(Op.delta)), CHUNK)
+    free, _ = score(scorer(), records([expensive]), fixed, lambda _: None)
+    assert "uniform-0.25" in free[0].dominated_by
+    loss = synthetic(RoutingPolicy.uniform(ROUTED, CHUNK, 0.25), "test").val_loss
+    assert loss is not None
+    config = SearchConfig(constraints={"val_loss": loss - 1e-6})
+    bound, others = score(scorer(config=config), records([expensive]), fixed, lambda _: None)
+    assert not next(item for item in others if item.name == "uniform-0.25").feasible
+    expected = {item.name for item in others if item.measured["val_loss"] <= loss - 1e-6}
+    assert set(bound[0].dominated_by) == set(free[0].dominated_by) & expected
+
+
+def test_learned_baselines_obey_the_space() -> None:
+    space = SearchSpace(cap=0.3, burst=2, mix_temperature_min=0.5, mix_temperature_max=0.5)
+    learned = [
+        layer for item in baselines(ROUTED, CHUNK, (0.25,), space) for layer in item.policy.layers if layer.budget
+    ]
+    assert len(learned) == 15
+    assert {(layer.cap, layer.burst, layer.mix_temperature) for layer in learned} == {(0.3, 2, 0.5)}
+    free = baselines(ROUTED, CHUNK, (0.25,), SearchSpace(mix_temperature_min=0.5, mix_temperature_max=2.0))
+    assert {layer.mix_temperature for item in free for layer in item.policy.layers} == {1.0}
 
 
 def test_nothing_is_evaluated_twice() -> None:
@@ -151,7 +199,7 @@ def test_nothing_is_evaluated_twice() -> None:
     judge = replace(synthetic_judge(), search=search, test=test)
     known = records([RoutingPolicy.uniform(ROUTED, CHUNK, 0.25), FIXED])
     subject = scorer(judge, known)
-    score(subject, known, baselines(ROUTED, CHUNK, (0.25,)), lambda _: None)
+    score(subject, known, baselines(ROUTED, CHUNK, (0.25,), SearchSpace()), lambda _: None)
     assert len(tested) == len(set(tested))
     assert len(searched) == len(set(searched))
     assert not set(searched) & {record.policy.digest() for record in known}
@@ -171,7 +219,7 @@ def test_what_is_not_finite_on_the_test_split_is_left_out_and_noted(bad: float) 
         return replace(found, recall_error=bad) if policy in (GOOD, RoutingPolicy.all_delta(ROUTED, CHUNK)) else found
 
     subject = scorer(replace(synthetic_judge(), test=test))
-    points, others = score(subject, records([GOOD, FIXED]), baselines(ROUTED, CHUNK, ()), lambda _: None)
+    points, others = score(subject, records([GOOD, FIXED]), baselines(ROUTED, CHUNK, (), SearchSpace()), lambda _: None)
     assert [point.id for point in points] == ["t0001"]
     assert "all-delta" not in [item.name for item in others]
     assert subject.problems == [

@@ -196,6 +196,23 @@ def test_a_failed_write_leaves_the_old_checkpoints(tmp_path: Path, monkeypatch: 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    for name in (".step-000005.safetensors.99.tmp", ".step-000005.json.abc.tmp", "notes.tmp"):
+        (tmp_path / name).write_text("half")
+    write(tmp_path, 10)
+    names = ["notes.tmp", "step-000010.json", "step-000010.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_later_damaged_steps_do_not_push_out_the_saved_one(tmp_path: Path) -> None:
+    write(tmp_path, 5, 15)
+    damage(tmp_path / "step-000015.safetensors", "truncated")
+    write(tmp_path, 10, keep=1)
+    assert checkpoint.steps(tmp_path) == [10, 15]
+    with pytest.warns(UserWarning, match="passed over"):
+        assert step_of(tmp_path) == 10
+
+
 def test_an_overwritten_step_is_the_new_one(tmp_path: Path) -> None:
     write(tmp_path, 5, 10)
     damage(tmp_path / "step-000010.safetensors", "truncated")

@@ -16,7 +16,6 @@ from natsl.space.cost import (
     kv_bytes_per_token,
     kv_token_bytes,
     prefill_flops,
-    requested_kept,
     state_bytes,
     visible_keys,
 )
@@ -158,13 +157,6 @@ def test_costs_grow_with_what_is_kept_and_add_up_over_layers() -> None:
             assert cost == pytest.approx(sum(layers))
             low = function(shapes, RoutingPolicy.all_delta(kinds, policy.chunk_size), kept, length)
             assert low <= cost * (1 + 1e-12)
-
-
-def test_requested_fractions() -> None:
-    layers = (LayerPolicy(Op.softmax), LayerPolicy(Op.delta), LayerPolicy(budget=0.5), LayerPolicy(budget=0.5, cap=0.2))
-    assert requested_kept(RoutingPolicy(layers, 64)) == (1.0, 0.0, 0.5, 0.2)
-    with pytest.raises(ValueError, match=r"policy.layers\[0\].threshold = 1.0 .* measure it"):
-        requested_kept(RoutingPolicy((LayerPolicy(threshold=1.0),), 64))
 
 
 @pytest.mark.parametrize("function", [kv_bytes, kv_bytes_per_token, decode_bytes, prefill_flops])

@@ -116,7 +116,9 @@ def test_random_routing_keeps_its_fractions_where_the_policy_routes() -> None:
     p = policy(ROUTED, LayerPolicy(Op.softmax), ROUTED)
     results = [evaluate(model, p, batch, random_routing=RandomRouting(s, (0.2, 0.5, 0.7))) for s in (0, 0, 1)]
     for result in results:
-        assert result.kept_by_layer == pytest.approx([0.2, 1.0, 0.7], abs=0.03)
+        heads_and_chunks = 2 * sum(len(item) * (item.tokens.shape[1] // 8) for item in batch.values())
+        expected = [round(fraction * heads_and_chunks) / heads_and_chunks for fraction in (0.2, 1.0, 0.7)]
+        assert result.kept_by_layer == pytest.approx(expected, abs=1e-12)
         assert result.kept_fraction == pytest.approx(sum(result.kept_by_layer) / 3)
     assert results[0] == results[1]
     assert results[0].val_loss != results[2].val_loss
@@ -127,8 +129,22 @@ def test_random_routing_keeps_its_fractions_where_the_policy_routes() -> None:
     assert none_kept == (0, 1, 0)
 
 
+@pytest.mark.parametrize("length", [16, 21], ids=["whole chunks", "partial chunk"])
+def test_random_routing_keeps_exactly_what_a_policy_kept_at_any_batch_size(length: int) -> None:
+    model, x = make_model(), torch.randint(0, 256, (7, length))
+    batch = Batch(x, torch.roll(x, -1, 1), torch.zeros_like(x, dtype=torch.bool))
+    sets = {"bytes": batch, "more": batch.rows(slice(0, 3))}
+    p = policy(ROUTED, LayerPolicy(threshold=0.1), LayerPolicy(Op.delta))
+    kept = evaluate(model, p, sets).kept_by_layer
+    for seed in range(5):
+        one, other = (evaluate(model, p, sets, random_routing=RandomRouting(seed, kept), batch_size=n) for n in (2, 32))
+        assert one.kept_by_layer == pytest.approx(kept, abs=1e-12)
+        assert one.kept_by_head == other.kept_by_head
+        assert one.val_loss == pytest.approx(other.val_loss, rel=1e-5)
+
+
 def test_random_routing_needs_a_fraction_per_layer() -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match=r"RandomRouting.fractions = \(0.5,\)"):
         evaluate(make_model(), policy(ROUTED, ROUTED, ROUTED), make_sets(), random_routing=RandomRouting(0, (0.5,)))
 
 

@@ -19,7 +19,7 @@ import torch
 from natsl import checkpoint
 from natsl.checkpoint import file_sha256
 from natsl.config import DataConfig, ModelConfig, TrainRunConfig
-from natsl.export import FILES, export_point, load_choice, load_exported, read_point, verify
+from natsl.export import FILES, export_point, load_choice, load_exported, read_point, stored_data, verify
 from natsl.model import RoutedLM
 from natsl.run import Run, UserError, read_json, write_json
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
@@ -431,3 +431,18 @@ def test_the_command(run: Run) -> None:
     again = call("pick=t0013")
     assert again.returncode == 2
     assert again.stderr == "error: runs/r/export/t0013 exists: choose another name or give overwrite=true\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("{seq_len: 2.5}", "holds no data settings"),
+        ("{mqar: {easy_pairs: ['${data.mqar.easy_pairs}']}}", "interpolations are not allowed"),
+        ("&a [*a]", "alias to itself"),
+    ],
+    ids=["value", "interpolation", "alias"],
+)
+def test_stored_data_settings_that_cannot_be_used(data: str, message: str, run: Run) -> None:
+    run.config.write_text(f"data: {data}\n")
+    with pytest.raises(UserError, match=message):
+        stored_data(run.name, str(run.path.parent), None)

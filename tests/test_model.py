@@ -366,3 +366,11 @@ def test_presets_have_the_heads_of_the_paper(name: str, width: int, key: int, va
     assert mixer.q_norm.weight.shape == (64,)
     assert mixer.softmax_norm.shape == (128,)
     assert not c.rope
+
+
+@pytest.mark.parametrize("token", [-1, 384], ids=["negative", "past the vocabulary"])
+def test_a_token_outside_the_vocabulary_is_refused(token: int) -> None:
+    model = RoutedLM(ModelConfig())
+    tokens = torch.tensor([[5, token, 7]])
+    with pytest.raises(ValueError, match=r"tokens are .*: they must lie in \[0, 384\)"):
+        model(tokens, RoutingPolicy.all_delta(model.kinds, 16))

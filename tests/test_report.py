@@ -64,8 +64,9 @@ def searched(folder: Path, config: SearchConfig, kinds: Sequence[Op] = ROUTED) -
 
 
 def built(study: PolicyStudy, name: str = "first") -> Front:
-    scorer = Scorer(synthetic_judge(), study.problem, 0, 3, study.records)
-    fixed = baselines(study.problem.kinds, study.problem.chunk_size, study.config.uniform_budgets)
+    asked, config = study.problem, replace(study.config, random_draws=3)
+    scorer = Scorer(synthetic_judge(), asked, config, 0, study.records)
+    fixed = baselines(asked.kinds, asked.chunk_size, config.uniform_budgets, config.space)
     points, others = score(scorer, study.front(), fixed, lambda _: None)
     scale = scorer.scale()
     knee = scale.knee([point.search_values for point in points])

@@ -14,8 +14,20 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from natsl.config import TrackingConfig, TrainRunConfig
-from natsl.run import FORMAT, MASK, Run, UserError, plain, read_json, redact, redact_text, write_json, write_text
+from natsl.config import TrackingConfig, TrainRunConfig, to_plain
+from natsl.run import (
+    FORMAT,
+    MASK,
+    Run,
+    UserError,
+    plain,
+    read_config,
+    read_json,
+    redact,
+    redact_text,
+    write_json,
+    write_text,
+)
 
 BAD_NAMES = {
     "empty": "",
@@ -103,7 +115,9 @@ def test_an_unknown_run_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="known: none"):
         Run.open("x", tmp_path / "missing", create=False)
     for name in ("b", "a"):
-        Run.open(name, tmp_path)
+        Run.open(name, tmp_path).log({"step": 1})
+    with Run.open("empty", tmp_path).lock():  # a search that failed before it wrote anything
+        pass
     (tmp_path / "not_a_run").mkdir()
     with pytest.raises(UserError, match=r"there is no run 'x' in .*; known: a, b$"):
         Run.open("x", tmp_path, create=False)
@@ -219,12 +233,13 @@ def test_unreadable_json_names_the_file(content: str | None, tmp_path: Path) -> 
 
 def test_the_log_keeps_whole_lines(tmp_path: Path) -> None:
     run = Run.open("x", tmp_path)
-    assert run.read_log() == []
     run.log({"step": 1, "loss": float("nan")})
     with run.log_file.open("a") as file:
         file.write('{"step": 2, "lo')  # killed in the middle of a line
     run.log({"step": 3, "loss": 0.5})
-    assert run.read_log() == [{"step": 1, "loss": None}, {"step": 3, "loss": 0.5}]
+    first, torn, last = run.log_file.read_text().splitlines()
+    assert (json.loads(first), json.loads(last)) == ({"step": 1, "loss": None}, {"step": 3, "loss": 0.5})
+    assert torn == '{"step": 2, "lo'
 
 
 SECRET_KEYS = ["api_key", "apikey", "API-KEY", "apiKey", "wandb.api_key", "token", "hf_token", "accessToken", "secret"]
@@ -269,6 +284,54 @@ def test_passwords_in_urls_are_removed() -> None:
     url = "postgresql+psycopg://me:hunter2@host:5432/db"
     assert redact({"storage": url}) == {"storage": f"postgresql+psycopg://me:{MASK}@host:5432/db"}
     assert redact("sqlite:////tmp/a:b@c") == "sqlite:////tmp/a:b@c"
+
+
+PARAMETERS = ["password", "sslpassword", "passwd", "pwd", "token", "access_token", "client_secret", "api_key", "apikey"]
+
+
+@pytest.mark.parametrize("key", [*PARAMETERS, "PASSWORD", "X-Amz-Signature", "sig"])
+def test_secret_parameters_of_urls_are_removed(key: str) -> None:
+    for before in ("?", "?a=1&", "?a=1&amp;"):
+        url = f"postgresql://host/db{before}{key}=hunter2:%20'x&b=2"
+        masked = f"postgresql://host/db{before}{key}={MASK}&b=2"
+        assert redact({"storage": url}) == {"storage": masked}
+        assert redact_text(f'<b>{url}</b> <i title="{url}">') == f'<b>{masked}</b> <i title="{masked}">'
+        assert redact_text(masked) == masked
+    assert redact_text(f"<b>?{key}=hunter2</b>") == f"<b>?{key}={MASK}</b>"
+    url = f"sqlite:///a.db?mode=ro&max_tokens=8&cache=shared&x{key}x=1"
+    assert redact_text(url) == url
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n"
+BOMB += "\n".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+BAD_CONFIGS = {
+    "bomb": (BOMB, "expands to more than 100000 values"),
+    "alias to itself": ("a: &a [*a]", "alias to itself"),
+    "tag": ("a: !!python/name:os.system", "the YAML tag .* is not allowed"),
+    "target": ("data: {_target_: os.system}", "'_target_' is not allowed"),
+    "large": ("name: " + "x" * (1 << 20), "is larger than 1048576 bytes"),
+    "deep": ("name: " + "[" * 20000, "nested too deeply"),
+    "not UTF-8": ("name: \udcff", "is not UTF-8"),
+    "date": ("name: 2001-99-99", "cannot be read"),
+    "list": ("- a", "is not a configuration"),
+    "empty": ("", "is not a configuration"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS.keys())
+def test_a_config_that_is_not_safe_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    run = Run.open("x", tmp_path)
+    with pytest.raises(UserError, match=r"config\.yaml is missing"):
+        read_config(run.config)
+    run.config.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=message):
+        read_config(run.config)
+
+
+def test_what_is_written_as_config_is_read(tmp_path: Path) -> None:
+    run = Run.open("x", tmp_path)
+    run.write_config(TrainRunConfig(name="x"))
+    assert read_config(run.config) == to_plain(TrainRunConfig(name="x"))
 
 
 def test_no_secret_reaches_the_files_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,6 +259,8 @@ CHANGES = {
     "fewer objectives": ({"objectives": ["recall_error"]}, {}, r"objectives.kept_fraction: \"minimize\" → absent"),
     "space": ({"space": SearchSpace(budget_max=0.5)}, {}, r"space.budget_max: 1.0 → 0.5"),
     "constraint": ({"constraints": {"val_loss": 2.0}}, {}, r"constraints.*val_loss"),
+    "sampler": ({"sampler": Sampler.random}, {}, r"sampler: \"tpe\" → \"random\""),
+    "local share": ({"local_share": 0.5}, {}, r"local_share: 0.35 → 0.5"),
     "model": ({}, {"model": "other"}, r"model: \"m\" → \"other\""),
 }
 
@@ -271,6 +273,12 @@ def test_a_resume_under_other_settings_is_refused(case: str, tmp_path: Path) -> 
     with pytest.raises(UserError, match=text):
         opened(tmp_path, SearchConfig(n_trials=3, **settings), made_from=made_from)  # type: ignore[arg-type]
     assert (tmp_path / "study.db").read_bytes() == before
+
+
+def test_a_resume_with_another_seed_is_refused(tmp_path: Path) -> None:
+    opened(tmp_path, SearchConfig(n_trials=3), seed=4).run(synthetic)
+    with pytest.raises(UserError, match=r"seed: 4 → 5"):
+        opened(tmp_path, SearchConfig(n_trials=3), seed=5)
 
 
 def text_file(path: Path) -> None:
@@ -378,12 +386,10 @@ def test_the_users_policies_are_tried_first(tmp_path: Path) -> None:
     ],
     ids=["out of range", "other control", "other depth", "other chunk size"],
 )
-def test_a_first_policy_outside_the_space_is_rejected(policy: RoutingPolicy, text: str, tmp_path: Path) -> None:
+def test_a_first_policy_outside_the_space_is_rejected(policy: RoutingPolicy, text: str) -> None:
     config = SearchConfig(n_trials=2, space=SearchSpace(budget_max=0.5))
-    asked = replace(problem(config), first=(policy,))
     with pytest.raises(ValueError, match=text):
-        open_policy_study(tmp_path / "study.db", "first", config, asked, 0, {})
-    assert not (tmp_path / "study.db").exists()
+        first_policies(config, ROUTED, CHUNK, [policy])
 
 
 @pytest.mark.parametrize("kinds", [(Op.routed,), (Op.delta, Op.routed, Op.softmax)], ids=["one layer", "hybrid"])

@@ -14,12 +14,30 @@ import torch
 from torch import Tensor
 
 from natsl import checkpoint, supernet
-from natsl.config import Counterfactual, Sandwich, SupernetConfig, TrainConfig, check_batch
+from natsl.config import (
+    Counterfactual,
+    DataConfig,
+    Sandwich,
+    SupernetConfig,
+    TrackingConfig,
+    TrackingMode,
+    TrainConfig,
+    TrainRunConfig,
+    check_batch,
+)
 from natsl.model import RoutedLM
+from natsl.run import Run, UserError
 from natsl.space.policy import RoutingPolicy
 from natsl.supernet import Loss, task_loss
 from natsl.tasks import Batch, TaskData
-from natsl.train import TrainingDivergedError, TrainRecipe, build_optimizer, learning_rate, train_supernet
+from natsl.train import (
+    TrainingDivergedError,
+    TrainRecipe,
+    build_optimizer,
+    learning_rate,
+    run_training,
+    train_supernet,
+)
 from tests.oracles import mixer_of, tiny_config, tiny_data
 
 Record = dict[str, float]
@@ -290,7 +308,8 @@ def test_no_checkpoint_is_written_in_the_middle_of_bad_steps(tmp_path: Path, mon
 def test_training_stops_after_bad_steps_in_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_loss(monkeypatch, lambda step: step in (2, 3) or step >= 5, math.nan)
     with pytest.raises(
-        TrainingDivergedError, match=r"not finite for 3 steps in a row, the last one 7: lower train\.lr"
+        TrainingDivergedError,
+        match=r"not finite for 3 steps in a row, the last one 7: train again under another name with a lower train\.lr",
     ) as error:
         train_supernet(make_model(), tiny_data(), recipe(steps=20, max_bad_steps=3), tmp_path)
     assert "\n" not in str(error.value)
@@ -359,3 +378,37 @@ def test_data_is_read_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     train_supernet(make_model(), data, recipe(seed=4), tmp_path)
     assert asked == [(4, 4, s) for s in (0, 1, 2, 2, 3, 4, 5, 6)]
     assert isinstance(data, TaskData)
+
+
+# The command
+
+
+def command(root: Path, **options: object) -> TrainRunConfig:
+    changed: dict[str, Any] = {"name": "t", "root": str(root), "device": "cpu", **options}
+    return TrainRunConfig(
+        model=tiny_config("r"),
+        data=DataConfig(seq_len=64),
+        supernet=SupernetConfig(calibration_sequences=8),
+        train=TrainConfig(steps=2, batch_size=4, warmup_steps=0),
+        tracking=TrackingConfig(mode=TrackingMode.disabled),
+        **changed,
+    )
+
+
+def test_the_command_trains_once_and_a_refused_one_changes_nothing(tmp_path: Path) -> None:
+    run_training(command(tmp_path))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "t").rglob("*") if p.is_file()}
+    assert {"config.yaml", "calibration.json", "step-000002.safetensors"} <= before.keys()
+    with pytest.raises(ValueError, match="seed: 0 then, 5 now"):
+        run_training(command(tmp_path, seed=5))
+    assert (tmp_path / "t" / "config.yaml").read_bytes() == before["config.yaml"]
+    run_training(command(tmp_path))
+    assert (tmp_path / "t" / "supernet" / "step-000002.safetensors").read_bytes() == before["step-000002.safetensors"]
+
+
+def test_the_command_leaves_a_search_alone(tmp_path: Path) -> None:
+    run = Run.open("t", tmp_path)
+    run.study_db.write_bytes(b"x")
+    with pytest.raises(UserError, match="name = 't' is a search"):
+        run_training(command(tmp_path))
+    assert not run.config.exists()

@@ -1,0 +1,52 @@
+"""Configs made in Python: what Hydra would have refused is refused here as well."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+import pytest
+
+from natsl import config
+from natsl.space import policy
+
+CLASSES: list[Any] = [
+    config.ModelConfig,
+    config.MqarConfig,
+    config.NeedleConfig,
+    config.DataConfig,
+    config.SupernetConfig,
+    config.TrainConfig,
+    config.TrainRunConfig,
+    lambda **options: config.EvaluateRunConfig(run="x", **options),
+    lambda **options: config.GenerateConfig(run="x", **options),
+]
+COUNTS = [(make, name) for make in CLASSES for name, kind in get_type_hints(type(make())).items() if kind is int]
+
+
+@pytest.mark.parametrize(("make", "name"), COUNTS, ids=[name for _, name in COUNTS])
+def test_integers_are_integers(make: Callable[..., object], name: str) -> None:
+    for value in (2.5, 16.0, True, "3", None, -1):
+        with pytest.raises(ValueError, match=rf"{name} = {value!r} is not allowed: it must be"):
+            make(**{name: value})
+
+
+def test_easy_pairs_are_integers() -> None:
+    with pytest.raises(ValueError, match=r"data.mqar.easy_pairs = \[4, 2.5\]"):
+        config.MqarConfig(easy_pairs=[4, 2.5])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("kind", ["foo", 1, None])
+def test_kinds_of_layers(kind: Any) -> None:
+    allowed = "it must be one of delta, softmax, routed"
+    with pytest.raises(ValueError, match=rf"model.layers\[1\] = {kind!r} is not allowed: {allowed}"):
+        config.ModelConfig(layers=["delta", kind])  # type: ignore[list-item]
+
+
+def test_there_is_one_check() -> None:
+    assert config.check is policy.check
+
+
+def test_evaluation_has_no_seed() -> None:
+    assert "seed" not in {item.name for item in dataclasses.fields(config.EvaluateRunConfig)}
