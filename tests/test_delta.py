@@ -391,5 +391,5 @@ def test_packing_needs_a_state_per_sequence() -> None:
 
 
 def test_no_tokens() -> None:
-    with pytest.raises(ValueError, match="q must be .* each ≥ 1"):
+    with pytest.raises(ValueError, match=r"q must be .* each ≥ 1"):
         run([x[:, :0] for x in delta_inputs(4)])

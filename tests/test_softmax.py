@@ -349,7 +349,7 @@ def test_borders_of_packed_sequences_are_checked(borders: list[object] | None) -
 
 
 def test_no_tokens() -> None:
-    with pytest.raises(ValueError, match="q must be .* each ≥ 1"):
+    with pytest.raises(ValueError, match=r"q must be .* each ≥ 1"):
         run([torch.ones(1, 0, 2, 4), torch.ones(1, 0, 2, 4), torch.ones(1, 0, 2, 3), torch.ones(1, 0, 2)])
 
 
