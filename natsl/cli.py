@@ -93,11 +93,14 @@ def _from_library(error: Exception) -> bool:
 
 
 def _hydra_text(error: Exception) -> str | None:
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
+    if isinstance(error, OverrideParseException):
+        key = error.override.partition("=")[0]
+        return f"{error.override} cannot be read: put a value with spaces or symbols in quotes, as in '{key}=\"a (b)\"'"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
         return f"unknown option {cause.full_key!r} (--help lists all)"

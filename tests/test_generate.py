@@ -13,7 +13,7 @@ import torch
 
 from natsl import checkpoint
 from natsl.config import ModelConfig
-from natsl.generate import Sampling, decode, encode, generate, stream
+from natsl.generate import Sampling, decode, encode, generate, main, stream
 from natsl.model import RoutedLM
 from natsl.run import Run, UserError
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
@@ -166,3 +166,14 @@ def test_the_command(tmp_path: Path) -> None:
     wrong = call("run=r", "export=x")
     assert wrong.returncode == 2
     assert wrong.stderr == "error: run, export = ('r', 'x') is not allowed: give either run=<name> or export=<folder>\n"
+
+
+@pytest.mark.parametrize("prompt", ["def main(", "日本"], ids=["bracket", "not ASCII"])
+def test_a_prompt_that_needs_quotes(
+    prompt: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["natsl-generate", "run=x", f"prompt={prompt}"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    assert f"prompt={prompt} cannot be read: put a value with spaces or symbols in quotes" in capsys.readouterr().err
