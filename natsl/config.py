@@ -296,7 +296,7 @@ class TrainConfig:
     weight_decay: float = 0.05
     clip: float = 1.0
     router_clip: float = 1.0
-    checkpoint_every: int = 100
+    checkpoint_every: int = 20
     keep_checkpoints: int = 2
     max_bad_steps: int = 5
     log_every: int = 10

@@ -190,9 +190,9 @@ def fit(
             tracker.log({f"train/{key}": value for key, value in record.items()}, step=int(record["step"]))
             parts = [f"loss {record['loss']:.3f}"]
             if "recall_random" in record:
-                parts.append(
-                    "recall " + "/".join(f"{record[f'recall_{p}']:.2f}" for p in ("softmax", "random", "delta"))
-                )
+                names = ("softmax", "random", "delta")
+                values = "/".join(f"{record[f'recall_{name}']:.2f}" for name in names)
+                parts.append(f"recall {'/'.join(names)} {values}")
             parts.append(f"{record['tokens_per_second'] / 1e3:.1f}k tokens/s")
             progress.update(int(record["step"]), " · ".join(parts))
 
