@@ -81,17 +81,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         self.layers = [check_op(f"model.layers[{i}]", kind) for i, kind in enumerate(self.layers)]
         check(len(self.layers) > 0, "model.layers", self.layers, "at least one layer is needed")
-        for name in (
-            "vocab_size",
-            "width",
-            "mlp_width",
-            "heads",
-            "key_dim",
-            "value_dim",
-            "softmax_per_head",
-            "conv_width",
-        ):
-            check_counts(1, {f"model.{name}": getattr(self, name)})
+        counts = ("vocab_size", "width", "mlp_width", "heads", "key_dim", "value_dim", "softmax_per_head", "conv_width")
+        check_counts(1, {f"model.{name}": getattr(self, name) for name in counts})
         check(
             type(self.chunk_size) is int and self.chunk_size in CHUNK_SIZES,
             "model.chunk_size",
