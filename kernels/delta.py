@@ -11,9 +11,12 @@ from natsl.kernels import reference
 from natsl.kernels.dispatch import (
     check_counterfactual,
     check_heads,
+    check_kernel_limits,
+    check_packing,
     check_shape,
     check_tensors,
     count_chunks,
+    kernels_fit,
     resolve,
     sequence_bounds,
 )
@@ -45,6 +48,10 @@ def routed_delta_rule(
     ``initial_state`` [B,R,K,V] float32 ([sequences,R,K,V] with ``cu_seqlens``). ``counterfactual`` and its rate as in
     ``routed_softmax``; for the delta rule insertion and derivative are the same.
 
+    On Triton: float32, float16 or bfloat16, chunk_size 16, 32, 64 or 128, K ≤ 256, V ≤ 512, chunk_size · K ≤ 16384
+    (float32: 8192; beyond, ``auto`` takes torch), g is bounded below by −50, routes are 0 or 1 and ``cu_seqlens`` is
+    trusted, as reading it would wait for the device.
+
     Returns o [B,T,R,V] in v's dtype and the final state (float32; float64 for float64 inputs) or None. Raises
     ``ValueError`` naming the argument. Source: Gated DeltaNet, arXiv 2412.06464; routing, arXiv 2602.03681, section 3.
     """
@@ -59,16 +66,31 @@ def routed_delta_rule(
     check_shape(op, "g", g, (B, T, R))
     check_shape(op, "beta", beta, (B, T, R))
     check_counterfactual(op, counterfactual, counterfactual_rate)
-    resolve(backend, op, q.device, triton_ready=False)
+    chosen = resolve(backend, op, q.device)
     scale = K**-0.5 if scale is None else scale
-    bounds = [0, T] if cu_seqlens is None else sequence_bounds(op, cu_seqlens, B, T)
-    lengths = [b - a for a, b in pairwise(bounds)]
-    chunks = count_chunks(lengths, chunk_size)
-    check_shape(op, "route", route, (B, sum(chunks), R))
-    sequences = B if cu_seqlens is None else len(lengths)
+    sequences = B if cu_seqlens is None else check_packing(op, cu_seqlens, B)
     if initial_state is not None:
         check_tensors(op, {"q": q, "initial_state": initial_state})
         check_shape(op, "initial_state", initial_state, (sequences, R, K, V))
+    if cu_seqlens is None:
+        check_shape(op, "route", route, (B, *count_chunks([T], chunk_size), R))
+
+    fits = kernels_fit(q.dtype, chunk_size, K)
+    if chosen == "triton" and (fits or backend == "triton"):
+        check_kernel_limits(op, q.dtype, chunk_size, {"K": (K, 256), "V": (V, 512)})
+        if not fits:
+            raise ValueError(
+                f"{op}: K = {K} with chunk_size = {chunk_size} in {q.dtype} is not supported by the triton backend: "
+                "chunk_size · K is at most 16384, in float32 8192 and chunk_size 64 (K rounded up to a power of two)"
+            )
+        if route.dim() != 3 or (route.shape[0], route.shape[2]) != (B, R):
+            raise ValueError(f"{op}: route has shape {tuple(route.shape)}, expected {(B, 'chunks', R)}")
+        from natsl.kernels.delta_triton import routed_delta_rule as run_kernels
+
+        weighted = reference.weighted_route(route.float(), route.detach() >= 1, counterfactual, counterfactual_rate)
+        return run_kernels(
+            q, k, v, g, beta, weighted, initial_state, cu_seqlens, chunk_size, scale, qk_l2norm, output_final_state
+        )
 
     def run(
         start: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, route: Tensor
@@ -81,6 +103,10 @@ def routed_delta_rule(
         o, state = run(initial_state, q, k, v, g, beta, route)
         return o, state if output_final_state else None
 
+    bounds = sequence_bounds(op, cu_seqlens, T)
+    lengths = [b - a for a, b in pairwise(bounds)]
+    chunks = count_chunks(lengths, chunk_size)
+    check_shape(op, "route", route, (B, sum(chunks), R))
     outputs, states = [], []
     parts = zip(*(x.split(lengths, 1) for x in (q, k, v, g, beta)), route.split(chunks, 1), strict=True)
     for i, part in enumerate(parts):

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
+KERNEL_CHUNK_SIZES = (16, 32, 64, 128)
+_TRITON_INSTALLED = find_spec("triton") is not None
 
 
-def resolve(backend: str, op: str, device: torch.device, *, triton_ready: bool) -> str:
+def resolve(backend: str, op: str, device: torch.device) -> str:
     """Return ``"triton"`` or ``"torch"`` for one call of ``op``.
 
-    ``triton_ready`` tells whether ``op`` has a Triton kernel. ``auto`` takes it on CUDA and torch everywhere else.
-    Raises ``ValueError`` for an unknown name and for a forced backend that is absent.
+    ``auto`` takes the Triton kernels on CUDA if triton is installed, and torch everywhere else. On a CPU the kernels
+    run in Triton's interpreter alone (``TRITON_INTERPRET=1``). Raises ``ValueError`` for an unknown name and for a
+    forced backend that is absent.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r} is not allowed: it must be one of {', '.join(BACKENDS)}")
+    if backend == "torch":
+        return "torch"
     if backend == "auto":
-        return "triton" if triton_ready and device.type == "cuda" else "torch"
-    if backend == "triton" and not triton_ready:
-        raise ValueError(f"backend = 'triton' is not available for {op}: use 'auto' or 'torch'")
-    return backend
+        return "triton" if _TRITON_INSTALLED and device.type == "cuda" else "torch"
+    if not _TRITON_INSTALLED:
+        raise ValueError(f"backend = 'triton' is not available for {op}: triton is not installed")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend = 'triton' is not available for {op} on {device.type}: it needs CUDA (or TRITON_INTERPRET=1)"
+        )
+    return "triton"
 
 
 def check_tensors(op: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -64,15 +75,42 @@ def check_counterfactual(op: str, counterfactual: str, rate: float) -> None:
         raise ValueError(f"{op}: counterfactual_rate = {rate!r} must lie in (0, 1]")
 
 
-def sequence_bounds(op: str, cu_seqlens: torch.Tensor, batch: int, tokens: int) -> list[int]:
-    """Borders of packed sequences as a list, checked: from 0, never falling, to ``tokens``; B must be 1."""
+def check_kernel_limits(op: str, dtype: torch.dtype, chunk_size: int, widths: Mapping[str, tuple[int, int]]) -> None:
+    """Raise ``ValueError`` for what the Triton kernels do not support; ``widths``: name → (value, largest)."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{op}: {dtype} is not supported by the triton backend: float32, float16 or bfloat16")
+    if chunk_size not in KERNEL_CHUNK_SIZES:
+        allowed = ", ".join(map(str, KERNEL_CHUNK_SIZES))
+        raise ValueError(f"{op}: chunk_size = {chunk_size} is not supported by the triton backend: {allowed}")
+    for name, (value, largest) in widths.items():
+        if value > largest:
+            raise ValueError(f"{op}: {name} = {value} is not supported by the triton backend: at most {largest}")
+
+
+def kernels_fit(dtype: torch.dtype, chunk_size: int, key_width: int) -> bool:
+    """Whether a chunk's keys fit on chip in the delta rule's kernels; where not, ``auto`` takes torch."""
+    padded = 1 << max(4, (key_width - 1).bit_length())
+    if dtype == torch.float32:
+        return chunk_size <= 64 and chunk_size * padded <= 64 * 128
+    return chunk_size * padded <= 128 * 128
+
+
+def check_packing(op: str, cu_seqlens: torch.Tensor, batch: int) -> int:
+    """Number of packed sequences; raise ``ValueError`` for what shows without reading the tensor; B must be 1."""
     if batch != 1:
         raise ValueError(f"{op}: cu_seqlens packs sequences into batch 1, found batch {batch}")
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
         raise ValueError(f"{op}: cu_seqlens must be a 1-D integer tensor")
+    if cu_seqlens.shape[0] < 2:
+        raise ValueError(f"{op}: cu_seqlens has {cu_seqlens.shape[0]} entries, it needs sequences + 1")
+    return cu_seqlens.shape[0] - 1
+
+
+def sequence_bounds(op: str, cu_seqlens: torch.Tensor, tokens: int) -> list[int]:
+    """Borders of packed sequences as a list, checked: from 0, never falling, to ``tokens``. Waits for the device."""
     bounds: list[int] = cu_seqlens.tolist()
     rising = all(a <= b for a, b in pairwise(bounds))
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or not rising:
+    if bounds[0] != 0 or bounds[-1] != tokens or not rising:
         raise ValueError(f"{op}: cu_seqlens = {bounds} must rise from 0 to the number of tokens, {tokens}")
     return bounds
 

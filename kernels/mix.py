@@ -1,4 +1,4 @@
-"""``routed_mix``: norm, weigh and gate the outputs of the two memories."""
+"""``routed_mix``: norm, weigh and gate the outputs of the two memories; ``gated_norm``: the same with one."""
 
 from __future__ import annotations
 
@@ -40,5 +40,29 @@ def routed_mix(
         check_shape(op, name, tensor, (*shape[:3], 2) if name == "mix_logits" else shape)
     for name, tensor in weights.items():
         check_shape(op, name, tensor, shape[3:])
-    resolve(backend, op, o_delta.device, triton_ready=False)
+    if resolve(backend, op, o_delta.device) == "triton":
+        from natsl.kernels import mix_triton
+
+        return mix_triton.routed_mix(o_delta, o_softmax, gate, mix_logits, weight_delta, weight_softmax, eps)
     return reference.routed_mix(o_delta, o_softmax, gate, mix_logits, weight_delta, weight_softmax, eps)
+
+
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, backend: str = "auto") -> Tensor:
+    """y = SiLU(gate) · weight · RMS(x): the output of a layer with a single memory.
+
+    x and gate [B,T,Hs,Vs] of one floating dtype (gate before SiLU), weight [Vs]; ``eps`` of the norm. Returns y
+    [B,T,Hs,Vs] in x's dtype. Raises ``ValueError`` naming the argument.
+    """
+    op = "gated_norm"
+    check_tensors(op, {"x": x, "gate": gate, "weight": weight})
+    if gate.dtype != x.dtype:
+        raise ValueError(f"{op}: gate is {gate.dtype}, but x is {x.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x must be [batch, tokens, heads, width], found {tuple(x.shape)}")
+    check_shape(op, "gate", gate, tuple(x.shape))
+    check_shape(op, "weight", weight, tuple(x.shape[3:]))
+    if resolve(backend, op, x.device) == "triton":
+        from natsl.kernels import mix_triton
+
+        return mix_triton.gated_norm(x, gate, weight, eps)
+    return reference.gated_norm(x, gate, weight, eps)

@@ -24,7 +24,7 @@ def _accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _sampling_weight(route: Tensor, unchosen: Tensor, counterfactual: str, rate: float) -> Tensor:
+def sampling_weight(route: Tensor, unchosen: Tensor, counterfactual: str, rate: float) -> Tensor:
     """Weight of the route gradient per entry: 1 on the chosen side; on the other 0 (none) or an unbiased sample."""
     if counterfactual == "none":
         return (~unchosen).to(route.dtype)
@@ -152,7 +152,7 @@ def weighted_route(route: Tensor, unchosen: Tensor, counterfactual: str, rate: f
     """The routes, their gradient restricted to the chosen side (none) or sampled on the other (rate < 1)."""
     if not route.requires_grad or (counterfactual != "none" and rate >= 1.0):
         return route
-    weight = _sampling_weight(route.detach(), unchosen, counterfactual, rate)
+    weight = sampling_weight(route.detach(), unchosen, counterfactual, rate)
     return _ScaleGradient.apply(route, weight)  # type: ignore[no-any-return, no-untyped-call]
 
 

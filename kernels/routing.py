@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from natsl.kernels.dispatch import resolve
+
 
 def chunk_means(x: Tensor, chunk_size: int, lengths: Tensor | None = None) -> Tensor:
     """Mean of x over the tokens of each chunk; a partial chunk divides by its true count.
@@ -51,17 +53,46 @@ def cap_routes(route: Tensor, cap: float, burst: int = 0) -> Tensor:
     no loop. Which chunks a cap leaves out is first come first served; a larger budget under the same cap is not
     nested.
     """
-    if not 0.0 <= cap <= 1.0:
-        raise ValueError(f"cap = {cap!r} is not allowed: it must lie in [0, 1]")
-    if burst < 0:
-        raise ValueError(f"burst = {burst!r} is not allowed: it must be ≥ 0")
-    n = torch.arange(1, route.shape[1] + 1, device=route.device, dtype=torch.float64)
-    # 1e-9 keeps a product such as 0.07·100 = 7.000000000000001 from rounding up to the next integer
-    limit = torch.ceil(cap * n - 1e-9).to(torch.int64)[None, :, None] + burst
+    _check_cap(cap, burst)
+    limit = cap_limits(route.shape[1], cap, burst, route.device)[None, :, None]
     wanted = (route > 0.5).to(torch.int64)
     total = wanted.cumsum(1)
     kept = total + (limit - total).cummin(1).values.clamp(max=0)
     return kept.diff(dim=1, prepend=torch.zeros_like(kept[:, :1])).to(route.dtype)
+
+
+def _check_cap(cap: float, burst: int) -> None:
+    if not 0.0 <= cap <= 1.0:
+        raise ValueError(f"cap = {cap!r} is not allowed: it must lie in [0, 1]")
+    if burst < 0:
+        raise ValueError(f"burst = {burst!r} is not allowed: it must be ≥ 0")
+
+
+def cap_limits(chunks: int, cap: float, burst: int, device: torch.device) -> Tensor:
+    """How many of the first n chunks may be kept, n = 1…``chunks``: ceil(cap·n) + burst, int64 [chunks]."""
+    n = torch.arange(1, chunks + 1, device=device, dtype=torch.float64)
+    # 1e-9 keeps a product such as 0.07·100 = 7.000000000000001 from rounding up to the next integer
+    return torch.ceil(cap * n - 1e-9).to(torch.int64) + burst
+
+
+def route_margins(
+    margins: Tensor, threshold: Tensor | float, cap: float | None, burst: int = 0, backend: str = "auto"
+) -> Tensor:
+    """Threshold the margins and, unless ``cap`` is None, enforce the hard limit on what is kept.
+
+    margins [B,N,R]; threshold broadcastable to it. The same as ``threshold_routes`` and ``cap_routes`` one after the
+    other, bit for bit; with a cap one kernel on CUDA. Returns float 0/1 [B,N,R] in margins' dtype, without a gradient.
+    Raises ``ValueError`` for a cap or a burst outside its range.
+    """
+    chosen = resolve(backend, "route_margins", margins.device)
+    if cap is None:
+        return threshold_routes(margins.detach(), threshold)
+    _check_cap(cap, burst)
+    if chosen == "triton":
+        from natsl.kernels.routing_triton import capped_routes
+
+        return capped_routes(margins, threshold, cap, burst)
+    return cap_routes(threshold_routes(margins.detach(), threshold), cap, burst)
 
 
 def quantile_table(margins: Tensor, points: int) -> Tensor:

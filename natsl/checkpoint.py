@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from natsl.config import ModelConfig, to_plain
+from natsl.config import ModelConfig, check_precision, to_plain
 from natsl.model import RoutedLM
 from natsl.run import write_text
 
@@ -129,10 +129,17 @@ def build_model(config: dict[str, Any], state: dict[str, Tensor]) -> RoutedLM:
 
 
 def load_model(folder: Path) -> tuple[RoutedLM, dict[str, Any]]:
-    """The model of the newest whole checkpoint, in eval mode on the CPU, and the checkpoint's record."""
+    """The model of the newest whole checkpoint, in eval mode on the CPU, and the checkpoint's record.
+
+    It computes in the precision that it was trained in.
+    """
     found = read_newest(folder)
     if found is None:
         raise ValueError(f"{folder} holds no checkpoint: train a supernet first")
     tensors, record = found
     state = {key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")}
-    return build_model(record["model"], state).eval(), record
+    model = build_model(record["model"], state).eval()
+    trained = record.get("train")
+    if isinstance(trained, dict) and "precision" in trained:  # older checkpoints do not tell it: float32
+        model.precision = check_precision("train.precision", trained["precision"])
+    return model, record

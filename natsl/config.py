@@ -50,6 +50,20 @@ class CalibrationScope(Enum):
     head = "head"
 
 
+class Precision(Enum):
+    """In what the projections, the residual stream and the routed ops are computed; weights are float32 always."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def check_precision(name: str, value: Any) -> Precision:
+    """A precision from itself or its name; ``ValueError`` for anything else."""
+    allowed = [item.value for item in Precision]
+    check(isinstance(value, Precision) or value in allowed, name, value, f"it must be one of {', '.join(allowed)}")
+    return Precision(value)
+
+
 CHUNK_SIZES = (8, 16, 32, 64, 128)
 
 
@@ -275,10 +289,15 @@ class SupernetConfig:
 
 @dataclass
 class TrainConfig:
-    """Optimiser and schedule: AdamW, linear warm-up, cosine to ``lr · lr_final``, clipping by norm."""
+    """Optimiser and schedule: AdamW, linear warm-up, cosine to ``lr · lr_final``, clipping by norm.
+
+    ``precision``: of the computation, in training and wherever the supernet is run afterwards (search, evaluation,
+    generation, export); weights and losses are float32 always.
+    """
 
     steps: int = 220
     batch_size: int = 24
+    precision: Precision = Precision.float32
     lr: float = 6e-3
     lr_final: float = 0.05
     warmup_steps: int = 30
@@ -298,6 +317,7 @@ class TrainConfig:
         check_counts(1, {p + k: getattr(self, k) for k in ("keep_checkpoints", "max_bad_steps", "log_every")})
         check_counts(0, {p + "warmup_steps": self.warmup_steps})
         check_at_least(0, {p + "weight_decay": self.weight_decay})
+        self.precision = check_precision(p + "precision", self.precision)
         for name in ("lr", "clip", "router_clip"):
             value = getattr(self, name)
             check(math.isfinite(value) and value > 0, p + name, value, "it must be > 0")

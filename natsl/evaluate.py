@@ -15,7 +15,6 @@ from natsl.cli import resolve_device, run_main
 from natsl.config import DataConfig, EvaluateRunConfig
 from natsl.data import Split, load_text
 from natsl.export import load_choice, stored_data
-from natsl.kernels.routing import complete_chunks
 from natsl.model import RoutedLM
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import IGNORED, Batch, TaskData
@@ -68,7 +67,7 @@ def evaluate(
     drawn = None if random_routing is None else _random_routes(policy, random_routing, sets, model.config.heads)
     text_sum, text_count = 0.0, 0
     errors: dict[str, float] = {}
-    kept = torch.zeros(len(model.kinds), model.config.heads, dtype=torch.float64)
+    counts = torch.zeros(len(model.kinds), model.config.heads, dtype=torch.float64, device=device)
     chunks = 0
     model.eval()
     for task, batch in sets.items():
@@ -90,13 +89,11 @@ def evaluate(
             if bool(part.recall.any()):
                 right += int((output.logits[part.recall].argmax(-1) == part.targets[part.recall]).sum())
                 asked += int(part.recall.sum())
-            complete = complete_chunks(torch.full((B,), T, device=device), chunk, -(-T // chunk))
-            chunks += int(complete.sum())
-            for i, layer in enumerate(output.layers):
-                kept[i] += layer.route[complete].sum(0).double().cpu()
+            chunks += B * (T // chunk)
+            counts += torch.stack([layer.route[:, : T // chunk].sum((0, 1)) for layer in output.layers]).double()
         if asked:
             errors[task] = 1.0 - right / asked
-    kept /= max(chunks, 1)
+    kept = counts.cpu() / max(chunks, 1)
     by_layer = kept.mean(1)
     routed = [i for i, kind in enumerate(model.kinds) if kind is Op.routed]
     val_loss = text_sum / text_count if text_count else None

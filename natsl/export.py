@@ -1,6 +1,6 @@
 """One point of a front as a model of its own: weights, policy, provenance, checksums; verified in a fresh process.
 
-``root/run/export/<id>/`` holds ``config.json`` (shape), ``model.safetensors`` (weights and calibration table),
+``root/run/export/<id>/`` holds ``config.json`` (shape, precision), ``model.safetensors`` (weights, calibration table),
 ``policy.json``, ``calibration.json`` (the table to read), ``provenance.json`` and ``manifest.json`` (sha256 of all).
 """
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from natsl import __version__
 from natsl.cli import run_main
-from natsl.config import DataConfig, ExportConfig, to_plain
+from natsl.config import DataConfig, ExportConfig, Precision, check_precision, to_plain
 from natsl.run import Run, UserError, check_name, child_folder, read_config, read_json, sync_folder, write_json
 from natsl.space.policy import Op, RoutingPolicy
 
@@ -124,7 +124,9 @@ def load_exported(path: str | Path) -> tuple[RoutedLM, RoutingPolicy]:
         if file_sha256(folder / name) != sums[name]:
             raise UserError(f"checksum error: {folder / name} has changed since it was exported")
     try:
-        model = build_model(read_json(folder / "config.json")["model"], load_file(folder / "model.safetensors"))
+        shape = read_json(folder / "config.json")
+        model = build_model(shape["model"], load_file(folder / "model.safetensors"))
+        model.precision = check_precision("precision", shape.get("precision", Precision.float32))
         policy = RoutingPolicy.from_dict(read_json(folder / "policy.json"))
         check_model(model, policy)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -220,12 +222,14 @@ def _write(folder: Path, model: RoutedLM, policy: RoutingPolicy, provenance: Map
     with weights.open("rb+") as file:
         os.fsync(file.fileno())
     table = model.calibration.tolist()
-    write_json(folder / "config.json", {"format": FORMAT, "natsl": __version__, "model": to_plain(model.config)})
+    made_by = {"format": FORMAT, "natsl": __version__}
+    shape = {**made_by, "precision": model.precision.value, "model": to_plain(model.config)}
+    write_json(folder / "config.json", shape)
     write_json(folder / "policy.json", policy.to_dict())
     write_json(folder / "calibration.json", {"quantiles_of_margins": table, "axes": ["layer", "head", "quantile"]})
     write_json(folder / "provenance.json", {"natsl": __version__, **provenance})
     sums = {name: file_sha256(folder / name) for name in FILES}
-    write_json(folder / "manifest.json", {"format": FORMAT, "natsl": __version__, "files": sums})
+    write_json(folder / "manifest.json", {**made_by, "files": sums})
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natsl.config import CalibrationScope, ModelConfig, SupernetConfig
-from natsl.kernels import reference
+from natsl.kernels.branches import routed_branches
 from natsl.kernels.delta import routed_delta_rule
-from natsl.kernels.mix import routed_mix
-from natsl.kernels.routing import budget_threshold, cap_routes, chunk_means, complete_chunks, threshold_routes
+from natsl.kernels.mix import gated_norm, routed_mix
+from natsl.kernels.routing import budget_threshold, chunk_means, complete_chunks, route_margins
 from natsl.kernels.softmax import routed_softmax
+from natsl.layers import RMSNorm, short_convolution
 from natsl.space.policy import LayerPolicy, Op
 
 
@@ -35,13 +36,14 @@ class LayerRouting:
 class LayerContext:
     """Everything a layer needs beside its input: the policies of the batch's equal consecutive groups and the lengths.
 
-    ``policies``: one per group. ``lengths`` [B] int64: real tokens per sequence. ``calibration`` [R,P]: quantiles of
-    the margins. ``route`` [B,N,R]: routes given from outside instead of the router's (random-routing controls,
-    tests). ``training``: budgets become quantiles of the group itself and the routes carry a gradient.
+    ``policies``: one per group. ``lengths`` [B] int64: real tokens per sequence (None: all). ``calibration`` [R,P]:
+    quantiles of the margins, which must be there where a budget is to become a threshold. ``route`` [B,N,R]: routes
+    given from outside instead of the router's (random-routing controls, tests). ``training``: budgets become quantiles
+    of the group itself and the routes carry a gradient.
     """
 
     policies: Sequence[LayerPolicy]
-    lengths: Tensor
+    lengths: Tensor | None
     calibration: Tensor
     route: Tensor | None = None
     training: SupernetConfig | None = None
@@ -53,22 +55,33 @@ def straight_through(margins: Tensor, threshold: Tensor, hard: Tensor, temperatu
     return hard + (y - y.detach())  # the bracket is exactly 0, so that routes stay exactly 0 or 1
 
 
-def quantile_threshold(margins: Tensor, complete: Tensor, budget: float, training: SupernetConfig) -> Tensor:
+def quantile_threshold(margins: Tensor, complete: Tensor | int, budget: float, training: SupernetConfig) -> Tensor:
     """Exact threshold of a budget over one training group, broadcastable to margins [B,N,R].
 
-    θ depends on the margins through the budget; with ``project_budget`` its implicit derivative dθ/dm ∝ σ'((m − θ)/τ)
-    is in the backward pass, so that the router's gradient cannot drift along the direction that the budget undoes.
+    ``complete``: how many chunks of every sequence are complete, or a mask [B,N] of those that are. θ depends on the
+    margins through the budget; with ``project_budget`` its implicit derivative dθ/dm ∝ σ'((m − θ)/τ) is in the backward
+    pass, so that the router's gradient cannot drift along the direction that the budget undoes.
     """
-    if budget in (0.0, 1.0) or not bool(complete.any()):
+    if budget in (0.0, 1.0) or (isinstance(complete, int) and complete == 0):
         return torch.full_like(margins[:1, :1], math.inf if budget == 0.0 else -math.inf)
-    pool = margins[complete]  # [M,R]
+    if isinstance(complete, int):
+        pool, absent = margins[:, :complete].flatten(0, 1), None  # [M,R]
+    else:  # what is left out becomes NaN: picking it out would wait for the device
+        pool, absent = margins.flatten(0, 1), ~complete.flatten()[:, None].expand(-1, margins.shape[2])
     if training.calibration is CalibrationScope.layer:
         pool = pool.reshape(-1, 1)
-    theta = torch.quantile(pool.detach(), 1.0 - budget, dim=0)
+        absent = None if absent is None else absent.reshape(-1, 1)
+    if absent is None:
+        theta = torch.quantile(pool.detach(), 1.0 - budget, dim=0)
+    else:
+        theta = torch.nanquantile(pool.detach().masked_fill(absent, math.nan), 1.0 - budget, dim=0)
+        theta = theta.masked_fill(absent.all(0), -math.inf)
     if training.project_budget:
         y = torch.sigmoid((pool.detach() - theta) / training.route_temperature)
         slope = y * (1 - y) + 1e-12
-        centre = (slope * pool).sum(0) / slope.sum(0)
+        if absent is not None:
+            slope = slope.masked_fill(absent, 0.0)
+        centre = (slope * pool).sum(0) / slope.sum(0).clamp(min=1e-12)
         theta = theta + (centre - centre.detach())
     return theta[None, None]
 
@@ -84,18 +97,6 @@ def clamp_gradient(route: Tensor, factor: float) -> None:
         route.register_hook(hook)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension, in float32 inside."""
-
-    def __init__(self, width: int, eps: float, gain: float = 1.0) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.full((width,), gain))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
-
 def rotate(x: Tensor, theta: float) -> Tensor:
     """Rotary position embedding over the whole head width; x [B,T,H,K], positions 0…T−1."""
     T, half = x.shape[1], x.shape[3] // 2
@@ -104,6 +105,23 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     cos, sin = angle.cos()[None, :, None].to(x.dtype), angle.sin()[None, :, None].to(x.dtype)
     a, b = x.split(half, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of the batch that share a computation, after the projections.
+
+    q, k [B,T,R·K], v [B,T,R·V], gate [B,T,Hs,Vs], route [B,N,R]; ``gates`` (g, beta) where the delta rule takes part,
+    ``logits`` [B,T,Hs,2] where both memories do.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+    route: Tensor
+    gates: tuple[Tensor, Tensor] | None
+    logits: Tensor | None
 
 
 class RoutedMixer(nn.Module):
@@ -175,70 +193,76 @@ class RoutedMixer(nn.Module):
         """Mix tokens: x [B,T,D] (normed) → [B,T,D] and the routing that happened."""
         B, T, _ = x.shape
         c = self.config
-        q, k, v = self._convolve(self.qkv_proj(x)).split((self.key_width, self.key_width, self.value_width), -1)
+        qkv = short_convolution(self.qkv_proj(x), self.conv)
         gate = self.gate_proj(x).view(B, T, c.softmax_heads, -1)
         margins, route = self._route(x, context)
-        training = context.training
-        mode = training.counterfactual.value if training else "none"
-        rate = training.counterfactual_rate if training else 1.0
-
-        def softmax_branch(rows: slice) -> Tensor:
-            shape = (rows.stop - rows.start, T, c.softmax_heads, -1)
-            qs, ks = self.q_norm(q[rows].reshape(shape)), self.k_norm(k[rows].reshape(shape))
-            if c.rope:
-                qs, ks = rotate(qs, c.rope_theta), rotate(ks, c.rope_theta)
-            return routed_softmax(
-                qs,
-                ks,
-                v[rows].reshape(shape),
-                route[rows],
-                chunk_size=c.chunk_size,
-                counterfactual=mode,
-                counterfactual_rate=rate,
-            )
-
-        def delta_branch(rows: slice) -> Tensor:
-            shape = (rows.stop - rows.start, T, c.heads, -1)
-            g = -self.A_log.float().exp() * F.softplus(self.a_proj(x[rows]).float() + self.dt_bias.float())
-            o, _ = routed_delta_rule(
-                q[rows].reshape(shape),
-                k[rows].reshape(shape),
-                v[rows].reshape(shape),
-                g,
-                torch.sigmoid(self.b_proj(x[rows]).float()),
-                route[rows],
-                chunk_size=c.chunk_size,
-                counterfactual=mode,
-                counterfactual_rate=rate,
-            )
-            return o.reshape(shape[0], T, c.softmax_heads, -1)
-
         outputs = []
         for rows, op, temperature in self._runs(context.policies, B):
-            if self.kind is Op.softmax:
-                o = reference.gated_norm(softmax_branch(rows), gate[rows], self.softmax_norm, c.norm_eps)
-            elif op is Op.delta:
-                o = reference.gated_norm(delta_branch(rows), gate[rows], self.delta_norm, c.norm_eps)
-            else:
-                logits = self.mix_proj(q[rows]).view(-1, T, c.softmax_heads, 2) / temperature
-                o = routed_mix(
-                    delta_branch(rows),
-                    softmax_branch(rows),
-                    gate[rows],
-                    logits,
-                    self.delta_norm,
-                    self.softmax_norm,
-                    eps=c.norm_eps,
-                )
-            outputs.append(o)
+            q, k, v = qkv[rows].split((self.key_width, self.key_width, self.value_width), -1)
+            gates = logits = None
+            if self.kind is Op.routed and op is Op.routed:
+                logits = self.mix_proj(q).view(-1, T, c.softmax_heads, 2) / temperature
+            if self.kind is not Op.softmax:
+                gates = self._gates(x[rows])
+            # autocast would make half precision of the products inside the torch backend, which are float32 on purpose
+            with torch.autocast(x.device.type, enabled=False):
+                outputs.append(self._mix(_Rows(q, k, v, gate[rows], route[rows], gates, logits), context.training))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self.out_proj(y.reshape(B, T, -1)), LayerRouting(margins, route.detach())
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        """SiLU(causal depthwise convolution): x [B,T,channels]; the last tap sees the token itself."""
-        taps = self.conv.to(x.dtype)[:, None]
-        padded = F.pad(x.transpose(1, 2), (taps.shape[2] - 1, 0))
-        return F.silu(F.conv1d(padded, taps, groups=taps.shape[0]).transpose(1, 2))
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Log decay g and write strength beta of the delta rule, float32 [B,T,R]."""
+        g = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
+        return g, torch.sigmoid(self.b_proj(x).float())
+
+    def _mix(self, rows: _Rows, training: SupernetConfig | None) -> Tensor:
+        """Run the memories that these rows use and combine what they give: [B,T,Hs,Vs]."""
+        c = self.config
+        B, T, _ = rows.q.shape
+        mode = training.counterfactual.value if training else "none"
+        rate = training.counterfactual_rate if training else 1.0
+        q, k, v = (x.reshape(B, T, c.heads, -1) for x in (rows.q, rows.k, rows.v))
+        o_delta = o_softmax = None
+        if rows.gates is None or rows.logits is not None:
+            qs, ks = (x.reshape(B, T, c.softmax_heads, -1) for x in (rows.q, rows.k))
+            qs, ks = self.q_norm(qs), self.k_norm(ks)
+            if c.rope:
+                qs, ks = rotate(qs, c.rope_theta), rotate(ks, c.rope_theta)
+        if rows.gates is None:
+            values = v.reshape(B, T, c.softmax_heads, -1)
+            o_softmax = routed_softmax(
+                qs, ks, values, rows.route, chunk_size=c.chunk_size, counterfactual=mode, counterfactual_rate=rate
+            )
+            return gated_norm(o_softmax, rows.gate, self.softmax_norm, eps=c.norm_eps)
+        g, beta = rows.gates
+        if rows.logits is None:
+            o_delta, _ = routed_delta_rule(
+                q, k, v, g, beta, rows.route, chunk_size=c.chunk_size, counterfactual=mode, counterfactual_rate=rate
+            )
+            o_delta = o_delta.reshape(rows.gate.shape)
+            return gated_norm(o_delta, rows.gate, self.delta_norm, eps=c.norm_eps)
+        o_delta, o_softmax = routed_branches(
+            q,
+            k,
+            v,
+            qs,
+            ks,
+            g,
+            beta,
+            rows.route,
+            chunk_size=c.chunk_size,
+            counterfactual=mode,
+            counterfactual_rate=rate,
+        )
+        return routed_mix(
+            o_delta.reshape(rows.gate.shape),
+            o_softmax,
+            rows.gate,
+            rows.logits,
+            self.delta_norm,
+            self.softmax_norm,
+            eps=c.norm_eps,
+        )
 
     @staticmethod
     def _runs(policies: Sequence[LayerPolicy], batch: int) -> list[tuple[slice, Op, float]]:
@@ -258,16 +282,20 @@ class RoutedMixer(nn.Module):
         B, T, _ = x.shape
         c = self.config
         N = -(-T // c.chunk_size)
+        training = context.training
         margins = None
         if self.kind is Op.routed:
-            training = context.training
             source = x.detach() if training is None or training.detach_router else x
-            z = self.router(chunk_means(source, c.chunk_size, context.lengths)).float().view(B, N, c.heads, 2)
+            with torch.autocast(x.device.type, enabled=False):  # half-precision margins would tie
+                means = chunk_means(source, c.chunk_size, context.lengths).to(self.router.weight.dtype)
+                z = self.router(means).float().view(B, N, c.heads, 2)
             margins = z[..., 1] - z[..., 0]  # softmax − delta
         if context.route is not None:
             return margins, context.route.to(device=x.device, dtype=torch.float32)
         size = B // len(context.policies)
-        complete = complete_chunks(context.lengths, c.chunk_size, N)
+        complete: Tensor | int = T // c.chunk_size
+        if context.lengths is not None:
+            complete = complete_chunks(context.lengths, c.chunk_size, N)
         parts = []
         for i, policy in enumerate(context.policies):
             rows = slice(i * size, (i + 1) * size)
@@ -275,29 +303,29 @@ class RoutedMixer(nn.Module):
                 fixed = 0.0 if policy.op is Op.delta else 1.0
                 parts.append(x.new_full((size, N, c.heads), fixed, dtype=torch.float32))
             else:
-                parts.append(self._route_group(margins[rows], complete[rows], policy, context))
+                chunks = complete if isinstance(complete, int) else complete[rows]
+                parts.append(self._route_group(margins[rows], chunks, policy, context))
         return margins, parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @staticmethod
-    def _route_group(margins: Tensor, complete: Tensor, policy: LayerPolicy, context: LayerContext) -> Tensor:
+    def _route_group(margins: Tensor, complete: Tensor | int, policy: LayerPolicy, context: LayerContext) -> Tensor:
         training = context.training
         if training is not None and training.route_noise > 0:  # the difference of two Gumbel variables is logistic
             u = torch.rand_like(margins).clamp(1e-6, 1 - 1e-6)
             margins = margins + training.route_noise * (u.log() - torch.log1p(-u))
         if policy.threshold is not None:
             theta = margins.new_full((1, 1, 1), policy.threshold)
+            finite = math.isfinite(policy.threshold)
         elif policy.budget is None:
             raise ValueError("a routed layer needs a budget or a threshold")
-        elif training is not None:
-            theta = quantile_threshold(margins, complete, policy.budget, training)
         else:
-            theta = budget_threshold(context.calibration, policy.budget).to(margins.dtype)[None, None]
-            if bool(theta.isnan().any()):
-                raise ValueError("the model is not calibrated: budgets need a calibration table, thresholds do not")
-        route = threshold_routes(margins.detach(), theta.detach())
-        if policy.cap is not None:
-            route = cap_routes(route, policy.cap, policy.burst)
-        if training is not None and torch.is_grad_enabled() and bool(theta.isfinite().all()):
+            finite = 0.0 < policy.budget < 1.0 and not (isinstance(complete, int) and complete == 0)
+            if training is not None:
+                theta = quantile_threshold(margins, complete, policy.budget, training)
+            else:
+                theta = budget_threshold(context.calibration, policy.budget).to(margins.dtype)[None, None]
+        route = route_margins(margins.detach(), theta.detach(), policy.cap, policy.burst)
+        if training is not None and torch.is_grad_enabled() and finite:
             route = straight_through(margins, theta, route, training.route_temperature)
             if training.gradient_clamp > 0:
                 clamp_gradient(route, training.gradient_clamp)

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D width, N chunks, R routing heads.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from natsl.config import ModelConfig, SupernetConfig
-from natsl.mixer import LayerContext, LayerRouting, RMSNorm, RoutedMixer
+from natsl.config import ModelConfig, Precision, SupernetConfig
+from natsl.layers import RMSNorm, SwiGLU, linear_cross_entropy
+from natsl.mixer import LayerContext, LayerRouting, RoutedMixer
 from natsl.space.policy import Op, RoutingPolicy
 
 
@@ -26,19 +28,12 @@ class LMOutput:
     layers: list[LayerRouting]
 
 
-class SwiGLU(nn.Module):
-    """W_out (SiLU(a) · b) with (a, b) = W_in x."""
+@dataclass(frozen=True)
+class TokenLosses:
+    """Loss per token in nats, float32 [B,T], and whether the likeliest token was the target, bool [B,T]."""
 
-    def __init__(self, width: int, hidden: int, n_layers: int) -> None:
-        super().__init__()
-        self.in_proj = nn.Linear(width, 2 * hidden, bias=False)
-        self.out_proj = nn.Linear(hidden, width, bias=False)
-        nn.init.normal_(self.in_proj.weight, std=width**-0.5)
-        nn.init.normal_(self.out_proj.weight, std=(2 * n_layers * hidden) ** -0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = self.in_proj(x).chunk(2, -1)
-        return self.out_proj(F.silu(a) * b)  # type: ignore[no-any-return]
+    loss: Tensor
+    right: Tensor
 
 
 class Block(nn.Module):
@@ -58,13 +53,17 @@ class Block(nn.Module):
 
 
 class RoutedLM(nn.Module):
-    """Language model over ``config.layers``; ``calibration`` [layers,R,P] turns budgets into thresholds (NaN: none)."""
+    """Language model over ``config.layers``; ``calibration`` [layers,R,P] turns budgets into thresholds (NaN: none).
+
+    ``precision``: what it computes in, set by whoever trains or loads it; the weights are float32 in both.
+    """
 
     calibration: Tensor
 
     def __init__(self, config: ModelConfig, calibration_points: int = 65) -> None:
         super().__init__()
         self.config = config
+        self.precision = Precision.float32
         self.kinds: list[Op] = list(config.layers)
         self.embed = nn.Embedding(config.vocab_size, config.width)
         nn.init.normal_(self.embed.weight, std=config.width**-0.5)
@@ -75,6 +74,7 @@ class RoutedLM(nn.Module):
             nn.init.normal_(self.head.weight, std=config.width**-0.5)
         table = torch.full((len(self.kinds), config.heads, calibration_points), math.nan)
         self.register_buffer("calibration", table)
+        self._calibrated: tuple[Tensor, int, list[bool]] | None = None
 
     def forward(
         self,
@@ -94,8 +94,45 @@ class RoutedLM(nn.Module):
         causal: for training and calibration alone) and routes carry the router's gradient.
 
         Raises ``ValueError`` if a policy does not fit the model, a token is not in the vocabulary, the batch does not
-        split or the mask has holes.
+        split, the mask has holes, or a budget is asked of a layer without calibration.
         """
+        policies = self._check(tokens, policy, routes)
+        lengths = order = None
+        if attention_mask is not None:
+            tokens, lengths, order = _pack_right(tokens, attention_mask)
+        if training is None:
+            self._check_calibration(policies, routes)
+        with self._autocast(tokens.device):
+            x, layers = self._hidden(tokens, policies, lengths, routes, training)
+            logits = F.linear(x, self._output_weight()).float()
+        if order is not None:
+            logits = torch.empty_like(logits).scatter_(1, order[..., None].expand_as(logits), logits)
+        return LMOutput(logits, layers)
+
+    def token_losses(
+        self,
+        tokens: Tensor,
+        policy: RoutingPolicy | Sequence[RoutingPolicy],
+        targets: Tensor,
+        training: SupernetConfig | None = None,
+    ) -> TokenLosses:
+        """Cross-entropy of every token against ``targets`` [B,T] (−100: not scored) without keeping the logits.
+
+        The other arguments and the errors are those of ``forward``.
+        """
+        policies = self._check(tokens, policy, None)
+        if training is None:
+            self._check_calibration(policies, None)
+        with self._autocast(tokens.device):
+            x, _ = self._hidden(tokens, policies, None, None, training)
+            return TokenLosses(*linear_cross_entropy(x, self._output_weight(), targets))
+
+    def _check(
+        self,
+        tokens: Tensor,
+        policy: RoutingPolicy | Sequence[RoutingPolicy],
+        routes: Sequence[Tensor | None] | None,
+    ) -> list[RoutingPolicy]:
         if tokens.dim() != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int32, torch.int64):
             found = f"{tokens.dtype} {tuple(tokens.shape)}"
             raise ValueError(f"tokens must be integers [batch ≥ 1, tokens ≥ 1], found {found}")
@@ -104,19 +141,50 @@ class RoutedLM(nn.Module):
             found = f"{int(tokens.min())} to {int(tokens.max())}"
             raise ValueError(f"tokens are {found}: they must lie in [0, {self.config.vocab_size})")
         policies = [policy] if isinstance(policy, RoutingPolicy) else list(policy)
-        B, T = tokens.shape
-        if not policies or B % len(policies):
-            raise ValueError(f"a batch of {B} does not split into {len(policies)} equal policies")
+        if not policies or tokens.shape[0] % len(policies):
+            raise ValueError(f"a batch of {tokens.shape[0]} does not split into {len(policies)} equal policies")
         for p in policies:
             p.check(self.kinds, self.config.chunk_size)
         if routes is not None and len(routes) != len(self.kinds):
             raise ValueError(f"routes has {len(routes)} entries for {len(self.kinds)} layers")
-        lengths = torch.full((B,), T, device=tokens.device)
-        order = None
-        if attention_mask is not None:
-            tokens, lengths, order = _pack_right(tokens, attention_mask)
+        return policies
 
+    def _check_calibration(self, policies: Sequence[RoutingPolicy], routes: Sequence[Tensor | None] | None) -> None:
+        """Refuse a budget for a layer without a table. The table is looked at once, unless it has changed."""
+        asked = [
+            i
+            for i in range(len(self.kinds))
+            if (routes is None or routes[i] is None) and any(0 < (p.layers[i].budget or 0) < 1 for p in policies)
+        ]
+        if not asked:
+            return
+        table = self.calibration
+        version = 0 if table.is_inference() else table._version  # an inference tensor has no version
+        if self._calibrated is None or self._calibrated[0] is not table or self._calibrated[1] != version:
+            self._calibrated = (table, version, (~table.isnan().any(2).any(1)).tolist())
+        if not all(self._calibrated[2][i] for i in asked):
+            raise ValueError("the model is not calibrated: budgets need a calibration table, thresholds do not")
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        if self.precision is Precision.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+
+    def _output_weight(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        policies: Sequence[RoutingPolicy],
+        lengths: Tensor | None,
+        routes: Sequence[Tensor | None] | None,
+        training: SupernetConfig | None,
+    ) -> tuple[Tensor, list[LayerRouting]]:
+        """What the output layer reads, [B,T,D], and what each layer's router did."""
         x = self.embed(tokens) * math.sqrt(self.config.width)
+        if self.precision is Precision.bfloat16:
+            x = x.bfloat16()
         layers = []
         for i, block in enumerate(self.blocks):
             context = LayerContext(
@@ -128,11 +196,7 @@ class RoutedLM(nn.Module):
             )
             x, routing = block(x, context)
             layers.append(routing)
-        x = self.norm(x)
-        logits = F.linear(x, self.embed.weight if self.head is None else self.head.weight).float()
-        if order is not None:
-            logits = torch.empty_like(logits).scatter_(1, order[..., None].expand_as(logits), logits)
-        return LMOutput(logits, layers)
+        return self.norm(x), layers
 
 
 def _pack_right(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, N chunks, R routing heads, P table points.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from natsl.config import CalibrationScope, Sandwich, SupernetConfig
 from natsl.data import Split
-from natsl.kernels.routing import complete_chunks, quantile_table
-from natsl.model import RoutedLM
+from natsl.kernels.routing import quantile_table
+from natsl.model import RoutedLM, TokenLosses
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.tasks import IGNORED, Batch, TaskData
 
@@ -74,29 +75,27 @@ def sandwich_policies(model: RoutedLM, config: SupernetConfig, seed: int, step: 
 
 @dataclass(frozen=True)
 class Loss:
-    """Loss of one policy: ``total`` = text + recall, means over scored positions (nats); ``accuracy`` of recall."""
+    """Loss of one policy: ``total`` = text + recall, means over scored positions (nats); ``accuracy`` of recall.
+
+    All are 0-dim tensors; NaN in ``text``, ``recall`` and ``accuracy`` where nothing of the kind is scored.
+    """
 
     total: Tensor
-    text: float | None
-    recall: float | None
-    accuracy: float | None
+    text: Tensor
+    recall: Tensor
+    accuracy: Tensor
 
 
-def task_loss(logits: Tensor, batch: Batch) -> Loss:
-    """Cross-entropy over scored text plus cross-entropy over recall answers; logits [B,T,vocabulary]."""
-    ce = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="none")
-    ce = ce.view_as(batch.targets)
+def task_loss(tokens: TokenLosses, batch: Batch) -> Loss:
+    """Mean loss over scored text plus mean loss over recall answers; ``tokens`` are the losses of the batch."""
     text = (batch.targets != IGNORED) & ~batch.recall
     parts, values = [], []
     for mask in (text, batch.recall):
-        count = int(mask.sum())
-        if count:
-            parts.append((ce * mask).sum() / count)
-        values.append(float(parts[-1].detach()) if count else None)
-    accuracy = None
-    if values[1] is not None:
-        right = logits.detach()[batch.recall].argmax(-1) == batch.targets[batch.recall]
-        accuracy = float(right.float().mean())
+        count = mask.sum()
+        mean = (tokens.loss * mask).sum() / count.clamp(min=1)
+        parts.append(mean)  # 0 where nothing is scored
+        values.append(mean.detach().masked_fill(count == 0, math.nan))
+    accuracy = (tokens.right & batch.recall).sum() / batch.recall.sum()  # 0 / 0 = NaN
     return Loss(torch.stack(parts).sum(), values[0], values[1], accuracy)
 
 
@@ -110,26 +109,37 @@ def sandwich_backward(
     """
     if config.sandwich is Sandwich.groups:
         size = len(batch) // len(policies)
-        logits = model(batch.tokens, policies, training=config).logits
+        tokens = model.token_losses(batch.tokens, policies, batch.targets, config)
         slices = [slice(i * size, (i + 1) * size) for i in range(len(policies))]
-        losses = [task_loss(logits[rows], batch.rows(rows)) for rows in slices]
+        losses = [task_loss(TokenLosses(tokens.loss[rows], tokens.right[rows]), batch.rows(rows)) for rows in slices]
         (torch.stack([loss.total for loss in losses]).mean()).backward()
         return losses
     losses = []
     teacher: Tensor | None = None
     scored = batch.targets != IGNORED
     for policy in policies:
-        logits = model(batch.tokens, policy, training=config).logits
-        loss = task_loss(logits, batch)
-        total = loss.total
-        if teacher is not None:
-            student = F.log_softmax(logits[scored], -1)
-            total = total + config.distill * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-        elif config.distill > 0:
-            teacher = F.log_softmax(logits[scored].detach(), -1)
+        if config.distill == 0:
+            loss = task_loss(model.token_losses(batch.tokens, policy, batch.targets, config), batch)
+            total = loss.total
+        else:
+            logits = model(batch.tokens, policy, training=config).logits
+            loss = task_loss(losses_of(logits, batch.targets), batch)
+            total = loss.total
+            odds = F.log_softmax(logits, -1)
+            if teacher is None:
+                teacher = odds.detach()
+            else:
+                divergence = F.kl_div(odds, teacher, reduction="none", log_target=True).sum(-1)
+                total = total + config.distill * ((divergence * scored).sum() / scored.sum())
         (total / len(policies)).backward()
         losses.append(loss)
     return losses
+
+
+def losses_of(logits: Tensor, targets: Tensor) -> TokenLosses:
+    """Losses per token from logits [B,T,V] that are there anyway."""
+    ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return TokenLosses(ce.view_as(targets), logits.detach().argmax(-1) == targets)
 
 
 @torch.no_grad()
@@ -155,11 +165,9 @@ def calibrate(model: RoutedLM, data: TaskData, config: SupernetConfig, seed: int
         share = config.calibration_sequences * weights[name] / whole / len(policies)
         batch = data.batch(name, Split.search, max(1, round(share)) * len(policies), seed=1).to(device)
         output = model(batch.tokens, policies, training=config)
-        lengths = torch.full((len(batch),), batch.tokens.shape[1], device=device)
         for i, layer in enumerate(output.layers):
             if layer.margins is not None:
-                complete = complete_chunks(lengths, chunk, layer.margins.shape[1])
-                pooled[i].append(layer.margins[complete])
+                pooled[i].append(layer.margins[:, : batch.tokens.shape[1] // chunk].flatten(0, 1))
     for i, parts in enumerate(pooled):
         if not parts:
             continue

@@ -40,8 +40,14 @@ class Batch:
         return self.tokens.shape[0]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device."""
-        return Batch(self.tokens.to(device), self.targets.to(device), self.recall.to(device))
+        """The batch on a device; a GPU copies it while the host goes on."""
+        target = torch.device(device)
+
+        def move(x: Tensor) -> Tensor:
+            pin = target.type == "cuda" and x.device.type == "cpu"
+            return (x.pin_memory() if pin else x).to(target, non_blocking=pin)
+
+        return Batch(move(self.tokens), move(self.targets), move(self.recall))
 
     def rows(self, index: slice | Tensor) -> Batch:
         """Some of the sequences."""

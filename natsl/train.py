@@ -1,20 +1,27 @@
-"""The training loop of a supernet: AdamW, warm-up and cosine, clipping, NaN guard, exact resume, calibration."""
+"""The training loop of a supernet: AdamW, warm-up and cosine, clipping, NaN guard, exact resume, calibration.
+
+On a GPU a step never waits for the device. Whether its loss and gradient were finite is decided there, a bad step is
+left out there, and the host asks for the numbers where it logs or stores, and every ``max_bad_steps`` steps at least.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from natsl import checkpoint
 from natsl.cli import resolve_device, run_main
-from natsl.config import ModelConfig, SupernetConfig, TrainConfig, TrainRunConfig, check_batch, to_plain
+from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, TrainRunConfig, check_batch, to_plain
 from natsl.data import load_text
+from natsl.kernels.roofline import Shape
+from natsl.kernels.tuning import warm_up
 from natsl.model import RoutedLM, count_parameters
 from natsl.progress import Progress
 from natsl.run import Run, UserError
@@ -57,7 +64,99 @@ def build_optimizer(model: RoutedLM, config: TrainConfig) -> torch.optim.AdamW:
         matrix = parameter.dim() == 2 and "embed" not in name and not name.endswith("conv")
         (decayed if matrix else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
+    fused = True if model.embed.weight.device.type == "cuda" else None  # it can leave out a step on the device
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave: the loss of each policy, and the norms of the gradients before clipping, 0-dim tensors."""
+
+    losses: list[Loss]
+    grad_norm: Tensor
+    router_grad_norm: Tensor
+
+
+@dataclass(frozen=True)
+class Health:
+    """Steps that were left out since the process began: now in a row, most in a row, in all; the last one (from 1)."""
+
+    in_a_row: int
+    longest: int
+    skipped: int
+    last: int
+
+
+class Trainer:
+    """Takes single steps of a training and counts those that were left out because something was not finite."""
+
+    def __init__(self, model: RoutedLM, data: TaskData, recipe: TrainRecipe) -> None:
+        self.model, self.data, self.recipe = model, data, recipe
+        self.device = model.embed.weight.device
+        self.optimizer = build_optimizer(model, recipe.train)
+        self.router = [p for n, p in model.named_parameters() if ".router." in n]
+        self.rest = [p for n, p in model.named_parameters() if ".router." not in n]
+        self._health = torch.zeros(len(Health.__dataclass_fields__), device=self.device)
+
+    def step(self, step: int) -> StepResult:
+        """Take the step of this number (from 0), determined by it and the seed; no wait for the device on a GPU."""
+        train, seed = self.recipe.train, self.recipe.seed
+        torch.manual_seed(seed_of("step", seed, step))  # counterfactual sampling and route noise
+        batch = self.data.train_batch(train.batch_size, seed, step).to(self.device)
+        policies = sandwich_policies(self.model, self.recipe.supernet, seed, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = sandwich_backward(self.model, batch, policies, self.recipe.supernet)
+        norm, router_norm = self._clip(self.rest, train.clip), self._clip(self.router, train.router_clip)
+        totals = torch.stack([loss.total.detach() for loss in losses])
+        bad = 1.0 - (norm.isfinite() & router_norm.isfinite() & totals.isfinite().all()).float()
+        in_a_row, longest, skipped, last = self._health.unbind()
+        in_a_row = (in_a_row + 1) * bad
+        last = last * (1 - bad) + (step + 1) * bad
+        self._health = torch.stack((in_a_row, torch.maximum(longest, in_a_row), skipped + bad, last))
+        rate = learning_rate(train, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined] # as GradScaler tells it: a bad step is none
+            self.optimizer.step()
+        elif not bool(bad):
+            self.optimizer.step()
+        return StepResult(losses, norm, router_norm)
+
+    @property
+    def reads_free(self) -> bool:
+        """Whether ``read`` waits for nothing."""
+        return self.device.type == "cpu"
+
+    def read(self, result: StepResult | None = None) -> tuple[Health, list[float]]:
+        """What has happened up to now, and the numbers of a step in the order of ``_numbers``: one transfer."""
+        numbers = [] if result is None else _numbers(result)
+        values = to_host(torch.cat((self._health, torch.stack(numbers).float())) if numbers else self._health)
+        size = len(self._health)
+        return Health(*(int(v) for v in values[:size])), values[size:]
+
+    def _clip(self, parameters: list[torch.nn.Parameter], bound: float) -> Tensor:
+        if all(p.grad is None for p in parameters):  # torch would put its 0 on the CPU
+            return torch.zeros((), device=self.device)
+        return torch.nn.utils.clip_grad_norm_(parameters, bound)
+
+
+def to_host(values: Tensor) -> list[float]:
+    """The numbers of a 1-D tensor. On a GPU it waits for them and for nothing that was launched later."""
+    if values.device.type == "cuda":
+        pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        pinned.copy_(values, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(values.device))
+        done.synchronize()
+        values = pinned
+    return values.tolist()
+
+
+def _numbers(result: StepResult) -> list[Tensor]:
+    """Everything of a step that is logged, as 0-dim tensors."""
+    parts = [(loss.total.detach(), loss.text, loss.recall, loss.accuracy) for loss in result.losses]
+    return [result.grad_norm, result.router_grad_norm, *(value for part in parts for value in part)]
 
 
 def train_supernet(
@@ -76,79 +175,66 @@ def train_supernet(
     """
     train, supernet, seed = recipe.train, recipe.supernet, recipe.seed
     check_batch(model.kinds, train, supernet)
-    device = model.embed.weight.device
-    optimizer = build_optimizer(model, train)
-    router = [p for n, p in model.named_parameters() if ".router." in n]
-    rest = [p for n, p in model.named_parameters() if ".router." not in n]
+    model.precision = train.precision
+    trainer = Trainer(model, data, recipe)
     meta = {
         "seed": seed,
         "data": data.fingerprint,
         "train": {k: v for k, v in to_plain(train).items() if k not in _FREE_ON_RESUME},
         "supernet": to_plain(supernet),
     }
-    start, finished = _resume(folder, model, optimizer, meta)
+    start, finished = _resume(folder, model, trainer.optimizer, meta)
     if finished:
         model.eval()
         return
 
     def store(step: int, finished: bool = False) -> None:
         record = {**meta, "finished": finished}
-        checkpoint.save(folder, step, model, optimizer, record, train.keep_checkpoints)
+        checkpoint.save(folder, step, model, trainer.optimizer, record, train.keep_checkpoints)
 
     model.train()
-    bad_in_a_row, skipped, began = 0, 0, time.monotonic()
+    began = time.monotonic()
     for step in range(start, train.steps):
-        torch.manual_seed(seed_of("step", seed, step))  # counterfactual sampling and route noise
-        batch = data.train_batch(train.batch_size, seed, step).to(device)
-        policies = sandwich_policies(model, supernet, seed, step)
-        optimizer.zero_grad(set_to_none=True)
-        losses = sandwich_backward(model, batch, policies, supernet)
-        norm = float(torch.nn.utils.clip_grad_norm_(rest, train.clip))
-        router_norm = float(torch.nn.utils.clip_grad_norm_(router, train.router_clip))
-        finite = math.isfinite(norm) and math.isfinite(router_norm)
-        if finite and all(math.isfinite(float(loss.total.detach())) for loss in losses):
-            bad_in_a_row = 0
-            rate = learning_rate(train, step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-        else:
-            bad_in_a_row, skipped = bad_in_a_row + 1, skipped + 1
-            if bad_in_a_row >= train.max_bad_steps:
-                kept = checkpoint.steps(folder)
-                where = f"; the checkpoint of step {kept[-1]} in {folder} is from before" if kept else ""
-                raise TrainingDivergedError(
-                    f"loss or gradient was not finite for {bad_in_a_row} steps in a row, the last one {step + 1}: "
-                    f"train again under another name with a lower train.lr{where}"
-                )
+        result = trainer.step(step)
         done = step + 1
-        if on_step is not None and (done % train.log_every == 0 or done in (1, train.steps)):
-            record = _record(losses, step, train)
+        logs = on_step is not None and (done % train.log_every == 0 or done in (1, train.steps))
+        stores = done % train.checkpoint_every == 0 and done < train.steps
+        due = done % train.max_bad_steps == 0 or done == train.steps or trainer.reads_free
+        if not (logs or stores or due):
+            continue
+        health, numbers = trainer.read(result if logs else None)
+        if health.longest >= train.max_bad_steps:
+            kept = checkpoint.steps(folder)
+            where = f"; the checkpoint of step {kept[-1]} in {folder} is from before" if kept else ""
+            raise TrainingDivergedError(
+                f"loss or gradient was not finite for {health.longest} steps in a row, the last one {health.last}: "
+                f"train again under another name with a lower train.lr{where}"
+            )
+        if on_step is not None and logs:
+            record = _record(numbers, step, train)
             speed = (done - start) / (time.monotonic() - began)
-            record |= {"grad_norm": norm, "router_grad_norm": router_norm, "skipped": float(skipped)}
-            record["tokens_per_second"] = speed * batch.tokens.numel()
+            record["skipped"] = float(health.skipped)
+            record["tokens_per_second"] = speed * train.batch_size * data.config.seq_len
             record["eta_seconds"] = (train.steps - done) / speed
             on_step(record)
-        if done % train.checkpoint_every == 0 and done < train.steps and bad_in_a_row == 0:
+        if stores and health.in_a_row == 0:
             store(done)
     model.eval()
     calibrate(model, data, supernet, seed)
     store(train.steps, finished=True)
 
 
-def _record(losses: list[Loss], step: int, train: TrainConfig) -> dict[str, float]:
+def _record(numbers: Sequence[float], step: int, train: TrainConfig) -> dict[str, float]:
     """One line of the log: losses and recall per sandwich policy (the random ones averaged)."""
     record = {"step": step + 1.0, "steps": float(train.steps), "lr": learning_rate(train, step)}
-    totals = [float(loss.total.detach()) for loss in losses]
-    record["loss"] = sum(totals) / len(totals)
+    record |= {"grad_norm": numbers[0], "router_grad_norm": numbers[1]}
+    losses = [numbers[i : i + 4] for i in range(2, len(numbers), 4)]  # total, text, recall, accuracy
+    record["loss"] = sum(loss[0] for loss in losses) / len(losses)
     groups = {"softmax": losses[:1], "delta": losses[1:2], "random": losses[2:]}
     for name, group in groups.items():
-        for key, values in (
-            ("loss", [float(loss.total.detach()) for loss in group]),
-            ("text", [loss.text for loss in group]),
-            ("recall", [loss.accuracy for loss in group]),
-        ):
-            known = [v for v in values if v is not None]
+        for key, place in (("loss", 0), ("text", 1), ("recall", 3)):
+            # a loss that is not finite is shown as it is; the others are NaN where the task is not in the batch
+            known = [loss[place] for loss in group if place == 0 or not math.isnan(loss[place])]
             if known:
                 record[f"{key}_{name}"] = sum(known) / len(known)
     return record
@@ -162,6 +248,8 @@ def _resume(folder: Path, model: RoutedLM, optimizer: torch.optim.Optimizer, met
     tensors, record = found
     for key, value in {**meta, "model": to_plain(model.config)}.items():
         old = record.get(key)
+        if key == "train" and isinstance(old, dict):  # older checkpoints do not tell it
+            old = {"precision": Precision.float32.value, **old}
         if old == value:
             continue
         if isinstance(old, dict) and isinstance(value, dict):
@@ -176,12 +264,21 @@ def _resume(folder: Path, model: RoutedLM, optimizer: torch.optim.Optimizer, met
     return int(record["step"]), bool(record["finished"])
 
 
+def compile_kernels(model: ModelConfig, tokens: int, recipe: TrainRecipe, device: torch.device) -> None:
+    """Compile what a step needs before it, all kernels at the same time."""
+    dtype = recipe.train.precision.value
+    shape = Shape(model.heads, model.key_dim, model.value_dim, model.softmax_per_head, model.chunk_size, dtype)
+    warm_up(shape, device, tokens=tokens, counterfactual=recipe.supernet.counterfactual.value)
+
+
 def fit(
     run: Run, model: ModelConfig, data: TaskData, recipe: TrainRecipe, device: torch.device, tracker: Tracker
 ) -> RoutedLM:
     """Train the supernet of a run (or resume it, or take it if it is finished), shown live, logged and tracked."""
     torch.manual_seed(recipe.seed)
     net = RoutedLM(model, recipe.supernet.calibration_points).to(device)
+    if device.type == "cuda":
+        compile_kernels(model, data.config.seq_len, recipe, device)
     steps = recipe.train.steps
     with Progress("train", steps) as progress:
 
@@ -189,9 +286,10 @@ def fit(
             run.log({"event": "step", **record})
             tracker.log({f"train/{key}": value for key, value in record.items()}, step=int(record["step"]))
             parts = [f"loss {record['loss']:.3f}"]
-            if "recall_random" in record:
-                names = ("softmax", "random", "delta")
-                values = "/".join(f"{record[f'recall_{name}']:.2f}" for name in names)
+            names = ("softmax", "random", "delta")
+            recall = [record.get(f"recall_{name}") for name in names]  # a group may have drawn no such sequence
+            if any(value is not None for value in recall):
+                values = "/".join("–" if value is None else f"{value:.2f}" for value in recall)
                 parts.append(f"recall {'/'.join(names)} {values}")
             parts.append(f"{record['tokens_per_second'] / 1e3:.1f}k tokens/s")
             progress.update(int(record["step"]), " · ".join(parts))

@@ -44,6 +44,13 @@ def test_kinds_of_layers(kind: Any) -> None:
         config.ModelConfig(layers=["delta", kind])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("value", ["float16", 32, None])
+def test_precisions(value: Any) -> None:
+    assert config.TrainConfig(precision="bfloat16").precision is config.Precision.bfloat16  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"train.precision = {value!r} is not allowed: it must be one of float32, b"):
+        config.TrainConfig(precision=value)
+
+
 def test_there_is_one_check() -> None:
     assert config.check is policy.check
 

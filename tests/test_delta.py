@@ -369,7 +369,7 @@ def test_same_key_again_and_again() -> None:
         ({"chunk_size": -1}, "chunk_size = -1"),
         ({"counterfactual": "all"}, "counterfactual = 'all'"),
         ({"counterfactual_rate": -0.1}, "counterfactual_rate = -0.1"),
-        ({"backend": "triton"}, "backend = 'triton' is not available for routed_delta_rule"),
+        ({"backend": "triton"}, "torch.float64 is not supported by the triton backend"),
         ({"backend": ""}, "backend = '' is not allowed"),
         ({"cu_seqlens": torch.tensor([0, 9])}, "cu_seqlens packs sequences into batch 1, found batch 2"),
     ],

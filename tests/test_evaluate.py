@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from natsl.checkpoint import file_sha256
+from natsl.config import Precision
 from natsl.data import Split
 from natsl.evaluate import RandomRouting, evaluate
+from natsl.export import _write, load_exported
 from natsl.model import RoutedLM
+from natsl.run import UserError, write_json
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.tasks import IGNORED, Batch
 from tests.oracles import fill_calibration, tiny_data, tiny_model
@@ -166,3 +172,29 @@ def test_answers_that_are_not_finite_are_refused_though_the_text_is() -> None:
     model.norm.register_forward_hook(break_end)
     with pytest.raises(FloatingPointError, match="logits of task mqar are not finite"):
         evaluate(model, policy(ROUTED), {"mqar": batch})
+
+
+def test_an_exported_model_computes_in_the_precision_that_it_was_trained_in(tmp_path: Path) -> None:
+    model, sets, p = make_model(), make_sets(), policy(ROUTED, ROUTED, ROUTED)
+    exact = evaluate(model, p, sets)
+    model.precision = Precision.bfloat16
+    half = evaluate(model, p, sets)
+    assert half.val_loss == pytest.approx(exact.val_loss, rel=1e-2)
+    assert half.val_loss != exact.val_loss
+    for value in ("bfloat16", None, "int8"):
+        _write(tmp_path, model, p, {})
+        if value != "bfloat16":  # None: by an older natsl
+            shape = {k: v for k, v in json.loads((tmp_path / "config.json").read_text()).items() if k != "precision"}
+            write_json(tmp_path / "config.json", shape if value is None else {**shape, "precision": value})
+            manifest = json.loads((tmp_path / "manifest.json").read_text())
+            manifest["files"]["config.json"] = file_sha256(tmp_path / "config.json")
+            write_json(tmp_path / "manifest.json", manifest)
+        if value == "int8":
+            with pytest.raises(
+                UserError, match="precision = 'int8' is not allowed: it must be one of float32, bfloat16"
+            ):
+                load_exported(tmp_path)
+            continue
+        loaded, _ = load_exported(tmp_path)
+        assert {t.dtype for t in loaded.parameters()} == {torch.float32}
+        assert evaluate(loaded, p, sets) == (half if value == "bfloat16" else exact)

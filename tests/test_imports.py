@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "search": {"natsl", "kernels", "space", "search", "conf"},
     "conf": {"natsl", "kernels", "space", "search", "conf"},
 }
-MAY_USE = {"kernels": {"torch", "triton"}, "space": set()}
+MAY_USE = {"kernels": {"torch", "triton", "matplotlib"}, "space": set()}
 
 
 def sources(folder: str) -> list[Path]:

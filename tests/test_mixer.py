@@ -199,12 +199,58 @@ def test_training_threshold_keeps_the_budget_exactly(project: bool, scope: Calib
         assert (kept == pool - 1 - math.floor((1 - budget) * (pool - 1))).all()
 
 
+@pytest.mark.parametrize("scope", CalibrationScope, ids=lambda s: s.value)
+@pytest.mark.parametrize("project", [True, False], ids=["projected", "free"])
+def test_chunks_known_on_the_host_and_a_mask_give_the_same_threshold(project: bool, scope: CalibrationScope) -> None:
+    training = SupernetConfig(calibration=scope, project_budget=project)
+    margins = torch.randn(3, 8, 2).double().requires_grad_()
+    mask = torch.zeros(3, 8, dtype=torch.bool)
+    mask[:, :6] = True
+    picked = margins.detach()[mask].view(-1, 1 if scope is CalibrationScope.layer else 2)
+    found = []
+    for complete in (6, mask):
+        theta = quantile_threshold(margins, complete, 0.3, training)
+        assert_near(theta[0, 0].detach(), torch.quantile(picked, 0.7, dim=0))
+        weights = torch.linspace(1, 2, theta.numel()).double().view_as(theta)
+        found.append(torch.autograd.grad((theta * weights).sum(), margins)[0] if project else theta.detach())
+    assert_near(found[0], found[1])
+    assert not project or not found[0][:, 6:].any()
+
+
 def test_extreme_budgets_and_incomplete_groups_have_infinite_thresholds() -> None:
     margins, none = torch.randn(2, 3, 2), torch.zeros(2, 3, dtype=torch.bool)
     training = SupernetConfig()
     assert (quantile_threshold(margins, ~none, 0.0, training) == math.inf).all()
     assert (quantile_threshold(margins, ~none, 1.0, training) == -math.inf).all()
-    assert quantile_threshold(margins, none, 0.5, training).isinf().all()
+    assert (quantile_threshold(margins, none, 0.5, training) == -math.inf).all()
+    assert (quantile_threshold(margins, 0, 0.5, training) == -math.inf).all()
+
+
+def test_sequences_without_a_complete_chunk_have_no_router_gradient() -> None:
+    mixer = make_mixer("routed")
+    x = torch.randn(4, 7, 16).double()
+    for lengths in (None, torch.full((4,), 7)):
+        rows = LayerContext([LayerPolicy(budget=0.4)], lengths, torch.zeros(2, 17), None, SupernetConfig())
+        y, routing = mixer(x, rows)
+        assert routing.route.all()
+        grads = torch.autograd.grad(y.sum(), mixer.router.weight, allow_unused=True)
+        assert grads[0] is None or not grads[0].any()
+
+
+@pytest.mark.parametrize("T", [24, 29])
+def test_no_lengths_stand_for_whole_sequences(T: int) -> None:
+    mixer = make_mixer("routed")
+    x = torch.randn(4, T, 16).double()
+    results = []
+    for lengths in (None, torch.full((4,), T)):
+        policies = [LayerPolicy(budget=0.4), LayerPolicy(budget=0.7)]
+        rows = LayerContext(policies, lengths, torch.zeros(2, 17), None, SupernetConfig())
+        y, routing = mixer(x, rows)
+        weights = torch.linspace(-1, 1, y.numel()).double().view_as(y)
+        results.append((y, routing.route, torch.autograd.grad((y * weights).sum(), mixer.router.weight)[0]))
+    assert torch.equal(results[0][1], results[1][1])
+    assert_near(results[0][0], results[1][0])
+    assert_near(results[0][2], results[1][2], torch.float32)
 
 
 def test_clamp() -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from natsl.config import ModelConfig, SupernetConfig
+from natsl.config import ModelConfig, Precision, SupernetConfig
 from natsl.model import LMOutput, RoutedLM, count_parameters
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from tests.oracles import TOLERANCE, fill_calibration, mixer_of, tiny_config, tiny_model
@@ -246,6 +246,29 @@ def test_budgets_need_calibration(budget: float) -> None:
         run(tiny_model("r"), tokens(), policy(LayerPolicy(budget=budget)))
 
 
+def test_a_change_of_the_calibration_is_noticed() -> None:
+    model, x = tiny_model("rr"), tokens()
+    budget, threshold = LayerPolicy(budget=0.4), LayerPolicy(threshold=0.0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not calibrated"):
+            run(model, x, policy(budget, threshold))
+    fill_calibration(model)
+    run(model, x, policy(budget, budget))
+    with torch.no_grad():
+        model.calibration[1] = math.nan
+    run(model, x, policy(budget, threshold))
+    run(model, x, policy(LayerPolicy(budget=0.0), LayerPolicy(budget=1.0)))
+    with pytest.raises(ValueError, match="not calibrated"):
+        run(model, x, [policy(budget, threshold), policy(threshold, budget)])
+    run(model, x, policy(budget, budget), routes=[None, torch.zeros(2, 5, 2)])
+    run(model, x, policy(budget, budget), training=SupernetConfig())
+    model.calibration = torch.zeros_like(model.calibration)
+    run(model, x, policy(budget, budget))
+    with torch.inference_mode():
+        model.calibration = torch.zeros_like(model.calibration)
+        model(x, policy(budget, budget))
+
+
 @pytest.mark.parametrize(
     ("p", "message"),
     [
@@ -331,6 +354,59 @@ def test_model_in_other_dtypes(dtype: torch.dtype) -> None:
     logits = run(model.to(dtype), x, p).logits
     assert logits.dtype is torch.float32
     near(logits, expected, max(TOLERANCE[dtype], TOLERANCE[torch.float32]) * 8)
+
+
+def half(kinds: str = "rsd") -> RoutedLM:
+    model = calibrated(kinds)
+    model.precision = Precision.bfloat16
+    return model
+
+
+def test_bfloat16_computes_in_half_and_keeps_weights_and_logits_whole() -> None:
+    model, x = half(), tokens()
+    seen: dict[str, torch.dtype] = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(
+            lambda _m, _i, out, name=name: seen.update({name: out.dtype}) if isinstance(out, Tensor) else None
+        )
+    p = policy(LayerPolicy(budget=0), S, D)
+    output = run(model, x, p)
+    assert output.logits.dtype is torch.float32
+    assert {t.dtype for t in model.parameters()} == {torch.float32}
+    assert seen.pop("embed") is torch.float32
+    assert seen.pop("blocks.0.mixer.router") is torch.float32, "margins must not tie"
+    assert set(seen.values()) == {torch.bfloat16}
+    model.precision = Precision.float32
+    exact = run(model, x, p).logits
+    near(output.logits, exact, TOLERANCE[torch.bfloat16] * 8)
+    assert not torch.equal(output.logits, exact)
+
+
+def test_bfloat16_gives_every_weight_a_gradient_of_its_own_dtype() -> None:
+    model, x = half("rr"), tokens(4, 64)
+    routed = LayerPolicy(budget=0.4)
+    policies = [policy(S, S), policy(D, D), policy(routed, D), policy(routed, routed)]
+    losses = model.token_losses(x, policies, torch.roll(x, -1, 1), SupernetConfig())
+    assert losses.loss.dtype is torch.float32
+    losses.loss.mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype is torch.float32, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("precision", Precision, ids=lambda p: p.value)
+def test_token_losses_are_those_of_the_logits(precision: Precision) -> None:
+    model, x = calibrated("rd"), tokens()
+    model.precision = precision
+    targets = torch.where(torch.rand(x.shape) < 0.2, -100, torch.roll(x, -1, 1))
+    p = policy(R, D)
+    logits = run(model, x, p).logits
+    with torch.no_grad():
+        losses = model.token_losses(x, p, targets)
+    near(losses.loss, F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"), 1e-6)
+    assert torch.equal(losses.right, logits.argmax(-1) == targets)
 
 
 def test_fresh_model_predicts_about_uniformly() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from natsl.kernels import dispatch
 from natsl.kernels.dispatch import resolve
 from natsl.kernels.routing import (
     budget_threshold,
@@ -161,23 +162,37 @@ def test_cap_mistakes(cap: float, burst: int, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "ready", "expected"),
+    ("backend", "device", "expected"),
     [
-        ("auto", "cpu", True, "torch"),
-        ("auto", "cuda", True, "triton"),
-        ("auto", "cuda", False, "torch"),
-        ("torch", "cuda", True, "torch"),
-        ("triton", "cuda", True, "triton"),
+        ("auto", "cpu", "torch"),
+        ("auto", "cuda", "triton"),
+        ("torch", "cuda", "torch"),
+        ("triton", "cuda", "triton"),
     ],
 )
-def test_backend(backend: str, device: str, ready: bool, expected: str) -> None:
-    assert resolve(backend, "op", torch.device(device), triton_ready=ready) == expected
+def test_backend(backend: str, device: str, expected: str) -> None:
+    assert resolve(backend, "op", torch.device(device)) == expected
 
 
-@pytest.mark.parametrize("backend", ["triton", "Auto", ""])
-def test_backend_that_is_absent(backend: str) -> None:
-    with pytest.raises(ValueError, match=f"backend = '{backend}'"):
-        resolve(backend, "op", torch.device("cpu"), triton_ready=False)
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve("triton", "op", torch.device("cpu")) == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match=r"backend = 'triton' is not available for op on cpu: it needs CUDA"):
+        resolve("triton", "op", torch.device("cpu"))
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", False)
+    assert resolve("auto", "op", torch.device("cuda")) == "torch"
+    with pytest.raises(ValueError, match="backend = 'triton' is not available for op: triton is not installed"):
+        resolve("triton", "op", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("backend", ["Auto", ""])
+def test_unknown_backend(backend: str) -> None:
+    with pytest.raises(ValueError, match=f"backend = '{backend}' is not allowed"):
+        resolve(backend, "op", torch.device("cpu"))
 
 
 def test_poisoned_memory_shows() -> None:

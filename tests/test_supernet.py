@@ -19,6 +19,7 @@ from natsl.model import RoutedLM
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.supernet import (
     calibrate,
+    losses_of,
     random_policy,
     sandwich_backward,
     sandwich_policies,
@@ -133,17 +134,22 @@ def test_loss_is_text_plus_recall() -> None:
     recall = torch.tensor([[False, False, True, True], [False, False, False, True]])
     logits[0, 2, 2] = logits[1, 3, 1] = 9.0
     logits[0, 3, 3] = -9.0
-    loss = task_loss(logits, Batch(torch.zeros_like(targets), targets, recall))
+    loss = task_loss(losses_of(logits, targets), Batch(torch.zeros_like(targets), targets, recall))
     ce = -logits.log_softmax(-1)
     text = (ce[0, 0, 1] + ce[1, 1, 0] + ce[1, 2, 4]) / 3
     asked = (ce[0, 2, 2] + ce[0, 3, 3] + ce[1, 3, 1]) / 3
     torch.testing.assert_close(loss.total, text + asked)
-    assert loss.text == pytest.approx(float(text))
-    assert loss.recall == pytest.approx(float(asked))
-    assert loss.accuracy == pytest.approx(2 / 3)
-    plain = task_loss(logits, Batch(torch.zeros_like(targets), targets, torch.zeros_like(recall)))
-    assert plain.recall is plain.accuracy is None
-    assert float(plain.total) == pytest.approx(plain.text or 0.0)
+    assert float(loss.text) == pytest.approx(float(text))
+    assert float(loss.recall) == pytest.approx(float(asked))
+    assert float(loss.accuracy) == pytest.approx(2 / 3)
+    plain = task_loss(losses_of(logits, targets), Batch(torch.zeros_like(targets), targets, torch.zeros_like(recall)))
+    assert math.isnan(plain.recall)
+    assert math.isnan(plain.accuracy)
+    assert float(plain.total) == float(plain.text)
+    nothing = torch.full_like(targets, IGNORED)
+    empty = task_loss(losses_of(logits, nothing), Batch(nothing, nothing, torch.zeros_like(recall)))
+    assert float(empty.total) == 0
+    assert math.isnan(empty.text)
 
 
 # Gradients of a step
@@ -174,7 +180,7 @@ def test_groups_give_every_policy_its_own_slice() -> None:
     whole = gradients(model)
     for i, policy in enumerate(policies):
         rows = batch.rows(slice(2 * i, 2 * i + 2))
-        loss = task_loss(model(rows.tokens, policy, training=config).logits, rows)
+        loss = task_loss(losses_of(model(rows.tokens, policy, training=config).logits, rows.targets), rows)
         assert float(loss.total.detach()) == pytest.approx(float(losses[i].total.detach()), abs=1e-5)
         (loss.total / 4).backward()
     assert_same(whole, gradients(model))
@@ -192,9 +198,9 @@ def test_accumulate_gives_every_policy_the_whole_batch(distill: float) -> None:
         teacher = model(batch.tokens, policies[0], training=config).logits[scored].softmax(-1)
     for i, policy in enumerate(policies):
         logits = model(batch.tokens, policy, training=config).logits
-        loss = task_loss(logits, batch)
-        assert losses[i].text == pytest.approx(loss.text)
-        assert losses[i].accuracy == loss.accuracy
+        loss = task_loss(losses_of(logits, batch.targets), batch)
+        assert float(losses[i].text) == pytest.approx(float(loss.text))
+        assert float(losses[i].accuracy) == float(loss.accuracy)
         divergence = (teacher * (teacher.log() - logits[scored].log_softmax(-1))).sum(-1).mean()
         ((loss.total + (distill * divergence if i > 0 else 0)) / 4).backward()
     assert_same(whole, gradients(model))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -12,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from natsl import checkpoint, supernet
 from natsl.config import (
     Counterfactual,
     DataConfig,
+    Precision,
     Sandwich,
     SupernetConfig,
     TrackingConfig,
@@ -25,12 +29,14 @@ from natsl.config import (
     TrainRunConfig,
     check_batch,
 )
-from natsl.model import RoutedLM
+from natsl.model import RoutedLM, TokenLosses
 from natsl.run import Run, UserError
 from natsl.space.policy import RoutingPolicy
 from natsl.supernet import Loss, task_loss
 from natsl.tasks import Batch, TaskData
 from natsl.train import (
+    Health,
+    Trainer,
     TrainingDivergedError,
     TrainRecipe,
     build_optimizer,
@@ -261,6 +267,49 @@ def test_how_often_to_log_and_how_many_to_keep_may_change(tmp_path: Path) -> Non
     assert checkpoint.steps(tmp_path) == [7]
 
 
+@pytest.mark.parametrize("sandwich", Sandwich, ids=lambda s: s.value)
+def test_bfloat16_trains_resumes_and_is_remembered(tmp_path: Path, sandwich: Sandwich) -> None:
+    net = SupernetConfig(calibration_points=17, calibration_sequences=8, sandwich=sandwich)
+    options: dict[str, Any] = {"net": net, "precision": Precision.bfloat16, "steps": 8, "batch_size": 8}
+    whole = make_model()
+    records: list[Record] = []
+    train_supernet(whole, tiny_data(), recipe(**options), tmp_path / "whole", records.append)
+    assert records[-1]["loss"] < records[0]["loss"]
+    with pytest.raises(Killed):
+        train_supernet(make_model(), tiny_data(), recipe(**options), tmp_path / "broken", kill_at(5))
+    resumed = make_model(init=1)
+    train_supernet(resumed, tiny_data(), recipe(**options), tmp_path / "broken")
+    assert_equal(whole, resumed)
+    loaded, _ = checkpoint.load_model(tmp_path / "whole")
+    assert whole.precision is loaded.precision is Precision.bfloat16
+    assert {t.dtype for t in loaded.parameters()} == {torch.float32}
+    with pytest.raises(ValueError, match=r"train.precision: 'bfloat16' then, 'float32' now"):
+        train_supernet(
+            make_model(), tiny_data(), recipe(**{**options, "precision": Precision.float32}), tmp_path / "whole"
+        )
+
+
+def test_checkpoints_from_before_there_was_a_precision_are_float32(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train_supernet(make_model(), tiny_data(), recipe(), tmp_path, kill_at(5))
+    for path in tmp_path.glob("*.json"):
+        record = json.loads(path.read_text())
+        del record["train"]["precision"]
+        path.write_text(json.dumps(record))
+    assert checkpoint.load_model(tmp_path)[0].precision is Precision.float32
+    train_supernet(make_model(), tiny_data(), recipe(), tmp_path)
+    assert checkpoint.load_model(tmp_path)[1]["finished"] is True
+
+
+def test_the_progress_line_can_do_without_a_tasks_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With few sequences a group may have drawn none that asks for anything."""
+    config = command(tmp_path)
+    config.data.tasks = {"bytes": 1.0, "mqar": 1.0}
+    config.train = TrainConfig(steps=12, batch_size=4, warmup_steps=0, log_every=1)
+    run_training(config)
+    assert "recall softmax/random/delta" in capsys.readouterr().err
+
+
 # Losses that are not finite
 
 
@@ -268,18 +317,30 @@ def broken_loss(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool], val
     """Make the loss of the steps for which ``bad`` holds (counted from 1 in this process) ``value``."""
     calls = 0
 
-    def loss(logits: Tensor, batch: Batch) -> Loss:
+    def loss(tokens: TokenLosses, batch: Batch) -> Loss:
         nonlocal calls
         calls += 1
-        result = task_loss(logits, batch)
+        result = task_loss(tokens, batch)
         step = (calls + 3) // 4  # four policies a step
         return replace(result, total=result.total * value) if bad(step) else result
 
     monkeypatch.setattr(supernet, "task_loss", loss)
 
 
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimiser of a GPU, which leaves out bad steps by itself; torch has it on the CPU too."""
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **options: adamw(groups, **{**options, "fused": True}))
+
+
+@pytest.mark.parametrize("optimizer", ["plain", "fused"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
-def test_a_step_without_a_finite_loss_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+def test_a_step_without_a_finite_loss_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, value: float, optimizer: str
+) -> None:
+    if optimizer == "fused":
+        request.getfixturevalue("fused")
     model = make_model()
     snapshots: list[dict[str, Tensor]] = []
     records: list[Record] = []
@@ -317,6 +378,78 @@ def test_training_stops_after_bad_steps_in_a_row(tmp_path: Path, monkeypatch: py
     loaded, record = checkpoint.load_model(tmp_path)
     assert all(p.isfinite().all() for p in loaded.parameters())
     assert record["finished"] is False
+
+
+def test_bad_steps_that_are_read_late_stop_the_training_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: None
+) -> None:
+    """As on a GPU: nothing is read but at logs, checkpoints and every max_bad_steps steps."""
+    monkeypatch.setattr(Trainer, "reads_free", False)
+    broken_loss(monkeypatch, lambda step: 2 <= step <= 4, math.nan)
+    late = recipe(steps=20, max_bad_steps=3, log_every=100, checkpoint_every=5)
+    with pytest.raises(TrainingDivergedError, match="not finite for 3 steps in a row, the last one 4:"):
+        train_supernet(make_model(), tiny_data(), late, tmp_path, lambda record: None)
+    assert checkpoint.steps(tmp_path) == [], "the checkpoint of step 5 would have come after the bad steps"
+
+
+@pytest.mark.parametrize("distill", [None, 0.0, 0.5], ids=["groups", "accumulate", "distilled"])
+def test_a_step_asks_the_device_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, fused: None, distill: float | None
+) -> None:
+    """No tensor becomes a number, a size or a branch of the program: on a GPU each would wait for the device."""
+    options = {} if distill is None else {"sandwich": Sandwich.accumulate, "distill": distill}
+    data, net = tiny_data(tasks={"mqar": 1.0, "bytes": 1.0}), SupernetConfig(route_noise=0.5, **options)  # type: ignore[arg-type]
+    trainer = Trainer(make_model("rds"), data, recipe(net=net, batch_size=8))
+    batch = data.train_batch(8, 0, 0)
+    monkeypatch.setattr(data, "train_batch", lambda *_: batch)  # made on the host, whatever the device
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda x: 0)  # the look at the tokens, which is for the CPU alone
+    asked: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            picks = func.name() == "aten::index.Tensor" and any(
+                i is not None and not i.dtype.is_floating_point and i.dtype is torch.bool for i in args[1]
+            )
+            names = (
+                "aten::_local_scalar_dense",
+                "aten::nonzero",
+                "aten::masked_select",
+                "aten::equal",
+                "aten::is_nonzero",
+            )
+            if picks or func.name() in names:
+                # torch.quantile looks at the level that it is given, on a CPU alone
+                stack = [frame.name for frame in traceback.extract_stack()]
+                if "quantile_threshold" not in stack:
+                    asked.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Watch():  # type: ignore[no-untyped-call]
+        for step in range(2):
+            trainer.step(step)
+    assert asked == []
+    monkeypatch.undo()
+    assert trainer.read()[0] == Health(0, 0, 0, 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", Precision, ids=lambda p: p.value)
+def test_a_step_on_a_gpu_waits_for_nothing(tmp_path: Path, precision: Precision) -> None:
+    data = tiny_data(tasks={"mqar": 1.0, "bytes": 1.0})
+    options = recipe(batch_size=8, precision=precision)
+    model = make_model("rds", heads=1, key_dim=16, value_dim=16, chunk_size=16).to("cuda")
+    model.precision = precision
+    trainer = Trainer(model, data, options)
+    trainer.step(0)  # kernels are compiled and memory is found
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = trainer.step(1)
+        health, numbers = trainer.read(result)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert health.skipped == 0
+    assert math.isfinite(numbers[0])
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path: Path) -> None:

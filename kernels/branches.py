@@ -1,0 +1,78 @@
+"""``routed_branches``: both memories of a routed layer in one call, at the same time on a GPU."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from natsl.kernels import reference
+from natsl.kernels.delta import routed_delta_rule
+from natsl.kernels.dispatch import (
+    check_counterfactual,
+    check_heads,
+    check_kernel_limits,
+    check_shape,
+    check_tensors,
+    count_chunks,
+    kernels_fit,
+    resolve,
+)
+from natsl.kernels.softmax import routed_softmax
+
+
+def routed_branches(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_softmax: Tensor,
+    k_softmax: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    route: Tensor,
+    *,
+    chunk_size: int,
+    counterfactual: str = "none",
+    counterfactual_rate: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run ``routed_delta_rule`` and ``routed_softmax`` over the same values.
+
+    q, k [B,T,R,K], v [B,T,R,V], g, beta [B,T,R] as the delta rule takes them (q and k are normalised inside);
+    q_softmax, k_softmax [B,T,Hs,Ks], already normed, with Hs = R·G: softmax head r·G + j reads the j-th slice of v's
+    head r. route [B,N,R]; ``counterfactual`` and its rate as in ``routed_softmax``.
+
+    Returns o_delta [B,T,R,V] and o_softmax [B,T,Hs,V/G]. On CUDA the two run on two streams, forward and backward; the
+    results are those of two calls. Raises ``ValueError`` naming the argument. Source: arXiv 2602.03681, section 3.
+    """
+    op = "routed_branches"
+    heads = {"q": q, "k": k, "v": v, "q_softmax": q_softmax, "k_softmax": k_softmax}
+    check_tensors(op, {**heads, "g": g, "beta": beta, "route": route})
+    check_heads(op, heads, chunk_size)
+    B, T, R, K = q.shape
+    V, Hs, Ks = v.shape[3], *q_softmax.shape[2:]
+    if Hs % R or V % (Hs // R):
+        raise ValueError(f"{op}: {Hs} softmax heads must be a multiple of {R} heads and divide their {V} value columns")
+    check_shape(op, "k", k, (B, T, R, K))
+    check_shape(op, "v", v, (B, T, R, V))
+    check_shape(op, "k_softmax", k_softmax, (B, T, Hs, Ks))
+    check_shape(op, "g", g, (B, T, R))
+    check_shape(op, "beta", beta, (B, T, R))
+    check_shape(op, "route", route, (B, *count_chunks([T], chunk_size), R))
+    check_counterfactual(op, counterfactual, counterfactual_rate)
+    chosen = resolve(backend, op, q.device)
+    if chosen == "torch" or (backend == "auto" and not kernels_fit(q.dtype, chunk_size, K)):
+        options = {"counterfactual": counterfactual, "counterfactual_rate": counterfactual_rate, "backend": backend}
+        o_delta, _ = routed_delta_rule(q, k, v, g, beta, route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
+        v_softmax = v.unflatten(3, (Hs // R, -1)).flatten(2, 3)
+        o_softmax = routed_softmax(q_softmax, k_softmax, v_softmax, route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
+        return o_delta, o_softmax
+    check_kernel_limits(op, q.dtype, chunk_size, {"K": (K, 256), "V": (V, 512), "Ks": (Ks, 256)})
+    from natsl.kernels.branches_triton import routed_branches as run_kernels
+    from natsl.kernels.softmax_triton import sample_unchosen
+
+    route = route.float().contiguous()
+    fixed = route.detach()
+    sampled = sample_unchosen(fixed <= 0, counterfactual, counterfactual_rate)
+    written = reference.sampling_weight(fixed, fixed >= 1, counterfactual, counterfactual_rate)
+    return run_kernels(
+        q, k, v, q_softmax, k_softmax, g, beta, route, sampled, written, chunk_size, K**-0.5, Ks**-0.5, counterfactual
+    )

@@ -1,0 +1,384 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""The delta rule on Triton: launches of the kernels in ``delta_kernels`` and the custom ops around them.
+
+B batch, T tokens, C chunk size, N chunks, R heads, K key width, V value width, S sequences (B, or the packed ones).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from natsl.kernels import tuning
+from natsl.kernels.delta_kernels import (
+    backward_finish_kernel,
+    backward_kernel,
+    backward_scan_kernel,
+    gaps_kernel,
+    output_kernel,
+    prepare_kernel,
+    scan_kernel,
+)
+from natsl.kernels.routing_triton import packed_blocks
+
+
+def _power(width: int) -> int:
+    """Padded width of keys; Triton 3.6 miscompiles products of 64 rows and 16 columns."""
+    return max(32, 1 << (width - 1).bit_length())
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def _key(q: Tensor, v: Tensor, chunk_size: int) -> str:
+    return f"{str(q.dtype).removeprefix('torch.')} C{chunk_size} K{q.shape[3]} V{v.shape[3]}"
+
+
+def _columns(q: Tensor, chunk_size: int, most: int) -> int:
+    """Value columns per block by default: fewer where keys are wide or chunks long, or elements have four bytes."""
+    wide = _power(q.shape[3]) * q.element_size() > 256 or chunk_size * q.element_size() > 128
+    return (16 if q.element_size() == 4 else 32) if wide else most
+
+
+def _stages(q: Tensor, chunk_size: int) -> int:
+    """Depth of the pipeline of the scans by default: one where more do not fit shared memory."""
+    return (
+        3
+        if chunk_size * _power(q.shape[3]) * q.element_size() <= 1 << 14
+        else 2
+        if chunk_size * _power(q.shape[3]) * q.element_size() <= 1 << 15
+        else 1
+    )
+
+
+def _warps(q: Tensor, chunk_size: int) -> int:
+    """8 where tiles are large. Triton 3.6 miscompiles products of 64 rows over 8 warps in float32 or with few columns,
+    and over 4 warps with 32 columns."""
+    large = chunk_size == 128 or chunk_size * _power(q.shape[3]) >= 64 * 128
+    return 8 if q.element_size() == 2 and large else 4
+
+
+def _chunk_tables(cu_seqlens: Tensor | None, chunk_size: int, n_chunks: int, like: Tensor) -> tuple[Tensor, ...]:
+    """(first token of each chunk, end of its sequence, its sequence, first chunk of each sequence), or stand-ins."""
+    if cu_seqlens is None:
+        return like, like, like, like
+    sequence, start = packed_blocks(cu_seqlens, chunk_size, n_chunks)
+    index = sequence.clamp(min=0)
+    chunks = (cu_seqlens.diff() + chunk_size - 1) // chunk_size
+    offset = torch.nn.functional.pad(chunks.cumsum(0), (1, 0)).int()
+    return cu_seqlens[index] + start, cu_seqlens[index + 1], sequence, offset
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """x with neighbouring elements along its last dimension, copied only if it must be."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _allocate(
+    q: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, want_final: bool
+) -> list[Tensor]:
+    """o, final state, then w, qe, a, p, cum, rq, rk, total, gap, slot and state, all unwritten."""
+    B, T, R, K = q.shape
+    V, C, N, S = v.shape[3], chunk_size, route.shape[1], _sequences(q, cu_seqlens)
+    slots = N + (1 if cu_seqlens is None else S)
+
+    def empty(*shape: int, dtype: torch.dtype = q.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    return [
+        empty(B, T, R, V),
+        empty(*((S, R, K, V) if want_final else (0,)), dtype=torch.float32),
+        empty(B, N, R, C, K),
+        empty(B, N, R, C, K),
+        empty(B, N, R, C, C),
+        empty(B, N, R, C, C),
+        *(empty(B, N, R, C, dtype=torch.float32) for _ in range(3)),
+        *(empty(B, R, N, dtype=torch.float32) for _ in range(2)),
+        empty(B, R, N, dtype=torch.int32),
+        empty(B, R, slots, K, V),
+    ]
+
+
+def _allocate_grads(
+    q: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor | None, has_initial: bool
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv, dg, dbeta, droute and the gradient of the initial state (empty without one), unwritten."""
+    B, T, R, K = q.shape
+    state = (_sequences(q, cu_seqlens), R, K, v.shape[3]) if has_initial else (0,)
+    scalars = [torch.empty(s, dtype=torch.float32, device=q.device) for s in ((B, T, R), (B, T, R), route.shape, state)]
+    dq, dk, dv = (torch.empty(x, dtype=q.dtype, device=q.device) for x in (q.shape, q.shape, v.shape))
+    return dq, dk, dv, *scalars
+
+
+def delta_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    route: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    scale: float,
+    normalise: bool,
+    want_final: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """o [B,T,R,V], the final state [sequences,R,K,V] float32 (empty if unwanted) and what the backward pass needs.
+
+    g, beta contiguous float32; the last dimension of q, k, v contiguous.
+    """
+    B, T, R, K = q.shape
+    V, C, N = v.shape[3], chunk_size, route.shape[1]
+    BK, precision, key = _power(K), _precision(q.dtype), _key(q, v, chunk_size)
+    o, final, *saved = _allocate(q, v, route, cu_seqlens, C, want_final)
+    w, qe, a, p, cum, rq, rk, total, gap, slot, state = saved
+    slots, S = state.shape[2], _sequences(q, cu_seqlens)
+    pa, written, count = torch.empty_like(p), torch.empty_like(slot), slot.new_empty(B, R, N + 1)
+    if B == 0:
+        return o, final, saved
+    starts, ends, sequence, offset = _chunk_tables(cu_seqlens, C, N, count)
+    packed = cu_seqlens is not None
+
+    long = 8 if C == 128 and q.element_size() == 2 else 4
+    options = tuning.pick("delta_prepare", key, q.device, {"BK": min(BK, 64), "num_warps": long, "num_stages": 1})
+    prepare_kernel[(N, B * R)](
+        q, k, g, beta, starts, ends, w, qe, a, p, pa, cum, rq, rk, total, T, N, scale, *q.stride()[:3], *k.stride()[:3],
+        R=R, C=C, K=K, NORMALISE=normalise, PACKED=packed, PRECISION=precision, SOLVE=precision, **options,
+    )  # fmt: skip
+    gaps_kernel[(B * R,)](
+        route, total, sequence, written, count, gap, slot, N,
+        R=R, BLOCK=128 if N <= 128 else 1024, HAS_INITIAL=initial_state is not None, PACKED=packed,
+    )  # fmt: skip
+    columns = _columns(q, C, 64)
+    while columns > 16 and 96 * columns > S * R * V:  # few heads: more blocks, each with less to do
+        columns //= 2
+    default = {"BV": columns, "num_warps": 4, "num_stages": _stages(q, C)}
+    options = tuning.pick("delta_scan", key, q.device, default)
+    scan_kernel[(triton.cdiv(V, options["BV"]), S * R)](
+        k, v, w, a, beta, cum, rk, total, written, count, gap, starts, ends, offset,
+        total if initial_state is None else initial_state, state, final, T, N, slots, *k.stride()[:3], *v.stride()[:3],
+        R=R, C=C, K=K, V=V, BK=BK, HAS_INITIAL=initial_state is not None, HAS_FINAL=want_final, PACKED=packed,
+        PRECISION=precision, **options,
+    )  # fmt: skip
+    default = {"BV": _columns(q, C, 128), "num_warps": 4, "num_stages": 2}
+    options = tuning.pick("delta_output", key, q.device, default)
+    output_kernel[(N * triton.cdiv(V, options["BV"]), B * R)](
+        v, qe, pa, beta, state, slot, gap, starts, ends, o, T, N, slots, *v.stride()[:3],
+        R=R, C=C, K=K, V=V, BK=BK, PACKED=packed, PRECISION=precision, **options,
+    )  # fmt: skip
+    return o, final, saved
+
+
+def delta_backward(
+    do: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    route: Tensor,
+    has_initial: bool,
+    cu_seqlens: Tensor | None,
+    saved: list[Tensor],
+    chunk_size: int,
+    scale: float,
+    normalise: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v in their dtype, of g, beta, route and the initial state (empty without one) in float32."""
+    B, T, R, K = q.shape
+    V, C, N = v.shape[3], chunk_size, route.shape[1]
+    S, BK, precision, key = _sequences(q, cu_seqlens), _power(K), _precision(q.dtype), _key(q, v, chunk_size)
+    o, w, qe, a, p, cum, rq, rk, total, gap, slot, state = saved
+    grads = _allocate_grads(q, v, route, cu_seqlens, has_initial)
+    dq, dk, dv, dg, dbeta, droute, dinitial = grads
+    if B == 0:
+        return grads
+    starts, ends, _, offset = _chunk_tables(cu_seqlens, C, N, slot)
+    packed = cu_seqlens is not None
+    ds = q.new_empty(B, N, R, K, V)
+
+    default = {"BV": _columns(q, C, 32), "num_warps": 4, "num_stages": _stages(q, C)}
+    options = tuning.pick("delta_backward_scan", key, q.device, default)
+    backward_scan_kernel[(triton.cdiv(V, options["BV"]), S * R)](
+        k, do, w, qe, cum, rk, total, route, starts, ends, offset, total if dfinal is None else dfinal, ds, dinitial,
+        T, N, *k.stride()[:3], *do.stride()[:3],
+        R=R, C=C, K=K, V=V, BK=BK, HAS_INITIAL=has_initial, HAS_FINAL=dfinal is not None, PACKED=packed,
+        PRECISION=precision, **options,
+    )  # fmt: skip
+    columns = _columns(q, C, 64)
+    default = {"BV": columns, "num_warps": _warps(q, C), "num_stages": 1}
+    default["FUSED"] = int(C * BK * q.element_size() <= 64 * 128 * 2)
+    options = tuning.pick("delta_backward", key, q.device, default)
+    fused = bool(options.pop("FUSED"))
+    dp, da, dlast = torch.empty_like(p), torch.empty_like(p), torch.empty_like(droute)
+    dqs, dw, dke = (torch.empty_like(w) for _ in range(3))
+    doo, vdv = torch.empty_like(cum), torch.empty_like(cum)
+    vn, dvn = (slot, slot) if fused else (q.new_empty(B, N, R, C, V), q.new_empty(B, N, R, C, V))
+    for stage in (0,) if fused else (1, 2):
+        backward_kernel[(N, B * R)](
+            k, v, o, do, beta, route, w, a, p, cum, rk, total, state, ds, slot, gap, starts, ends,
+            vn, dvn, dp, da, dlast, doo, vdv, dqs, dw, dke, dv, droute, T, N, state.shape[2],
+            *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+            R=R, C=C, K=K, V=V, BK=BK, STAGE=stage, RELOAD=q.element_size() == 4, PACKED=packed,
+            PRECISION=precision, **options,
+        )  # fmt: skip
+    default = {"BK": min(BK, 64), "num_warps": 8 if C == 128 and q.element_size() == 2 else 4, "num_stages": 1}
+    options = tuning.pick("delta_backward_finish", key, q.device, default)
+    backward_finish_kernel[(N, B * R)](
+        q, k, g, beta, a, cum, rq, rk, total, starts, ends, dp, da, dlast, doo, vdv, dqs, dw, dke, dq, dk, dg, dbeta,
+        T, N, scale, *q.stride()[:3], *k.stride()[:3],
+        R=R, C=C, K=K, NORMALISE=normalise, PACKED=packed, PRECISION=precision, **options,
+    )  # fmt: skip
+    return grads
+
+
+Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("natsl::routed_delta_rule", mutates_args=())
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    route: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    scale: float,
+    normalise: bool,
+    want_final: bool,
+) -> Saved:
+    o, final, saved = delta_forward(
+        q, k, v, g, beta, route, initial_state, cu_seqlens, chunk_size, scale, normalise, want_final
+    )
+    return (o, final, *saved)  # type: ignore[return-value]
+
+
+@_forward_op.register_fake
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    route: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    scale: float,
+    normalise: bool,
+    want_final: bool,
+) -> Saved:
+    return (*_allocate(q, v, route, cu_seqlens, chunk_size, want_final),)  # type: ignore[return-value]
+
+
+@torch.library.custom_op("natsl::routed_delta_rule_backward", mutates_args=())
+def _backward_op(
+    do: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    route: Tensor,
+    has_initial: bool,
+    cu_seqlens: Tensor | None,
+    saved: list[Tensor],
+    chunk_size: int,
+    scale: float,
+    normalise: bool,
+) -> Grads:
+    return delta_backward(  # type: ignore[return-value]
+        do, dfinal, q, k, v, g, beta, route, has_initial, cu_seqlens, saved, chunk_size, scale, normalise
+    )
+
+
+@_backward_op.register_fake
+def _backward_fake(
+    do: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    route: Tensor,
+    has_initial: bool,
+    cu_seqlens: Tensor | None,
+    saved: list[Tensor],
+    chunk_size: int,
+    scale: float,
+    normalise: bool,
+) -> Grads:
+    return (*_allocate_grads(q, v, route, cu_seqlens, has_initial),)  # type: ignore[return-value]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Saved) -> None:
+    q, k, v, g, beta, route, initial_state, cu_seqlens, chunk_size, scale, normalise, want_final = inputs
+    ctx.save_for_backward(q, k, v, g, beta, route, cu_seqlens, output[0], *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.options = (chunk_size, scale, normalise, want_final, initial_state is not None)
+
+
+def _backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    q, k, v, g, beta, route, cu_seqlens, *saved = ctx.saved_tensors
+    chunk_size, scale, normalise, want_final, has_initial = ctx.options
+    do = torch.zeros_like(v) if do is None else last_contiguous(do)
+    dfinal = dfinal.contiguous() if want_final and dfinal is not None else None
+    *grads, dinitial = _backward_op(
+        do, dfinal, q, k, v, g, beta, route, has_initial, cu_seqlens, saved, chunk_size, scale, normalise
+    )
+    return (*grads, dinitial if has_initial else None, None, None, None, None, None)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def routed_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    route: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    scale: float,
+    normalise: bool,
+    want_final: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Delta branch on the Triton backend; arguments as in ``natsl.kernels.delta.routed_delta_rule``, already checked.
+
+    Routes are 0 or 1; route.grad holds both sides (``natsl.kernels.reference.weighted_route`` restricts it).
+    """
+    o, final, *_ = _forward_op(
+        last_contiguous(q),
+        last_contiguous(k),
+        last_contiguous(v),
+        g.float().contiguous(),
+        beta.float().contiguous(),
+        route.float().contiguous(),
+        None if initial_state is None else initial_state.float().contiguous(),
+        cu_seqlens,
+        chunk_size,
+        scale,
+        normalise,
+        want_final,
+    )
+    return o, final if want_final else None

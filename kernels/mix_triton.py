@@ -1,0 +1,430 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Triton kernels of ``routed_mix`` and of its form for one memory, ``gated_norm``.
+
+Shapes: B batch, T tokens, H softmax heads, V value width; a row is one (b, t, head). With s = sigmoid(gate),
+n = RMS(o) and (w0, w1) = softmax(logits), a row gives y = gate·s·m with m = w0·γ0·n0 + w1·γ1·n1. Backward, with
+u = dy·gate·s and p_i = ⟨u, γ_i n_i⟩: dgate = dy·m·s(1 + gate(1 − s)), dlogit_0 = −dlogit_1 = w0·w1·(p_0 − p_1),
+do_i = w_i (γ_i u − n_i p_i / V) / rms_i, dγ_i = Σ over the rows of w_i u n_i.
+Bound by memory: every tensor is read and written once, and the norms are computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from natsl.kernels.tuning import Launcher, pick
+
+MAX_WIDTH = 512
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _row_offsets(b_row, T, H: tl.constexpr, s_b, s_t, s_h):
+    """Offsets of the rows (b, t, head) of a strided tensor, in 64 bits."""
+    b_token = b_row // H
+    return (b_token // T).to(tl.int64) * s_b + (b_token % T).to(tl.int64) * s_t + (b_row % H).to(tl.int64) * s_h
+
+
+@triton.jit
+def _normalise(b_x, real, eps, V: tl.constexpr):
+    """RMS(x) and 1 / rms of rows that are 0 past V; rows behind the end stay finite at eps = 0 too."""
+    b_rstd = tl.rsqrt(tl.where(real, tl.sum(b_x * b_x, 1) * (1.0 / V) + eps, 1.0))
+    return b_x * b_rstd[:, None], b_rstd
+
+
+@Launcher
+@triton.jit(do_not_specialize=["rows", "T"])
+def _forward_kernel(
+    p_delta,  # [B, T, H, V], as o_softmax and gate
+    p_softmax,
+    p_gate,
+    p_logit,  # [B, T, H, 2]
+    p_weight_delta,  # [V]
+    p_weight_softmax,
+    p_y,  # [B, T, H, V], contiguous
+    eps,
+    rows,
+    T,
+    s_delta_b,
+    s_delta_t,
+    s_delta_h,
+    s_softmax_b,
+    s_softmax_t,
+    s_softmax_h,
+    s_gate_b,
+    s_gate_t,
+    s_gate_h,
+    s_logit_b,
+    s_logit_t,
+    s_logit_h,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BOTH: tl.constexpr,
+):
+    b_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    o_v = tl.arange(0, BLOCK_V)
+    real = b_row < rows
+    mask = real[:, None] & (o_v < V)[None, :]
+    o_delta = _row_offsets(b_row, T, H, s_delta_b, s_delta_t, s_delta_h)[:, None] + o_v[None, :]
+    o_gate = _row_offsets(b_row, T, H, s_gate_b, s_gate_t, s_gate_h)[:, None] + o_v[None, :]
+    b_delta = tl.load(p_delta + o_delta, mask=mask, other=0.0).to(tl.float32)
+    b_gate = tl.load(p_gate + o_gate, mask=mask, other=0.0).to(tl.float32)
+    b_weight_delta = tl.load(p_weight_delta + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
+    if BOTH:  # every load before the first sum, so that all are under way at once
+        o_softmax = _row_offsets(b_row, T, H, s_softmax_b, s_softmax_t, s_softmax_h)[:, None] + o_v[None, :]
+        b_softmax = tl.load(p_softmax + o_softmax, mask=mask, other=0.0).to(tl.float32)
+        o_logit = _row_offsets(b_row, T, H, s_logit_b, s_logit_t, s_logit_h)
+        b_logit = tl.load(p_logit + o_logit, mask=real, other=0.0).to(tl.float32)
+        b_logit -= tl.load(p_logit + o_logit + 1, mask=real, other=0.0).to(tl.float32)
+        b_weight_softmax = tl.load(p_weight_softmax + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
+    b_normed, _ = _normalise(b_delta, real, eps, V)
+    b_mixed = b_normed * b_weight_delta
+    if BOTH:
+        b_normed, _ = _normalise(b_softmax, real, eps, V)
+        b_mixed = b_mixed * tl.sigmoid(b_logit)[:, None] + b_normed * b_weight_softmax * tl.sigmoid(-b_logit)[:, None]
+    b_y = b_gate * tl.sigmoid(b_gate) * b_mixed
+    tl.store(p_y + b_row.to(tl.int64)[:, None] * V + o_v[None, :], b_y.to(p_y.dtype.element_ty), mask=mask)
+
+
+@Launcher
+@triton.jit(do_not_specialize=["rows", "T"])
+def _backward_kernel(
+    p_dy,  # [B, T, H, V], as o_delta, o_softmax and gate
+    p_delta,
+    p_softmax,
+    p_gate,
+    p_logit,  # [B, T, H, 2]
+    p_weight_delta,  # [V]
+    p_weight_softmax,
+    p_ddelta,  # gradients, contiguous
+    p_dsoftmax,
+    p_dgate,
+    p_dlogit,
+    p_dweight_delta,  # [programs, V] float32
+    p_dweight_softmax,
+    eps,
+    rows,
+    T,
+    s_dy_b,
+    s_dy_t,
+    s_dy_h,
+    s_delta_b,
+    s_delta_t,
+    s_delta_h,
+    s_softmax_b,
+    s_softmax_t,
+    s_softmax_h,
+    s_gate_b,
+    s_gate_t,
+    s_gate_h,
+    s_logit_b,
+    s_logit_t,
+    s_logit_h,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BOTH: tl.constexpr,
+):
+    """A program takes every programs-th block of rows and keeps its share of the weight gradients in registers."""
+    i_program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    o_v = tl.arange(0, BLOCK_V)
+    b_weight_delta = tl.load(p_weight_delta + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
+    b_weight_softmax = tl.load(p_weight_softmax + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
+    b_dweight_delta = tl.zeros((BLOCK_ROWS, BLOCK_V), tl.float32)
+    b_dweight_softmax = tl.zeros((BLOCK_ROWS, BLOCK_V), tl.float32)
+    for i_block in range(i_program, tl.cdiv(rows, BLOCK_ROWS), programs):
+        b_row = i_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        real = b_row < rows
+        mask = real[:, None] & (o_v < V)[None, :]
+        o_dy = _row_offsets(b_row, T, H, s_dy_b, s_dy_t, s_dy_h)[:, None] + o_v[None, :]
+        o_delta = _row_offsets(b_row, T, H, s_delta_b, s_delta_t, s_delta_h)[:, None] + o_v[None, :]
+        o_gate = _row_offsets(b_row, T, H, s_gate_b, s_gate_t, s_gate_h)[:, None] + o_v[None, :]
+        o_out = b_row.to(tl.int64)[:, None] * V + o_v[None, :]
+        b_dy = tl.load(p_dy + o_dy, mask=mask, other=0.0).to(tl.float32)
+        b_delta = tl.load(p_delta + o_delta, mask=mask, other=0.0).to(tl.float32)
+        b_gate = tl.load(p_gate + o_gate, mask=mask, other=0.0).to(tl.float32)
+        if BOTH:  # every load before the first sum, so that all are under way at once
+            o_softmax = _row_offsets(b_row, T, H, s_softmax_b, s_softmax_t, s_softmax_h)[:, None] + o_v[None, :]
+            b_softmax = tl.load(p_softmax + o_softmax, mask=mask, other=0.0).to(tl.float32)
+            o_logit = _row_offsets(b_row, T, H, s_logit_b, s_logit_t, s_logit_h)
+            b_logit = tl.load(p_logit + o_logit, mask=real, other=0.0).to(tl.float32)
+            b_logit -= tl.load(p_logit + o_logit + 1, mask=real, other=0.0).to(tl.float32)
+        b_open = tl.sigmoid(b_gate)
+        b_u = b_dy * b_gate * b_open
+        b_normed, b_rstd = _normalise(b_delta, real, eps, V)
+        b_product = b_u * b_normed
+        b_p = tl.sum(b_product * b_weight_delta, 1)
+        b_ddelta = (b_u * b_weight_delta - b_normed * (b_p * (1.0 / V))[:, None]) * b_rstd[:, None]
+        b_mixed = b_normed * b_weight_delta
+        if BOTH:
+            b_w0 = tl.sigmoid(b_logit)
+            b_w1 = tl.sigmoid(-b_logit)
+            b_ddelta *= b_w0[:, None]
+            b_product *= b_w0[:, None]
+            b_normed, b_rstd = _normalise(b_softmax, real, eps, V)
+            b_other = b_u * b_normed
+            b_q = tl.sum(b_other * b_weight_softmax, 1)
+            b_dsoftmax = (b_u * b_weight_softmax - b_normed * (b_q * (1.0 / V))[:, None]) * (b_rstd * b_w1)[:, None]
+            b_mixed = b_mixed * b_w0[:, None] + b_normed * b_weight_softmax * b_w1[:, None]
+            b_dweight_softmax += b_other * b_w1[:, None]
+            tl.store(p_dsoftmax + o_out, b_dsoftmax.to(p_dsoftmax.dtype.element_ty), mask=mask)
+            b_dlogit = b_w0 * b_w1 * (b_p - b_q)
+            o_dlogit = b_row.to(tl.int64) * 2
+            tl.store(p_dlogit + o_dlogit, b_dlogit.to(p_dlogit.dtype.element_ty), mask=real)
+            tl.store(p_dlogit + o_dlogit + 1, (-b_dlogit).to(p_dlogit.dtype.element_ty), mask=real)
+        b_dweight_delta += b_product
+        b_dgate = b_dy * b_mixed * b_open * (1.0 + b_gate * (1.0 - b_open))
+        tl.store(p_ddelta + o_out, b_ddelta.to(p_ddelta.dtype.element_ty), mask=mask)
+        tl.store(p_dgate + o_out, b_dgate.to(p_dgate.dtype.element_ty), mask=mask)
+    o_share = i_program.to(tl.int64) * V + o_v
+    tl.store(p_dweight_delta + o_share, tl.sum(b_dweight_delta, 0), mask=o_v < V)
+    if BOTH:
+        tl.store(p_dweight_softmax + o_share, tl.sum(b_dweight_softmax, 0), mask=o_v < V)
+
+
+def check_limits(op: str, x: Tensor) -> None:
+    """Raise ``ValueError`` naming the limit of the kernels that x [B,T,Hs,Vs] is beyond."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{op}: the triton backend takes float32, float16 and bfloat16, found {x.dtype}")
+    if not 1 <= x.shape[3] <= MAX_WIDTH:
+        raise ValueError(f"{op}: the triton backend takes head widths from 1 to {MAX_WIDTH}, found {x.shape[3]}")
+    if x.shape[:3].numel() >= 2**31 - 2**16:
+        raise ValueError(f"{op}: the triton backend takes less than 2^31 - 2^16 rows, found {x.shape[:3].numel()}")
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _rowwise(x: Tensor) -> Tensor:
+    """x itself wherever its rows lie, or a copy if the entries of a row do not lie side by side."""
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _like(inputs: list[Tensor]) -> list[Tensor]:
+    """Contiguous tensors of the same shapes, whatever the strides."""
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+
+
+def _launch(kernel: str, x: Tensor, both: bool, elements: int) -> dict[str, int]:
+    """Launch parameters; by default a program holds at most ``elements`` elements of each tensor at once."""
+    width = triton.next_power_of_2(x.shape[3])
+    default = {"BLOCK_ROWS": max(1, min(64, elements // width)), "num_warps": 4, "PROGRAMS": 4}
+    key = f"{str(x.dtype).removeprefix('torch.')} V{x.shape[3]} {'both' if both else 'one'}"
+    return pick(kernel, key, x.device, default)
+
+
+def _forward(o_delta: Tensor, gate: Tensor, weight_delta: Tensor, eps: float, second: list[Tensor]) -> Tensor:
+    """y; ``second``: o_softmax, mix_logits and weight_softmax, or nothing."""
+    (y,) = _like([o_delta])
+    if y.numel() == 0:
+        return y
+    B, T, H, V = y.shape
+    options = _launch("mix_forward", y, bool(second), 2048)
+    o_delta, gate = _rowwise(o_delta), _rowwise(gate)
+    o_softmax, logits, weight_softmax = second or (o_delta, gate, weight_delta)
+    o_softmax, logits = _rowwise(o_softmax), _rowwise(logits)
+    _forward_kernel[(triton.cdiv(B * T * H, options["BLOCK_ROWS"]),)](
+        o_delta,
+        o_softmax,
+        gate,
+        logits,
+        weight_delta.contiguous(),
+        weight_softmax.contiguous(),
+        y,
+        eps,
+        B * T * H,
+        T,
+        *o_delta.stride()[:3],
+        *o_softmax.stride()[:3],
+        *gate.stride()[:3],
+        *logits.stride()[:3],
+        H=H,
+        V=V,
+        BLOCK_V=triton.next_power_of_2(V),
+        BLOCK_ROWS=options["BLOCK_ROWS"],
+        BOTH=bool(second),
+        num_warps=options["num_warps"],
+    )
+    return y
+
+
+def _backward(
+    dy: Tensor, o_delta: Tensor, gate: Tensor, weight_delta: Tensor, eps: float, second: list[Tensor]
+) -> list[Tensor]:
+    """Gradients of o_delta, gate and weight_delta, then those of ``second``."""
+    grads = _like([o_delta, gate, weight_delta, *second])
+    if o_delta.numel() == 0:
+        return [x.zero_() for x in grads]
+    B, T, H, V = o_delta.shape
+    options = _launch("mix_backward", o_delta, bool(second), 1024)
+    dy, o_delta, gate = _rowwise(dy), _rowwise(o_delta), _rowwise(gate)
+    o_softmax, logits, weight_softmax = second or (o_delta, gate, weight_delta)
+    o_softmax, logits = _rowwise(o_softmax), _rowwise(logits)
+    ddelta, dgate, _, dsoftmax, dlogits, _ = grads if second else grads * 2
+    blocks = triton.cdiv(B * T * H, options["BLOCK_ROWS"])
+    programs = min(blocks, options["PROGRAMS"] * _multiprocessors(dy.device))
+    shares = torch.empty(1 + bool(second), programs, V, dtype=torch.float32, device=dy.device)
+    _backward_kernel[(programs,)](
+        dy,
+        o_delta,
+        o_softmax,
+        gate,
+        logits,
+        weight_delta.contiguous(),
+        weight_softmax.contiguous(),
+        ddelta,
+        dsoftmax,
+        dgate,
+        dlogits,
+        shares[0],
+        shares[-1],
+        eps,
+        B * T * H,
+        T,
+        *dy.stride()[:3],
+        *o_delta.stride()[:3],
+        *o_softmax.stride()[:3],
+        *gate.stride()[:3],
+        *logits.stride()[:3],
+        H=H,
+        V=V,
+        BLOCK_V=triton.next_power_of_2(V),
+        BLOCK_ROWS=options["BLOCK_ROWS"],
+        BOTH=bool(second),
+        num_warps=options["num_warps"],
+    )
+    for i, share in zip((2, 5), shares, strict=False):  # a sum in a fixed order
+        grads[i] = share.sum(0).to(grads[i].dtype)
+    return grads
+
+
+@torch.library.custom_op("natsl::routed_mix", mutates_args=())
+def _routed_mix(
+    o_delta: Tensor,
+    o_softmax: Tensor,
+    gate: Tensor,
+    mix_logits: Tensor,
+    weight_delta: Tensor,
+    weight_softmax: Tensor,
+    eps: float,
+) -> Tensor:
+    return _forward(o_delta, gate, weight_delta, eps, [o_softmax, mix_logits, weight_softmax])
+
+
+@_routed_mix.register_fake
+def _(
+    o_delta: Tensor,
+    o_softmax: Tensor,
+    gate: Tensor,
+    mix_logits: Tensor,
+    weight_delta: Tensor,
+    weight_softmax: Tensor,
+    eps: float,
+) -> Tensor:
+    return _like([o_delta])[0]
+
+
+@torch.library.custom_op("natsl::routed_mix_backward", mutates_args=())
+def _routed_mix_backward(
+    dy: Tensor,
+    o_delta: Tensor,
+    o_softmax: Tensor,
+    gate: Tensor,
+    mix_logits: Tensor,
+    weight_delta: Tensor,
+    weight_softmax: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ddelta, dgate, dweight_delta, dsoftmax, dlogits, dweight_softmax = _backward(
+        dy, o_delta, gate, weight_delta, eps, [o_softmax, mix_logits, weight_softmax]
+    )
+    return ddelta, dsoftmax, dgate, dlogits, dweight_delta, dweight_softmax
+
+
+@_routed_mix_backward.register_fake
+def _(
+    dy: Tensor,
+    o_delta: Tensor,
+    o_softmax: Tensor,
+    gate: Tensor,
+    mix_logits: Tensor,
+    weight_delta: Tensor,
+    weight_softmax: Tensor,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    return tuple(_like([o_delta, o_softmax, gate, mix_logits, weight_delta, weight_softmax]))
+
+
+@torch.library.custom_op("natsl::gated_norm", mutates_args=())
+def _gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _forward(x, gate, weight, eps, [])
+
+
+@_gated_norm.register_fake
+def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _like([x])[0]
+
+
+@torch.library.custom_op("natsl::gated_norm_backward", mutates_args=())
+def _gated_norm_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dgate, dweight = _backward(dy, x, gate, weight, eps, [])
+    return dx, dgate, dweight
+
+
+@_gated_norm_backward.register_fake
+def _(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+    return tuple(_like([x, gate, weight]))
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Everything but eps, which is last; the norms are computed again in the backward pass."""
+    ctx.save_for_backward(*inputs[:-1])
+    ctx.eps = inputs[-1]
+
+
+def _mix_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_routed_mix_backward(dy, *ctx.saved_tensors, ctx.eps), None)
+
+
+def _norm_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_gated_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None)
+
+
+_routed_mix.register_autograd(_mix_gradients, setup_context=_save_inputs)
+_gated_norm.register_autograd(_norm_gradients, setup_context=_save_inputs)
+
+
+def routed_mix(
+    o_delta: Tensor,
+    o_softmax: Tensor,
+    gate: Tensor,
+    mix_logits: Tensor,
+    weight_delta: Tensor,
+    weight_softmax: Tensor,
+    eps: float,
+) -> Tensor:
+    """The combination of both branches; arguments as in ``natsl.kernels.mix.routed_mix``, which checks them."""
+    check_limits("routed_mix", o_delta)
+    y: Tensor = _routed_mix(o_delta, o_softmax, gate, mix_logits, weight_delta, weight_softmax, eps)
+    return y
+
+
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The output of a single memory; arguments as in ``natsl.kernels.mix.gated_norm``, which checks them."""
+    check_limits("gated_norm", x)
+    y: Tensor = _gated_norm(x, gate, weight, eps)
+    return y

@@ -1,0 +1,174 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Routing on the device: capped routes, the lists of kept chunks and the tiles of packed sequences.
+
+Shapes: B batch, T tokens, C chunk size, N chunks, R routing heads, S packed sequences.
+Nothing here waits for the device: whatever depends on the routes stays in tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from natsl.kernels.routing import cap_limits
+from natsl.kernels.tuning import Launcher
+
+
+@triton.jit
+def _minimum(a, b):
+    return tl.minimum(a, b)
+
+
+@Launcher
+@triton.jit(do_not_specialize=["N", "R", "s_margin_b", "s_margin_n", "s_margin_r", "s_thr_b", "s_thr_n", "s_thr_r"])
+def _capped_routes_kernel(
+    p_margin,  # [B, N, R]
+    p_threshold,  # [B, N, R], expanded
+    p_limit,  # [N] int32
+    p_route,  # [B, N, R], contiguous
+    N,
+    R,
+    s_margin_b,
+    s_margin_n,
+    s_margin_r,
+    s_thr_b,
+    s_thr_n,
+    s_thr_r,
+    BLOCK: tl.constexpr,
+):
+    """One program per (b, r). Kept before chunk n: K = W + min(0, min over j < n of L_j − W_j), W the wanted so far."""
+    i_b = (tl.program_id(0) // R).to(tl.int64)
+    i_r = (tl.program_id(0) % R).to(tl.int64)
+    p_margin += i_b * s_margin_b + i_r * s_margin_r
+    p_threshold += i_b * s_thr_b + i_r * s_thr_r
+    p_route += i_b * N * R + i_r
+    wanted_before = tl.zeros((), tl.int32)
+    slack_before = tl.zeros((), tl.int32)  # min(0, min of L − W over the blocks that are done)
+    for i_block in range(0, N, BLOCK):
+        o_n = (i_block + tl.arange(0, BLOCK)).to(tl.int64)
+        inside = o_n < N
+        b_threshold = tl.load(p_threshold + o_n * s_thr_n, mask=inside, other=0.0)
+        b_margin = tl.load(p_margin + o_n * s_margin_n, mask=inside, other=0.0).to(b_threshold.dtype)
+        b_wanted = ((b_margin > b_threshold) & inside).to(tl.int32)
+        b_total = wanted_before + tl.cumsum(b_wanted, 0)
+        b_limit = tl.load(p_limit + o_n, mask=inside, other=0)
+        b_previous_limit = tl.load(p_limit + o_n - 1, mask=inside & (o_n > 0), other=0)
+        # L − W of the chunk before; there is none before chunk 0, and behind the end nothing may count
+        b_slack = tl.where(inside & (o_n > 0), b_previous_limit - (b_total - b_wanted), 0)
+        b_slack = tl.minimum(slack_before, tl.associative_scan(b_slack, 0, _minimum))
+        b_kept = (b_wanted > 0) & (b_total - 1 + b_slack < b_limit)
+        tl.store(p_route + o_n * R, b_kept.to(p_route.dtype.element_ty), mask=inside)
+        wanted_before += tl.sum(b_wanted, 0)
+        slack_before = tl.min(b_slack, 0)
+
+
+@Launcher
+@triton.jit(do_not_specialize=["N", "R", "s_route_b", "s_route_n", "s_route_r"])
+def _kept_chunks_kernel(
+    p_route,  # [B, N, R]
+    p_first,  # [N] int32, first token of each chunk; read only if PACKED
+    p_starts,  # [B, R, N] int32, contiguous
+    p_count,  # [B, R, N + 1] int32, contiguous
+    N,
+    R,
+    s_route_b,
+    s_route_n,
+    s_route_r,
+    CHUNK: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per (b, r): the kept chunks move up to the front of their list."""
+    i_row = tl.program_id(0).to(tl.int64)
+    p_route += (i_row // R) * s_route_b + (i_row % R) * s_route_r
+    p_starts += i_row * N
+    p_count += i_row * (N + 1)
+    kept_before = tl.zeros((), tl.int32)
+    for i_block in range(0, N, BLOCK):
+        o_n = i_block + tl.arange(0, BLOCK)
+        inside = o_n < N
+        b_kept = (tl.load(p_route + o_n.to(tl.int64) * s_route_n, mask=inside, other=0.0) > 0.5).to(tl.int32)
+        b_before = kept_before + tl.cumsum(b_kept, 0) - b_kept
+        if PACKED:
+            b_first = tl.load(p_first + o_n, mask=inside, other=0)
+        else:
+            b_first = o_n * CHUNK
+        tl.store(p_count + o_n, b_before, mask=inside)
+        tl.store(p_starts + b_before, b_first, mask=inside & (b_kept > 0))
+        kept_before += tl.sum(b_kept, 0)
+    tl.store(p_count + N, kept_before)
+
+
+def _block(chunks: int) -> dict[str, int]:
+    """Two block sizes only, so that few lengths compile anew."""
+    return {"BLOCK": 128, "num_warps": 1} if chunks <= 128 else {"BLOCK": 1024, "num_warps": 4}
+
+
+def packed_blocks(cu_seqlens: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Tiles of ``size`` tokens that start anew at every packed sequence, empty sequences having none.
+
+    cu_seqlens [S+1]; ``count``: upper bound of the number of tiles, for example T // size + S. Returns int32 [count]
+    each: the sequence of the tile (−1 for the unused tiles at the end) and its first token inside the sequence.
+    """
+    tiles = (cu_seqlens.diff() + (size - 1)) // size
+    ends = tiles.cumsum(0)
+    tile = torch.arange(count, device=cu_seqlens.device, dtype=ends.dtype)
+    sequence = torch.searchsorted(ends, tile, right=True)
+    used = sequence < tiles.shape[0]
+    start = (tile - (ends - tiles)[sequence.clamp(max=tiles.shape[0] - 1)]) * size
+    return torch.where(used, sequence, -1).to(torch.int32), torch.where(used, start, 0).to(torch.int32)
+
+
+def kept_chunks(route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Lists of the chunks that softmax keeps (route > 0.5), in order, one per batch element and routing head.
+
+    route [B,N,R]; cu_seqlens [S+1] of sequences that are packed into B = 1, or None. Returns ``starts`` [B,R,N] int32,
+    the first token (a position in the row of ``tokens``) of the j-th kept chunk, undefined past the last, and ``count``
+    [B,R,N+1] int32, the number of kept chunks before chunk n; its last entry is that of all.
+    """
+    B, N, R = route.shape
+    starts = torch.empty(B, R, N, device=route.device, dtype=torch.int32)
+    count = torch.empty(B, R, N + 1, device=route.device, dtype=torch.int32)
+    first = starts
+    if cu_seqlens is not None:
+        sequence, start = packed_blocks(cu_seqlens, chunk_size, N)
+        first = (cu_seqlens[sequence.clamp(min=0)] + start).clamp(max=tokens).to(torch.int32)
+    if B * R:
+        packed = cu_seqlens is not None
+        _kept_chunks_kernel[(B * R,)](
+            route, first, starts, count, N, R, *route.stride(), CHUNK=chunk_size, PACKED=packed, **_block(N)
+        )
+    return starts, count
+
+
+@torch.library.custom_op("natsl::capped_routes", mutates_args=())
+def _capped_routes(margins: Tensor, threshold: Tensor, cap: float, burst: int) -> Tensor:
+    B, N, R = margins.shape
+    route = torch.empty_like(margins, memory_format=torch.contiguous_format)
+    if route.numel() == 0:
+        return route
+    # no row keeps more than N chunks, so a larger burst is the same and stays within 32 bits
+    limits = cap_limits(N, cap, min(burst, N), margins.device).to(torch.int32)
+    wide = threshold.to(torch.result_type(margins, threshold)).expand(B, N, R)  # what torch compares in
+    _capped_routes_kernel[(B * R,)](margins, wide, limits, route, N, R, *margins.stride(), *wide.stride(), **_block(N))
+    return route
+
+
+@_capped_routes.register_fake
+def _(margins: Tensor, threshold: Tensor, cap: float, burst: int) -> Tensor:
+    return torch.empty_like(margins, memory_format=torch.contiguous_format)
+
+
+def capped_routes(margins: Tensor, threshold: Tensor | float, cap: float | None, burst: int = 0) -> Tensor:
+    """Threshold and causal token bucket in one kernel: ``cap_routes(threshold_routes(margins, threshold), cap, burst)``
+
+    margins [B,N,R]; threshold broadcastable to it. Returns float 0/1 [B,N,R] in margins' dtype, without a gradient.
+    """
+    if not isinstance(threshold, Tensor):
+        threshold = margins.new_full((1, 1, 1), threshold)
+    if cap is None:
+        return (margins > threshold).to(margins.dtype)
+    route: Tensor = _capped_routes(margins.detach(), threshold.detach(), cap, burst)
+    return route

@@ -1,0 +1,262 @@
+"""Launch parameters of the Triton kernels: block sizes, warps and pipeline stages per device and shape.
+
+They come from, in this order: what a caller forces (benchmarks, tests), the table that the user's own tuning stored,
+the table that is shipped for the device, the default that the kernel passes. ``python -m natsl.kernels.bench --tune``
+measures and stores. ``warm_up`` compiles what a layer needs, all kernels at the same time, before the first step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from natsl.kernels.roofline import Shape
+
+Table = dict[str, dict[str, dict[str, dict[str, int]]]]  # device name → kernel → key → parameters
+
+SHIPPED = Path(__file__).with_name("tuned.json")
+_forced: dict[str, dict[str, int]] = {}
+_observed: dict[str, tuple[str, dict[str, int]]] | None = None
+_use_tables = True
+_collecting = False  # whether launches are only noted
+
+
+def stored_path() -> Path:
+    """File of the user's own tuning results."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "natsl" / "tuned.json"
+
+
+def read_table(path: Path) -> Table:
+    """A stored table, empty where there is no file. Raises ``ValueError`` naming a file that holds something else."""
+    if not path.exists():
+        return {}
+    try:
+        table: Table = json.loads(path.read_text(encoding="utf-8"))
+        for kernels in table.values():
+            for keys in kernels.values():
+                for parameters in keys.values():
+                    if not all(isinstance(value, int) for value in parameters.values()):
+                        raise ValueError("a launch parameter is no integer")
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not a table of launch parameters ({error}): delete it or tune again") from error
+    return table
+
+
+def store(path: Path, device_name: str, found: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
+    """Merge kernel → key → parameters into the table at ``path``, which is replaced in one step.
+
+    They go under ``device_name`` or, if the table has it, under a shorter name of the same device ("H100").
+    """
+    table = read_table(path)
+    name = next((name for name in table if name in device_name), device_name)
+    device = table.setdefault(name, {})
+    for kernel, keys in found.items():
+        device.setdefault(kernel, {}).update({key: dict(parameters) for key, parameters in keys.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+        file.write(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    os.replace(file.name, path)
+    _tables.cache_clear()
+
+
+@cache
+def _tables() -> list[Table]:
+    """The user's table, then the shipped one."""
+    return [read_table(path) for path in (stored_path(), SHIPPED)]
+
+
+@cache
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def pick(kernel: str, key: str, device: torch.device, default: Mapping[str, int]) -> dict[str, int]:
+    """Launch parameters of ``kernel`` for ``key`` (for example ``"bfloat16 C64 K64 V128"``): those of ``default``."""
+    chosen = dict(default)
+    if device.type == "cuda" and _use_tables:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        name = _device_name(index)
+        for table in _tables():
+            found = [entry for device_name, entry in table.items() if device_name in name]
+            if found and key in found[0].get(kernel, {}):
+                stored = found[0][kernel][key]
+                chosen |= {name: value for name, value in stored.items() if name in default}
+                break
+    chosen |= _forced.get(kernel, {})
+    if _observed is not None:
+        _observed[kernel] = (key, dict(chosen))
+    return chosen
+
+
+@contextmanager
+def forced(parameters: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
+    """Force launch parameters per kernel inside the ``with`` block."""
+    before = dict(_forced)
+    _forced.update({kernel: dict(values) for kernel, values in parameters.items()})
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+@contextmanager
+def observed() -> Iterator[dict[str, tuple[str, dict[str, int]]]]:
+    """Collect kernel → (key, parameters) of whatever is picked inside the ``with`` block."""
+    global _observed
+    before, _observed = _observed, {}
+    try:
+        yield _observed
+    finally:
+        _observed = before
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Inside the ``with`` block no table counts: what is forced, else the kernels' own defaults."""
+    global _use_tables
+    before, _use_tables = _use_tables, False
+    try:
+        yield
+    finally:
+        _use_tables = before
+
+
+class Launcher:
+    """A Triton kernel that is launched as ``kernel[grid](*arguments, **constants)``, at a fraction of the host's time.
+
+    Triton works out anew at every launch which variant of the kernel the arguments need. Here that is remembered by
+    what it depends on: types, alignment to 16 bytes, and the values of integers that the kernel is specialised for.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self._variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        key: list[Any] = [arguments[0].device.index, *constants.values()]
+        for argument, free in zip(arguments, self._free, strict=False):
+            if isinstance(argument, torch.Tensor):
+                key += (argument.dtype, argument.data_ptr() & 15)
+            elif not free:
+                key.append(argument)
+        variant = self._variants.get(tuple(key))
+        if variant is not None and not _collecting:
+            kernel, rest = variant
+            kernel[(*grid, 1, 1)[:3]](*arguments, *rest)
+            return
+        kernel = self.function[grid](*arguments, **constants)
+        if kernel is not None and not _collecting:  # None: the interpreter
+            names = self.function.arg_names[len(arguments) :]
+            self._variants[tuple(key)] = kernel, tuple(constants[name] for name in names)
+
+    @cached_property
+    def _free(self) -> list[bool]:
+        """Whether each argument's value does not matter; an argument of the interpreter is never asked."""
+        return [p.do_not_specialize for p in getattr(self.function, "params", [])]
+
+
+class Compilation:
+    """Triton kernels to be compiled, collected by running code whose launches do nothing."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[tuple[Any, str], str] = {}  # (jit function, its key) → specialisation
+        self.failures: dict[str, str] = {}  # kernel → why it does not compile
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Inside the ``with`` block no kernel is launched and none compiled: outputs stay unwritten.
+
+        What runs inside may not look at values. Kernels that this process has compiled are not collected.
+        """
+        from triton import knobs
+        from triton.runtime.jit import JITFunction
+
+        launch, hook = JITFunction.run, knobs.runtime.jit_cache_hook
+
+        def only_compile(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            return launch(self, *arguments, grid=grid, warmup=True, **options)
+
+        def note(
+            *, key: str, repr: str, fn: Any, compile: dict[str, Any], is_manual_warmup: bool, already_compiled: bool
+        ) -> bool:
+            self._jobs[fn.jit_function, key] = compile["specialization_data"]
+            return True  # stands for: done, do not compile
+
+        global _collecting
+        JITFunction.run, knobs.runtime.jit_cache_hook, _collecting = only_compile, note, True
+        try:
+            yield
+        finally:
+            JITFunction.run, knobs.runtime.jit_cache_hook, _collecting = launch, hook, False
+
+    def run(self, workers: int | None = None) -> int:
+        """Compile what was collected, in ``workers`` threads (default: one per core); returns how many did compile.
+
+        Triton works outside of Python's lock for all but some hundredths of a second per kernel. What does not compile
+        is in ``failures``.
+        """
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+        def compile_one(job: tuple[tuple[Any, str], str]) -> bool:
+            (function, _), specialisation = job
+            if device is not None:  # a setting of the thread
+                torch.cuda.set_device(device)
+            try:
+                function.preload(specialisation)
+            except Exception as error:  # whatever the compiler raises, the others go on
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                self.failures[f"{function.module}.{function.__name__}"] = lines[0]
+                return False
+            return True
+
+        jobs = list(self._jobs.items())
+        self._jobs.clear()
+        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as threads:
+            return sum(threads.map(compile_one, jobs))
+
+
+def compile_ahead(function: Callable[[], object], workers: int | None = None) -> int:
+    """Compile all Triton kernels that ``function`` launches, at the same time, launching none; returns how many.
+
+    ``function`` runs with outputs that nobody writes, so it may not look at values. Does nothing under Triton's
+    interpreter. A kernel that does not compile raises at its first launch.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return 0
+    compilation = Compilation()
+    with compilation.collect():
+        function()
+    return compilation.run(workers)
+
+
+def warm_up(shape: Shape, device: torch.device, *, tokens: int = 4096, counterfactual: str = "none") -> int:
+    """Compile the kernels of a routed layer and of one with the delta rule alone, forward and backward, before they
+    are needed; returns how many were compiled. ``tokens``: the length of a sequence, as some kernels have a variant
+    for long ones. Does nothing without CUDA.
+    """
+    if device.type != "cuda":
+        return 0
+    from natsl.kernels.workload import Options, differentiate, layer_inputs  # it imports the ops, which import this
+
+    inputs = layer_inputs(shape, 1, tokens, 0.5, device)
+    options = Options(shape.chunk_size, counterfactual, 0.5, "triton")
+
+    def run() -> None:
+        for op in ("layer", "gated_norm"):
+            differentiate(op, inputs, options)
+
+    return compile_ahead(run)

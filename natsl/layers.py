@@ -1,0 +1,172 @@
+"""The parts around the routed ops: short convolution, RMS norm, SwiGLU, cross-entropy of the output layer.
+
+Here alone is chosen who computes them: on CUDA the kernels of fla-core, torch elsewhere. While ``torch.compile`` traces
+it is torch too: the compiler fuses these parts itself, and the library's own dispatch would break its graph.
+
+Shapes: B batch, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 1 << 28  # beyond it the loss goes over the tokens in parts, and the backward pass makes logits again
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# The library measures dozens of launch configurations of each kernel at its first call, and takes whichever was the
+# fastest then: that costs minutes, and two runs may add in different orders. One of its configurations is enough.
+_LAUNCH: dict[str, tuple[dict[str, int], int]] = {
+    "causal_conv1d_fwd_kernel": ({"BD": 64}, 8),
+    "causal_conv1d_bwd_kernel": ({"BD": 64}, 8),
+    "layer_norm_fwd_kernel": ({"BT": 32}, 8),
+    "layer_norm_fwd_kernel_row": ({}, 4),
+    "layer_norm_bwd_kernel": ({"BT": 32}, 8),
+    "layer_norm_bwd_kernel_row": ({}, 4),
+    "swiglu_fwd_kernel": ({"B": 1024}, 4),
+    "swiglu_fwdbwd_kernel": ({"B": 1024}, 4),
+}
+
+
+@dataclass(frozen=True)
+class _Library:
+    convolution: Callable[..., Any]
+    rms_norm: Callable[..., Any]
+    swiglu: Callable[..., Any]
+    cross_entropy: Callable[..., Any]
+
+
+@cache
+def _load() -> _Library | None:
+    """The library's functions (None, with a warning, where it cannot be had)."""
+    try:
+        from fla.modules.activations import ops as activations
+        from fla.modules.causal_conv1d import ops as convolution
+        from fla.modules.fused_cross_entropy.ops import cross_entropy_loss
+        from fla.modules.norm import layernorm
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"fla-core cannot be used ({error}): norms, convolutions and losses run on slower torch code; "
+            "pip install 'natsl[cuda]' adds it",
+            stacklevel=2,
+        )
+        return None
+    for module in (convolution, layernorm, activations):
+        for name, (block, warps) in _LAUNCH.items():
+            _settle(getattr(module, name, None), block, warps)
+    return _Library(convolution.causal_conv1d, layernorm.rms_norm, activations.swiglu, cross_entropy_loss)
+
+
+def _settle(kernel: Any, block: dict[str, int], warps: int) -> None:
+    """Leave an autotuned kernel one of its configurations; one that has no such configuration stays as it is."""
+    while kernel is not None and not hasattr(kernel, "configs"):
+        kernel = getattr(kernel, "fn", None)
+    if kernel is not None:
+        same = [config for config in kernel.configs if config.kwargs == block and config.num_warps == warps]
+        kernel.configs = same[:1] or kernel.configs
+
+
+def _library(x: Tensor) -> _Library | None:
+    """What computes on ``x``: the library, or None for torch."""
+    if x.device.type != "cuda" or x.dtype not in _DTYPES or torch.compiler.is_compiling():
+        return None
+    return _load()
+
+
+def short_convolution(x: Tensor, weight: Tensor) -> Tensor:
+    """SiLU of the causal depthwise convolution: x [B,T,channels], weight [channels,width] → like x.
+
+    The last tap sees the token itself.
+    """
+    library = _library(x)
+    if library is not None:
+        return library.convolution(x, weight, activation="silu")[0]  # type: ignore[no-any-return]
+    taps = weight.to(x.dtype)
+    width = taps.shape[1]
+    if torch.compiler.is_compiling():  # shifted products, which the compiler makes one kernel of
+        padded = F.pad(x, (0, 0, width - 1, 0))
+        products = [padded[:, i : i + x.shape[1]] * taps[:, i] for i in range(width)]
+        return F.silu(torch.stack(products).sum(0))
+    padded = F.pad(x.transpose(1, 2), (width - 1, 0))
+    return F.silu(F.conv1d(padded, taps[:, None], groups=taps.shape[0]).transpose(1, 2))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean of squares + eps) · weight over the last dimension, in float32 inside; like x."""
+    library = _library(x)
+    if library is not None:
+        return library.rms_norm(x, weight, None, eps=eps)  # type: ignore[no-any-return]
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """SiLU(a) · b with (a, b) the two halves of x's last dimension."""
+    a, b = x.chunk(2, -1)
+    library = _library(x)
+    if library is not None:
+        return library.swiglu(a, b)  # type: ignore[no-any-return]
+    return F.silu(a) * b
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignored: int = -100) -> tuple[Tensor, Tensor]:
+    """Loss of the logits ``hidden`` · ``weight``ᵀ and whether the likeliest token is the target.
+
+    hidden [B,T,D], weight [V,D], targets int64 [B,T] (``ignored``: not scored). Returns the loss per token, float32
+    [B,T], 0 where nothing is scored, and bool [B,T]. The library makes no float32 copy of half-precision logits, and
+    there are never more than about ``LOGITS_AT_ONCE`` logits at a time.
+    """
+    rows, flat = hidden.flatten(0, 1), targets.flatten()
+    size = max(1, LOGITS_AT_ONCE // weight.shape[0])
+    if rows.shape[0] <= size:
+        loss, right = _cross_entropy(rows, weight, flat, ignored)
+    else:
+        parts = [
+            checkpoint(_cross_entropy, *part, ignored, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(rows.split(size), [weight] * -(-rows.shape[0] // size), flat.split(size), strict=True)
+        ]
+        loss, right = (torch.cat(column) for column in zip(*parts, strict=True))
+    return loss.view_as(targets), right.view_as(targets)
+
+
+def _cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    logits = F.linear(rows, weight)
+    right = logits.detach().argmax(-1) == targets
+    library = _library(logits)
+    if library is not None:
+        loss, _ = library.cross_entropy(logits, targets, ignore_index=ignored)
+        return loss, right
+    return F.cross_entropy(logits.float(), targets, ignore_index=ignored, reduction="none"), right
+
+
+class RMSNorm(nn.Module):
+    """``rms_norm`` with a learned weight of its own."""
+
+    def __init__(self, width: int, eps: float, gain: float = 1.0) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.full((width,), gain))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """W_out (SiLU(a) · b) with (a, b) = W_in x."""
+
+    def __init__(self, width: int, hidden: int, n_layers: int) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(width, 2 * hidden, bias=False)
+        self.out_proj = nn.Linear(hidden, width, bias=False)
+        nn.init.normal_(self.in_proj.weight, std=width**-0.5)
+        nn.init.normal_(self.out_proj.weight, std=(2 * n_layers * hidden) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(swiglu(self.in_proj(x)))  # type: ignore[no-any-return]

@@ -1,0 +1,417 @@
+"""The benchmark: its floors against the figures they were derived from, its checks, its command line, its tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+from natsl.kernels import bench, conformance, measure, rivals, tune, tuning
+from natsl.kernels.bench_report import KernelRow, Row, draw, kernel_table, line
+from natsl.kernels.roofline import (
+    H100,
+    Case,
+    Shape,
+    Work,
+    delta_backward,
+    delta_backward_split,
+    delta_forward,
+    delta_forward_split,
+    earlier_pairs,
+    for_dtype,
+    kernel_work,
+    op_work,
+    softmax_backward,
+    softmax_forward,
+    visible_pairs,
+)
+from natsl.kernels.workload import OPS, Options, differentiate, layer_inputs
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+# Three chunks of a tiny layer; what Triton's interpreter does in a second.
+TINY, TINY_TOKENS = bench.TINY, bench.TINY_TOKENS
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
+
+# Tokens → microseconds by kept fraction .1, .3, .5: softmax forward, its backward fused and split (operations alone);
+# then the delta rule forward, minimum and several kernels, backward, minimum and several. One sequence of the 340M
+# layer at 800 TFLOP/s and 3 TB/s.
+FIGURES: dict[int, tuple[list[float], list[float], list[float], float, float, float, float]] = {
+    4096: ([12.6, 15, 25], [13, 35, 57], [18, 50, 82], 12.6, 67, 27, 157),
+    32768: ([315, 932, 1549], [735, 2175, 3615], [1049, 3107, 5164], 101, 537, 213, 1258),
+    131072: ([4970, 14861, 24752], [11600, 34700, 57800], [16600, 49500, 82500], 403, 2147, 854, 5033),
+}
+
+
+def microseconds(work: Work) -> float:
+    return 1e3 * H100.floor_ms(work)
+
+
+@pytest.mark.parametrize("tokens", FIGURES)
+def test_floors_are_those_of_the_figures(tokens: int) -> None:
+    shape = Shape()
+    forward, fused, split, *delta = FIGURES[tokens]
+    for i, fraction in enumerate((0.1, 0.3, 0.5)):
+        case = Case(1, tokens, fraction)
+        assert microseconds(softmax_forward(shape, case)) == pytest.approx(forward[i], rel=0.05)
+        for figure, is_fused in ((fused[i], True), (split[i], False)):
+            products = Work(softmax_backward(shape, case, is_fused).flops, 0.0)
+            assert microseconds(products) == pytest.approx(figure, rel=0.05)
+        functions = (delta_forward, delta_forward_split, delta_backward, delta_backward_split)
+        assert [microseconds(f(shape, case)) for f in functions] == pytest.approx(delta, rel=0.05)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 50])
+def test_pairs_are_counted_one_by_one(tokens: int, fraction: float) -> None:
+    own = earlier = 0
+    for t in range(tokens):
+        for s in range(t + 1):
+            own += s // 16 == t // 16
+            earlier += s // 16 < t // 16
+    case = Case(1, tokens, fraction)
+    assert earlier_pairs(case, 16) == earlier
+    assert visible_pairs(case, 16) == pytest.approx(own + fraction * earlier)
+
+
+def test_work_grows_with_everything() -> None:
+    shape, case = Shape(), Case(2, 4096, 0.3)
+    for op in ("routed_softmax", "routed_delta_rule", "routed_mix", "branches", "layer"):
+        for small, large in zip(op_work(op, shape, case), op_work(op, shape, replace(case, batch=4)), strict=True):
+            assert large == Work(2 * small.flops, 2 * small.bytes)
+    whole = op_work("layer", shape, case)
+    parts = [op_work(op, shape, case) for op in ("routed_softmax", "routed_delta_rule", "routed_mix")]
+    assert whole[1].flops == pytest.approx(sum(part[1].flops for part in parts))
+    assert kernel_work(shape, case)["softmax_counterfactual"] == Work(0.0, 0.0)
+    assert kernel_work(shape, case, "insertion", 0.1)["softmax_counterfactual"].flops > 0
+    split = kernel_work(shape, case)
+    both = split["softmax_dq"].flops + split["softmax_dkv"].flops
+    assert both == pytest.approx(softmax_backward(shape, case, fused=False).flops)
+    assert for_dtype(H100, "float32").flops == pytest.approx(H100.flops / 6)
+    assert for_dtype(H100, "float16") == H100
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"heads": 0}, "heads = 0"),
+        ({"dtype": "float64"}, "dtype = 'float64'"),
+        ({"chunk_size": 48}, "chunk_size = 48"),
+        ({"key_dim": 264}, "key_dim = 264"),
+        ({"value_dim": 130, "softmax_per_head": 4}, "value_dim = 130"),
+    ],
+    ids=str,
+)
+def test_shape_names_what_is_wrong(options: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(named)):
+        Shape(**options)  # type: ignore[arg-type]
+
+
+def run_bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "natsl.kernels.bench", *arguments]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_help_answers_within_a_second() -> None:
+    seconds = []
+    for _ in range(3):  # the best counts: other tests run beside it
+        begin = time.perf_counter()
+        result = run_bench("--help")
+        seconds.append(time.perf_counter() - begin)
+        assert result.returncode == 0, result.stderr
+        assert "--first-call" in result.stdout
+        assert "--first-call-child" not in result.stdout
+    assert min(seconds) <= 1.0
+
+
+@without_gpu
+def test_without_cuda_one_line_and_exit_code_2() -> None:
+    result = run_bench()
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("No CUDA device")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@without_gpu
+@pytest.mark.parametrize("option", ["--tune", "--first-call"])
+def test_the_interpreter_times_nothing(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([option]) == 2
+    assert "need one" in capsys.readouterr().err
+
+
+@without_gpu
+def test_the_interpreter_checks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^\d+ checks good; largest error", out)
+    assert "No times" in out
+
+
+def test_a_red_check_is_named_and_nothing_is_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conformance, "OPS", {"gated_norm": OPS["gated_norm"]})
+    exact = differentiate
+
+    def wrong(op: str, tensors: dict[str, torch.Tensor], options: Options, *given: object) -> object:
+        outputs, gradients = exact(op, tensors, options, *given)  # type: ignore[arg-type]
+        if options.backend == "triton":
+            gradients = {**gradients, "gate": gradients["gate"] + 0.5}
+        return outputs, gradients
+
+    monkeypatch.setattr(conformance, "differentiate", wrong)
+    device = CPU if not torch.cuda.is_available() else torch.device("cuda", 0)
+    assert not bench._check(TINY, TINY_TOKENS, device, 0.5, ("none",))
+    first, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"WRONG gated_norm, any route: gradient of gate is off by \d\.\d+e-02, allowed 1.0e-05", first)
+    assert last.startswith("1 of 5 checks failed: nothing is timed")
+
+
+def test_difference_is_infinite_for_what_is_not_a_number() -> None:
+    expected = torch.tensor([4.0, 1.0])
+    assert conformance.difference(torch.tensor([4.0, 1.4]), expected) == pytest.approx(0.1)
+    assert conformance.difference(torch.tensor([4.0, float("nan")]), expected) == float("inf")
+    assert conformance.difference(torch.ones(3), expected) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--lengths", "4096,x"], "'x' is not allowed: an integer ≥ 1"),
+        (["--batch", "0"], "'0' is not allowed"),
+        (["--fractions", "0.3,1.5"], "'1.5' is not allowed: a number in [0, 1]"),
+        (["--rate", "0"], "'0' is not allowed: a number in (0, 1]"),
+        (["--against", "sdpa,fla"], "'fla' is not allowed: sdpa, flex, torch or none"),
+        (["--chunk", "48"], "invalid choice: 48"),
+        (["--dtype", "float64"], "invalid choice: 'float64'"),
+        (["--key-dim", "512"], "key_dim = 512 is not allowed: it must be ≤ 256"),
+        (["--softmax-per-head", "3"], "key_dim = 128 is not allowed"),
+        (["--ship", "table.json"], "--ship PATH is not allowed without --tune"),
+        (["--tune", "--first-call"], "choose one"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_named(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        bench.main(arguments)
+    assert exit_.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_which_cases_are_timed() -> None:
+    def cases(*arguments: str) -> list[Case]:
+        return bench._cases(bench.parser().parse_args(arguments))
+
+    assert len(cases()) == 21
+    assert {case.tokens for case in cases() if case.batch == 8} == {4096}
+    assert cases("--quick") == [Case(1, 4096, 0.3), Case(1, 16384, 0.3)]
+    assert cases("--lengths", "100,200", "--batch", "3", "--fractions", "0.5") == [Case(3, 100, 0.5), Case(3, 200, 0.5)]
+
+
+@without_gpu
+def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of the benchmark but the clock, on the interpreter."""
+    monkeypatch.setattr(measure, "time_ms", lambda function, **options: 2.0)
+    monkeypatch.setattr(measure, "peak_gib", lambda function, inputs: 0.5)
+    monkeypatch.setattr(measure, "ceilings", lambda: H100)
+    monkeypatch.setattr(measure, "kernel_times", lambda function: {"_forward_kernel": (0.25, 1), "add": (0.5, 3)})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    arguments = ["--lengths", "36", "--fractions", "0.5", "--against", "sdpa", "--out"]
+    bench._bench(bench.parser().parse_args([*arguments, str(tmp_path / "new" / "folder")]), TINY, CPU)
+    out = capsys.readouterr().out
+    assert max(len(text) for text in out.splitlines() if not text.startswith("Written")) <= 120
+    result = json.loads((tmp_path / "new" / "folder" / "bench.json").read_text())
+    names = [row["name"] for row in result["rows"]]
+    assert names == [
+        "routed_softmax",
+        "routed_delta_rule",
+        "branches",
+        "routed_mix",
+        "layer",
+        "layer, insertion 0.1",
+        "dense, SDPA cuDNN",
+    ]
+    layer = result["rows"][4]
+    assert (layer["forward_ms"], layer["both_ms"], layer["peak_gib"]) == (2.0, 2.0, 0.5)
+    assert 0 < layer["floor_forward_ms"] < layer["floor_both_ms"]
+    assert result["rows"][-1]["note"].startswith("skipped: ")  # no cuDNN here
+    assert {row["kernel"] for row in result["kernels"]} >= {"softmax_forward", "mix_forward", "torch, in routed_mix"}
+    assert (tmp_path / "new" / "folder" / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_fit_and_shares_are_right(tmp_path: Path) -> None:
+    row = Row("dense, SDPA cuDNN", 1, 131072, None, 82.9, 300.6, 300.2, 41.45, 150.1, 12.25)
+    text = line(row)
+    assert len(text) <= 120
+    assert re.findall(r"(\d+)%", text) == ["50", "50"]
+    kernels = [KernelRow("softmax_forward", 1, tokens, 0.3, 2.0, 1, 1.0) for tokens in bench.LENGTHS]
+    kernels.append(KernelRow("torch, in routed_softmax", 8, 4096, 0.3, 0.5, 4, None))
+    table = kernel_table(kernels).splitlines()
+    assert max(map(len, table)) <= 120
+    assert "2.000 50%" in table[2]
+    draw(tmp_path / "x.png", [row, replace(row, name="layer", fraction=0.3)], 0.3, "title")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("chunk_size", [32, 64, 128])
+def test_block_mask_is_that_of_the_routes(chunk_size: int) -> None:
+    tokens, heads = 640, 4
+    route = (torch.rand(2, tokens // chunk_size, 2) < 0.6).float()
+    ours = rivals.routed_block_mask(route, tokens, heads, chunk_size)
+    assert ours.mask_mod is not None
+    expected = create_block_mask(ours.mask_mod, 2, heads, tokens, tokens, device="cpu", BLOCK_SIZE=rivals.FLEX_BLOCK)
+    assert torch.equal(ours.to_dense(), expected.to_dense())
+    assert torch.equal(ours.kv_num_blocks, expected.kv_num_blocks)
+    assert ours.full_kv_num_blocks is not None
+    assert expected.full_kv_num_blocks is not None
+    assert torch.equal(ours.full_kv_num_blocks, expected.full_kv_num_blocks)
+
+
+def test_block_mask_needs_whole_blocks() -> None:
+    with pytest.raises(ValueError, match="100 tokens"):
+        rivals.routed_block_mask(torch.ones(1, 2, 1), 100, 1, 64)
+
+
+def test_candidates_are_parameters_of_the_kernels() -> None:
+    device = CPU if not torch.cuda.is_available() else torch.device("cuda", 0)
+    inputs = layer_inputs(TINY, 1, TINY_TOKENS, 0.5, device)
+    stepped = set()
+    for (op, _), kernels in tune.STEPS.items():
+        with tuning.observed() as seen:
+            differentiate(op, inputs, Options(TINY.chunk_size, "insertion", 1.0, "triton"))
+        for kernel in kernels:
+            stepped.add(kernel)
+            default = seen[kernel][1]
+            for candidate in tune.CANDIDATES[kernel]:
+                assert set(candidate) <= set(default), kernel
+            for dtype in ("bfloat16", "float32"):
+                found = tune.candidates(kernel, default, dtype)
+                assert found
+                assert default not in found
+                assert all(list(item) == list(default) for item in found)
+        fixed = {"delta_scan"}  # its blocks follow from the number of heads and sequences
+        assert set(seen) <= fixed | {name for (other, _), names in tune.STEPS.items() if other == op for name in names}
+    assert stepped == set(tune.CANDIDATES)
+    assert stepped | fixed == set(kernel_work(Shape(), Case(1, 64, 0.5)))
+    assert stepped <= {name for names in bench.KERNELS.values() for name in names.values()}
+
+
+@without_gpu
+def test_tuning_keeps_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "STEPS", {("gated_norm", False): ("mix_forward",)})
+    seconds = {1: 3.0, 2: 0.5, 8: 0.9, 16: 0.8}
+    tried = [{"BLOCK_ROWS": rows} for rows in (2, 8, 16, 1, 3)]
+    monkeypatch.setattr(tune, "candidates", lambda kernel, default, dtype: [default | item for item in tried])
+    exact = differentiate
+
+    def rows() -> int:
+        return tuning._forced.get("mix_forward", {}).get("BLOCK_ROWS", 64)
+
+    def differentiated(*arguments: object) -> object:
+        outputs, gradients = exact(*arguments)  # type: ignore[arg-type]
+        return ((outputs[0] + 0.1,), gradients) if rows() == 2 else (outputs, gradients)
+
+    monkeypatch.setattr(tune, "differentiate", differentiated)
+    monkeypatch.setattr(tune, "_time", lambda *_: seconds.get(rows(), 1.0))
+    reported: list[tune.Choice] = []
+    found = tune.tune(TINY, CPU, reported.append, [Case(1, TINY_TOKENS, 0.5)])
+    (choice,) = reported
+    assert found == {"mix_forward": {choice.key: choice.best}}
+    assert choice.best["BLOCK_ROWS"] == 16
+    assert choice.share == pytest.approx(0.8)
+    assert len(choice.skipped) == 2  # wrong by 0.1; not a power of two
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's table in a folder of the test, an H100 by name, nothing shipped."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped.json")
+    monkeypatch.setattr(tuning, "_device_name", lambda index: "NVIDIA H100 80GB HBM3")
+    tuning._tables.cache_clear()
+    yield tuning.stored_path()
+    tuning._tables.cache_clear()
+
+
+def picked() -> dict[str, int]:
+    return tuning.pick("softmax_dq", "bfloat16 C64", torch.device("cuda", 0), {"BLOCK_M": 64, "num_warps": 4})
+
+
+def test_what_is_forced_stored_or_shipped_is_picked(tables: Path) -> None:
+    assert picked() == {"BLOCK_M": 64, "num_warps": 4}
+    tuning.SHIPPED.write_text('{"H100": {}}')
+    found = {"softmax_dq": {"bfloat16 C64": {"BLOCK_M": 128, "num_warps": 8, "RENAMED": 1}}}
+    tuning.store(tuning.SHIPPED, "NVIDIA H100 80GB HBM3", found)
+    assert json.loads(tuning.SHIPPED.read_text()) == {"H100": found}
+    assert picked() == {"BLOCK_M": 128, "num_warps": 8}  # of the stored names, those that the kernel has
+    tuning.store(tables, "NVIDIA H100 80GB HBM3", {"softmax_dq": {"bfloat16 C64": {"BLOCK_M": 32}}})
+    tuning.store(tables, "NVIDIA H100 80GB HBM3", {"softmax_dq": {"bfloat16 C32": {"BLOCK_M": 16}}})
+    assert picked() == {"BLOCK_M": 32, "num_warps": 4}
+    assert set(json.loads(tables.read_text())["NVIDIA H100 80GB HBM3"]["softmax_dq"]) == {
+        "bfloat16 C32",
+        "bfloat16 C64",
+    }
+    with tuning.forced({"softmax_dq": {"num_warps": 2}}):
+        assert picked() == {"BLOCK_M": 32, "num_warps": 2}
+        with tuning.untuned():
+            assert picked() == {"BLOCK_M": 64, "num_warps": 2}
+    assert sorted(path.name for path in tables.parent.iterdir()) == ["tuned.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"H100": []}', '{"H100": {"a": {"b": {"BLOCK_M": "64"}}}}'])
+def test_a_damaged_table_is_named(tables: Path, text: str) -> None:
+    tables.parent.mkdir(parents=True)
+    tables.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(tables))):
+        picked()
+
+
+def test_the_shipped_table_is_one() -> None:
+    table = tuning.read_table(ROOT / "kernels" / "tuned.json")
+    assert "H100" in table
+    for kernels in table.values():
+        assert set(kernels) <= set(tune.CANDIDATES)
+
+
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class NoGPU:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+driver.set_active(NoGPU())
+from natsl.kernels import mix_triton, tuning
+x, weight = torch.randn(1, 8, 2, 16, dtype=torch.bfloat16), torch.ones(16)
+def run():
+    y = mix_triton._forward(x, x, weight, 1e-6, [])
+    mix_triton._backward(y, x, x, weight, 1e-6, [])
+def failing():
+    with tuning.forced({"mix_forward": {"BLOCK_ROWS": 3}}):
+        run()
+print(tuning.compile_ahead(run, 2), tuning.compile_ahead(run, 2), tuning.compile_ahead(failing, 2))
+"""
+
+
+def test_kernels_compile_ahead_without_being_launched(tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["2", "0", "0"]  # forward and backward; both there; one that does not compile

@@ -1,0 +1,229 @@
+"""The parts around the routed ops against their formulas, and the choice of who computes them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from natsl import layers
+from natsl.layers import linear_cross_entropy, rms_norm, short_convolution, swiglu
+from tests.oracles import assert_near
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both sides of what is chosen by whether the compiler is tracing."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "compiled")
+    return str(request.param)
+
+
+def convolved(x: Tensor, weight: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for t in range(x.shape[1]):
+        for tap in range(min(weight.shape[1], t + 1)):
+            out[:, t] = out[:, t] + weight[:, weight.shape[1] - 1 - tap] * x[:, t - tap]
+    return out * torch.sigmoid(out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "width"), [(1, 4), (3, 4), (21, 4), (9, 1)])
+def test_short_convolution(T: int, width: int, dtype: torch.dtype, mode: str) -> None:
+    x, weight = torch.randn(2, T, 6, dtype=dtype), torch.randn(6, width)
+    y = short_convolution(x, weight)
+    assert y.dtype is dtype
+    assert_near(y, convolved(x.double(), weight.to(dtype).double()), dtype)
+
+
+def test_short_convolution_gradients(mode: str) -> None:
+    x, weight = torch.randn(2, 7, 3, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(short_convolution, (x.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm(dtype: torch.dtype) -> None:
+    x, weight = 3 * torch.randn(2, 5, 3, 8, dtype=dtype), torch.rand(8) + 0.5
+    wide, w = x.double(), weight.to(dtype).double()
+    expected = w * wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert_near(rms_norm(x, weight, 1e-6), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 5, 14, dtype=dtype)
+    a, b = x.double().split(7, -1)
+    assert_near(swiglu(x), a * torch.sigmoid(a) * b, dtype)
+
+
+def test_half_precision_stays_half_under_autocast() -> None:
+    """Autocast makes float32 of some functions' inputs; what comes after must not see two dtypes."""
+    x = torch.randn(2, 5, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = [rms_norm(x, torch.ones(8), 1e-6), swiglu(x), short_convolution(x, torch.randn(8, 4))]
+        loss, _ = linear_cross_entropy(x, torch.randn(11, 8), torch.zeros(2, 5, dtype=torch.int64))
+    assert {y.dtype for y in outputs} == {torch.bfloat16}
+    assert loss.dtype is torch.float32
+
+
+def loss_case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = torch.randn(3, 7, 5, dtype=dtype), torch.randn(11, 5, dtype=dtype)
+    targets = torch.randint(0, 11, (3, 7))
+    targets[0, :4] = targets[2] = -100
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+@pytest.mark.parametrize("parts", [1, 2, 21], ids=lambda n: f"{n} parts")
+def test_linear_cross_entropy(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = loss_case()
+    logits = hidden @ weight.T
+    expected = torch.zeros(3, 7, dtype=torch.float64)
+    for b in range(3):
+        for t in range(7):
+            if targets[b, t] >= 0:
+                expected[b, t] = logits[b, t].logsumexp(0) - logits[b, t, targets[b, t]]
+    upstream = torch.randn(3, 7, dtype=torch.float64)
+    grads = torch.autograd.grad((expected * upstream).sum(), (hidden, weight))
+    monkeypatch.setattr(layers, "LOGITS_AT_ONCE", 11 * -(-21 // parts))
+    loss, right = linear_cross_entropy(hidden, weight, targets)
+    assert loss.dtype is torch.float32, "as in training, whatever the model computes in"
+    assert_near(loss, expected)
+    assert torch.equal(right, logits.argmax(-1) == targets)
+    for actual, wanted in zip(torch.autograd.grad((loss * upstream).sum(), (hidden, weight)), grads, strict=True):
+        assert_near(actual, wanted, torch.float32)
+
+
+def test_logits_are_made_in_parts_only_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        sizes.append(x.shape[0])
+        return x @ weight.T
+
+    monkeypatch.setattr(F, "linear", linear)
+    hidden, weight, targets = loss_case(torch.float32)
+    linear_cross_entropy(hidden, weight, targets)
+    monkeypatch.setattr(layers, "LOGITS_AT_ONCE", 100)
+    linear_cross_entropy(hidden, weight, targets)
+    assert sizes == [21, 9, 9, 3]
+
+
+# Who computes
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Counts how often the library is asked for."""
+    asked: list[str] = []
+    monkeypatch.setattr(layers, "_load", lambda: asked.append("library"))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "compiling", "expected"),
+    [
+        ("cuda", torch.bfloat16, False, 1),
+        ("cuda", torch.float32, False, 1),
+        ("cuda", torch.float64, False, 0),
+        ("cuda", torch.bfloat16, True, 0),
+        ("cpu", torch.bfloat16, False, 0),
+    ],
+    ids=["half", "single", "double", "compiling", "cpu"],
+)
+def test_the_library_is_for_cuda_outside_the_compiler(
+    device: str,
+    dtype: torch.dtype,
+    compiling: bool,
+    expected: int,
+    loads: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    x: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    layers._library(x)
+    assert len(loads) == expected
+
+
+def test_a_missing_library_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fla", None)
+    layers._load.cache_clear()
+    with pytest.warns(UserWarning, match=r"fla-core cannot be used .* pip install 'natsl\[cuda\]' adds it"):
+        assert layers._load() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert layers._load() is None
+    layers._load.cache_clear()
+
+
+def test_the_library_is_not_imported_on_a_cpu() -> None:
+    code = """
+import sys, torch
+from natsl.config import ModelConfig
+from natsl.model import RoutedLM
+from natsl.space.policy import RoutingPolicy
+model = RoutedLM(ModelConfig())
+x = torch.zeros(1, 5, dtype=torch.int64)
+model.token_losses(x, RoutingPolicy.all_delta(model.kinds, 16), x).loss.sum().backward()
+print([name for name in ("fla", "einops") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_one_configuration_is_left_where_it_exists() -> None:
+    def kernel() -> SimpleNamespace:
+        configs = [SimpleNamespace(kwargs={"B": b}, num_warps=w) for b in (32, 64) for w in (4, 8)]
+        return SimpleNamespace(fn=SimpleNamespace(configs=configs))
+
+    known, unknown = kernel(), kernel()
+    layers._settle(known, {"B": 64}, 4)
+    assert [(c.kwargs, c.num_warps) for c in known.fn.configs] == [({"B": 64}, 4)]
+    layers._settle(unknown, {"B": 128}, 4)
+    assert len(unknown.fn.configs) == 4
+    layers._settle(None, {"B": 64}, 4)
+    layers._settle(SimpleNamespace(), {"B": 64}, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("part", ["convolution", "norm of heads", "norm of a row", "swiglu", "loss"])
+def test_the_library_equals_torch_in_double_precision(part: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("fla")
+    targets = torch.randint(0, 384, (2, 150), device=CUDA)
+    targets[:, ::3] = -100
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        if part == "convolution":
+            return short_convolution(x, weight)
+        if part == "swiglu":
+            return swiglu(x)
+        if part == "loss":
+            return linear_cross_entropy(x, weight.to(x.dtype), targets)[0]
+        return rms_norm(x.unflatten(-1, (-1, weight.shape[0])), weight, 1e-6)
+
+    shape = {"convolution": (192, 4), "norm of heads": (64,), "norm of a row": (192,), "loss": (384, 192)}.get(
+        part, (1,)
+    )
+    x = torch.randn(2, 150, 192, device=CUDA, dtype=dtype)
+    weight = torch.randn(shape, device=CUDA)
+    if part == "loss":
+        weight = weight.to(dtype).float() * 192**-0.5
+    results = []
+    for kind in (dtype, torch.float64):
+        a, w = x.to(kind).requires_grad_(), weight.to(kind if kind is torch.float64 else torch.float32).requires_grad_()
+        y = run(a, w)
+        upstream = torch.linspace(-1, 1, y.numel(), device=CUDA, dtype=torch.float64).view_as(y)
+        y.backward(upstream.to(y.dtype))
+        results.append([y.detach(), a.grad, w.grad])
+    for actual, expected in zip(*results, strict=True):
+        if actual is not None and expected is not None:
+            assert_near(actual.cpu(), expected.cpu(), dtype)
