@@ -13,8 +13,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from natsl.kernels.delta_triton import delta_backward, delta_forward, last_contiguous
+from natsl.kernels.delta_triton import fake_forward as fake_delta
+from natsl.kernels.library import register
+from natsl.kernels.softmax_triton import fake_forward as fake_softmax
 from natsl.kernels.softmax_triton import softmax_backward, softmax_forward
 
 A = TypeVar("A")
@@ -49,142 +53,90 @@ def _split_values(v: Tensor, heads: int) -> Tensor:
     return split
 
 
-@torch.library.custom_op("natsl::routed_branches", mutates_args=())
-def _forward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_softmax: Tensor,
-    k_softmax: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    route: Tensor,
-    sampled: Tensor,
-    written: Tensor,
-    chunk_size: int,
-    scale: float,
-    scale_softmax: float,
-    counterfactual: str,
-) -> list[Tensor]:
+def _run_forward(
+    q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
+    chunk_size: int, scale: float, scale_softmax: float,
+) -> list[Tensor]:  # fmt: skip
     v_softmax = _split_values(v, q_softmax.shape[2])
     (o_delta, _, saved), softmax = _side_by_side(
         q.device,
         lambda: delta_forward(q, k, v, g, beta, route, None, None, chunk_size, scale, True, False),
         lambda: softmax_forward(q_softmax, k_softmax, v_softmax, route, None, chunk_size, scale_softmax),
     )
-    return [o_delta, *softmax, *saved]
+    return [*softmax, o_delta, *saved]
 
 
-@_forward_op.register_fake
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_softmax: Tensor,
-    k_softmax: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    route: Tensor,
-    sampled: Tensor,
-    written: Tensor,
-    chunk_size: int,
-    scale: float,
-    scale_softmax: float,
-    counterfactual: str,
-) -> list[Tensor]:
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
+    chunk_size: int, scale: float, scale_softmax: float,
+) -> list[Tensor]:  # fmt: skip
     v_softmax = _split_values(v, q_softmax.shape[2])
-    delta = torch.ops.natsl.routed_delta_rule(q, k, v, g, beta, route, None, None, chunk_size, scale, True, False)
-    zero = torch.empty_like(route)
-    softmax = torch.ops.natsl.routed_softmax(
-        q_softmax, k_softmax, v_softmax, route, zero, None, chunk_size, scale_softmax, "none"
-    )
-    return [delta[0], *softmax, *delta[2:]]
+    o_delta, _, *saved = fake_delta(q, k, v, g, beta, route, None, None, chunk_size, scale, True, False)
+    return [*fake_softmax(q_softmax, k_softmax, v_softmax, route), o_delta, *saved]
 
 
-@torch.library.custom_op("natsl::routed_branches_backward", mutates_args=())
-def _backward_op(
-    do_delta: Tensor,
-    do_softmax: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_softmax: Tensor,
-    k_softmax: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    route: Tensor,
-    sampled: Tensor,
-    written: Tensor,
-    softmax: list[Tensor],
-    saved: list[Tensor],
-    chunk_size: int,
-    scale: float,
-    scale_softmax: float,
-    counterfactual: str,
-    want_route: bool,
-) -> list[Tensor]:
+def _run_backward(
+    do_delta: Tensor, do_softmax: Tensor, q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor,
+    g: Tensor, beta: Tensor, route: Tensor, sampled: Tensor, written: Tensor, softmax: list[Tensor],
+    delta: list[Tensor], chunk_size: int, scale: float, scale_softmax: float, counterfactual: str, want_route: bool,
+) -> list[Tensor]:  # fmt: skip
     v_softmax = _split_values(v, q_softmax.shape[2])
     o, lse, starts, count = softmax
-    delta, (dq_softmax, dk_softmax, dv_softmax, droute) = _side_by_side(
+    from_delta, (dq_softmax, dk_softmax, dv_softmax, droute) = _side_by_side(
         q.device,
-        lambda: delta_backward(
-            do_delta, None, q, k, v, g, beta, route, False, None, saved, chunk_size, scale, True
-        ),
+        lambda: delta_backward(do_delta, None, q, k, v, g, beta, route, False, None, delta, chunk_size, scale, True),
         lambda: softmax_backward(
             do_softmax, q_softmax, k_softmax, v_softmax, o, lse, route, starts, count, sampled, None, chunk_size,
             scale_softmax, counterfactual, want_route,
         ),
     )  # fmt: skip
-    dq, dk, dv, dg, dbeta, droute_delta, _ = delta
-    dv = dv.add_(dv_softmax.view(dv.shape))
+    dq, dk, dv, dg, dbeta, droute_delta, _ = from_delta
+    dv.add_(dv_softmax.view(dv.shape))
     if want_route:
         droute = torch.addcmul(droute, droute_delta, written)
     return [dq, dk, dv, dq_softmax, dk_softmax, dg, dbeta, droute]
 
 
-@_backward_op.register_fake
-def _backward_fake(
-    do_delta: Tensor,
-    do_softmax: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_softmax: Tensor,
-    k_softmax: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    route: Tensor,
-    sampled: Tensor,
-    written: Tensor,
-    softmax: list[Tensor],
-    saved: list[Tensor],
-    chunk_size: int,
-    scale: float,
-    scale_softmax: float,
-    counterfactual: str,
-    want_route: bool,
-) -> list[Tensor]:
-    inputs = (q, k, v, q_softmax, k_softmax, g, beta, route)
-    return [x.new_empty(x.shape) for x in inputs]
+def _fake_backward(do_delta: Tensor, do_softmax: Tensor, *inputs: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in inputs[:8]]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:10], *output[1:5], output[0], *output[5:])
-    ctx.options = inputs[10:]
-    ctx.mark_non_differentiable(*output[2:])
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor q_softmax, Tensor k_softmax, Tensor g, Tensor beta, Tensor route"
+_OPTIONS = "int chunk_size, float scale, float scale_softmax"
+_forward_op = register("routed_branches", f"({_INPUTS}, {_OPTIONS}) -> Tensor[]", _run_forward, _fake_forward)
+_backward_op = register(
+    "routed_branches_backward",
+    f"(Tensor do_delta, Tensor do_softmax, {_INPUTS}, Tensor sampled, Tensor written, Tensor[] softmax, "
+    f"Tensor[] delta, {_OPTIONS}, str counterfactual, bool want_route) -> Tensor[]",
+    _run_backward,
+    _fake_backward,
+)
 
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    inputs, softmax, saved = tensors[:10], tensors[10:14], tensors[14:]
-    do_delta, do_softmax = last_contiguous(grads[0]), last_contiguous(grads[1])
-    results = _backward_op(
-        do_delta, do_softmax, *inputs, list(softmax), list(saved), *ctx.options, ctx.needs_input_grad[7]
-    )
-    return (*results, *[None] * 6)
+class _RoutedBranches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        tensors, weights, options, counterfactual = inputs[:8], inputs[8:10], inputs[10:13], inputs[13]
+        results = _forward_op(*tensors, *options)
+        ctx.save_for_backward(*tensors, *weights, *results)
+        ctx.options = (*options, counterfactual)
+        ctx.set_materialize_grads(False)
+        return results[4], results[0]
 
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        inputs, softmax, delta = tensors[:10], list(tensors[10:14]), list(tensors[14:])
+        do_delta, do_softmax = (
+            torch.zeros_like(o) if do is None else last_contiguous(do)
+            for do, o in zip(grads, (delta[0], softmax[0]), strict=True)
+        )
+        want_route = ctx.needs_input_grad[7]
+        results = _backward_op(do_delta, do_softmax, *inputs, softmax, delta, *ctx.options, want_route)
+        if not want_route:
+            results[7] = None
+        return (*results, *[None] * 6)
 
 
 def routed_branches(
@@ -207,7 +159,7 @@ def routed_branches(
 
     ``sampled`` and ``written`` [B,N,R] float32 weigh the softmax and the delta side of the routes' gradient.
     """
-    o_delta, o_softmax, *_ = _forward_op(
+    o_delta, o_softmax = _RoutedBranches.apply(  # type: ignore[no-untyped-call]
         *(last_contiguous(x) for x in (q, k, v, q_softmax, k_softmax)),
         g.float().contiguous(),
         beta.float().contiguous(),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from natsl.kernels import tuning
 from natsl.kernels.delta_kernels import (
@@ -22,6 +23,7 @@ from natsl.kernels.delta_kernels import (
     prepare_kernel,
     scan_kernel,
 )
+from natsl.kernels.library import register
 from natsl.kernels.routing_triton import packed_blocks
 
 
@@ -163,7 +165,7 @@ def delta_forward(
         columns //= 2
     default = {"BV": columns, "num_warps": 4, "num_stages": _stages(q, C)}
     options = tuning.pick("delta_scan", key, q.device, default)
-    scan_kernel[(triton.cdiv(V, options["BV"]), S * R)](
+    scan_kernel[(-(-V // options["BV"]), S * R)](
         k, v, w, a, beta, cum, rk, total, written, count, gap, starts, ends, offset,
         total if initial_state is None else initial_state, state, final, T, N, slots, *k.stride()[:3], *v.stride()[:3],
         R=R, C=C, K=K, V=V, BK=BK, HAS_INITIAL=initial_state is not None, HAS_FINAL=want_final, PACKED=packed,
@@ -171,7 +173,7 @@ def delta_forward(
     )  # fmt: skip
     default = {"BV": _columns(q, C, 128), "num_warps": 4, "num_stages": 2}
     options = tuning.pick("delta_output", key, q.device, default)
-    output_kernel[(N * triton.cdiv(V, options["BV"]), B * R)](
+    output_kernel[(N * -(-V // options["BV"]), B * R)](
         v, qe, pa, beta, state, slot, gap, starts, ends, o, T, N, slots, *v.stride()[:3],
         R=R, C=C, K=K, V=V, BK=BK, PACKED=packed, PRECISION=precision, **options,
     )  # fmt: skip
@@ -209,7 +211,7 @@ def delta_backward(
 
     default = {"BV": _columns(q, C, 32), "num_warps": 4, "num_stages": _stages(q, C)}
     options = tuning.pick("delta_backward_scan", key, q.device, default)
-    backward_scan_kernel[(triton.cdiv(V, options["BV"]), S * R)](
+    backward_scan_kernel[(-(-V // options["BV"]), S * R)](
         k, do, w, qe, cum, rk, total, route, starts, ends, offset, total if dfinal is None else dfinal, ds, dinitial,
         T, N, *k.stride()[:3], *do.stride()[:3],
         R=R, C=C, K=K, V=V, BK=BK, HAS_INITIAL=has_initial, HAS_FINAL=dfinal is not None, PACKED=packed,
@@ -242,111 +244,66 @@ def delta_backward(
     return grads
 
 
-Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+def _run_forward(*arguments: Any) -> list[Tensor]:
+    o, final, saved = delta_forward(*arguments)
+    return [o, final, *saved]
 
 
-@torch.library.custom_op("natsl::routed_delta_rule", mutates_args=())
-def _forward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    route: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
-    scale: float,
-    normalise: bool,
-    want_final: bool,
-) -> Saved:
-    o, final, saved = delta_forward(
-        q, k, v, g, beta, route, initial_state, cu_seqlens, chunk_size, scale, normalise, want_final
-    )
-    return (o, final, *saved)  # type: ignore[return-value]
+def fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, route: Tensor, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, chunk_size: int, scale: float, normalise: bool, want_final: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Outputs of the forward op, unwritten."""
+    return _allocate(q, v, route, cu_seqlens, chunk_size, want_final)
 
 
-@_forward_op.register_fake
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    route: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
-    scale: float,
-    normalise: bool,
-    want_final: bool,
-) -> Saved:
-    return (*_allocate(q, v, route, cu_seqlens, chunk_size, want_final),)  # type: ignore[return-value]
+def _fake_backward(
+    do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, route: Tensor,
+    has_initial: bool, cu_seqlens: Tensor | None, *unused: Any,
+) -> list[Tensor]:  # fmt: skip
+    return list(_allocate_grads(q, v, route, cu_seqlens, has_initial))
 
 
-@torch.library.custom_op("natsl::routed_delta_rule_backward", mutates_args=())
-def _backward_op(
-    do: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    route: Tensor,
-    has_initial: bool,
-    cu_seqlens: Tensor | None,
-    saved: list[Tensor],
-    chunk_size: int,
-    scale: float,
-    normalise: bool,
-) -> Grads:
-    return delta_backward(  # type: ignore[return-value]
-        do, dfinal, q, k, v, g, beta, route, has_initial, cu_seqlens, saved, chunk_size, scale, normalise
-    )
+_forward_op = register(
+    "routed_delta_rule",
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor route, Tensor? initial_state, Tensor? cu_seqlens, "
+    "int chunk_size, float scale, bool normalise, bool want_final) -> Tensor[]",
+    _run_forward,
+    fake_forward,
+)
+_backward_op = register(
+    "routed_delta_rule_backward",
+    "(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor route, bool has_initial, "
+    "Tensor? cu_seqlens, Tensor[] saved, int chunk_size, float scale, bool normalise) -> Tensor[]",
+    lambda *arguments: list(delta_backward(*arguments)),
+    _fake_backward,
+)
 
 
-@_backward_op.register_fake
-def _backward_fake(
-    do: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    route: Tensor,
-    has_initial: bool,
-    cu_seqlens: Tensor | None,
-    saved: list[Tensor],
-    chunk_size: int,
-    scale: float,
-    normalise: bool,
-) -> Grads:
-    return (*_allocate_grads(q, v, route, cu_seqlens, has_initial),)  # type: ignore[return-value]
+class _RoutedDeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        o, final, *saved = _forward_op(*inputs)
+        q, k, v, g, beta, route, initial_state, cu_seqlens, chunk_size, scale, normalise, want_final = inputs
+        ctx.save_for_backward(q, k, v, g, beta, route, cu_seqlens, o, *saved)
+        ctx.options = (chunk_size, scale, normalise)
+        ctx.has_initial = initial_state is not None
+        ctx.set_materialize_grads(False)
+        if not want_final:
+            ctx.mark_non_differentiable(final)
+        return o, final
 
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Saved) -> None:
-    q, k, v, g, beta, route, initial_state, cu_seqlens, chunk_size, scale, normalise, want_final = inputs
-    ctx.save_for_backward(q, k, v, g, beta, route, cu_seqlens, output[0], *output[2:])
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)
-    ctx.options = (chunk_size, scale, normalise, want_final, initial_state is not None)
-
-
-def _backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    q, k, v, g, beta, route, cu_seqlens, *saved = ctx.saved_tensors
-    chunk_size, scale, normalise, want_final, has_initial = ctx.options
-    do = torch.zeros_like(v) if do is None else last_contiguous(do)
-    dfinal = dfinal.contiguous() if want_final and dfinal is not None else None
-    *grads, dinitial = _backward_op(
-        do, dfinal, q, k, v, g, beta, route, has_initial, cu_seqlens, saved, chunk_size, scale, normalise
-    )
-    return (*grads, dinitial if has_initial else None, None, None, None, None, None)
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, g, beta, route, cu_seqlens, *saved = ctx.saved_tensors
+        do, dfinal = grads
+        do = torch.zeros_like(v) if do is None else last_contiguous(do)
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        *results, dinitial = _backward_op(
+            do, dfinal, q, k, v, g, beta, route, ctx.has_initial, cu_seqlens, saved, *ctx.options
+        )
+        return (*results, dinitial if ctx.has_initial else None, *[None] * 5)
 
 
 def routed_delta_rule(
@@ -367,7 +324,7 @@ def routed_delta_rule(
 
     Routes are 0 or 1; route.grad holds both sides (``natsl.kernels.reference.weighted_route`` restricts it).
     """
-    o, final, *_ = _forward_op(
+    o, final = _RoutedDeltaRule.apply(
         last_contiguous(q),
         last_contiguous(k),
         last_contiguous(v),

@@ -21,8 +21,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from natsl.kernels import tuning
+from natsl.kernels.library import register
 from natsl.kernels.reference import MAX_EXPONENT
 from natsl.kernels.routing_triton import kept_chunks, packed_blocks
 
@@ -636,61 +638,58 @@ def sample_unchosen(unchosen: Tensor, counterfactual: str, rate: float) -> Tenso
     return weight.contiguous()
 
 
-@torch.library.custom_op("natsl::routed_softmax", mutates_args=())
-def _routed_softmax(
-    q: Tensor, k: Tensor, v: Tensor, route: Tensor, sampled: Tensor, cu_seqlens: Tensor | None,
-    chunk_size: int, scale: float, counterfactual: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return softmax_forward(q, k, v, route, cu_seqlens, chunk_size, scale)
-
-
-@_routed_softmax.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, route: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake_forward(q: Tensor, k: Tensor, v: Tensor, route: Tensor, *unused: Any) -> list[Tensor]:
+    """Outputs of the forward op, unwritten."""
     B, T, Hq, _ = q.shape
     N, R = route.shape[1:]
-    return (
+    return [
         q.new_empty(B, T, Hq, v.shape[3]),
         q.new_empty(B, Hq, T, dtype=torch.float32),
         q.new_empty(B, R, N, dtype=torch.int32),
         q.new_empty(B, R, N + 1, dtype=torch.int32),
-    )
+    ]
 
 
-@torch.library.custom_op("natsl::routed_softmax_backward", mutates_args=())
-def _routed_softmax_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, route: Tensor, starts: Tensor, count: Tensor,
-    sampled: Tensor, cu_seqlens: Tensor | None, chunk_size: int, scale: float, counterfactual: str, want_route: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return softmax_backward(
-        do, q, k, v, o, lse, route, starts, count, sampled, cu_seqlens, chunk_size, scale, counterfactual, want_route
-    )
-
-
-@_routed_softmax_backward.register_fake
-def _(
+def _fake_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, route: Tensor, *unused: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     droute = route.new_empty(route.shape, dtype=torch.float32)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), droute
+    return [q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), droute]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, route, sampled, cu_seqlens, chunk_size, scale, counterfactual = inputs
-    ctx.save_for_backward(q, k, v, route, sampled, cu_seqlens, *output)
-    ctx.options = (chunk_size, scale, counterfactual)
-    ctx.mark_non_differentiable(*output[1:])
+_forward_op = register(
+    "routed_softmax",
+    "(Tensor q, Tensor k, Tensor v, Tensor route, Tensor? cu_seqlens, int chunk_size, float scale) -> Tensor[]",
+    lambda *arguments: list(softmax_forward(*arguments)),
+    fake_forward,
+)
+_backward_op = register(
+    "routed_softmax_backward",
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor route, Tensor starts, Tensor count, "
+    "Tensor sampled, Tensor? cu_seqlens, int chunk_size, float scale, str counterfactual, bool want_route) -> Tensor[]",
+    lambda *arguments: list(softmax_backward(*arguments)),
+    _fake_backward,
+)
 
 
-def _differentiate(ctx: Any, do: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, route, sampled, cu_seqlens, o, lse, starts, count = ctx.saved_tensors
-    want_route = ctx.needs_input_grad[3]
-    dq, dk, dv, droute = _routed_softmax_backward(
-        do, q, k, v, o, lse, route, starts, count, sampled, cu_seqlens, *ctx.options, want_route
-    )
-    return dq, dk, dv, (droute.to(route.dtype) if want_route else None), None, None, None, None, None
+class _RoutedSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        q, k, v, route, sampled, cu_seqlens, chunk_size, scale, counterfactual = inputs
+        o: Tensor
+        o, lse, starts, count = _forward_op(q, k, v, route, cu_seqlens, chunk_size, scale)
+        ctx.save_for_backward(q, k, v, o, lse, route, starts, count, sampled, cu_seqlens)
+        ctx.options = (chunk_size, scale, counterfactual)
+        return o
 
-
-_routed_softmax.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        want_route = ctx.needs_input_grad[3]
+        dq, dk, dv, droute = _backward_op(grads[0], *tensors, *ctx.options, want_route)
+        route = tensors[5]
+        return dq, dk, dv, (droute.to(route.dtype) if want_route else None), *[None] * 5
 
 
 def routed_softmax(
@@ -700,5 +699,5 @@ def routed_softmax(
     """Softmax branch on Triton; arguments as in ``natsl.kernels.softmax.routed_softmax``, route of 0 and 1."""
     left = route.detach()  # mode none reads no weights
     sampled = left if counterfactual == "none" else sample_unchosen(left <= 0.5, counterfactual, rate)
-    o: Tensor = _routed_softmax(q, k, v, route, sampled, cu_seqlens, chunk_size, scale, counterfactual)[0]
+    o: Tensor = _RoutedSoftmax.apply(q, k, v, route, sampled, cu_seqlens, chunk_size, scale, counterfactual)  # type: ignore[no-untyped-call]
     return o

@@ -216,7 +216,7 @@ def test_which_cases_are_timed() -> None:
 
     assert len(cases()) == 21
     assert {case.tokens for case in cases() if case.batch == 8} == {4096}
-    assert cases("--quick") == [Case(1, 4096, 0.3), Case(1, 16384, 0.3)]
+    assert cases("--quick") == [Case(1, 4096, 0.3), Case(1, 32768, 0.3), Case(8, 4096, 0.3)]
     assert cases("--lengths", "100,200", "--batch", "3", "--fractions", "0.5") == [Case(3, 100, 0.5), Case(3, 200, 0.5)]
 
 

@@ -252,9 +252,9 @@ def test_weights_of_the_sample() -> None:
 
 def test_custom_ops() -> None:
     """Schema, fake implementations and autograd registration, as torch.compile relies on them."""
-    q, k, v, route = leaves(inputs(40, C=16, J=2))
-    sampled = softmax_triton.sample_unchosen(route.detach() <= 0.5, "insertion", 1.0)
-    arguments = (q, k, v, route, sampled, None, 16, 0.25, "insertion")
+    q, k, v, route = inputs(40, C=16, J=2)
+    sampled = softmax_triton.sample_unchosen(route <= 0.5, "insertion", 1.0)
+    arguments = (q, k, v, route, None, 16, 0.25)
     torch.library.opcheck(torch.ops.natsl.routed_softmax.default, arguments)
     o, lse, starts, count = (x.detach() for x in torch.ops.natsl.routed_softmax(*arguments))
     held = [x.detach() for x in (torch.randn_like(o), q, k, v, o, lse, route, starts, count, sampled)]
