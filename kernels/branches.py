@@ -9,12 +9,11 @@ from natsl.kernels.delta import routed_delta_rule
 from natsl.kernels.dispatch import (
     check_counterfactual,
     check_heads,
-    check_kernel_limits,
     check_shape,
     check_tensors,
     count_chunks,
-    kernels_fit,
-    resolve,
+    kernel_limit,
+    use_kernels,
 )
 from natsl.kernels.softmax import routed_softmax
 
@@ -58,21 +57,20 @@ def routed_branches(
     check_shape(op, "beta", beta, (B, T, R))
     check_shape(op, "route", route, (B, *count_chunks([T], chunk_size), R))
     check_counterfactual(op, counterfactual, counterfactual_rate)
-    chosen = resolve(backend, op, q.device)
-    if chosen == "torch" or (backend == "auto" and not kernels_fit(q.dtype, chunk_size, K)):
+    widths = {"K": (K, 256), "V": (V, 512), "Ks": (Ks, 256)}
+    if not use_kernels(op, backend, q.device, kernel_limit(q.dtype, chunk_size, widths, delta_keys=K)):
         options = {"counterfactual": counterfactual, "counterfactual_rate": counterfactual_rate, "backend": backend}
         o_delta, _ = routed_delta_rule(q, k, v, g, beta, route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
         v_softmax = v.unflatten(3, (Hs // R, -1)).flatten(2, 3)
         o_softmax = routed_softmax(q_softmax, k_softmax, v_softmax, route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
         return o_delta, o_softmax
-    check_kernel_limits(op, q.dtype, chunk_size, {"K": (K, 256), "V": (V, 512), "Ks": (Ks, 256)})
     from natsl.kernels.branches_triton import routed_branches as run_kernels
     from natsl.kernels.softmax_triton import sample_unchosen
 
     route = route.float().contiguous()
-    fixed = route.detach()
-    sampled = sample_unchosen(fixed <= 0, counterfactual, counterfactual_rate)
-    written = reference.sampling_weight(fixed, fixed >= 1, counterfactual, counterfactual_rate)
+    kept = route.detach() > 0.5  # as the kernels read it
+    sampled = sample_unchosen(~kept, counterfactual, counterfactual_rate)
+    written = reference.sampling_weight(route.detach(), kept, counterfactual, counterfactual_rate)
     return run_kernels(
         q, k, v, q_softmax, k_softmax, g, beta, route, sampled, written, chunk_size, K**-0.5, Ks**-0.5, counterfactual
     )

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from natsl.kernels.delta_triton import delta_backward, delta_forward, last_contiguous
+from natsl.kernels.delta_triton import delta_backward, delta_forward
 from natsl.kernels.delta_triton import fake_forward as fake_delta
+from natsl.kernels.dispatch import last_contiguous
 from natsl.kernels.library import register
 from natsl.kernels.softmax_triton import fake_forward as fake_softmax
 from natsl.kernels.softmax_triton import softmax_backward, softmax_forward
@@ -26,7 +27,8 @@ B = TypeVar("B")
 
 
 @cache
-def _side_stream(index: int) -> torch.cuda.Stream:
+def _side_stream(index: int, calling: int) -> torch.cuda.Stream:
+    """One for every calling stream: what is allocated on it must only ever be used by that one."""
     return torch.cuda.Stream(index, priority=-1)  # its few blocks go first
 
 
@@ -38,7 +40,7 @@ def _side_by_side(device: torch.device, side: Callable[[], A], main: Callable[[]
     if device.type != "cuda":
         return side(), main()
     here = torch.cuda.current_stream(device)
-    there = _side_stream(here.device_index)
+    there = _side_stream(here.device_index, here.cuda_stream)
     there.wait_stream(here)
     with torch.cuda.stream(there):
         first = side()

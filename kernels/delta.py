@@ -11,14 +11,14 @@ from natsl.kernels import reference
 from natsl.kernels.dispatch import (
     check_counterfactual,
     check_heads,
-    check_kernel_limits,
+    check_packed_route,
     check_packing,
     check_shape,
     check_tensors,
     count_chunks,
-    kernels_fit,
-    resolve,
+    kernel_limit,
     sequence_bounds,
+    use_kernels,
 )
 
 
@@ -49,8 +49,8 @@ def routed_delta_rule(
     ``routed_softmax``; for the delta rule insertion and derivative are the same.
 
     On Triton: float32, float16 or bfloat16, chunk_size 16, 32, 64 or 128, K ≤ 256, V ≤ 512, chunk_size · K ≤ 16384
-    (float32: 8192; beyond, ``auto`` takes torch), g is bounded below by −50, routes are 0 or 1 and ``cu_seqlens`` is
-    trusted, as reading it would wait for the device.
+    (float32: 8192; beyond any of these ``auto`` takes torch and warns), g is bounded below by −50, routes are 0 or 1
+    and ``cu_seqlens`` is trusted, as reading it would wait for the device.
 
     Returns o [B,T,R,V] in v's dtype and the final state (float32; float64 for float64 inputs) or None. Raises
     ``ValueError`` naming the argument. Source: Gated DeltaNet, arXiv 2412.06464; routing, arXiv 2602.03681, section 3.
@@ -66,28 +66,23 @@ def routed_delta_rule(
     check_shape(op, "g", g, (B, T, R))
     check_shape(op, "beta", beta, (B, T, R))
     check_counterfactual(op, counterfactual, counterfactual_rate)
-    chosen = resolve(backend, op, q.device)
+    limit = kernel_limit(q.dtype, chunk_size, {"K": (K, 256), "V": (V, 512)}, delta_keys=K)
+    on_kernels = use_kernels(op, backend, q.device, limit)
     scale = K**-0.5 if scale is None else scale
-    sequences = B if cu_seqlens is None else check_packing(op, cu_seqlens, B)
+    sequences = B if cu_seqlens is None else check_packing(op, cu_seqlens, q)
     if initial_state is not None:
         check_tensors(op, {"q": q, "initial_state": initial_state})
         check_shape(op, "initial_state", initial_state, (sequences, R, K, V))
     if cu_seqlens is None:
         check_shape(op, "route", route, (B, *count_chunks([T], chunk_size), R))
+    else:
+        check_packed_route(op, route, R, T, sequences, chunk_size)
 
-    fits = kernels_fit(q.dtype, chunk_size, K)
-    if chosen == "triton" and (fits or backend == "triton"):
-        check_kernel_limits(op, q.dtype, chunk_size, {"K": (K, 256), "V": (V, 512)})
-        if not fits:
-            raise ValueError(
-                f"{op}: K = {K} with chunk_size = {chunk_size} in {q.dtype} is not supported by the triton backend: "
-                "chunk_size · K is at most 16384, in float32 8192 and chunk_size 64 (K rounded up to a power of two)"
-            )
-        if route.dim() != 3 or (route.shape[0], route.shape[2]) != (B, R):
-            raise ValueError(f"{op}: route has shape {tuple(route.shape)}, expected {(B, 'chunks', R)}")
+    if on_kernels:
         from natsl.kernels.delta_triton import routed_delta_rule as run_kernels
 
-        weighted = reference.weighted_route(route.float(), route.detach() >= 1, counterfactual, counterfactual_rate)
+        left = route.detach() > 0.5  # as the kernels read it
+        weighted = reference.weighted_route(route.float(), left, counterfactual, counterfactual_rate)
         return run_kernels(
             q, k, v, g, beta, weighted, initial_state, cu_seqlens, chunk_size, scale, qk_l2norm, output_final_state
         )

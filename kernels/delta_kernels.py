@@ -23,7 +23,8 @@ import triton.language as tl
 
 from natsl.kernels.tuning import Launcher
 
-# A decay below e^-50 is none in float32; the bound keeps differences of cumulative sums exact enough for later tokens.
+# A decay below e^-50 is none in float32, and a finite bound makes cumulative sums of it possible. A chunk's sums and
+# their differences are float64 for float32 inputs; in half precision float32 is far finer than the inputs.
 MIN_LOG_DECAY = tl.constexpr(-50.0)
 
 
@@ -106,7 +107,8 @@ def _decay(b_g, C: tl.constexpr):
     """D_ij = exp(G_i − G_j) for i ≥ j, else 0."""
     o = tl.arange(0, C)
     lower = o[:, None] >= o[None, :]
-    return tl.where(lower, tl.exp(tl.where(lower, b_g[:, None] - b_g[None, :], 0.0)), 0.0)
+    b_difference = tl.where(lower, b_g[:, None] - b_g[None, :], 0.0).to(tl.float32)
+    return tl.where(lower, tl.exp(b_difference), 0.0)
 
 
 @Launcher
@@ -131,12 +133,13 @@ def prepare_kernel(
     o_scalar = (row + o_c) * R + i_r
     b_g = tl.load(p_g + o_scalar, mask=ok, other=0.0)
     b_beta = tl.load(p_beta + o_scalar, mask=ok, other=0.0)
-    b_g = tl.maximum(b_g, MIN_LOG_DECAY)
+    b_g = tl.where(b_g < MIN_LOG_DECAY, MIN_LOG_DECAY, b_g)  # NaN stays
+    b_g = b_g.to(p_cum.dtype.element_ty)
     b_cum = tl.cumsum(b_g, 0)
     tl.store(p_cum + place * C + o_c, b_cum)
     tl.store(p_total + (i_b.to(tl.int64) * R + i_r) * n_chunks + i_n, tl.sum(b_g, 0))
-    p_ks = p_k + i_b.to(tl.int64) * stride_kb + start.to(tl.int64) * stride_kt + i_r * stride_kh
-    p_qs = p_q + i_b.to(tl.int64) * stride_qb + start.to(tl.int64) * stride_qt + i_r * stride_qh
+    p_ks = p_k + i_b.to(tl.int64) * stride_kb + start.to(tl.int64) * stride_kt + i_r.to(tl.int64) * stride_kh
+    p_qs = p_q + i_b.to(tl.int64) * stride_qb + start.to(tl.int64) * stride_qt + i_r.to(tl.int64) * stride_qh
 
     b_kk = tl.zeros((C, C), tl.float32)
     b_qk = tl.zeros((C, C), tl.float32)
@@ -167,7 +170,7 @@ def prepare_kernel(
     _store_own(p_p + o_a, b_p, o_c, o_c, C, True)
     b_pa = tl.dot(b_p, b_a.to(dtype), input_precision=PRECISION)
     _store_own(p_pa + o_a, b_pa, o_c, o_c, C, True)
-    b_from_start = tl.exp(b_cum)
+    b_from_start = tl.exp(b_cum.to(tl.float32))
     b_aw = (b_a * (b_beta * b_from_start * b_rk)[None, :]).to(dtype)
     b_rq = b_rq * b_from_start
     for first in range(0, K, BK):
@@ -186,7 +189,7 @@ def _segment_sum(s1, f1, s2, f2):
 
 
 @Launcher
-@triton.jit(do_not_specialize=["n_chunks", "n_slots"])
+@triton.jit(do_not_specialize=["n_chunks"])
 def gaps_kernel(
     p_route, p_total, p_sequence,
     p_written, p_count, p_gap, p_slot,
@@ -215,7 +218,7 @@ def gaps_kernel(
         else:
             b_sequence = tl.zeros((BLOCK,), tl.int32)
             b_new = o == 0
-        b_total = tl.load(p_total + head + o - 1, mask=ok_last, other=0.0)
+        b_total = tl.load(p_total + head + o - 1, mask=ok_last, other=0.0).to(tl.float32)
         b_reset = ((b_written_last > 0) | b_new).to(tl.int32)
         b_step = tl.where(b_reset > 0, 0.0, b_total)
         b_gap, b_seen = tl.associative_scan((b_step, b_reset), 0, _segment_sum)
@@ -274,8 +277,8 @@ def scan_kernel(
     counts = p_count + head + (i_b * R + i_r)
     j_first = tl.load(counts + n_first)
     j_last = tl.load(counts + n_last)
-    p_k += long_b * stride_kb + i_r * stride_kh
-    p_v += long_b * stride_vb + i_r * stride_vh
+    p_k += long_b * stride_kb + i_r.to(tl.int64) * stride_kh
+    p_v += long_b * stride_vb + i_r.to(tl.int64) * stride_vh
     m_state = (o_k < K)[:, None] & (o_v < V)[None, :]
     o_state = o_k[:, None] * V + o_v[None, :]
     p_state += ((long_b * R + i_r) * n_slots + i_slot + j_first) * K * V
@@ -299,15 +302,15 @@ def scan_kernel(
         gap = tl.load(p_gap + head + i_n)
         b_vn = tl.dot(b_a, (b_v * b_beta[:, None]).to(dtype), input_precision=PRECISION)
         b_vn -= tl.dot(b_w, b_s.to(dtype), input_precision=PRECISION) * tl.exp(gap)
-        b_vn = b_vn * (b_rk * tl.exp(total - b_cum))[:, None]
-        b_s = b_s * tl.exp(gap + total)
+        b_vn = b_vn * (b_rk * tl.exp((total - b_cum).to(tl.float32)))[:, None]
+        b_s = b_s * tl.exp(gap + total.to(tl.float32))
         b_s += tl.dot(tl.trans(b_k), b_vn.to(dtype), input_precision=PRECISION)
         p_state += K * V
         tl.store(p_state + o_state, b_s.to(dtype), mask=m_state)
     if HAS_FINAL:
         if n_last > n_first:
             written = tl.load(counts + n_last) > tl.load(counts + n_last - 1)
-            left = tl.load(p_gap + head + n_last - 1) + tl.load(p_total + head + n_last - 1)
+            left = tl.load(p_gap + head + n_last - 1) + tl.load(p_total + head + n_last - 1).to(tl.float32)
             b_s = b_s * tl.exp(tl.where(written, 0.0, left))
         tl.store(p_final + (i_s.to(tl.int64) * R + i_r) * K * V + o_state, b_s, mask=m_state)
 
@@ -360,7 +363,7 @@ def output_kernel(
     p_s = p_state + (long_b * R + i_r) * n_slots * K * V
     b_s = _load_start(p_s, slot, o_k, o_v, K, V)
     b_o = tl.dot(b_qe, b_s, input_precision=PRECISION) * tl.exp(gap)
-    p_vs = p_v + long_b * stride_vb + start.to(tl.int64) * stride_vt + i_r * stride_vh
+    p_vs = p_v + long_b * stride_vb + start.to(tl.int64) * stride_vt + i_r.to(tl.int64) * stride_vh
     b_v = _load(p_vs, stride_vt, ok, o_c, o_v, V, EVEN_V)
     b_beta = tl.load(p_beta + (row + o_c) * R + i_r, mask=ok, other=0.0)
     b_pa = _load_own(p_pa + place * C * C, o_c, o_c, C, True)
@@ -396,8 +399,8 @@ def backward_scan_kernel(
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     long_b = i_b.to(tl.int64) if not PACKED else tl.full((), 0, tl.int64)
     head = (long_b * R + i_r) * n_chunks
-    p_k += long_b * stride_kb + i_r * stride_kh
-    p_do += long_b * stride_db + i_r * stride_dh
+    p_k += long_b * stride_kb + i_r.to(tl.int64) * stride_kh
+    p_do += long_b * stride_db + i_r.to(tl.int64) * stride_dh
     m_state = (o_k < K)[:, None] & (o_v < V)[None, :]
     o_state = o_k[:, None] * V + o_v[None, :]
     b_ds = tl.zeros((BK, BV), tl.float32)
@@ -415,11 +418,11 @@ def backward_scan_kernel(
         b_w = _load_own(p_w + place * C * K, o_c, o_k, K, EVEN_K)
         total = tl.load(p_total + head + i_n)
         r = tl.where(tl.load(p_route + place) < 0.5, 1.0, 0.0)
-        b_end = tl.exp(total - tl.load(p_cum + place * C + o_c)) * tl.load(p_rk + place * C + o_c) * r
+        b_end = tl.exp((total - tl.load(p_cum + place * C + o_c)).to(tl.float32)) * tl.load(p_rk + place * C + o_c) * r
         b_half = b_ds.to(dtype)
         tl.store(p_ds + place * K * V + o_state, b_half, mask=m_state)
         b_x = tl.dot(b_k, b_half, input_precision=PRECISION) * -b_end[:, None]
-        b_ds = b_ds * tl.exp(total)
+        b_ds = b_ds * tl.exp(total.to(tl.float32))
         b_ds += tl.dot(tl.trans(b_qe), b_do, input_precision=PRECISION)
         b_ds += tl.dot(tl.trans(b_w), b_x.to(dtype), input_precision=PRECISION)
     if HAS_INITIAL:
@@ -461,13 +464,13 @@ def backward_kernel(
     r = tl.where(tl.load(p_route + place) < 0.5, 1.0, 0.0)
     p_s = p_state + (long_b * R + i_r) * n_slots * K * V
     p_d = p_ds + place * K * V
-    p_dos = p_do + long_b * stride_db + start.to(tl.int64) * stride_dt + i_r * stride_dh
+    p_dos = p_do + long_b * stride_db + start.to(tl.int64) * stride_dt + i_r.to(tl.int64) * stride_dh
     if STAGE < 2:
         total = tl.load(p_total + head + i_n)
-        b_end = tl.exp(total - tl.load(p_cum + place * C + o_c)) * tl.load(p_rk + place * C + o_c)
+        b_end = tl.exp((total - tl.load(p_cum + place * C + o_c)).to(tl.float32)) * tl.load(p_rk + place * C + o_c)
         b_beta = tl.load(p_beta + (row + o_c) * R + i_r, mask=ok, other=0.0)
-        p_ks = p_k + long_b * stride_kb + start.to(tl.int64) * stride_kt + i_r * stride_kh
-        p_vs = p_v + long_b * stride_vb + start.to(tl.int64) * stride_vt + i_r * stride_vh
+        p_ks = p_k + long_b * stride_kb + start.to(tl.int64) * stride_kt + i_r.to(tl.int64) * stride_kh
+        p_vs = p_v + long_b * stride_vb + start.to(tl.int64) * stride_vt + i_r.to(tl.int64) * stride_vh
         if not RELOAD:
             b_k = _load(p_ks, stride_kt, ok, o_c, o_k, K, EVEN_K)
             b_a = _load_own(p_a + place * C * C, o_c, o_c, C, True)
@@ -521,7 +524,7 @@ def backward_kernel(
         _store_own(p_da + place * C * C, b_da, o_c, o_c, C, True)
         dr = tl.sum(b_dr, 0)
         tl.store(p_droute + place, -dr)
-        tl.store(p_dlast + place, tl.sum(b_dlast, 0) * gap * tl.exp(total) + r * dr)
+        tl.store(p_dlast + place, tl.sum(b_dlast, 0) * gap * tl.exp(total.to(tl.float32)) + r * dr)
         tl.store(p_doo + place * C + o_c, b_doo)
         tl.store(p_vdv + place * C + o_c, b_vdv)
         if STAGE == 0:
@@ -584,10 +587,10 @@ def backward_finish_kernel(
     b_rk = tl.load(p_rk + place * C + o_c)
     b_beta = tl.load(p_beta + (row + o_c) * R + i_r, mask=ok, other=0.0)
     total = tl.load(p_total + (long_b * R + i_r) * n_chunks + i_n)
-    b_from_start = tl.exp(b_cum)
+    b_from_start = tl.exp(b_cum.to(tl.float32))
     b_weight = b_beta * b_from_start
-    p_ks = p_k + long_b * stride_kb + start.to(tl.int64) * stride_kt + i_r * stride_kh
-    p_qs = p_q + long_b * stride_qb + start.to(tl.int64) * stride_qt + i_r * stride_qh
+    p_ks = p_k + long_b * stride_kb + start.to(tl.int64) * stride_kt + i_r.to(tl.int64) * stride_kh
+    p_qs = p_q + long_b * stride_qb + start.to(tl.int64) * stride_qt + i_r.to(tl.int64) * stride_qh
     p_dw += place * C * K
     p_dke += place * C * K
     p_dqs += place * C * K
@@ -634,7 +637,7 @@ def backward_finish_kernel(
     dlast = tl.load(p_dlast + place)
     b_dg = tl.cumsum(tl.where(o_c == C - 1, b_dcum + dlast, b_dcum), 0, reverse=True)
     b_g = tl.load(p_g + o_scalar, mask=ok, other=0.0)
-    tl.store(p_dg + o_scalar, tl.where(b_g >= MIN_LOG_DECAY, b_dg, 0.0), mask=ok)
+    tl.store(p_dg + o_scalar, tl.where(b_g < MIN_LOG_DECAY, 0.0, b_dg), mask=ok)
 
     for first in range(0, K, BK):
         o_k = first + tl.arange(0, BK)
@@ -646,7 +649,7 @@ def backward_finish_kernel(
         b_dk += tl.dot(b_dl_row, b_k, input_precision=PRECISION)
         b_dk += tl.dot(tl.trans(b_dl_column), b_k, input_precision=PRECISION)
         b_dk += tl.dot(tl.trans(b_score_k), b_q, input_precision=PRECISION)
-        b_dk += _load_own(p_dke, o_c, o_k, K, EVEN).to(tl.float32) * tl.exp(total - b_cum)[:, None]
+        b_dk += _load_own(p_dke, o_c, o_k, K, EVEN).to(tl.float32) * tl.exp((total - b_cum).to(tl.float32))[:, None]
         b_dq = tl.dot(b_score_q, b_k, input_precision=PRECISION)
         b_dq += _load_own(p_dqs, o_c, o_k, K, EVEN).to(tl.float32) * (scale * b_from_start)[:, None]
         if NORMALISE:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -23,6 +22,7 @@ from natsl.kernels.delta_kernels import (
     prepare_kernel,
     scan_kernel,
 )
+from natsl.kernels.dispatch import last_contiguous
 from natsl.kernels.library import register
 from natsl.kernels.routing_triton import packed_blocks
 
@@ -64,20 +64,22 @@ def _warps(q: Tensor, chunk_size: int) -> int:
     return 8 if q.element_size() == 2 and large else 4
 
 
-def _chunk_tables(cu_seqlens: Tensor | None, chunk_size: int, n_chunks: int, like: Tensor) -> tuple[Tensor, ...]:
+def _chunk_tables(
+    cu_seqlens: Tensor | None, chunk_size: int, n_chunks: int, tokens: int, like: Tensor
+) -> tuple[Tensor, ...]:
     """(first token of each chunk, end of its sequence, its sequence, first chunk of each sequence), or stand-ins."""
     if cu_seqlens is None:
         return like, like, like, like
+    cu_seqlens = cu_seqlens.contiguous()
     sequence, start = packed_blocks(cu_seqlens, chunk_size, n_chunks)
     index = sequence.clamp(min=0)
     chunks = (cu_seqlens.diff() + chunk_size - 1) // chunk_size
-    offset = torch.nn.functional.pad(chunks.cumsum(0), (1, 0)).int()
-    return cu_seqlens[index] + start, cu_seqlens[index + 1], sequence, offset
-
-
-def last_contiguous(x: Tensor) -> Tensor:
-    """x with neighbouring elements along its last dimension, copied only if it must be."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    offset = torch.nn.functional.pad(chunks.cumsum(0), (1, 0))
+    torch._assert_async((offset[-1] == n_chunks) & (cu_seqlens[-1] == tokens))
+    # until the assertion stops the device, the clamp and the empty range of a chunk too many stay inside the buffers
+    offset = offset.clamp(max=n_chunks).int()
+    ends = torch.where(sequence >= 0, cu_seqlens[index + 1], 0)
+    return cu_seqlens[index] + start, ends, sequence, offset
 
 
 def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -95,6 +97,7 @@ def _allocate(
     def empty(*shape: int, dtype: torch.dtype = q.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
+    sums = torch.float64 if q.dtype == torch.float32 else torch.float32
     return [
         empty(B, T, R, V),
         empty(*((S, R, K, V) if want_final else (0,)), dtype=torch.float32),
@@ -102,8 +105,10 @@ def _allocate(
         empty(B, N, R, C, K),
         empty(B, N, R, C, C),
         empty(B, N, R, C, C),
-        *(empty(B, N, R, C, dtype=torch.float32) for _ in range(3)),
-        *(empty(B, R, N, dtype=torch.float32) for _ in range(2)),
+        empty(B, N, R, C, dtype=sums),
+        *(empty(B, N, R, C, dtype=torch.float32) for _ in range(2)),
+        empty(B, R, N, dtype=sums),
+        empty(B, R, N, dtype=torch.float32),
         empty(B, R, N, dtype=torch.int32),
         empty(B, R, slots, K, V),
     ]
@@ -147,7 +152,7 @@ def delta_forward(
     pa, written, count = torch.empty_like(p), torch.empty_like(slot), slot.new_empty(B, R, N + 1)
     if B == 0:
         return o, final, saved
-    starts, ends, sequence, offset = _chunk_tables(cu_seqlens, C, N, count)
+    starts, ends, sequence, offset = _chunk_tables(cu_seqlens, C, N, T, count)
     packed = cu_seqlens is not None
 
     long = 8 if C == 128 and q.element_size() == 2 else 4
@@ -205,7 +210,7 @@ def delta_backward(
     dq, dk, dv, dg, dbeta, droute, dinitial = grads
     if B == 0:
         return grads
-    starts, ends, _, offset = _chunk_tables(cu_seqlens, C, N, slot)
+    starts, ends, _, offset = _chunk_tables(cu_seqlens, C, N, T, slot)
     packed = cu_seqlens is not None
     ds = q.new_empty(B, N, R, K, V)
 
@@ -224,7 +229,7 @@ def delta_backward(
     fused = bool(options.pop("FUSED"))
     dp, da, dlast = torch.empty_like(p), torch.empty_like(p), torch.empty_like(droute)
     dqs, dw, dke = (torch.empty_like(w) for _ in range(3))
-    doo, vdv = torch.empty_like(cum), torch.empty_like(cum)
+    doo, vdv = torch.empty_like(rk), torch.empty_like(rk)
     vn, dvn = (slot, slot) if fused else (q.new_empty(B, N, R, C, V), q.new_empty(B, N, R, C, V))
     for stage in (0,) if fused else (1, 2):
         backward_kernel[(N, B * R)](

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 
@@ -75,35 +77,79 @@ def check_counterfactual(op: str, counterfactual: str, rate: float) -> None:
         raise ValueError(f"{op}: counterfactual_rate = {rate!r} must lie in (0, 1]")
 
 
-def check_kernel_limits(op: str, dtype: torch.dtype, chunk_size: int, widths: Mapping[str, tuple[int, int]]) -> None:
-    """Raise ``ValueError`` for what the Triton kernels do not support; ``widths``: name → (value, largest)."""
+def kernel_limit(
+    dtype: torch.dtype, chunk_size: int | None, widths: Mapping[str, tuple[int, int]], delta_keys: int | None = None
+) -> str | None:
+    """Why the Triton kernels do not support something, or None if they do.
+
+    ``widths``: name → (value, largest); ``delta_keys``: key width of the delta rule, whose kernels hold a chunk's keys
+    on chip.
+    """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{op}: {dtype} is not supported by the triton backend: float32, float16 or bfloat16")
-    if chunk_size not in KERNEL_CHUNK_SIZES:
+        return f"{dtype} is not supported by the triton backend: float32, float16 or bfloat16"
+    if chunk_size is not None and chunk_size not in KERNEL_CHUNK_SIZES:
         allowed = ", ".join(map(str, KERNEL_CHUNK_SIZES))
-        raise ValueError(f"{op}: chunk_size = {chunk_size} is not supported by the triton backend: {allowed}")
+        return f"chunk_size = {chunk_size} is not supported by the triton backend: {allowed}"
     for name, (value, largest) in widths.items():
-        if value > largest:
-            raise ValueError(f"{op}: {name} = {value} is not supported by the triton backend: at most {largest}")
+        if not 1 <= value <= largest:
+            bound = f"at most {largest}" if value > largest else "at least 1"
+            return f"{name} = {value} is not supported by the triton backend: {bound}"
+    if delta_keys is not None and chunk_size is not None:
+        area = chunk_size * (1 << max(4, (delta_keys - 1).bit_length()))
+        if area > (8192 if dtype == torch.float32 else 16384) or (dtype == torch.float32 and chunk_size > 64):
+            return (
+                f"K = {delta_keys} with chunk_size = {chunk_size} in {dtype} is not supported by the triton backend: "
+                "chunk_size · K is at most 16384, in float32 8192 and chunk_size 64 (K rounded up to a power of two)"
+            )
+    return None
 
 
-def kernels_fit(dtype: torch.dtype, chunk_size: int, key_width: int) -> bool:
-    """Whether a chunk's keys fit on chip in the delta rule's kernels; where not, ``auto`` takes torch."""
-    padded = 1 << max(4, (key_width - 1).bit_length())
-    if dtype == torch.float32:
-        return chunk_size <= 64 and chunk_size * padded <= 64 * 128
-    return chunk_size * padded <= 128 * 128
+def use_kernels(op: str, backend: str, device: torch.device, limit: str | None) -> bool:
+    """Whether a call of ``op`` runs on the Triton kernels, which are beyond their ``limit`` if that is not None.
+
+    There ``auto`` takes torch and says so once; a forced ``triton`` raises ``ValueError``.
+    """
+    if resolve(backend, op, device) == "torch":
+        return False
+    if limit is None:
+        return True
+    if backend == "triton":
+        raise ValueError(f"{op}: {limit}")
+    _say_once(f"{op}: {limit}; the slower torch backend takes over")
+    return False
 
 
-def check_packing(op: str, cu_seqlens: torch.Tensor, batch: int) -> int:
-    """Number of packed sequences; raise ``ValueError`` for what shows without reading the tensor; B must be 1."""
-    if batch != 1:
-        raise ValueError(f"{op}: cu_seqlens packs sequences into batch 1, found batch {batch}")
-    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+@cache
+def _say_once(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
+
+
+def last_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x with neighbouring elements along its last dimension, copied only if it must be."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def check_packing(op: str, cu_seqlens: torch.Tensor, like: torch.Tensor) -> int:
+    """Number of packed sequences in ``like`` [1,T,…]; ``ValueError`` for what shows without reading the tensor."""
+    if like.shape[0] != 1:
+        raise ValueError(f"{op}: cu_seqlens packs sequences into batch 1, found batch {like.shape[0]}")
+    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dim() != 1:
         raise ValueError(f"{op}: cu_seqlens must be a 1-D integer tensor")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: cu_seqlens must be a 1-D integer tensor, int32 or int64, found {cu_seqlens.dtype}")
+    if cu_seqlens.device != like.device:
+        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, but q is on {like.device}")
     if cu_seqlens.shape[0] < 2:
         raise ValueError(f"{op}: cu_seqlens has {cu_seqlens.shape[0]} entries, it needs sequences + 1")
     return cu_seqlens.shape[0] - 1
+
+
+def check_packed_route(op: str, route: torch.Tensor, heads: int, tokens: int, sequences: int, chunk_size: int) -> None:
+    """Raise ``ValueError`` unless route is [1,N,heads] with a number of chunks that so many tokens can have."""
+    fewest, most = -(-tokens // chunk_size), tokens // chunk_size + sequences
+    if route.dim() != 3 or (route.shape[0], route.shape[2]) != (1, heads) or not fewest <= route.shape[1] <= most:
+        found = tuple(route.shape)
+        raise ValueError(f"{op}: route has shape {found}, expected (1, {fewest} to {most} chunks, {heads})")
 
 
 def sequence_bounds(op: str, cu_seqlens: torch.Tensor, tokens: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from natsl.kernels import reference
-from natsl.kernels.dispatch import check_shape, check_tensors, resolve
+from natsl.kernels.dispatch import check_shape, check_tensors, kernel_limit, use_kernels
 
 
 def routed_mix(
@@ -40,7 +40,7 @@ def routed_mix(
         check_shape(op, name, tensor, (*shape[:3], 2) if name == "mix_logits" else shape)
     for name, tensor in weights.items():
         check_shape(op, name, tensor, shape[3:])
-    if resolve(backend, op, o_delta.device) == "triton":
+    if use_kernels(op, backend, o_delta.device, kernel_limit(o_delta.dtype, None, {"Vs": (shape[3], 512)})):
         from natsl.kernels import mix_triton
 
         return mix_triton.routed_mix(o_delta, o_softmax, gate, mix_logits, weight_delta, weight_softmax, eps)
@@ -61,7 +61,7 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, backend: 
         raise ValueError(f"{op}: x must be [batch, tokens, heads, width], found {tuple(x.shape)}")
     check_shape(op, "gate", gate, tuple(x.shape))
     check_shape(op, "weight", weight, tuple(x.shape[3:]))
-    if resolve(backend, op, x.device) == "triton":
+    if use_kernels(op, backend, x.device, kernel_limit(x.dtype, None, {"Vs": (x.shape[3], 512)})):
         from natsl.kernels import mix_triton
 
         return mix_triton.gated_norm(x, gate, weight, eps)

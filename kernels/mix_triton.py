@@ -18,10 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from natsl.kernels.dispatch import last_contiguous
 from natsl.kernels.tuning import Launcher, pick
-
-MAX_WIDTH = 512
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
@@ -192,12 +190,8 @@ def _backward_kernel(
         tl.store(p_dweight_softmax + o_share, tl.sum(b_dweight_softmax, 0), mask=o_v < V)
 
 
-def check_limits(op: str, x: Tensor) -> None:
-    """Raise ``ValueError`` naming the limit of the kernels that x [B,T,Hs,Vs] is beyond."""
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{op}: the triton backend takes float32, float16 and bfloat16, found {x.dtype}")
-    if not 1 <= x.shape[3] <= MAX_WIDTH:
-        raise ValueError(f"{op}: the triton backend takes head widths from 1 to {MAX_WIDTH}, found {x.shape[3]}")
+def check_rows(op: str, x: Tensor) -> None:
+    """Raise ``ValueError`` where x [B,T,Hs,Vs] has more rows than the kernels count."""
     if x.shape[:3].numel() >= 2**31 - 2**16:
         raise ValueError(f"{op}: the triton backend takes less than 2^31 - 2^16 rows, found {x.shape[:3].numel()}")
 
@@ -205,11 +199,6 @@ def check_limits(op: str, x: Tensor) -> None:
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _rowwise(x: Tensor) -> Tensor:
-    """x itself wherever its rows lie, or a copy if the entries of a row do not lie side by side."""
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
 def _like(inputs: list[Tensor]) -> list[Tensor]:
@@ -232,9 +221,9 @@ def _forward(o_delta: Tensor, gate: Tensor, weight_delta: Tensor, eps: float, se
         return y
     B, T, H, V = y.shape
     options = _launch("mix_forward", y, bool(second), 2048)
-    o_delta, gate = _rowwise(o_delta), _rowwise(gate)
+    o_delta, gate = last_contiguous(o_delta), last_contiguous(gate)
     o_softmax, logits, weight_softmax = second or (o_delta, gate, weight_delta)
-    o_softmax, logits = _rowwise(o_softmax), _rowwise(logits)
+    o_softmax, logits = last_contiguous(o_softmax), last_contiguous(logits)
     _forward_kernel[(triton.cdiv(B * T * H, options["BLOCK_ROWS"]),)](
         o_delta,
         o_softmax,
@@ -269,9 +258,9 @@ def _backward(
         return [x.zero_() for x in grads]
     B, T, H, V = o_delta.shape
     options = _launch("mix_backward", o_delta, bool(second), 1024)
-    dy, o_delta, gate = _rowwise(dy), _rowwise(o_delta), _rowwise(gate)
+    dy, o_delta, gate = last_contiguous(dy), last_contiguous(o_delta), last_contiguous(gate)
     o_softmax, logits, weight_softmax = second or (o_delta, gate, weight_delta)
-    o_softmax, logits = _rowwise(o_softmax), _rowwise(logits)
+    o_softmax, logits = last_contiguous(o_softmax), last_contiguous(logits)
     ddelta, dgate, _, dsoftmax, dlogits, _ = grads if second else grads * 2
     blocks = triton.cdiv(B * T * H, options["BLOCK_ROWS"])
     programs = min(blocks, options["PROGRAMS"] * _multiprocessors(dy.device))
@@ -418,13 +407,13 @@ def routed_mix(
     eps: float,
 ) -> Tensor:
     """The combination of both branches; arguments as in ``natsl.kernels.mix.routed_mix``, which checks them."""
-    check_limits("routed_mix", o_delta)
+    check_rows("routed_mix", o_delta)
     y: Tensor = _routed_mix(o_delta, o_softmax, gate, mix_logits, weight_delta, weight_softmax, eps)
     return y
 
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The output of a single memory; arguments as in ``natsl.kernels.mix.gated_norm``, which checks them."""
-    check_limits("gated_norm", x)
+    check_rows("gated_norm", x)
     y: Tensor = _gated_norm(x, gate, weight, eps)
     return y

@@ -11,13 +11,14 @@ from natsl.kernels import reference
 from natsl.kernels.dispatch import (
     check_counterfactual,
     check_heads,
-    check_kernel_limits,
+    check_packed_route,
     check_packing,
     check_shape,
     check_tensors,
     count_chunks,
-    resolve,
+    kernel_limit,
     sequence_bounds,
+    use_kernels,
 )
 
 
@@ -46,8 +47,8 @@ def routed_softmax(
     everywhere; ``insertion`` the bounded exact effect of inserting a chunk that was left out. ``counterfactual_rate``
     in (0, 1] samples that share of the left-out chunks, unbiased.
 
-    On Triton: float32, float16, bfloat16, chunk_size 16 to 128, Ks ≤ 256, Vs ≤ 512, scale > 0, and ``cu_seqlens`` is
-    trusted, not read.
+    On Triton: float32, float16, bfloat16, chunk_size 16 to 128, Ks ≤ 256, Vs ≤ 512, scale > 0 (beyond any of these
+    ``auto`` takes torch and warns), and ``cu_seqlens`` is trusted, not read.
 
     NaN and overflow are not hidden: as in dense attention they may reach other queries of the same matrix product.
 
@@ -69,47 +70,31 @@ def routed_softmax(
         )
     check_counterfactual(op, counterfactual, counterfactual_rate)
     scale = Ks**-0.5 if scale is None else scale
-    if resolve(backend, op, q.device) == "triton":
-        return _on_triton(q, k, v, route, chunk_size, scale, cu_seqlens, counterfactual, counterfactual_rate)
+    sequences = B if cu_seqlens is None else check_packing(op, cu_seqlens, q)
+    if cu_seqlens is None:
+        check_shape(op, "route", route, (B, *count_chunks([T], chunk_size), route.shape[2]))
+    else:
+        check_packed_route(op, route, route.shape[2], T, sequences, chunk_size)
+
+    limit = kernel_limit(q.dtype, chunk_size, {"Ks": (Ks, 256), "Vs": (v.shape[3], 512)})
+    if limit is None and not scale > 0.0:
+        limit = f"scale = {scale!r} is not supported by the triton backend: it must be > 0"
+    if use_kernels(op, backend, q.device, limit):
+        # here and not at the top: natsl must import where triton is not installed
+        from natsl.kernels import softmax_triton
+
+        return softmax_triton.routed_softmax(
+            q, k, v, route, cu_seqlens, chunk_size, scale, counterfactual, counterfactual_rate
+        )
 
     def run(q: Tensor, k: Tensor, v: Tensor, route: Tensor) -> Tensor:
         return reference.routed_softmax(q, k, v, route, chunk_size, scale, counterfactual, counterfactual_rate)
 
     if cu_seqlens is None:
-        check_shape(op, "route", route, (B, *count_chunks([T], chunk_size), route.shape[2]))
         return run(q, k, v, route)
-    check_packing(op, cu_seqlens, B)
     bounds = sequence_bounds(op, cu_seqlens, T)
     lengths = [b - a for a, b in pairwise(bounds)]
     chunks = count_chunks(lengths, chunk_size)
     check_shape(op, "route", route, (B, sum(chunks), route.shape[2]))
     parts = zip(*(x.split(lengths, 1) for x in (q, k, v)), route.split(chunks, 1), strict=True)
     return torch.cat([run(*part) for part in parts if part[0].shape[1]], 1)
-
-
-def _on_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    route: Tensor,
-    chunk_size: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    counterfactual: str,
-    rate: float,
-) -> Tensor:
-    """The kernels, within what they support. The borders of packed sequences are trusted: to read them would wait."""
-    op, T = "routed_softmax", q.shape[1]
-    check_kernel_limits(op, q.dtype, chunk_size, {"Ks": (q.shape[3], 256), "Vs": (v.shape[3], 512)})
-    if not scale > 0.0:
-        raise ValueError(f"{op}: scale = {scale!r} is not supported by the triton backend: it must be > 0")
-    if cu_seqlens is None:
-        check_shape(op, "route", route, (q.shape[0], -(-T // chunk_size), route.shape[2]))
-    else:
-        check_packing(op, cu_seqlens, q.shape[0])
-        if route.shape[0] != 1:
-            raise ValueError(f"{op}: route has shape {tuple(route.shape)}, expected {(1, 'chunks', route.shape[2])}")
-    # here and not at the top: natsl must import where triton is not installed
-    from natsl.kernels import softmax_triton
-
-    return softmax_triton.routed_softmax(q, k, v, route, cu_seqlens, chunk_size, scale, counterfactual, rate)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from natsl.kernels import tuning
+from natsl.kernels.dispatch import last_contiguous
 from natsl.kernels.library import register
 from natsl.kernels.reference import MAX_EXPONENT
 from natsl.kernels.routing_triton import kept_chunks, packed_blocks
@@ -501,7 +502,7 @@ def _tiles(
     number = tokens // size + cu_seqlens.shape[0] - 1
     chunks = (cu_seqlens.diff() + (chunk_size - 1)) // chunk_size
     first_chunk = torch.nn.functional.pad(chunks.cumsum(0, dtype=torch.int32), (1, 0))
-    return number, [cu_seqlens.to(torch.int32), first_chunk, *packed_blocks(cu_seqlens, size, number)]
+    return number, [cu_seqlens.to(torch.int32).contiguous(), first_chunk, *packed_blocks(cu_seqlens, size, number)]
 
 
 def _shape_options(q: Tensor, v: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> dict[str, Any]:
@@ -541,18 +542,13 @@ _DEFAULTS = {
 }
 
 
-def _unit(x: Tensor) -> Tensor:
-    """x with a last dimension of stride 1."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def softmax_forward(
     q: Tensor, k: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Forward of ``routed_softmax``: o [B,T,Hq,Vs], lse [B,Hq,T] (base 2), and the kept chunks, starts and count."""
     B, T, Hq, _ = q.shape
     Hs, Vs, R = k.shape[2], v.shape[3], route.shape[2]
-    q, k, v, route = _unit(q), _unit(k), _unit(v), route.contiguous()
+    q, k, v, route = last_contiguous(q), last_contiguous(k), last_contiguous(v), route.contiguous()
     o = q.new_empty(B, T, Hq, Vs)
     lse = q.new_empty(B, Hq, T, dtype=torch.float32)
     starts, count = kept_chunks(route, cu_seqlens, chunk_size, T)
@@ -580,7 +576,14 @@ def softmax_backward(
     B, T, Hq, _ = q.shape
     Hs, N, R = k.shape[2], route.shape[1], route.shape[2]
     J, G = Hq // Hs, Hs // R
-    do, q, k, v, o, route = _unit(do), _unit(q), _unit(k), _unit(v), o.contiguous(), route.contiguous()
+    do, q, k, v, o, route = (
+        last_contiguous(do),
+        last_contiguous(q),
+        last_contiguous(k),
+        last_contiguous(v),
+        o.contiguous(),
+        route.contiguous(),
+    )
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if B == 0:
         return dq, dk, dv, route.new_zeros(B, N, R, dtype=torch.float32)
@@ -598,7 +601,7 @@ def softmax_backward(
     blocks = _blocks("softmax_dkv", q, v, chunk_size)
     rest, covered = starts, T
     if cu_seqlens is None:  # tiles of two streams, the last of each not full
-        rest, _ = kept_chunks(1.0 - route, None, chunk_size, T)
+        rest, _ = kept_chunks((~(route > 0.5)).to(route.dtype), None, chunk_size, T)
         covered = N * chunk_size + blocks["BLOCK_N"]
     else:  # a tile lies inside a chunk
         shrink = max(1, blocks["BLOCK_N"] // chunk_size)

@@ -136,7 +136,7 @@ class Launcher:
     """A Triton kernel that is launched as ``kernel[grid](*arguments, **constants)``, at a fraction of the host's time.
 
     Triton works out anew at every launch which variant of the kernel the arguments need. Here that is remembered by
-    what it depends on: types, alignment to 16 bytes, and the values of integers that the kernel is specialised for.
+    what it depends on: types, alignment to 16 bytes, and of integers whether they are 1, divisible by 16 or long.
     """
 
     def __init__(self, function: Any) -> None:
@@ -151,8 +151,8 @@ class Launcher:
         for argument, free in zip(arguments, self._free, strict=False):
             if isinstance(argument, torch.Tensor):
                 key += (argument.dtype, argument.data_ptr() & 15)
-            elif not free:
-                key.append(argument)
+            elif type(argument) is int and not free:
+                key.append((argument == 1, argument % 16 == 0, argument >= 1 << 31))
         variant = self._variants.get(tuple(key))
         if variant is not None and not _collecting:
             kernel, rest = variant
@@ -243,16 +243,18 @@ def compile_ahead(function: Callable[[], object], workers: int | None = None) ->
     return compilation.run(workers)
 
 
-def warm_up(shape: Shape, device: torch.device, *, tokens: int = 4096, counterfactual: str = "none") -> int:
+def warm_up(
+    shape: Shape, device: torch.device, *, batch: int = 1, tokens: int = 4096, counterfactual: str = "none"
+) -> int:
     """Compile the kernels of a routed layer and of one with the delta rule alone, forward and backward, before they
-    are needed; returns how many were compiled. ``tokens``: the length of a sequence, as some kernels have a variant
-    for long ones. Does nothing without CUDA.
+    are needed; returns how many were compiled. ``batch`` sequences of ``tokens``: some
+    kernels have variants for them. Does nothing without CUDA.
     """
     if device.type != "cuda":
         return 0
     from natsl.kernels.workload import Options, differentiate, layer_inputs  # it imports the ops, which import this
 
-    inputs = layer_inputs(shape, 1, tokens, 0.5, device)
+    inputs = layer_inputs(shape, batch, tokens, 0.5, device)
     options = Options(shape.chunk_size, counterfactual, 0.5, "triton")
 
     def run() -> None:

@@ -20,6 +20,7 @@ from natsl import checkpoint
 from natsl.cli import resolve_device, run_main
 from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, TrainRunConfig, check_batch, to_plain
 from natsl.data import load_text
+from natsl.kernels.dispatch import kernel_limit
 from natsl.kernels.roofline import Shape
 from natsl.kernels.tuning import warm_up
 from natsl.model import RoutedLM, count_parameters
@@ -265,10 +266,16 @@ def _resume(folder: Path, model: RoutedLM, optimizer: torch.optim.Optimizer, met
 
 
 def compile_kernels(model: ModelConfig, tokens: int, recipe: TrainRecipe, device: torch.device) -> None:
-    """Compile what a step needs before it, all kernels at the same time."""
-    dtype = recipe.train.precision.value
-    shape = Shape(model.heads, model.key_dim, model.value_dim, model.softmax_per_head, model.chunk_size, dtype)
-    warm_up(shape, device, tokens=tokens, counterfactual=recipe.supernet.counterfactual.value)
+    """Compile what a step needs before it, all kernels at the same time (nothing if they do not take the shape)."""
+    precision = recipe.train.precision
+    dtype = torch.bfloat16 if precision is Precision.bfloat16 else torch.float32
+    widths = {"V": (model.value_dim, 512)}
+    if kernel_limit(dtype, model.chunk_size, {"K": (model.key_dim, 256), **widths}, delta_keys=model.key_dim) is None:
+        shape = Shape(
+            model.heads, model.key_dim, model.value_dim, model.softmax_per_head, model.chunk_size, precision.value
+        )
+        mode = recipe.supernet.counterfactual.value
+        warm_up(shape, device, batch=recipe.train.batch_size, tokens=tokens, counterfactual=mode)
 
 
 def fit(

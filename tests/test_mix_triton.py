@@ -195,17 +195,17 @@ def test_nothing_waits_for_the_device() -> None:
 @pytest.mark.parametrize(
     ("width", "dtype", "message"),
     [
-        (513, torch.float32, "head widths from 1 to 512, found 513"),
-        (0, torch.float32, "head widths from 1 to 512, found 0"),
-        (4, torch.float64, "takes float32, float16 and bfloat16, found torch.float64"),
+        (513, torch.float32, "Vs = 513 is not supported by the triton backend: at most 512"),
+        (0, torch.float32, "Vs = 0 is not supported by the triton backend: at least 1"),
+        (4, torch.float64, "torch.float64 is not supported by the triton backend"),
     ],
     ids=["too-wide", "no-width", "float64"],
 )
 def test_limits_are_named(width: int, dtype: torch.dtype, message: str) -> None:
     inputs = mix_inputs((1, 2, 1, width), dtype)
-    with pytest.raises(ValueError, match=f"routed_mix: the triton backend .*{message}"):
+    with pytest.raises(ValueError, match=f"routed_mix: {message}"):
         routed_mix(*inputs, eps=EPS, backend="triton")
-    with pytest.raises(ValueError, match=f"gated_norm: the triton backend .*{message}"):
+    with pytest.raises(ValueError, match=f"gated_norm: {message}"):
         gated_norm(*inputs[::2], eps=EPS, backend="triton")
 
 

@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from natsl.config import ModelConfig, Precision, SupernetConfig
+from natsl.kernels import dispatch
 from natsl.model import LMOutput, RoutedLM, count_parameters
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
-from tests.oracles import TOLERANCE, fill_calibration, mixer_of, tiny_config, tiny_model
+from tests.oracles import TOLERANCE, assert_near, fill_calibration, mixer_of, tiny_config, tiny_model
 
 PRESETS = Path(__file__).parents[1] / "conf" / "model"
 D, S, R = (LayerPolicy(Op.delta), LayerPolicy(Op.softmax), LayerPolicy(Op.routed, budget=0.4))
@@ -450,3 +451,29 @@ def test_a_token_outside_the_vocabulary_is_refused(token: int) -> None:
     tokens = torch.tensor([[5, token, 7]])
     with pytest.raises(ValueError, match=r"tokens are .*: they must lie in \[0, 384\)"):
         model(tokens, RoutingPolicy.all_delta(model.kinds, 16))
+
+
+@pytest.mark.parametrize("kinds", ["rds", "rrr"])
+def test_on_the_kernels_as_on_torch(kinds: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One training pass of the whole model, in Triton's interpreter: the same loss and gradients."""
+    model = tiny_model(kinds, chunk_size=16, key_dim=32, value_dim=32, softmax_per_head=2)
+    policies = [RoutingPolicy.uniform(model.kinds, 16, budget=0.5), RoutingPolicy.all_delta(model.kinds, 16)]
+    tokens = torch.randint(0, 256, (2, 50))
+    targets = torch.randint(0, 256, (2, 50))
+    config = SupernetConfig()
+
+    def gradients() -> tuple[Tensor, list[Tensor | None]]:
+        torch.manual_seed(0)
+        model.zero_grad(set_to_none=True)
+        loss = model.token_losses(tokens, policies, targets, config).loss.mean()
+        loss.backward()
+        return loss.detach(), [p.grad for p in model.parameters()]
+
+    expected_loss, expected = gradients()
+    monkeypatch.setattr(dispatch, "resolve", lambda backend, op, device: "triton" if backend == "auto" else backend)
+    loss, actual = gradients()
+    assert_near(loss, expected_loss)
+    for (name, _), x, y in zip(model.named_parameters(), actual, expected, strict=True):
+        assert (x is None) == (y is None), name
+        if x is not None and y is not None:
+            assert_near(x, y)

@@ -261,6 +261,29 @@ def test_custom_ops() -> None:
     torch.library.opcheck(torch.ops.natsl.routed_softmax_backward.default, (*held, None, 16, 0.25, "insertion", True))
 
 
+@pytest.mark.parametrize("value", [0.5, float("nan")], ids=str)
+def test_routes_that_are_neither_0_nor_1_break_nothing(value: float) -> None:
+    tensors = inputs(80, C=16, R=2)
+    tensors[3][0, :, 0] = value  # a router that met NaN: read as left out
+    ts = leaves(tensors)
+    o = run(ts, 16, "insertion", backend="triton")
+    gradients = torch.autograd.grad(o.sum(), ts)
+    tensors[3][0, :, 0] = 0.0
+    clean = leaves(tensors)
+    expected = run(clean, 16, "insertion", backend="triton")
+    assert torch.equal(o, expected)
+    for x, y in zip(gradients[:3], torch.autograd.grad(expected.sum(), clean), strict=False):
+        assert torch.equal(x, y)
+
+
+def test_strided_borders() -> None:
+    tensors = inputs(40, C=16, N=4)
+    borders = torch.tensor([0, 20, 40], dtype=torch.int32, device=DEVICE)
+    strided = torch.stack((borders, borders + 7), 1)[:, 0]
+    expected = run(tensors, 16, "none", borders=borders, backend="triton")
+    assert torch.equal(run(tensors, 16, "none", borders=strided, backend="triton"), expected)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
