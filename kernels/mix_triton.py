@@ -17,8 +17,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from natsl.kernels.dispatch import last_contiguous
+from natsl.kernels.library import register
 from natsl.kernels.tuning import Launcher, pick
 
 
@@ -299,102 +301,30 @@ def _backward(
     return grads
 
 
-@torch.library.custom_op("natsl::routed_mix", mutates_args=())
-def _routed_mix(
-    o_delta: Tensor,
-    o_softmax: Tensor,
-    gate: Tensor,
-    mix_logits: Tensor,
-    weight_delta: Tensor,
-    weight_softmax: Tensor,
-    eps: float,
-) -> Tensor:
-    return _forward(o_delta, gate, weight_delta, eps, [o_softmax, mix_logits, weight_softmax])
+# both ops take x (o_delta), gate, weight, eps and then, of the second branch, its output, the logits and its weight
+_INPUTS = "Tensor x, Tensor gate, Tensor weight, float eps, Tensor[] second"
+_forward_op = register("mix", f"({_INPUTS}) -> Tensor", _forward, lambda x, gate, weight, eps, second: _like([x])[0])
+_backward_op = register(
+    "mix_backward",
+    f"(Tensor dy, {_INPUTS}) -> Tensor[]",
+    lambda *arguments: list(_backward(*arguments)),
+    lambda dy, x, gate, weight, eps, second: _like([x, gate, weight, *second]),
+)
 
 
-@_routed_mix.register_fake
-def _(
-    o_delta: Tensor,
-    o_softmax: Tensor,
-    gate: Tensor,
-    mix_logits: Tensor,
-    weight_delta: Tensor,
-    weight_softmax: Tensor,
-    eps: float,
-) -> Tensor:
-    return _like([o_delta])[0]
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, eps: float, x: Tensor, gate: Tensor, weight: Tensor, *second: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate, weight, *second)  # the norms are computed again in the backward pass
+        ctx.eps = eps
+        y: Tensor = _forward_op(x, gate, weight, eps, list(second))
+        return y
 
-
-@torch.library.custom_op("natsl::routed_mix_backward", mutates_args=())
-def _routed_mix_backward(
-    dy: Tensor,
-    o_delta: Tensor,
-    o_softmax: Tensor,
-    gate: Tensor,
-    mix_logits: Tensor,
-    weight_delta: Tensor,
-    weight_softmax: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    ddelta, dgate, dweight_delta, dsoftmax, dlogits, dweight_softmax = _backward(
-        dy, o_delta, gate, weight_delta, eps, [o_softmax, mix_logits, weight_softmax]
-    )
-    return ddelta, dsoftmax, dgate, dlogits, dweight_delta, dweight_softmax
-
-
-@_routed_mix_backward.register_fake
-def _(
-    dy: Tensor,
-    o_delta: Tensor,
-    o_softmax: Tensor,
-    gate: Tensor,
-    mix_logits: Tensor,
-    weight_delta: Tensor,
-    weight_softmax: Tensor,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    return tuple(_like([o_delta, o_softmax, gate, mix_logits, weight_delta, weight_softmax]))
-
-
-@torch.library.custom_op("natsl::gated_norm", mutates_args=())
-def _gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _forward(x, gate, weight, eps, [])
-
-
-@_gated_norm.register_fake
-def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _like([x])[0]
-
-
-@torch.library.custom_op("natsl::gated_norm_backward", mutates_args=())
-def _gated_norm_backward(
-    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dgate, dweight = _backward(dy, x, gate, weight, eps, [])
-    return dx, dgate, dweight
-
-
-@_gated_norm_backward.register_fake
-def _(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
-    return tuple(_like([x, gate, weight]))
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Everything but eps, which is last; the norms are computed again in the backward pass."""
-    ctx.save_for_backward(*inputs[:-1])
-    ctx.eps = inputs[-1]
-
-
-def _mix_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_routed_mix_backward(dy, *ctx.saved_tensors, ctx.eps), None)
-
-
-def _norm_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_gated_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None)
-
-
-_routed_mix.register_autograd(_mix_gradients, setup_context=_save_inputs)
-_gated_norm.register_autograd(_norm_gradients, setup_context=_save_inputs)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, weight, *second = ctx.saved_tensors
+        return (None, *_backward_op(grads[0], x, gate, weight, ctx.eps, second))
 
 
 def routed_mix(
@@ -408,12 +338,13 @@ def routed_mix(
 ) -> Tensor:
     """The combination of both branches; arguments as in ``natsl.kernels.mix.routed_mix``, which checks them."""
     check_rows("routed_mix", o_delta)
-    y: Tensor = _routed_mix(o_delta, o_softmax, gate, mix_logits, weight_delta, weight_softmax, eps)
+    second = (o_softmax, mix_logits, weight_softmax)
+    y: Tensor = _Mix.apply(eps, o_delta, gate, weight_delta, *second)  # type: ignore[no-untyped-call]
     return y
 
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The output of a single memory; arguments as in ``natsl.kernels.mix.gated_norm``, which checks them."""
     check_rows("gated_norm", x)
-    y: Tensor = _gated_norm(x, gate, weight, eps)
+    y: Tensor = _Mix.apply(eps, x, gate, weight)  # type: ignore[no-untyped-call]
     return y

@@ -568,7 +568,7 @@ def softmax_forward(
 def softmax_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, route: Tensor, starts: Tensor, count: Tensor,
     sampled: Tensor, cu_seqlens: Tensor | None, chunk_size: int, scale: float, counterfactual: str, want_route: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip  # fmt: skip
     """Gradients dq, dk, dv (in the inputs' dtype) and droute [B,N,R] float32 (zeros unless ``want_route``).
 
     o, lse, starts, count as ``softmax_forward`` returns them; sampled [B,N,R] float32 as ``sample_unchosen`` does.

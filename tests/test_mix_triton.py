@@ -166,9 +166,15 @@ def test_inputs_without_a_gradient(frozen: int) -> None:
 def test_the_ops_keep_the_rules_of_custom_ops(op: str) -> None:
     inputs = mix_inputs((2, 3, 2, 8), torch.float32)
     inputs = inputs if op == "routed_mix" else inputs[::2]
-    torch.library.opcheck(getattr(torch.ops.natsl, op).default, (*(x.clone().requires_grad_() for x in inputs), EPS))
-    backward = getattr(torch.ops.natsl, f"{op}_backward").default
-    torch.library.opcheck(backward, (torch.randn_like(inputs[0]), *inputs, EPS))
+    x, *others = inputs
+    if op == "routed_mix":
+        o_softmax, gate, logits, weight, weight_softmax = others
+        second = [o_softmax, logits, weight_softmax]
+    else:
+        gate, weight = others
+        second = []
+    torch.library.opcheck(torch.ops.natsl.mix.default, (x, gate, weight, EPS, second))
+    torch.library.opcheck(torch.ops.natsl.mix_backward.default, (torch.randn_like(x), x, gate, weight, EPS, second))
 
 
 def test_no_break_in_a_compiled_graph() -> None:
