@@ -548,7 +548,8 @@ def softmax_forward(
     """Forward of ``routed_softmax``: o [B,T,Hq,Vs], lse [B,Hq,T] (base 2), and the kept chunks, starts and count."""
     B, T, Hq, _ = q.shape
     Hs, Vs, R = k.shape[2], v.shape[3], route.shape[2]
-    q, k, v, route = last_contiguous(q), last_contiguous(k), last_contiguous(v), route.contiguous()
+    q, k, v = map(last_contiguous, (q, k, v))
+    route = route.contiguous()
     o = q.new_empty(B, T, Hq, Vs)
     lse = q.new_empty(B, Hq, T, dtype=torch.float32)
     starts, count = kept_chunks(route, cu_seqlens, chunk_size, T)
@@ -568,7 +569,7 @@ def softmax_forward(
 def softmax_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, route: Tensor, starts: Tensor, count: Tensor,
     sampled: Tensor, cu_seqlens: Tensor | None, chunk_size: int, scale: float, counterfactual: str, want_route: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients dq, dk, dv (in the inputs' dtype) and droute [B,N,R] float32 (zeros unless ``want_route``).
 
     o, lse, starts, count as ``softmax_forward`` returns them; sampled [B,N,R] float32 as ``sample_unchosen`` does.
@@ -576,14 +577,8 @@ def softmax_backward(
     B, T, Hq, _ = q.shape
     Hs, N, R = k.shape[2], route.shape[1], route.shape[2]
     J, G = Hq // Hs, Hs // R
-    do, q, k, v, o, route = (
-        last_contiguous(do),
-        last_contiguous(q),
-        last_contiguous(k),
-        last_contiguous(v),
-        o.contiguous(),
-        route.contiguous(),
-    )
+    do, q, k, v = map(last_contiguous, (do, q, k, v))
+    o, route = o.contiguous(), route.contiguous()
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if B == 0:
         return dq, dk, dv, route.new_zeros(B, N, R, dtype=torch.float32)
@@ -691,8 +686,7 @@ class _RoutedSoftmax(torch.autograd.Function):
         tensors = ctx.saved_tensors
         want_route = ctx.needs_input_grad[3]
         dq, dk, dv, droute = _backward_op(grads[0], *tensors, *ctx.options, want_route)
-        route = tensors[5]
-        return dq, dk, dv, (droute.to(route.dtype) if want_route else None), *[None] * 5
+        return dq, dk, dv, (droute.to(tensors[5].dtype) if want_route else None), *[None] * 5
 
 
 def routed_softmax(
