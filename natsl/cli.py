@@ -275,7 +275,8 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if count else "cpu")
     if count <= int(index or 0):
         raise UserError(f"device = {name!r} is not there: this machine has {count} usable GPUs; use device=auto or cpu")
-    torch.cuda.set_device(torch.device(name))  # kernels are launched on the current device
+    if index:
+        torch.cuda.set_device(int(index))  # kernels are launched on the current device
     return torch.device(name)
 
 

@@ -487,8 +487,13 @@ def test_devices_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_devices_with_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert resolve_device("auto") == torch.device("cuda")
+    assert resolve_device("cuda") == torch.device("cuda")
+    assert not current
     assert resolve_device("cuda:1") == torch.device("cuda:1")
+    assert current == [1]
     with pytest.raises(UserError, match="cuda:2"):
         resolve_device("cuda:2")
     assert capsys.readouterr().err == ""
