@@ -75,7 +75,7 @@ def _chunk_tables(
     index = sequence.clamp(min=0)
     chunks = (cu_seqlens.diff() + chunk_size - 1) // chunk_size
     offset = torch.nn.functional.pad(chunks.cumsum(0), (1, 0))
-    torch._assert_async((offset[-1] == n_chunks) & (cu_seqlens[-1] == tokens))
+    torch._assert_async((cu_seqlens[0] == 0) & (offset[-1] == n_chunks) & (cu_seqlens[-1] == tokens))
     # until the assertion stops the device, the clamp and the empty range of a chunk too many stay inside the buffers
     offset = offset.clamp(max=n_chunks).int()
     ends = torch.where(sequence >= 0, cu_seqlens[index + 1], 0)

@@ -133,6 +133,8 @@ def kept_chunks(route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, token
     count = torch.empty(B, R, N + 1, device=route.device, dtype=torch.int32)
     first = starts
     if cu_seqlens is not None:
+        chunks = ((cu_seqlens.diff() + (chunk_size - 1)) // chunk_size).sum()
+        torch._assert_async((cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (chunks == N))
         sequence, start = packed_blocks(cu_seqlens, chunk_size, N)
         first = (cu_seqlens[sequence.clamp(min=0)] + start).clamp(max=tokens).to(torch.int32)
     if B * R:
