@@ -48,13 +48,10 @@ def _columns(q: Tensor, chunk_size: int, most: int) -> int:
 
 def _stages(q: Tensor, chunk_size: int) -> int:
     """Depth of the pipeline of the scans by default: one where more do not fit shared memory."""
-    return (
-        3
-        if chunk_size * _power(q.shape[3]) * q.element_size() <= 1 << 14
-        else 2
-        if chunk_size * _power(q.shape[3]) * q.element_size() <= 1 << 15
-        else 1
-    )
+    tile = chunk_size * _power(q.shape[3]) * q.element_size()  # bytes
+    if tile <= 1 << 14:
+        return 3
+    return 2 if tile <= 1 << 15 else 1
 
 
 def _warps(q: Tensor, chunk_size: int) -> int:
@@ -62,6 +59,12 @@ def _warps(q: Tensor, chunk_size: int) -> int:
     and over 4 warps with 32 columns."""
     large = chunk_size == 128 or chunk_size * _power(q.shape[3]) >= 64 * 128
     return 8 if q.element_size() == 2 and large else 4
+
+
+def _column_blocks(q: Tensor, chunk_size: int) -> dict[str, int]:
+    """Default parameters of the kernels that go through the key columns block by block."""
+    warps = 8 if chunk_size == 128 and q.element_size() == 2 else 4
+    return {"BK": min(_power(q.shape[3]), 64), "num_warps": warps, "num_stages": 1}
 
 
 def _chunk_tables(
@@ -155,8 +158,7 @@ def delta_forward(
     starts, ends, sequence, offset = _chunk_tables(cu_seqlens, C, N, T, count)
     packed = cu_seqlens is not None
 
-    long = 8 if C == 128 and q.element_size() == 2 else 4
-    options = tuning.pick("delta_prepare", key, q.device, {"BK": min(BK, 64), "num_warps": long, "num_stages": 1})
+    options = tuning.pick("delta_prepare", key, q.device, _column_blocks(q, C))
     prepare_kernel[(N, B * R)](
         q, k, g, beta, starts, ends, w, qe, a, p, pa, cum, rq, rk, total, T, N, scale, *q.stride()[:3], *k.stride()[:3],
         R=R, C=C, K=K, NORMALISE=normalise, PACKED=packed, PRECISION=precision, SOLVE=precision, **options,
@@ -239,8 +241,7 @@ def delta_backward(
             R=R, C=C, K=K, V=V, BK=BK, STAGE=stage, RELOAD=q.element_size() == 4, PACKED=packed,
             PRECISION=precision, **options,
         )  # fmt: skip
-    default = {"BK": min(BK, 64), "num_warps": 8 if C == 128 and q.element_size() == 2 else 4, "num_stages": 1}
-    options = tuning.pick("delta_backward_finish", key, q.device, default)
+    options = tuning.pick("delta_backward_finish", key, q.device, _column_blocks(q, C))
     backward_finish_kernel[(N, B * R)](
         q, k, g, beta, a, cum, rq, rk, total, starts, ends, dp, da, dlast, doo, vdv, dqs, dw, dke, dq, dk, dg, dbeta,
         T, N, scale, *q.stride()[:3], *k.stride()[:3],

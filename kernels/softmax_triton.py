@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from natsl.kernels import tuning
 from natsl.kernels.dispatch import last_contiguous
 from natsl.kernels.library import register
-from natsl.kernels.reference import MAX_EXPONENT
+from natsl.kernels.reference import MAX_EXPONENT, sampling_weight
 from natsl.kernels.routing_triton import kept_chunks, packed_blocks
 
 LOG2E = math.log2(math.e)
@@ -628,12 +628,8 @@ def softmax_backward(
 
 def sample_unchosen(unchosen: Tensor, counterfactual: str, rate: float) -> Tensor:
     """Weight float32 of every chunk that was left out: 0 (mode none) or an unbiased sample; 0 where one was kept."""
-    if counterfactual == "none":
-        return torch.zeros_like(unchosen, dtype=torch.float32)
-    weight = unchosen.to(torch.float32)
-    if rate < 1.0:
-        weight = weight * (torch.rand_like(weight) < rate) / rate
-    return weight.contiguous()
+    left = unchosen.to(torch.float32).contiguous()
+    return sampling_weight(left, unchosen, counterfactual, rate) * left
 
 
 def fake_forward(q: Tensor, k: Tensor, v: Tensor, route: Tensor, *unused: Any) -> list[Tensor]:

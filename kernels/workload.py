@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,16 @@ class Options:
     rate: float = 1.0
     backend: str = "auto"
     cu_seqlens: Tensor | None = None
+
+    @property
+    def routing(self) -> dict[str, Any]:
+        """What every op that routes takes by name, but for packing."""
+        return {
+            "chunk_size": self.chunk_size,
+            "counterfactual": self.counterfactual,
+            "counterfactual_rate": self.rate,
+            "backend": self.backend,
+        }
 
 
 def layer_inputs(
@@ -88,11 +99,8 @@ def _softmax(x: Tensors, options: Options) -> tuple[Tensor, ...]:
         x["k_softmax"],
         values,
         x["route"],
-        chunk_size=options.chunk_size,
         cu_seqlens=options.cu_seqlens,
-        counterfactual=options.counterfactual,
-        counterfactual_rate=options.rate,
-        backend=options.backend,
+        **options.routing,
     )
     return (o,)
 
@@ -105,11 +113,8 @@ def _delta(x: Tensors, options: Options) -> tuple[Tensor, ...]:
         x["g"],
         x["beta"],
         x["route"],
-        chunk_size=options.chunk_size,
         cu_seqlens=options.cu_seqlens,
-        counterfactual=options.counterfactual,
-        counterfactual_rate=options.rate,
-        backend=options.backend,
+        **options.routing,
     )
     return (o,)
 
@@ -124,10 +129,7 @@ def _branches(x: Tensors, options: Options) -> tuple[Tensor, ...]:
         x["g"],
         x["beta"],
         x["route"],
-        chunk_size=options.chunk_size,
-        counterfactual=options.counterfactual,
-        counterfactual_rate=options.rate,
-        backend=options.backend,
+        **options.routing,
     )
 
 
