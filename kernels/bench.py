@@ -48,10 +48,10 @@ TINY_TOKENS = 36
 # op → kernel as the profiler calls it → as natsl.kernels.tuning does
 KERNELS = {
     "routed_softmax": {
-        "_forward_kernel": "softmax_forward",
-        "_dq_kernel": "softmax_dq",
-        "_dkv_kernel": "softmax_dkv",
-        "_counterfactual_kernel": "softmax_counterfactual",
+        "forward_kernel": "softmax_forward",
+        "dq_kernel": "softmax_dq",
+        "dkv_kernel": "softmax_dkv",
+        "counterfactual_kernel": "softmax_counterfactual",
         "_kept_chunks_kernel": "kept_chunks",
     },
     "routed_delta_rule": {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from natsl.kernels import reference
 from natsl.kernels.delta import routed_delta_rule
 from natsl.kernels.dispatch import (
     check_counterfactual,
@@ -65,12 +65,23 @@ def routed_branches(
         o_softmax = routed_softmax(q_softmax, k_softmax, v_softmax, route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
         return o_delta, o_softmax
     from natsl.kernels.branches_triton import routed_branches as run_kernels
-    from natsl.kernels.softmax_triton import sample_unchosen
 
     route = route.float().contiguous()
-    kept = route.detach() > 0.5  # as the kernels read it
-    sampled = sample_unchosen(~kept, counterfactual, counterfactual_rate)
-    written = reference.sampling_weight(route.detach(), kept, counterfactual, counterfactual_rate)
+    sampled, written = _gradient_weights(route.detach(), counterfactual, counterfactual_rate)
     return run_kernels(
         q, k, v, q_softmax, k_softmax, g, beta, route, sampled, written, chunk_size, K**-0.5, Ks**-0.5, counterfactual
     )
+
+
+def _gradient_weights(route: Tensor, counterfactual: str, rate: float) -> tuple[Tensor, Tensor]:
+    """Weights of the routes' gradient [B,N,R]: of the softmax side where it was not chosen, and of the delta side.
+
+    The side that was chosen weighs 1, the other nothing (none; the first result is not read) or an unbiased sample.
+    """
+    left = route <= 0.5
+    if counterfactual == "none":
+        return route, left
+    if rate >= 1.0:
+        return left.float(), torch.ones_like(route)
+    drawn = (torch.rand_like(route) < rate) * (1.0 / rate)
+    return drawn * left, torch.where(left, 1.0, drawn)

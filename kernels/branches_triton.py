@@ -27,9 +27,10 @@ B = TypeVar("B")
 
 
 @cache
-def _side_stream(index: int, calling: int) -> torch.cuda.Stream:
-    """One for every calling stream: what is allocated on it must only ever be used by that one."""
-    return torch.cuda.Stream(index, priority=-1)  # its few blocks go first
+def _side_stream(index: int, calling: int) -> tuple[torch.cuda.Stream, torch.cuda.Event, torch.cuda.Event]:
+    """A stream and the events of fork and join, one of each for every calling stream: what is allocated on it must only
+    ever be used by that one."""
+    return torch.cuda.Stream(index, priority=-1), torch.cuda.Event(), torch.cuda.Event()  # its few blocks go first
 
 
 def _side_by_side(device: torch.device, side: Callable[[], A], main: Callable[[], B]) -> tuple[A, B]:
@@ -40,12 +41,17 @@ def _side_by_side(device: torch.device, side: Callable[[], A], main: Callable[[]
     if device.type != "cuda":
         return side(), main()
     here = torch.cuda.current_stream(device)
-    there = _side_stream(here.device_index, here.cuda_stream)
-    there.wait_stream(here)
-    with torch.cuda.stream(there):
+    there, fork, join = _side_stream(here.device_index, here.cuda_stream)
+    fork.record(here)
+    there.wait_event(fork)
+    torch.cuda.set_stream(there)
+    try:
         first = side()
+    finally:
+        torch.cuda.set_stream(here)
     second = main()
-    here.wait_stream(there)
+    join.record(there)
+    here.wait_event(join)
     return first, second
 
 
@@ -159,7 +165,8 @@ def routed_branches(
 ) -> tuple[Tensor, Tensor]:
     """Both branches; arguments as in ``natsl.kernels.branches.routed_branches``, already checked.
 
-    ``sampled`` and ``written`` [B,N,R] float32 weigh the softmax and the delta side of the routes' gradient.
+    ``sampled`` [B,N,R] float32 (not read in mode none) weighs the softmax side of the routes' gradient where a chunk
+    was left out, ``written`` [B,N,R] float32 or bool the delta side.
     """
     o_delta, o_softmax = _RoutedBranches.apply(  # type: ignore[no-untyped-call]
         *(last_contiguous(x) for x in (q, k, v, q_softmax, k_softmax)),

@@ -49,8 +49,9 @@ def routed_delta_rule(
     ``routed_softmax``; for the delta rule insertion and derivative are the same.
 
     On Triton: float32, float16 or bfloat16, chunk_size 16, 32, 64 or 128, K ≤ 256, V ≤ 512, chunk_size · K ≤ 16384
-    (float32: 8192; beyond any of these ``auto`` takes torch and warns), g is bounded below by −50, routes are 0 or 1
-    and ``cu_seqlens`` is trusted, as reading it would wait for the device.
+    (float32: 8192; beyond any of these ``auto`` takes torch and warns), g is bounded below by −50, routes are 0 or 1,
+    the states between chunks and their gradients are held in v's dtype, and ``cu_seqlens`` is trusted, as reading it
+    would wait for the device.
 
     Returns o [B,T,R,V] in v's dtype and the final state (float32; float64 for float64 inputs) or None. Raises
     ``ValueError`` naming the argument. Source: Gated DeltaNet, arXiv 2412.06464; routing, arXiv 2602.03681, section 3.

@@ -36,10 +36,6 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def _key(q: Tensor, v: Tensor, chunk_size: int) -> str:
-    return f"{str(q.dtype).removeprefix('torch.')} C{chunk_size} K{q.shape[3]} V{v.shape[3]}"
-
-
 def _columns(q: Tensor, chunk_size: int, most: int) -> int:
     """Value columns per block by default: fewer where keys are wide or chunks long, or elements have four bytes."""
     wide = _power(q.shape[3]) * q.element_size() > 256 or chunk_size * q.element_size() > 128
@@ -148,7 +144,7 @@ def delta_forward(
     """
     B, T, R, K = q.shape
     V, C, N = v.shape[3], chunk_size, route.shape[1]
-    BK, precision, key = _power(K), _precision(q.dtype), _key(q, v, chunk_size)
+    BK, precision, key = _power(K), _precision(q.dtype), tuning.shape_key(q.dtype, C, K, V)
     o, final, *saved = _allocate(q, v, route, cu_seqlens, C, want_final)
     w, qe, a, p, cum, rq, rk, total, gap, slot, state = saved
     slots, S = state.shape[2], _sequences(q, cu_seqlens)
@@ -206,7 +202,12 @@ def delta_backward(
     """Gradients of q, k, v in their dtype, of g, beta, route and the initial state (empty without one) in float32."""
     B, T, R, K = q.shape
     V, C, N = v.shape[3], chunk_size, route.shape[1]
-    S, BK, precision, key = _sequences(q, cu_seqlens), _power(K), _precision(q.dtype), _key(q, v, chunk_size)
+    S, BK, precision, key = (
+        _sequences(q, cu_seqlens),
+        _power(K),
+        _precision(q.dtype),
+        tuning.shape_key(q.dtype, C, K, V),
+    )
     o, w, qe, a, p, cum, rq, rk, total, gap, slot, state = saved
     grads = _allocate_grads(q, v, route, cu_seqlens, has_initial)
     dq, dk, dv, dg, dbeta, droute, dinitial = grads

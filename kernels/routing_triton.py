@@ -80,11 +80,16 @@ def _kept_chunks_kernel(
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per (b, r): the kept chunks move up to the front of their list."""
+    """One program per (b, r): the kept chunks move up to the front of the list, the others follow."""
     i_row = tl.program_id(0).to(tl.int64)
     p_route += (i_row // R) * s_route_b + (i_row % R) * s_route_r
     p_starts += i_row * N
     p_count += i_row * (N + 1)
+    total = tl.zeros((), tl.int32)
+    for i_block in range(0, N, BLOCK):
+        o_n = i_block + tl.arange(0, BLOCK)
+        b_route = tl.load(p_route + o_n.to(tl.int64) * s_route_n, mask=o_n < N, other=0.0)
+        total += tl.sum((b_route > 0.5).to(tl.int32), 0)
     kept_before = tl.zeros((), tl.int32)
     for i_block in range(0, N, BLOCK):
         o_n = i_block + tl.arange(0, BLOCK)
@@ -96,9 +101,9 @@ def _kept_chunks_kernel(
         else:
             b_first = o_n * CHUNK
         tl.store(p_count + o_n, b_before, mask=inside)
-        tl.store(p_starts + b_before, b_first, mask=inside & (b_kept > 0))
+        tl.store(p_starts + tl.where(b_kept > 0, b_before, total + o_n - b_before), b_first, mask=inside)
         kept_before += tl.sum(b_kept, 0)
-    tl.store(p_count + N, kept_before)
+    tl.store(p_count + N, total)
 
 
 def _block(chunks: int) -> dict[str, int]:
@@ -122,11 +127,11 @@ def packed_blocks(cu_seqlens: Tensor, size: int, count: int) -> tuple[Tensor, Te
 
 
 def kept_chunks(route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Lists of the chunks that softmax keeps (route > 0.5), in order, one per batch element and routing head.
+    """Lists of the chunks that softmax keeps (route > 0.5) and then of the others, per batch element and routing head.
 
     route [B,N,R]; cu_seqlens [S+1] of sequences that are packed into B = 1, or None. Returns ``starts`` [B,R,N] int32,
-    the first token (a position in the row of ``tokens``) of the j-th kept chunk, undefined past the last, and ``count``
-    [B,R,N+1] int32, the number of kept chunks before chunk n; its last entry is that of all.
+    the first tokens (positions in the row of ``tokens``) of the kept chunks in order and, behind them, of the others in
+    order, and ``count`` [B,R,N+1] int32, the number of kept chunks before chunk n; its last entry is that of all.
     """
     B, N, R = route.shape
     starts = torch.empty(B, R, N, device=route.device, dtype=torch.int32)

@@ -1,25 +1,17 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Triton kernels of ``routed_softmax``: attention over the own chunk and a list of kept chunks, forward and backward.
+"""The softmax branch on Triton: launches of the kernels in ``softmax_kernels`` and the ops around them.
 
-Shapes: B batch, T tokens, C chunk size, N chunks, R routing heads, Hs key heads, Hq query heads, J = Hq/Hs query heads
-per key head, G = Hs/R key heads per routing head, Ks key width, Vs value width. A chunk is kept where its route is 1.
-``starts`` [B,R,N] int32 is the first token of every kept chunk in order, ``count`` [B,R,N+1] int32 the number kept
-before each chunk. ``lse`` [B,Hq,T] float32 is log2 of the sum of exp(scale·q·k) over the visible keys: log base 2, so
-that P = exp2(scale·log2(e)·q·k − lse).
-
-The keys of earlier chunks are read as one stream: position p of it lies in kept chunk p // C. All of its chunks are
-complete and visible to every query of a tile, so the long loops have no mask. Nothing here waits for the device, and no
-sum depends on the order in which programs run. Source: arXiv 2602.03681, section 3; gradients in docs/method.md.
+B batch, T tokens, C chunk size, N chunks, R routing heads, Hs key heads, Hq query heads, J = Hq/Hs, G = Hs/R, Ks and Vs
+key and value width.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -28,468 +20,9 @@ from natsl.kernels.dispatch import last_contiguous
 from natsl.kernels.library import register
 from natsl.kernels.reference import MAX_EXPONENT, sampling_weight
 from natsl.kernels.routing_triton import kept_chunks, packed_blocks
+from natsl.kernels.softmax_kernels import counterfactual_kernel, dkv_kernel, dq_kernel, forward_kernel
 
 LOG2E = math.log2(math.e)
-
-
-@triton.jit
-def _load_tile(p_tile, o_row, stride, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr):
-    """Rows ``o_row`` of a matrix with unit column stride; zeros past WIDTH and, if CHECK, where not ``valid``."""
-    o_column = tl.arange(0, BLOCK)
-    p_element = p_tile + o_row[:, None] * stride + o_column[None, :]
-    if WIDTH < BLOCK:
-        inside = (o_column < WIDTH)[None, :]
-        if CHECK:
-            inside = inside & valid[:, None]
-        b_tile = tl.load(p_element, mask=inside, other=0.0)
-    elif CHECK:
-        b_tile = tl.load(p_element, mask=valid[:, None], other=0.0)
-    else:
-        b_tile = tl.load(p_element)
-    return b_tile
-
-
-@triton.jit
-def _store_tile(p_tile, o_row, stride, valid, b_tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Store ``b_tile`` [rows, BLOCK] into the valid rows and the first WIDTH columns."""
-    o_column = tl.arange(0, BLOCK)
-    mask = valid[:, None] & (o_column < WIDTH)[None, :]
-    p_element = p_tile + o_row[:, None] * stride + o_column[None, :]
-    tl.store(p_element, b_tile.to(p_tile.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _place(i_tile, T, cu_seqlens, first_chunk, owner, tile_start, BLOCK: tl.constexpr, VARLEN: tl.constexpr):
-    """Where tile ``i_tile`` lies: first token, length and first chunk of its sequence, and its start inside it."""
-    if VARLEN:
-        i_sequence = tl.load(owner + i_tile)
-        used = i_sequence >= 0
-        i_begin = tl.load(cu_seqlens + i_sequence, mask=used, other=0)
-        i_length = tl.load(cu_seqlens + i_sequence + 1, mask=used, other=0) - i_begin
-        i_first = tl.load(first_chunk + i_sequence, mask=used, other=0)
-        i_start = tl.load(tile_start + i_tile, mask=used, other=0)
-    else:
-        i_begin = i_tile * 0
-        i_length = T
-        i_first = i_tile * 0
-        i_start = i_tile * BLOCK
-    return i_begin.to(tl.int64), i_length, i_first, i_start
-
-
-@triton.jit
-def _stream_tokens(p_list, i, i_total, C: tl.constexpr, BLOCK: tl.constexpr):
-    """First tokens of the chunks at stream positions i … i + BLOCK: one number if BLOCK ≤ C, else one per position."""
-    if BLOCK <= C:
-        i_token = tl.load(p_list + i // C, mask=i < i_total, other=0)
-    else:
-        o_place = i + tl.arange(0, BLOCK)
-        i_token = tl.load(p_list + o_place // C, mask=o_place < i_total, other=0)
-    return i_token
-
-
-@triton.jit
-def _stream_place(i_token, i, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of stream positions i … i + BLOCK, from ``_stream_tokens``: a number of 64 bits and rows relative to it."""
-    o_row = tl.arange(0, BLOCK)
-    if BLOCK <= C:
-        i_here = (i_token + i % C).to(tl.int64)
-    else:
-        i_here = 0
-        o_row = (i_token + o_row % C).to(tl.int64)
-    return i_here, o_row
-
-
-@triton.jit
-def _stream_rows(p_list, i_start, i_total, T, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens of stream positions i_start … i_start + BLOCK; T past its end."""
-    o_place = i_start + tl.arange(0, BLOCK)
-    inside = o_place < i_total
-    return tl.where(inside, tl.load(p_list + o_place // C, mask=inside, other=0) + o_place % C, T)
-
-
-@triton.jit
-def _own_mask(o_t, i, p_route, R, i_length, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which keys i … i + BLOCK_N of the tile's own chunks the queries ``o_t`` see; ``p_route``: its first."""
-    o_s = i + tl.arange(0, BLOCK_N)
-    visible = o_s[None, :] <= o_t[:, None]
-    if BLOCK_M > C:  # else all keys lie in the one chunk of the tile
-        if BLOCK_N <= C:
-            kept = tl.load(p_route + i // C * R) > 0.5
-            visible = visible & (o_t < tl.where(kept, i_length, (i // C + 1) * C))[:, None]
-        else:
-            kept = tl.load(p_route + o_s // C * R, mask=o_s < i_length, other=0.0) > 0.5
-            visible = visible & (kept[None, :] | ((o_s // C)[None, :] == (o_t // C)[:, None]))
-    return visible
-
-
-@triton.jit
-def _attend(b_s, b_v, b_acc, b_max, b_sum, scale, visible, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One step of the online softmax, in base 2; scale > 0."""
-    if MASKED:
-        b_s = tl.where(visible, b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-    if MASKED:  # a row may have seen nothing yet
-        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
-    else:
-        b_shift = b_new
-    b_p = tl.exp2(b_s * scale - b_shift[:, None])
-    b_keep = tl.exp2(b_max - b_shift)
-    b_sum = b_sum * b_keep + tl.sum(b_p, 1)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_keep[:, None], input_precision=PRECISION)
-    return b_acc, b_new, b_sum
-
-
-@tuning.Launcher
-@triton.jit(do_not_specialize=["T", "N"])
-def _forward_kernel(
-    q, k, v, route, starts, count, o, lse, cu_seqlens, first_chunk, owner, tile_start, scale, T, N, R, J, G,
-    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h,
-    KS: tl.constexpr, VS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, VARLEN: tl.constexpr,
-):  # fmt: skip
-    """One tile of BLOCK_M queries of one head: the stream of kept earlier chunks, then the tile's own chunks."""
-    i_h = tl.program_id(1)
-    i_b = tl.program_id(2).to(tl.int64)
-    heads = tl.num_programs(1)
-    # the last tiles of a sequence have the most keys: they go first
-    i_tile = tl.program_id(0) if VARLEN else tl.num_programs(0) - 1 - tl.program_id(0)
-    i_begin, i_length, i_first, i_start = _place(i_tile, T, cu_seqlens, first_chunk, owner, tile_start, BLOCK_M, VARLEN)
-    if i_start >= i_length:
-        return
-    i_key = (i_h // J).to(tl.int64)
-    i_r = i_key // G
-    i_row = i_begin + i_start
-    i_chunk = i_start // C
-    o_m = tl.arange(0, BLOCK_M)
-    o_n = tl.arange(0, BLOCK_N)
-    o_t = i_start + o_m
-    p_k = k + i_b * sk_b + i_key * sk_h
-    p_v = v + i_b * sv_b + i_key * sv_h
-    p_q = q + i_b * sq_b + i_h.to(tl.int64) * sq_h + i_row * sq_t
-    b_q = _load_tile(p_q, o_m, sq_t, o_t < i_length, KS, BLOCK_K, True)
-
-    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    p_count = count + (i_b * R + i_r) * (N + 1) + i_first
-    i_entry = tl.load(p_count)
-    i_total = (tl.load(p_count + i_chunk) - i_entry) * C
-    p_list = starts + (i_b * R + i_r) * N + i_entry
-    i_token = _stream_tokens(p_list, 0, i_total, C, BLOCK_N)
-    for i in range(0, i_total, BLOCK_N):
-        i_here, o_row = _stream_place(i_token, i, C, BLOCK_N)
-        inside = i + o_n < i_total
-        # the next step's tokens are read a step ahead: their latency stands in front of no load of keys
-        i_token = _stream_tokens(p_list, i + BLOCK_N, i_total, C, BLOCK_N)
-        b_k = _load_tile(p_k + i_here * sk_t, o_row, sk_t, inside, KS, BLOCK_K, BLOCK_N > C)
-        b_v = _load_tile(p_v + i_here * sv_t, o_row, sv_t, inside, VS, BLOCK_V, BLOCK_N > C)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_acc, b_max, b_sum = _attend(b_s, b_v, b_acc, b_max, b_sum, scale, inside[None, :], BLOCK_N > C, PRECISION)
-
-    p_route = route + (i_b * N + i_first) * R + i_r
-    for i in range(i_chunk * C, tl.minimum(i_start + BLOCK_M, i_length), BLOCK_N):
-        o_s = i + o_n
-        i_here = i_begin + i  # 64 bits
-        b_k = _load_tile(p_k + i_here * sk_t, o_n, sk_t, o_s < i_length, KS, BLOCK_K, True)
-        b_v = _load_tile(p_v + i_here * sv_t, o_n, sv_t, o_s < i_length, VS, BLOCK_V, True)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        visible = _own_mask(o_t, i, p_route, R, i_length, C, BLOCK_M, BLOCK_N)
-        b_acc, b_max, b_sum = _attend(b_s, b_v, b_acc, b_max, b_sum, scale, visible, True, PRECISION)
-
-    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # rows past the end may have seen nothing
-    p_o = o + ((i_b * T + i_row) * heads + i_h) * VS
-    _store_tile(p_o, o_m, heads * VS, o_t < i_length, b_acc / b_sum[:, None], VS, BLOCK_V)
-    tl.store(lse + (i_b * heads + i_h) * T + i_row + o_m, b_max + tl.log2(b_sum), mask=o_t < i_length)
-
-
-@triton.jit
-def _add_dq(b_q, b_k, b_v, b_do, b_lse, b_delta, b_dq, scale, visible, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """dq += dS K with dS = P(dP − δ)."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-    b_p = tl.exp2(b_s * scale - b_lse[:, None])
-    if MASKED:
-        b_p = tl.where(visible, b_p, 0.0)
-    b_ds = b_p * (b_dp - b_delta[:, None])
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
-
-
-@tuning.Launcher
-@triton.jit(do_not_specialize=["T", "N"])
-def _dq_kernel(
-    q, k, v, do, o, lse, route, starts, count, dq, delta, cu_seqlens, first_chunk, owner, tile_start,
-    scale, scale_out, T, N, R, J, G,
-    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sd_b, sd_t, sd_h,
-    KS: tl.constexpr, VS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, VARLEN: tl.constexpr,
-):  # fmt: skip
-    """δ = Σ dO·O and dq of one tile of queries of one head; tiled as the forward."""
-    i_h = tl.program_id(1)
-    i_b = tl.program_id(2).to(tl.int64)
-    heads = tl.num_programs(1)
-    i_tile = tl.program_id(0) if VARLEN else tl.num_programs(0) - 1 - tl.program_id(0)
-    i_begin, i_length, i_first, i_start = _place(i_tile, T, cu_seqlens, first_chunk, owner, tile_start, BLOCK_M, VARLEN)
-    if i_start >= i_length:
-        return
-    i_key = (i_h // J).to(tl.int64)
-    i_r = i_key // G
-    i_row = i_begin + i_start
-    i_chunk = i_start // C
-    o_m = tl.arange(0, BLOCK_M)
-    o_n = tl.arange(0, BLOCK_N)
-    o_t = i_start + o_m
-    p_k = k + i_b * sk_b + i_key * sk_h
-    p_v = v + i_b * sv_b + i_key * sv_h
-    p_q = q + i_b * sq_b + i_h.to(tl.int64) * sq_h + i_row * sq_t
-    p_do = do + i_b * sd_b + i_h.to(tl.int64) * sd_h + i_row * sd_t
-    p_o = o + ((i_b * T + i_row) * heads + i_h) * VS
-    i_stat = (i_b * heads + i_h) * T + i_row
-    b_do = _load_tile(p_do, o_m, sd_t, o_t < i_length, VS, BLOCK_V, True)
-    b_o = _load_tile(p_o, o_m, heads * VS, o_t < i_length, VS, BLOCK_V, True)
-    b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
-    tl.store(delta + i_stat + o_m, b_delta, mask=o_t < i_length)
-    b_q = _load_tile(p_q, o_m, sq_t, o_t < i_length, KS, BLOCK_K, True)
-    b_lse = tl.load(lse + i_stat + o_m, mask=o_t < i_length, other=0.0)
-
-    b_dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    p_count = count + (i_b * R + i_r) * (N + 1) + i_first
-    i_entry = tl.load(p_count)
-    i_total = (tl.load(p_count + i_chunk) - i_entry) * C
-    p_list = starts + (i_b * R + i_r) * N + i_entry
-    i_token = _stream_tokens(p_list, 0, i_total, C, BLOCK_N)
-    for i in range(0, i_total, BLOCK_N):
-        i_here, o_row = _stream_place(i_token, i, C, BLOCK_N)
-        inside = i + o_n < i_total
-        i_token = _stream_tokens(p_list, i + BLOCK_N, i_total, C, BLOCK_N)
-        b_k = _load_tile(p_k + i_here * sk_t, o_row, sk_t, inside, KS, BLOCK_K, BLOCK_N > C)
-        b_v = _load_tile(p_v + i_here * sv_t, o_row, sv_t, inside, VS, BLOCK_V, BLOCK_N > C)
-        b_dq = _add_dq(b_q, b_k, b_v, b_do, b_lse, b_delta, b_dq, scale, inside[None, :], BLOCK_N > C, PRECISION)
-
-    p_route = route + (i_b * N + i_first) * R + i_r
-    for i in range(i_chunk * C, tl.minimum(i_start + BLOCK_M, i_length), BLOCK_N):
-        o_s = i + o_n
-        i_here = i_begin + i  # 64 bits
-        b_k = _load_tile(p_k + i_here * sk_t, o_n, sk_t, o_s < i_length, KS, BLOCK_K, True)
-        b_v = _load_tile(p_v + i_here * sv_t, o_n, sv_t, o_s < i_length, VS, BLOCK_V, True)
-        visible = _own_mask(o_t, i, p_route, R, i_length, C, BLOCK_M, BLOCK_N)
-        b_dq = _add_dq(b_q, b_k, b_v, b_do, b_lse, b_delta, b_dq, scale, visible, True, PRECISION)
-
-    p_dq = dq + ((i_b * T + i_row) * heads + i_h) * KS
-    _store_tile(p_dq, o_m, heads * KS, o_t < i_length, b_dq * scale_out, KS, BLOCK_K)
-
-
-@tuning.Launcher
-@triton.jit(do_not_specialize=["T", "N"])
-def _dkv_kernel(
-    q, k, v, do, lse, delta, route, starts, count, rest, dk, dv, da, cu_seqlens, first_chunk, owner, tile_start,
-    scale, scale_out, T, N, R, J, G,
-    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sd_b, sd_t, sd_h,
-    KS: tl.constexpr, VS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, VARLEN: tl.constexpr,
-    WANT_ROUTE: tl.constexpr,
-):  # fmt: skip
-    """dk, dv and dL/da of one tile of keys of one head.
-
-    A tile is taken from the stream of kept chunks, which later queries see, or from that of the rest, of which only
-    the own chunks do. Packed: a tile is a part of one chunk.
-    """
-    i_key = tl.program_id(1).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    heads = tl.num_programs(1)
-    i_r = i_key // G
-    i_tile = tl.program_id(0)
-    i_begin, i_length, i_first, i_start = _place(i_tile, T, cu_seqlens, first_chunk, owner, tile_start, BLOCK_N, VARLEN)
-    o_m = tl.arange(0, BLOCK_M)
-    o_n = tl.arange(0, BLOCK_N)
-    PARTS: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
-    # o_s: token inside the sequence of every key. Queries come in steps: those of a kept tile from its first key to the
-    # end of the sequence, those of another from its first key to the end of the last key's chunk, taken from the same
-    # stream as the keys. The first ``masked`` steps need the mask; i_end ends the queries of a step.
-    if VARLEN:
-        i_total = i_length
-        kept = tl.load(route + (i_b * N + i_first + i_start // C) * R + i_r, mask=i_start < i_length, other=0.0) > 0.5
-        o_s = i_start + o_n
-        valid = o_s < i_length
-        i_low = i_start
-        i_high = tl.minimum((i_start // C + 1) * C, i_length)
-        p_list = starts
-    else:
-        n_kept = tl.load(count + (i_b * R + i_r) * (N + 1) + N)
-        kept_tiles = (n_kept * C + BLOCK_N - 1) // BLOCK_N
-        kept = i_tile < kept_tiles
-        if kept:
-            p_list = starts + (i_b * R + i_r) * N
-            i_total = n_kept * C
-            i_start = i_tile * BLOCK_N
-        else:
-            p_list = rest + (i_b * R + i_r) * N
-            i_total = (N - n_kept) * C
-            i_start = (i_tile - kept_tiles) * BLOCK_N
-        o_s = _stream_rows(p_list, i_start, i_total, T, C, BLOCK_N)
-        valid = o_s < T
-        i_last = tl.minimum(i_start + BLOCK_N, i_total) - 1
-        used = i_start < i_total
-        i_low = tl.load(p_list + i_start // C, mask=used, other=0) + i_start % C
-        i_high = tl.minimum(tl.load(p_list + i_last // C, mask=used, other=0) + C, T)
-    if i_start >= i_total:
-        return
-    o_row = i_begin + o_s
-    b_k = _load_tile(k + i_b * sk_b + i_key * sk_h, o_row, sk_t, valid, KS, BLOCK_K, True)
-    b_v = _load_tile(v + i_b * sv_b + i_key * sv_h, o_row, sv_t, valid, VS, BLOCK_V, True)
-    o_next = (o_s // C + 1) * C  # the first query of a later chunk
-    o_bound = tl.where(kept, i_length, o_next)  # the first query that does not see the key
-    masked = (i_high - i_low + BLOCK_M - 1) // BLOCK_M
-    if BLOCK_N > C:
-        masked = tl.where(kept, masked, (BLOCK_N + BLOCK_M - 1) // BLOCK_M)
-        i_end = i_length
-        i_stream = tl.where(kept, 0, i_total)
-    else:
-        i_end = tl.where(kept, i_length, i_high)
-        i_stream = 0
-    steps = tl.where(kept, (i_length - i_low + BLOCK_M - 1) // BLOCK_M, masked)
-
-    b_dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    b_da = tl.zeros([BLOCK_N], tl.float32)
-    for j in range(J):
-        i_h = i_key * J + j
-        p_q = q + i_b * sq_b + i_h * sq_h
-        p_do = do + i_b * sd_b + i_h * sd_h
-        i_stat = (i_b * heads * J + i_h) * T + i_begin
-        if BLOCK_N > C:
-            i_token = _stream_tokens(p_list, i_start, i_stream, C, BLOCK_M)
-        for i in range(steps):
-            i_query = i_low + i * BLOCK_M
-            if BLOCK_N > C:
-                i_place = i_start + i * BLOCK_M
-                if BLOCK_M <= C:
-                    i_own = tl.where(i_place < i_stream, i_token + i_place % C, (T // 16 + 1) * 16)
-                    i_query = tl.multiple_of(tl.where(kept, i_query, i_own), 16)
-                    o_t = i_query + o_m
-                else:
-                    o_own = tl.where(i_place + o_m < i_stream, i_token + (i_place + o_m) % C, T)
-                    o_t = tl.where(kept, i_query + o_m, o_own)
-                i_token = _stream_tokens(p_list, i_place + BLOCK_M, i_stream, C, BLOCK_M)
-            else:
-                i_query = tl.multiple_of(i_query, 16)
-                o_t = i_query + o_m
-            inside = o_t < i_end
-            # queries relative to a number: carried along, they would cost a register each
-            if BLOCK_M > C and BLOCK_N > C:
-                i_shift = 0
-                o_query = o_t.to(tl.int64)
-            else:
-                i_shift = i_query
-                o_query = o_m
-            i_here = i_begin + i_shift  # 64 bits
-            b_q = _load_tile(p_q + i_here * sq_t, o_query, sq_t, inside, KS, BLOCK_K, True)
-            b_do = _load_tile(p_do + i_here * sd_t, o_query, sd_t, inside, VS, BLOCK_V, True)
-            # queries past the end: dO, dP and δ are 0, and so is what they add
-            b_lse = tl.load(lse + i_stat + o_t, mask=inside, other=0.0)
-            b_delta = tl.load(delta + i_stat + o_t, mask=inside, other=0.0)
-            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-            b_p = tl.exp2(b_s * scale - b_lse[None, :])
-            if i < masked:
-                visible = (o_s - i_shift)[:, None] <= o_query[None, :]
-                b_p = tl.where(visible & (o_query[None, :] < (o_bound - i_shift)[:, None]), b_p, 0.0)
-            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-            b_ds = b_p * (b_dp - b_delta[None, :])
-            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-            if WANT_ROUTE:
-                if i < masked:
-                    b_da += tl.sum(tl.where(o_query[None, :] >= (o_next - i_shift)[:, None], b_ds, 0.0), 1)
-                else:
-                    b_da += tl.sum(b_ds, 1)
-
-    if not VARLEN:  # read again: kept in registers, they would displace the sums
-        o_s = _stream_rows(p_list, i_start, i_total, T, C, BLOCK_N)
-    o_row = i_begin + o_s
-    valid = o_s < i_length
-    i_out = i_b * T * heads + i_key
-    _store_tile(dk + i_out * KS, o_row, heads * KS, valid, b_dk * scale_out, KS, BLOCK_K)
-    _store_tile(dv + i_out * VS, o_row, heads * VS, valid, b_dv, VS, BLOCK_V)
-    if WANT_ROUTE:
-        b_da = tl.where(valid, b_da, 0.0)
-        if BLOCK_N > C:
-            o_chunk = tl.arange(0, BLOCK_N // C)
-            o_place = i_start // C + o_chunk
-            i_chunk = tl.load(p_list + o_place, mask=o_place < i_total // C, other=0) // C
-            b_sum = tl.sum(tl.reshape(b_da, [BLOCK_N // C, C]), 1)
-            tl.store(da + (i_b * N + i_chunk) * heads + i_key, b_sum, mask=o_place < tl.where(kept, i_total // C, 0))
-        else:
-            i_place = (i_b * N + i_first + i_low // C) * heads + i_key
-            tl.store(da + i_place * PARTS + i_low % C // BLOCK_N, tl.sum(b_da, 0), mask=kept)
-
-
-@tuning.Launcher
-@triton.jit(do_not_specialize=["T", "N"])
-def _counterfactual_kernel(
-    q, k, v, do, lse, delta, weight, starts, count, da, cu_seqlens, first_chunk, owner, tile_start,
-    scale, T, N, R, J, G,
-    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sd_b, sd_t, sd_h,
-    KS: tl.constexpr, VS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, VARLEN: tl.constexpr,
-    PARTS: tl.constexpr, MAX_SHIFT: tl.constexpr, INSERTION: tl.constexpr,
-):  # fmt: skip
-    """weight · dL/da of one chunk that was left out, or the effect of inserting it, summed over all later queries."""
-    i_key = tl.program_id(1).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    heads = tl.num_programs(1)
-    i_r = i_key // G
-    i_begin, i_length, i_first, i_start = _place(
-        tl.program_id(0), T, cu_seqlens, first_chunk, owner, tile_start, C, VARLEN
-    )
-    if not VARLEN:  # the sampled chunks in order, those with most queries first
-        used = tl.program_id(0) < tl.load(count + (i_b * R + i_r) * (N + 1) + N)
-        i_start = tl.load(starts + (i_b * R + i_r) * N + tl.program_id(0), mask=used, other=T)
-    i_place = i_b * N + i_first + i_start // C
-    b_weight = tl.load(weight + i_place * R + i_r, mask=i_start < i_length, other=0.0)
-    if b_weight == 0.0:
-        return
-    o_m = tl.arange(0, BLOCK_M)
-    o_n = tl.arange(0, BLOCK_N)
-    i_row = i_begin + i_start
-    p_k = k + i_b * sk_b + i_key * sk_h + i_row * sk_t
-    p_v = v + i_b * sv_b + i_key * sv_h + i_row * sv_t
-    # a chunk that is not the last is complete, and no query sees the last
-    valid = o_n < tl.where(i_start + C <= i_length, BLOCK_N, 0)
-    b_k = _load_tile(p_k, o_n, sk_t, valid, KS, BLOCK_K, True)
-    b_v = _load_tile(p_v, o_n, sv_t, valid, VS, BLOCK_V, True)
-    b_gain = tl.zeros([BLOCK_M], tl.float32)
-    for j in range(J):
-        i_h = i_key * J + j
-        p_q = q + i_b * sq_b + i_h * sq_h
-        p_do = do + i_b * sd_b + i_h * sd_h
-        i_stat = (i_b * heads * J + i_h) * T + i_begin
-        for i in range(i_start + C, i_length, BLOCK_M):
-            i_here = i_begin + i  # 64 bits
-            inside = i + o_m < i_length
-            b_q = _load_tile(p_q + i_here * sq_t, o_m, sq_t, inside, KS, BLOCK_K, True)
-            b_do = _load_tile(p_do + i_here * sd_t, o_m, sd_t, inside, VS, BLOCK_V, True)
-            b_lse = tl.load(lse + i_stat + i + o_m, mask=inside, other=0.0)
-            b_delta = tl.load(delta + i_stat + i + o_m, mask=inside, other=0.0)
-            # such a chunk may score far above the row's lse: the sums are shifted by its own maximum, if that is > 0
-            b_shift = tl.zeros([BLOCK_M], tl.float32)
-            b_effect = tl.zeros([BLOCK_M], tl.float32)
-            b_sum = tl.zeros([BLOCK_M], tl.float32)
-            for i_block in tl.range(0, C // BLOCK_N, num_stages=1):
-                if BLOCK_N < C:
-                    b_k = _load_tile(p_k + i_block * BLOCK_N * sk_t, o_n, sk_t, o_n, KS, BLOCK_K, False)
-                    b_v = _load_tile(p_v + i_block * BLOCK_N * sv_t, o_n, sv_t, o_n, VS, BLOCK_V, False)
-                b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - b_lse[:, None]
-                b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-                b_new = tl.maximum(b_shift, tl.max(b_x, 1))
-                b_keep = tl.exp2(b_shift - b_new)
-                b_e = tl.exp2(b_x - b_new[:, None])
-                b_effect = b_effect * b_keep + tl.sum(b_e * (b_dp - b_delta[:, None]), 1)
-                b_sum = b_sum * b_keep + tl.sum(b_e, 1)
-                b_shift = b_new
-            if INSERTION:
-                b_gain += b_effect / (tl.exp2(-b_shift) + b_sum)
-            else:
-                b_gain += b_effect * tl.exp2(tl.minimum(b_shift, MAX_SHIFT))
-    tl.store(da + (i_place * heads + i_key) * PARTS, tl.sum(b_gain, 0) * b_weight)
 
 
 def _tiles(
@@ -507,26 +40,35 @@ def _tiles(
 
 def _shape_options(q: Tensor, v: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> dict[str, Any]:
     """The constants that all kernels take."""
-    Ks, Vs = q.shape[3], v.shape[3]
+    return dict(_constants(q.dtype, q.shape[3], v.shape[3], chunk_size), VARLEN=cu_seqlens is not None)
+
+
+@cache
+def _constants(dtype: torch.dtype, Ks: int, Vs: int, chunk_size: int) -> dict[str, Any]:
     return {
         "KS": Ks,
         "VS": Vs,
         "BLOCK_K": max(16, triton.next_power_of_2(Ks)),
         "BLOCK_V": max(16, triton.next_power_of_2(Vs)),
         "C": chunk_size,
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee",
-        "VARLEN": cu_seqlens is not None,
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
     }
 
 
 def _blocks(kernel: str, q: Tensor, v: Tensor, chunk_size: int) -> dict[str, int]:
-    """Block sizes and launch options; the defaults fit registers and shared memory for every width that is allowed."""
-    width = max(2 * triton.next_power_of_2(q.shape[3]), triton.next_power_of_2(v.shape[3]))
-    wide = (width > 128) + (width > 256)
-    block_m, block_n, warps, stages = _DEFAULTS[kernel, q.dtype == torch.float32][wide]
-    default = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-    key = f"{str(q.dtype).removeprefix('torch.')} C{chunk_size} K{q.shape[3]} V{v.shape[3]}"
+    """Block sizes and launch options."""
+    key, default = _default_blocks(kernel, q.dtype, q.shape[3], v.shape[3], chunk_size)
     return tuning.pick(kernel, key, q.device, default)
+
+
+@cache
+def _default_blocks(kernel: str, dtype: torch.dtype, Ks: int, Vs: int, chunk_size: int) -> tuple[str, dict[str, int]]:
+    """Key of the tables, and what fits registers and shared memory for every width that is allowed."""
+    width = max(2 * triton.next_power_of_2(Ks), triton.next_power_of_2(Vs))
+    wide = (width > 128) + (width > 256)
+    block_m, block_n, warps, stages = _DEFAULTS[kernel, dtype == torch.float32][wide]
+    default = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    return tuning.shape_key(dtype, chunk_size, Ks, Vs), default
 
 
 # (kernel, float32) → BLOCK_M, BLOCK_N, warps, stages for value widths up to 128, 256 and 512
@@ -542,22 +84,29 @@ _DEFAULTS = {
 }
 
 
+def _stats(q: Tensor) -> Tensor:
+    """One float32 per query and head, to be written; rows are as long as ``softmax_kernels`` says, the rest is zero."""
+    B, T, Hq, _ = q.shape
+    make = q.new_zeros if T % 16 else q.new_empty
+    return make((B, Hq, -(-T // 16) * 16), dtype=torch.float32)
+
+
 def softmax_forward(
     q: Tensor, k: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Forward of ``routed_softmax``: o [B,T,Hq,Vs], lse [B,Hq,T] (base 2), and the kept chunks, starts and count."""
+    """Forward of ``routed_softmax``: o [B,T,Hq,Vs], lse [B,Hq,≥T] (base 2), and the kept chunks, starts and count."""
     B, T, Hq, _ = q.shape
     Hs, Vs, R = k.shape[2], v.shape[3], route.shape[2]
     q, k, v = map(last_contiguous, (q, k, v))
     route = route.contiguous()
     o = q.new_empty(B, T, Hq, Vs)
-    lse = q.new_empty(B, Hq, T, dtype=torch.float32)
+    lse = _stats(q)
     starts, count = kept_chunks(route, cu_seqlens, chunk_size, T)
     if B == 0:
         return o, lse, starts, count
     blocks = _blocks("softmax_forward", q, v, chunk_size)
     tiles, places = _tiles(cu_seqlens, chunk_size, blocks["BLOCK_M"], T, count)
-    _forward_kernel[(tiles, Hq, B)](
+    forward_kernel[(tiles, Hq, B)](
         q, k, v, route, starts, count, o, lse, *places,
         scale * LOG2E, T, route.shape[1], R, Hq // Hs, Hs // R,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -582,31 +131,31 @@ def softmax_backward(
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if B == 0:
         return dq, dk, dv, route.new_zeros(B, N, R, dtype=torch.float32)
-    delta = torch.empty_like(lse)
+    delta = _stats(q)
     options = _shape_options(q, v, chunk_size, cu_seqlens)
     strides = [s for x in (q, k, v, do) for s in x.stride()[:3]]
 
     blocks = _blocks("softmax_dq", q, v, chunk_size)
     tiles, places = _tiles(cu_seqlens, chunk_size, blocks["BLOCK_M"], T, count)
-    _dq_kernel[(tiles, Hq, B)](
+    dq_kernel[(tiles, Hq, B)](
         q, k, v, do, o, lse, route, starts, count, dq, delta, *places,
         scale * LOG2E, scale, T, N, R, J, G, *strides, **options, **blocks,
     )  # fmt: skip
 
     blocks = _blocks("softmax_dkv", q, v, chunk_size)
-    rest, covered = starts, T
-    if cu_seqlens is None:  # tiles of two streams, the last of each not full
-        rest, _ = kept_chunks((~(route > 0.5)).to(route.dtype), None, chunk_size, T)
-        covered = N * chunk_size + blocks["BLOCK_N"]
-    else:  # a tile lies inside a chunk
+    covered = N * chunk_size + blocks["BLOCK_N"]  # tiles of two streams, the last of each not full
+    if cu_seqlens is not None:  # a tile lies inside a chunk
+        covered = T
         shrink = max(1, blocks["BLOCK_N"] // chunk_size)
         for name, least in (("BLOCK_M", 16), ("BLOCK_N", 16), ("num_warps", 4)):
             blocks[name] = max(least, blocks[name] // shrink)
     tiles, places = _tiles(cu_seqlens, chunk_size, blocks["BLOCK_N"], covered, count)
     parts = max(1, chunk_size // blocks["BLOCK_N"])
-    da = lse.new_zeros((B, N, Hs, parts) if want_route else (1,))
-    _dkv_kernel[(tiles, Hs, B)](
-        q, k, v, do, lse, delta, route, starts, count, rest, dk, dv, da, *places,
+    da = lse.new_empty((B, N, Hs, parts) if want_route else (1,))
+    if cu_seqlens is not None:  # no tile reaches behind the end of a sequence
+        da.zero_()
+    dkv_kernel[(tiles, Hs, B)](
+        q, k, v, do, lse, delta, route, starts, count, dk, dv, da, *places,
         scale * LOG2E, scale, T, N, R, J, G, *strides, **options, **blocks, WANT_ROUTE=want_route,
     )  # fmt: skip
     if not want_route:
@@ -616,9 +165,9 @@ def softmax_backward(
         blocks = _blocks("softmax_counterfactual", q, v, chunk_size)
         blocks["BLOCK_N"] = min(blocks["BLOCK_N"], chunk_size)
         if cu_seqlens is None:
-            starts, count = kept_chunks((sampled > 0).to(torch.float32), None, chunk_size, T)
+            starts, count = kept_chunks(sampled, None, chunk_size, T)  # the weights are 0 or ≥ 1
         tiles, places = _tiles(cu_seqlens, chunk_size, chunk_size, T, count)
-        _counterfactual_kernel[(tiles, Hs, B)](
+        counterfactual_kernel[(tiles, Hs, B)](
             q, k, v, do, lse, delta, sampled, starts, count, da, *places,
             scale * LOG2E, T, N, R, J, G, *strides, **options, **blocks,
             PARTS=parts, MAX_SHIFT=MAX_EXPONENT * LOG2E, INSERTION=counterfactual == "insertion",
@@ -638,7 +187,7 @@ def fake_forward(q: Tensor, k: Tensor, v: Tensor, route: Tensor, *unused: Any) -
     N, R = route.shape[1:]
     return [
         q.new_empty(B, T, Hq, v.shape[3]),
-        q.new_empty(B, Hq, T, dtype=torch.float32),
+        _stats(q),
         q.new_empty(B, R, N, dtype=torch.int32),
         q.new_empty(B, R, N + 1, dtype=torch.int32),
     ]

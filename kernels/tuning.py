@@ -66,7 +66,13 @@ def store(path: Path, device_name: str, found: Mapping[str, Mapping[str, Mapping
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
         file.write(json.dumps(table, indent=1, sort_keys=True) + "\n")
     os.replace(file.name, path)
+    forget()
+
+
+def forget() -> None:
+    """Read the tables again when they are needed next."""
     _tables.cache_clear()
+    _stored.cache_clear()
 
 
 @cache
@@ -76,22 +82,28 @@ def _tables() -> list[Table]:
 
 
 @cache
-def _device_name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
+def _stored(kernel: str, key: str, index: int) -> dict[str, int]:
+    """What the first table that knows the device, the kernel and the key says; nothing if none does."""
+    name = torch.cuda.get_device_name(index)
+    for table in _tables():
+        found = [entry for device_name, entry in table.items() if device_name in name]
+        if found and key in found[0].get(kernel, {}):
+            return found[0][kernel][key]
+    return {}
+
+
+@cache
+def shape_key(dtype: torch.dtype, chunk_size: int, K: int, V: int) -> str:
+    """Key of the tables for a kernel that depends on these: ``"bfloat16 C64 K64 V128"``."""
+    return f"{str(dtype).removeprefix('torch.')} C{chunk_size} K{K} V{V}"
 
 
 def pick(kernel: str, key: str, device: torch.device, default: Mapping[str, int]) -> dict[str, int]:
     """Launch parameters of ``kernel`` for ``key`` (for example ``"bfloat16 C64 K64 V128"``): those of ``default``."""
     chosen = dict(default)
     if device.type == "cuda" and _use_tables:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        name = _device_name(index)
-        for table in _tables():
-            found = [entry for device_name, entry in table.items() if device_name in name]
-            if found and key in found[0].get(kernel, {}):
-                stored = found[0][kernel][key]
-                chosen |= {name: value for name, value in stored.items() if name in default}
-                break
+        stored = _stored(kernel, key, torch.cuda.current_device() if device.index is None else device.index)
+        chosen |= {name: value for name, value in stored.items() if name in default}
     chosen |= _forced.get(kernel, {})
     if _observed is not None:
         _observed[kernel] = (key, dict(chosen))
@@ -135,8 +147,9 @@ def untuned() -> Iterator[None]:
 class Launcher:
     """A Triton kernel that is launched as ``kernel[grid](*arguments, **constants)``, at a fraction of the host's time.
 
-    Triton works out anew at every launch which variant of the kernel the arguments need. Here that is remembered by
-    what it depends on: types, alignment to 16 bytes, and of integers whether they are 1, divisible by 16 or long.
+    Triton works out anew at every launch which variant of the kernel the arguments need, and asks the driver about
+    every pointer. Here the variant is remembered for arguments of the same types and numbers, and pointers are passed
+    as numbers. Tensors that are not aligned to 16 bytes, which need variants of their own, take Triton's way.
     """
 
     def __init__(self, function: Any) -> None:
@@ -147,21 +160,37 @@ class Launcher:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        key: list[Any] = [arguments[0].device.index, *constants.values()]
+        device = arguments[0].device
+        if device.type != "cuda" or _collecting:
+            self.function[grid](*arguments, **constants)
+            return
+        key: list[Any] = [device.index, *constants.values()]
+        values: list[Any] = []
+        bits = 0
         for argument, free in zip(arguments, self._free, strict=False):
             if isinstance(argument, torch.Tensor):
-                key += (argument.dtype, argument.data_ptr() & 15)
-            elif type(argument) is int and not free:
-                key.append((argument == 1, argument % 16 == 0, argument >= 1 << 31))
+                key.append(argument.dtype)
+                argument = argument.data_ptr()
+                bits |= argument
+            elif free:  # the kernel is the same for all that fit 32 bits
+                key.append(argument >= 1 << 31)
+            else:
+                key.append(argument)
+            values.append(argument)
         variant = self._variants.get(tuple(key))
-        if variant is not None and not _collecting:
-            kernel, rest = variant
-            kernel[(*grid, 1, 1)[:3]](*arguments, *rest)
+        if variant is None or bits & 15:
+            kernel = self.function[grid](*arguments, **constants)
+            if not bits & 15:
+                names = self.function.arg_names[len(arguments) :]
+                self._variants[tuple(key)] = kernel, tuple(constants[name] for name in names)
             return
-        kernel = self.function[grid](*arguments, **constants)
-        if kernel is not None and not _collecting:  # None: the interpreter
-            names = self.function.arg_names[len(arguments) :]
-            self._variants[tuple(key)] = kernel, tuple(constants[name] for name in names)
+        kernel, rest = variant
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        across, down, deep = (*grid, 1, 1)[:3]
+        # what kernel[grid](…) does, without the hooks of Triton's own profiler
+        kernel.run(
+            across, down, deep, stream, kernel.function, kernel.packed_metadata, None, None, None, *values, *rest
+        )
 
     @cached_property
     def _free(self) -> list[bool]:
@@ -216,7 +245,9 @@ class Compilation:
             if device is not None:  # a setting of the thread
                 torch.cuda.set_device(device)
             try:
-                function.preload(specialisation)
+                kernel = function.preload(specialisation)
+                if device is not None:
+                    kernel[1, 1, 1]  # loads it and builds its launcher, which Triton leaves to the first launch
             except Exception as error:  # whatever the compiler raises, the others go on
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 self.failures[f"{function.module}.{function.__name__}"] = lines[0]
@@ -252,7 +283,8 @@ def warm_up(
     """
     if device.type != "cuda":
         return 0
-    from natsl.kernels.workload import Options, differentiate, layer_inputs  # it imports the ops, which import this
+    # it imports the ops, which import this
+    from natsl.kernels.workload import Options, differentiate, forward, layer_inputs, output_gradients
 
     inputs = layer_inputs(shape, batch, tokens, 0.5, device)
     options = Options(shape.chunk_size, counterfactual, 0.5, "triton")
@@ -260,5 +292,7 @@ def warm_up(
     def run() -> None:
         for op in ("layer", "gated_norm"):
             differentiate(op, inputs, options)
+        outputs = forward("branches", {**inputs, "route": inputs["route"].detach()}, options)  # no router gradient
+        torch.autograd.grad(outputs, [inputs["v"]], output_gradients(outputs))
 
     return compile_ahead(run)

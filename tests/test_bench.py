@@ -226,7 +226,7 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(measure, "time_ms", lambda function, **options: 2.0)
     monkeypatch.setattr(measure, "peak_gib", lambda function, inputs: 0.5)
     monkeypatch.setattr(measure, "ceilings", lambda: H100)
-    monkeypatch.setattr(measure, "kernel_times", lambda function: {"_forward_kernel": (0.25, 1), "add": (0.5, 3)})
+    monkeypatch.setattr(measure, "kernel_times", lambda function: {"forward_kernel": (0.25, 1), "add": (0.5, 3)})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     arguments = ["--lengths", "36", "--fractions", "0.5", "--against", "sdpa", "--out"]
     bench._bench(bench.parser().parse_args([*arguments, str(tmp_path / "new" / "folder")]), TINY, CPU)
@@ -339,10 +339,10 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's table in a folder of the test, an H100 by name, nothing shipped."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped.json")
-    monkeypatch.setattr(tuning, "_device_name", lambda index: "NVIDIA H100 80GB HBM3")
-    tuning._tables.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
+    tuning.forget()
     yield tuning.stored_path()
-    tuning._tables.cache_clear()
+    tuning.forget()
 
 
 def picked() -> dict[str, int]:
