@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hydra.core.config_store import ConfigStore
 
-from natsl.config import EvaluateRunConfig, ExportConfig, GenerateConfig, TrainRunConfig
+from natsl.config import EvaluateRunConfig, ExportConfig, GenerateConfig, ThroughputConfig, TrainRunConfig
 from natsl.search.ablation import AblationConfig
 from natsl.search.config import SearchRunConfig
 
@@ -15,6 +15,7 @@ SCHEMAS = {
     "evaluate": EvaluateRunConfig,
     "export": ExportConfig,
     "generate": GenerateConfig,
+    "throughput": ThroughputConfig,
 }
 
 for _name, _schema in SCHEMAS.items():

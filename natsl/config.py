@@ -395,6 +395,35 @@ class TrainRunConfig:
 
 
 @dataclass
+class ThroughputConfig:
+    """Time whole training steps of a model and of the same model with dense softmax attention in all layers.
+
+    ``batch_size`` sequences of ``tokens`` random tokens; every routed layer keeps ``budget`` of its chunks.
+    ``counterfactual_rate``: share of the chunks left out that the router's gradient samples. ``compile``: torch.compile
+    of each block. ``steps`` are timed; results go to ``out``/throughput.json. ``device`` as for training.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch_size: int = 8
+    tokens: int = 4096
+    budget: float = 0.3
+    counterfactual_rate: float = 0.1
+    precision: Precision = Precision.bfloat16
+    compile: bool = False
+    steps: int = 10
+    device: str = "auto"
+    out: str = "runs/throughput"
+
+    def __post_init__(self) -> None:
+        self.precision = check_precision("precision", self.precision)
+        check_counts(1, {name: getattr(self, name) for name in ("batch_size", "tokens", "steps")})
+        check(0 <= self.budget <= 1, "budget", self.budget, "it must lie in [0, 1]")
+        check(
+            0 < self.counterfactual_rate <= 1, "counterfactual_rate", self.counterfactual_rate, "it must lie in (0, 1]"
+        )
+
+
+@dataclass
 class EvaluateRunConfig:
     """Score a point of a run's front, or an exported model, again on held-out data.
 

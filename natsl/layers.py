@@ -1,7 +1,8 @@
-"""The parts around the routed ops: short convolution, RMS norm, SwiGLU, cross-entropy of the output layer.
+"""The parts around the routed ops: short convolution, RMS norm, SwiGLU, dense attention, the output layer's loss.
 
-Here alone is chosen who computes them: on CUDA the kernels of fla-core, torch elsewhere. While ``torch.compile`` traces
-it is torch too: the compiler fuses these parts itself, and the library's own dispatch would break its graph.
+Here alone is chosen who computes them: on CUDA the kernels of fla-core (attention: of cuDNN), torch elsewhere. While
+``torch.compile`` traces it is torch too: the compiler fuses these parts itself, and the library's own dispatch would
+break its graph.
 
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
@@ -17,10 +18,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 1 << 28  # beyond it the loss goes over the tokens in parts, and the backward pass makes logits again
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# cuDNN first: it takes keys and values of different widths; each of the others takes what those before it do not
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 # The library measures dozens of launch configurations of each kernel at its first call, and takes whichever was the
 # fastest then: that costs minutes, and two runs may add in different orders. One of its configurations is enough.
@@ -114,6 +123,13 @@ def swiglu(x: Tensor) -> Tensor:
     if library is not None:
         return library.swiglu(a, b)  # type: ignore[no-any-return]
     return F.silu(a) * b
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of every token over itself and all earlier ones; q, k [B,T,H,K], v [B,T,H,V] → [B,T,H,V]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(_ATTENTION, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignored: int = -100) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from natsl.kernels.delta import routed_delta_rule
 from natsl.kernels.mix import gated_norm, routed_mix
 from natsl.kernels.routing import budget_threshold, chunk_means, complete_chunks, route_margins
 from natsl.kernels.softmax import routed_softmax
-from natsl.layers import RMSNorm, short_convolution
+from natsl.layers import RMSNorm, causal_attention, short_convolution
 from natsl.space.policy import LayerPolicy, Op
 
 
@@ -206,7 +206,7 @@ class RoutedMixer(nn.Module):
                 gates = self._gates(x[rows])
             # autocast would make half precision of the products inside the torch backend, which are float32 on purpose
             with torch.autocast(x.device.type, enabled=False):
-                outputs.append(self._mix(_Rows(q, k, v, gate[rows], route[rows], gates, logits), context.training))
+                outputs.append(self._mix(_Rows(q, k, v, gate[rows], route[rows], gates, logits), context))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self.out_proj(y.reshape(B, T, -1)), LayerRouting(margins, route.detach())
 
@@ -215,9 +215,9 @@ class RoutedMixer(nn.Module):
         g = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
         return g, torch.sigmoid(self.b_proj(x).float())
 
-    def _mix(self, rows: _Rows, training: SupernetConfig | None) -> Tensor:
+    def _mix(self, rows: _Rows, context: LayerContext) -> Tensor:
         """Run the memories that these rows use and combine what they give: [B,T,Hs,Vs]."""
-        c = self.config
+        c, training = self.config, context.training
         B, T, _ = rows.q.shape
         mode = training.counterfactual.value if training else "none"
         rate = training.counterfactual_rate if training else 1.0
@@ -230,9 +230,10 @@ class RoutedMixer(nn.Module):
                 qs, ks = rotate(qs, c.rope_theta), rotate(ks, c.rope_theta)
         if rows.gates is None:
             values = v.reshape(B, T, c.softmax_heads, -1)
-            o_softmax = routed_softmax(
-                qs, ks, values, rows.route, chunk_size=c.chunk_size, counterfactual=mode, counterfactual_rate=rate
-            )
+            if context.route is None:  # every chunk is kept
+                o_softmax = causal_attention(qs, ks, values)
+            else:
+                o_softmax = routed_softmax(qs, ks, values, rows.route, chunk_size=c.chunk_size)
             return gated_norm(o_softmax, rows.gate, self.softmax_norm, eps=c.norm_eps)
         g, beta = rows.gates
         if rows.logits is None:
