@@ -52,7 +52,7 @@ KERNELS = {
         "dq_kernel": "softmax_dq",
         "dkv_kernel": "softmax_dkv",
         "counterfactual_kernel": "softmax_counterfactual",
-        "_kept_chunks_kernel": "kept_chunks",
+        "kept_chunks_kernel": "kept_chunks",
     },
     "routed_delta_rule": {
         "prepare_kernel": "delta_prepare",
@@ -63,7 +63,7 @@ KERNELS = {
         "backward_kernel": "delta_backward",
         "backward_finish_kernel": "delta_backward_finish",
     },
-    "routed_mix": {"_forward_kernel": "mix_forward", "_backward_kernel": "mix_backward"},
+    "routed_mix": {"forward_kernel": "mix_forward", "backward_kernel": "mix_backward"},
 }
 
 

@@ -33,13 +33,17 @@ def _side_stream(index: int, calling: int) -> tuple[torch.cuda.Stream, torch.cud
     return torch.cuda.Stream(index, priority=-1), torch.cuda.Event(), torch.cuda.Event()  # its few blocks go first
 
 
-def _side_by_side(device: torch.device, side: Callable[[], A], main: Callable[[], B]) -> tuple[A, B]:
+def _side_by_side(
+    device: torch.device, side: Callable[[], A], main: Callable[[A, Callable[[], None]], B]
+) -> tuple[A, B]:
     """Results of both functions, whose kernels run at the same time on a GPU.
 
-    What the side stream allocates needs no record: it is used after the join, and the next fork waits for its users.
+    ``main`` gets the side's results and what makes it wait for them, which it must call before it reads them. What the
+    side stream allocates needs no record: it is used after the join, and the next fork waits for its users.
     """
     if device.type != "cuda":
-        return side(), main()
+        first = side()
+        return first, main(first, lambda: None)
     here = torch.cuda.current_stream(device)
     there, fork, join = _side_stream(here.device_index, here.cuda_stream)
     fork.record(here)
@@ -47,10 +51,10 @@ def _side_by_side(device: torch.device, side: Callable[[], A], main: Callable[[]
     torch.cuda.set_stream(there)
     try:
         first = side()
+        join.record(there)
     finally:
         torch.cuda.set_stream(here)
-    second = main()
-    join.record(there)
+    second = main(first, lambda: here.wait_event(join))
     here.wait_event(join)
     return first, second
 
@@ -69,7 +73,7 @@ def _run_forward(
     (o_delta, _, saved), softmax = _side_by_side(
         q.device,
         lambda: delta_forward(q, k, v, g, beta, route, None, None, chunk_size, scale, True, False),
-        lambda: softmax_forward(q_softmax, k_softmax, v_softmax, route, None, chunk_size, scale_softmax),
+        lambda *_: softmax_forward(q_softmax, k_softmax, v_softmax, route, None, chunk_size, scale_softmax),
     )
     return [*softmax, o_delta, *saved]
 
@@ -90,16 +94,15 @@ def _run_backward(
 ) -> list[Tensor]:  # fmt: skip
     v_softmax = _split_values(v, q_softmax.shape[2])
     o, lse, starts, count = softmax
-    from_delta, (dq_softmax, dk_softmax, dv_softmax, droute) = _side_by_side(
+    from_delta, (dq_softmax, dk_softmax, _, droute) = _side_by_side(
         q.device,
         lambda: delta_backward(do_delta, None, q, k, v, g, beta, route, False, None, delta, chunk_size, scale, True),
-        lambda: softmax_backward(
+        lambda from_delta, wait: softmax_backward(
             do_softmax, q_softmax, k_softmax, v_softmax, o, lse, route, starts, count, sampled, None, chunk_size,
-            scale_softmax, counterfactual, want_route,
+            scale_softmax, counterfactual, want_route, (from_delta[2].view(v_softmax.shape), wait),
         ),
     )  # fmt: skip
     dq, dk, dv, dg, dbeta, droute_delta, _ = from_delta
-    dv.add_(dv_softmax.view(dv.shape))
     if want_route:
         droute = torch.addcmul(droute, droute_delta, written)
     return [dq, dk, dv, dq_softmax, dk_softmax, dg, dbeta, droute]

@@ -97,15 +97,17 @@ def _allocate(
         return torch.empty(shape, dtype=dtype, device=q.device)
 
     sums = torch.float64 if q.dtype == torch.float32 else torch.float32
+    w, a, rq = empty(B, N, R, C, K), empty(B, N, R, C, C), empty(B, N, R, C, dtype=torch.float32)
     return [
         empty(B, T, R, V),
         empty(*((S, R, K, V) if want_final else (0,)), dtype=torch.float32),
-        empty(B, N, R, C, K),
-        empty(B, N, R, C, K),
-        empty(B, N, R, C, C),
-        empty(B, N, R, C, C),
+        w,
+        torch.empty_like(w),  # at half of the host's time
+        a,
+        torch.empty_like(a),
         empty(B, N, R, C, dtype=sums),
-        *(empty(B, N, R, C, dtype=torch.float32) for _ in range(2)),
+        rq,
+        torch.empty_like(rq),
         empty(B, R, N, dtype=sums),
         empty(B, R, N, dtype=torch.float32),
         empty(B, R, N, dtype=torch.int32),

@@ -40,7 +40,7 @@ def _normalise(b_x, real, eps, V: tl.constexpr):
 
 @Launcher
 @triton.jit(do_not_specialize=["rows", "T"])
-def _forward_kernel(
+def forward_kernel(
     p_delta,  # [B, T, H, V], as o_softmax and gate
     p_softmax,
     p_gate,
@@ -96,7 +96,7 @@ def _forward_kernel(
 
 @Launcher
 @triton.jit(do_not_specialize=["rows", "T"])
-def _backward_kernel(
+def backward_kernel(
     p_dy,  # [B, T, H, V], as o_delta, o_softmax and gate
     p_delta,
     p_softmax,
@@ -226,7 +226,7 @@ def _forward(o_delta: Tensor, gate: Tensor, weight_delta: Tensor, eps: float, se
     o_delta, gate = last_contiguous(o_delta), last_contiguous(gate)
     o_softmax, logits, weight_softmax = second or (o_delta, gate, weight_delta)
     o_softmax, logits = last_contiguous(o_softmax), last_contiguous(logits)
-    _forward_kernel[(triton.cdiv(B * T * H, options["BLOCK_ROWS"]),)](
+    forward_kernel[(triton.cdiv(B * T * H, options["BLOCK_ROWS"]),)](
         o_delta,
         o_softmax,
         gate,
@@ -267,7 +267,7 @@ def _backward(
     blocks = triton.cdiv(B * T * H, options["BLOCK_ROWS"])
     programs = min(blocks, options["PROGRAMS"] * _multiprocessors(dy.device))
     shares = torch.empty(1 + bool(second), programs, V, dtype=torch.float32, device=dy.device)
-    _backward_kernel[(programs,)](
+    backward_kernel[(programs,)](
         dy,
         o_delta,
         o_softmax,

@@ -23,7 +23,7 @@ def _minimum(a, b):
 
 @Launcher
 @triton.jit(do_not_specialize=["N", "R", "s_margin_b", "s_margin_n", "s_margin_r", "s_thr_b", "s_thr_n", "s_thr_r"])
-def _capped_routes_kernel(
+def capped_routes_kernel(
     p_margin,  # [B, N, R]
     p_threshold,  # [B, N, R], expanded
     p_limit,  # [N] int32
@@ -66,7 +66,7 @@ def _capped_routes_kernel(
 
 @Launcher
 @triton.jit(do_not_specialize=["N", "R", "s_route_b", "s_route_n", "s_route_r"])
-def _kept_chunks_kernel(
+def kept_chunks_kernel(
     p_route,  # [B, N, R]
     p_first,  # [N] int32, first token of each chunk; read only if PACKED
     p_starts,  # [B, R, N] int32, contiguous
@@ -144,7 +144,7 @@ def kept_chunks(route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, token
         first = (cu_seqlens[sequence.clamp(min=0)] + start).clamp(max=tokens).to(torch.int32)
     if B * R:
         packed = cu_seqlens is not None
-        _kept_chunks_kernel[(B * R,)](
+        kept_chunks_kernel[(B * R,)](
             route, first, starts, count, N, R, *route.stride(), CHUNK=chunk_size, PACKED=packed, **_block(N)
         )
     return starts, count
@@ -159,7 +159,7 @@ def _capped_routes(margins: Tensor, threshold: Tensor, cap: float, burst: int) -
     # no row keeps more than N chunks, so a larger burst is the same and stays within 32 bits
     limits = cap_limits(N, cap, min(burst, N), margins.device).to(torch.int32)
     wide = threshold.to(torch.result_type(margins, threshold)).expand(B, N, R)  # what torch compares in
-    _capped_routes_kernel[(B * R,)](margins, wide, limits, route, N, R, *margins.stride(), *wide.stride(), **_block(N))
+    capped_routes_kernel[(B * R,)](margins, wide, limits, route, N, R, *margins.stride(), *wide.stride(), **_block(N))
     return route
 
 

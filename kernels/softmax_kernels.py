@@ -295,9 +295,9 @@ def dkv_kernel(
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sd_b, sd_t, sd_h,
     KS: tl.constexpr, VS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, VARLEN: tl.constexpr,
-    WANT_ROUTE: tl.constexpr,
+    WANT_ROUTE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv and dL/da of one tile of keys of one head.
+    """dk, dv (with ADD added to what is there) and dL/da of one tile of keys of one head.
 
     A tile is taken from the stream of kept chunks, which later queries see, or from that of the rest, of which only
     the own chunks do. Packed: a tile is a part of one chunk.
@@ -423,7 +423,10 @@ def dkv_kernel(
     valid = o_s < i_length
     i_out = i_b * T * heads + i_key
     _store_tile(dk + i_out * KS, o_row, heads * KS, valid, b_dk * scale_out, KS, BLOCK_K)
-    _store_tile(dv + i_out * VS, o_row, heads * VS, valid, b_dv, VS, BLOCK_V)
+    p_dv = dv + i_out * VS
+    if ADD:
+        b_dv += _load_tile(p_dv, o_row, heads * VS, valid, VS, BLOCK_V, True).to(tl.float32)
+    _store_tile(p_dv, o_row, heads * VS, valid, b_dv, VS, BLOCK_V)
     if WANT_ROUTE:
         b_da = tl.where(valid, b_da, 0.0)
         if BLOCK_N > C:

@@ -7,6 +7,7 @@ key and value width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -118,17 +119,20 @@ def softmax_forward(
 def softmax_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, route: Tensor, starts: Tensor, count: Tensor,
     sampled: Tensor, cu_seqlens: Tensor | None, chunk_size: int, scale: float, counterfactual: str, want_route: bool,
+    onto: tuple[Tensor, Callable[[], None]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients dq, dk, dv (in the inputs' dtype) and droute [B,N,R] float32 (zeros unless ``want_route``).
 
     o, lse, starts, count as ``softmax_forward`` returns them; sampled [B,N,R] float32 as ``sample_unchosen`` does.
+    ``onto``: a contiguous tensor like v that dv is added to, in place, once the function has been called.
     """
     B, T, Hq, _ = q.shape
     Hs, N, R = k.shape[2], route.shape[1], route.shape[2]
     J, G = Hq // Hs, Hs // R
     do, q, k, v = map(last_contiguous, (do, q, k, v))
     o, route = o.contiguous(), route.contiguous()
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
+    dv, wait = (v.new_empty(v.shape), None) if onto is None else onto
     if B == 0:
         return dq, dk, dv, route.new_zeros(B, N, R, dtype=torch.float32)
     delta = _stats(q)
@@ -154,9 +158,11 @@ def softmax_backward(
     da = lse.new_empty((B, N, Hs, parts) if want_route else (1,))
     if cu_seqlens is not None:  # no tile reaches behind the end of a sequence
         da.zero_()
+    if wait is not None:
+        wait()
     dkv_kernel[(tiles, Hs, B)](
         q, k, v, do, lse, delta, route, starts, count, dk, dv, da, *places,
-        scale * LOG2E, scale, T, N, R, J, G, *strides, **options, **blocks, WANT_ROUTE=want_route,
+        scale * LOG2E, scale, T, N, R, J, G, *strides, **options, **blocks, WANT_ROUTE=want_route, ADD=onto is not None,
     )  # fmt: skip
     if not want_route:
         return dq, dk, dv, lse.new_zeros(B, N, R)

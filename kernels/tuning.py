@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +149,16 @@ class Launcher:
 
     Triton works out anew at every launch which variant of the kernel the arguments need, and asks the driver about
     every pointer. Here the variant is remembered for arguments of the same types and numbers, and pointers are passed
-    as numbers. Tensors that are not aligned to 16 bytes, which need variants of their own, take Triton's way.
+    as numbers. Tensors that are not aligned to 16 bytes and numbers of more than 31 bits, which need variants of their
+    own, take Triton's way.
     """
 
     def __init__(self, function: Any) -> None:
         self.function = function
         self._variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+        self._pointers: list[int] = []  # positions among the arguments: tensors, other numbers
+        self._free: list[int] = []
+        self._numbers: list[int] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self._launch, grid)
@@ -164,25 +168,24 @@ class Launcher:
         if device.type != "cuda" or _collecting:
             self.function[grid](*arguments, **constants)
             return
-        key: list[Any] = [device.index, *constants.values()]
-        values: list[Any] = []
-        bits = 0
-        for argument, free in zip(arguments, self._free, strict=False):
-            if isinstance(argument, torch.Tensor):
-                key.append(argument.dtype)
-                argument = argument.data_ptr()
-                bits |= argument
-            elif free:  # the kernel is the same for all that fit 32 bits
-                key.append(argument >= 1 << 31)
-            else:
-                key.append(argument)
-            values.append(argument)
-        variant = self._variants.get(tuple(key))
-        if variant is None or bits & 15:
+        if not self._pointers:
+            self._sort(arguments)
+        values = list(arguments)
+        tensors = [arguments[i] for i in self._pointers]
+        odd = 0
+        for i, tensor in zip(self._pointers, tensors, strict=True):
+            values[i] = pointer = tensor.data_ptr()
+            odd |= pointer & 15
+        for i in self._free:
+            odd |= arguments[i] >> 31
+        numbers = [arguments[i] for i in self._numbers]
+        key = (device.index, *[tensor.dtype for tensor in tensors], *numbers, *constants.values())
+        variant = self._variants.get(key)
+        if variant is None or odd:
             kernel = self.function[grid](*arguments, **constants)
-            if not bits & 15:
+            if not odd:
                 names = self.function.arg_names[len(arguments) :]
-                self._variants[tuple(key)] = kernel, tuple(constants[name] for name in names)
+                self._variants[key] = kernel, tuple(constants[name] for name in names)
             return
         kernel, rest = variant
         stream = torch._C._cuda_getCurrentRawStream(device.index)
@@ -192,10 +195,13 @@ class Launcher:
             across, down, deep, stream, kernel.function, kernel.packed_metadata, None, None, None, *values, *rest
         )
 
-    @cached_property
-    def _free(self) -> list[bool]:
-        """Whether each argument's value does not matter; an argument of the interpreter is never asked."""
-        return [p.do_not_specialize for p in getattr(self.function, "params", [])]
+    def _sort(self, arguments: tuple[Any, ...]) -> None:
+        """Where the tensors are, the numbers that select a variant and those that do not unless they are long."""
+        free = [parameter.do_not_specialize for parameter in self.function.params]
+        where = range(len(arguments))
+        self._pointers = [i for i in where if isinstance(arguments[i], torch.Tensor)]
+        self._free = [i for i in where if free[i]]
+        self._numbers = [i for i in where if i not in self._pointers and not free[i]]
 
 
 class Compilation:

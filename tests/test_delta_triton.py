@@ -42,11 +42,9 @@ def compare(inputs: list[Tensor], C: int, **options: object) -> None:
     assert state.dtype is torch.float32
     assert_near(o, expected)
     assert_near(state, expected_state, dtype)
-    # the same on every device; the states' gradient is one that the kernels, which hold it in ``dtype``, can represent:
-    # summed over K·V products that cancel, its own rounding would count as their error
-    do, ds = (torch.randn(x.shape).to(o.device, dtype) for x in (o, state))
+    do, ds = (torch.randn(x.shape).to(x) for x in (o, state))  # the same on every device
     wanted = torch.autograd.grad((expected * do.double()).sum() + (expected_state * ds.double()).sum(), exact)
-    actual = torch.autograd.grad((o * do).sum() + (state * ds.float()).sum(), ours)
+    actual = torch.autograd.grad((o * do).sum() + (state * ds).sum(), ours)
     for name, x, y, leaf in zip(NAMES, actual, wanted, ours, strict=True):
         assert x.dtype is leaf.dtype, name
         try:
@@ -91,10 +89,13 @@ def test_shapes(C: int, K: int, V: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("K", [16, 32, 64, 128, 192, 256])
 @pytest.mark.parametrize("C", [16, 32, 64, 128])
 def test_every_shape_compiles_right(C: int, K: int, V: int, dtype: torch.dtype) -> None:
+    # The largest route gradients are those of the last chunk: sums of K·V products with random signs, as exact as their
+    # terms. Of few heads all may cancel, and would not set the scale of what is allowed.
+    inputs = make(300, dtype, B=2, R=4, C=C, K=K, V=V)
     if kernel_limit(dtype, C, {}, delta_keys=K) is not None:
-        refused(make(300, dtype, R=2, C=C, K=K, V=V), C)
+        refused(inputs, C)
         return
-    compare(make(300, dtype, R=2, C=C, K=K, V=V), C)
+    compare(inputs, C)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
