@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def short_convolution(x: Tensor, weight: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # shifted products, which the compiler makes one kernel of
         padded = F.pad(x, (0, 0, width - 1, 0))
         products = [padded[:, i : i + x.shape[1]] * taps[:, i] for i in range(width)]
-        return F.silu(torch.stack(products).sum(0))
+        return F.silu(reduce(torch.add, products))  # torch.sum would be float32 under autocast
     padded = F.pad(x.transpose(1, 2), (width - 1, 0))
     return F.silu(F.conv1d(padded, taps[:, None], groups=taps.shape[0]).transpose(1, 2))
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from natsl import layers
-from natsl.layers import linear_cross_entropy, rms_norm, short_convolution, swiglu
+from natsl.layers import causal_attention, linear_cross_entropy, rms_norm, short_convolution, swiglu
 from tests.oracles import assert_near
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -34,6 +34,14 @@ def convolved(x: Tensor, weight: Tensor) -> Tensor:
         for tap in range(min(weight.shape[1], t + 1)):
             out[:, t] = out[:, t] + weight[:, weight.shape[1] - 1 - tap] * x[:, t - tap]
     return out * torch.sigmoid(out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_causal_attention(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, 9, 3, width, dtype=dtype) for width in (8, 8, 5))
+    scores = torch.einsum("bthk,bshk->bhts", q.double(), k.double()) / 8**0.5
+    weights = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf).softmax(-1)
+    assert_near(causal_attention(q, k, v), torch.einsum("bhts,bshv->bthv", weights, v.double()), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,12 +73,19 @@ def test_swiglu(dtype: torch.dtype) -> None:
     assert_near(swiglu(x), a * torch.sigmoid(a) * b, dtype)
 
 
-def test_half_precision_stays_half_under_autocast() -> None:
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_half_precision_stays_half_under_autocast(device: str, mode: str) -> None:
     """Autocast makes float32 of some functions' inputs; what comes after must not see two dtypes."""
-    x = torch.randn(2, 5, 8, dtype=torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = [rms_norm(x, torch.ones(8), 1e-6), swiglu(x), short_convolution(x, torch.randn(8, 4))]
-        loss, _ = linear_cross_entropy(x, torch.randn(11, 8), torch.zeros(2, 5, dtype=torch.int64))
+    x, ones, taps, weight = (torch.rand(*s, device=device) for s in ((2, 5, 8), (8,), (8, 4), (11, 8)))
+    x = x.bfloat16()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        outputs = [
+            rms_norm(x, ones, 1e-6),
+            swiglu(x),
+            short_convolution(x, taps),
+            causal_attention(*[x[:, :, None]] * 3),
+        ]
+        loss, _ = linear_cross_entropy(x, weight, torch.zeros(2, 5, dtype=torch.int64, device=device))
     assert {y.dtype for y in outputs} == {torch.bfloat16}
     assert loss.dtype is torch.float32
 
