@@ -194,13 +194,15 @@ class DataConfig:
     """What the supernet is trained and judged on.
 
     ``path``: a text file or a folder of them (null: the sources of Python's standard library). ``tasks``: weight of
-    each task (``bytes``, ``mqar``, ``needle``) in the training batches. ``search_sequences`` / ``test_sequences``:
-    held-out sequences per task for judging trials and for the report.
+    each task (``bytes``, ``mqar``, ``needle``) in the training batches. ``keys``: how many different keys the recall
+    tasks have; beyond 64 each needs a token more in the vocabulary. ``search_sequences`` / ``test_sequences``: held-out
+    sequences per task for judging trials and for the report.
     """
 
     path: str | None = None
     tasks: dict[str, float] = field(default_factory=lambda: {"mqar": 1.0})
     seq_len: int = 384
+    keys: int = 64
     search_sequences: int = 32
     test_sequences: int = 64
     mqar: MqarConfig = field(default_factory=MqarConfig)
@@ -217,6 +219,7 @@ class DataConfig:
             check(name in ("bytes", "mqar", "needle"), "data.tasks", name, "the tasks are bytes, mqar, needle")
             check(math.isfinite(weight) and weight >= 0, f"data.tasks.{name}", weight, "it must be ≥ 0")
         check_counts(2, {"data.seq_len": self.seq_len})
+        check_counts(1, {"data.keys": self.keys})
         check_counts(
             1,
             {"data.search_sequences": self.search_sequences, "data.test_sequences": self.test_sequences},

@@ -1,6 +1,7 @@
 """Tasks on real text: next byte, associative recall, needles; training batches and fixed held-out sets.
 
-Shapes: B sequences, T tokens. Vocabulary: 256 bytes, then 64 keys, then 64 values.
+Shapes: B sequences, T tokens. Vocabulary: 256 bytes, then 64 keys, then 64 values, then the keys that ``data.keys`` has
+beyond 64.
 """
 
 from __future__ import annotations
@@ -108,10 +109,10 @@ class MqarTask:
             check(value % segment == 0, name, value, f"mqar needs a multiple of data.mqar.segment = {segment}")
         pairs, pair_segments = self._pairs(config)
         check(
-            pairs <= len(KEYS),
+            pairs <= config.keys,
             "data.mqar.pair_share",
             share,
-            f"it asks for {pairs} distinct pairs in data.seq_len = {config.seq_len}, there are {len(KEYS)} keys",
+            f"it asks for {pairs} distinct pairs in data.seq_len = {config.seq_len}, there are {config.keys} keys (data.keys)",
         )
         fewest = (pair_segments + config.mqar.query_segments + 1) * segment
         name = "data.seq_len" if length == config.seq_len else "length"
@@ -132,7 +133,7 @@ class MqarTask:
         holds_pairs = torch.zeros(count, context // segment, dtype=torch.bool).scatter_(1, place, True)
         is_pair = holds_pairs.repeat_interleave(segment, dim=1)  # [B, context]
 
-        keys, values = _draw_pairs(count, distinct, generator)
+        keys, values = _draw_pairs(count, distinct, config.keys, generator)
         which = _shuffles(count, pairs, generator) % distinct  # equals a permutation unless the batch is easy
         keys, values = keys.gather(1, which), values.gather(1, which)  # [B, pairs], in order of appearance
         asked = _shuffles(count, pairs, generator)[:, torch.arange(queries) % pairs]  # [B, queries]
@@ -157,7 +158,7 @@ class NeedleTask:
     def check(self, config: DataConfig, length: int) -> None:
         """There are enough keys and some text is left around the needles."""
         needles = config.needle.needles
-        check(needles <= len(KEYS), "data.needle.needles", needles, f"there are {len(KEYS)} keys")
+        check(needles <= config.keys, "data.needle.needles", needles, f"there are {config.keys} keys (data.keys)")
         name = "data.seq_len" if length == config.seq_len else "length"
         check(length > 3 * needles, name, length, f"needle needs more than 3 tokens for each of {needles} needles")
 
@@ -165,7 +166,7 @@ class NeedleTask:
         """Text with the needles inserted, then the keys in another order."""
         count, needles = request.count, config.needle.needles
         size = request.length - 3 * needles  # bytes of text
-        keys, values = _draw_pairs(count, needles, generator)
+        keys, values = _draw_pairs(count, needles, config.keys, generator)
         asked = _shuffles(count, needles, generator)
         low, high = config.needle.depth_min, config.needle.depth_max
         if request.depth is not None:
@@ -205,6 +206,8 @@ class TaskData:
             self._check_text(split, config.seq_len, "data.seq_len")
         plain = to_plain(config)
         del plain["path"]  # where the text lies is no part of what it is
+        if config.keys == len(KEYS):
+            del plain["keys"]  # runs from before there was a choice have none
         text = json.dumps([corpus.fingerprint, plain], sort_keys=True)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
@@ -262,7 +265,7 @@ class TaskData:
 
     def _check(self, task: str, length: int) -> None:
         check(task in TASKS, "task", task, f"the tasks are {', '.join(TASKS)}")
-        needed = VALUES.stop if TASKS[task].needs_pairs else BYTES.stop
+        needed = VALUES.stop + max(0, self.config.keys - len(KEYS)) if TASKS[task].needs_pairs else BYTES.stop
         what = "bytes, keys and values" if TASKS[task].needs_pairs else "bytes"
         check(
             self.vocab_size >= needed,
@@ -302,9 +305,10 @@ def _windows(text: Tensor, count: int, length: int, generator: torch.Generator) 
     return text[starts + torch.arange(length)].long()
 
 
-def _draw_pairs(count: int, pairs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Distinct keys and any values per row, each int64 [count, pairs]."""
-    keys = KEYS.start + _shuffles(count, len(KEYS), generator)[:, :pairs]
+def _draw_pairs(count: int, pairs: int, choice: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Distinct keys, out of ``choice`` many, and any values per row, each int64 [count, pairs]."""
+    keys = KEYS.start + _shuffles(count, choice, generator)[:, :pairs]
+    keys = torch.where(keys < KEYS.stop, keys, keys + len(VALUES))
     values = torch.randint(VALUES.start, VALUES.stop, (count, pairs), generator=generator)
     return keys, values
 

@@ -86,7 +86,8 @@ def _time(
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        net.token_losses(inputs, policies, targets, supernet).loss.mean().backward()
+        with torch.autograd.set_multithreading_enabled(False):  # as in training
+            net.token_losses(inputs, policies, targets, supernet).loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
 

@@ -106,7 +106,8 @@ class Trainer:
         batch = self.data.train_batch(train.batch_size, seed, step).to(self.device)
         policies = sandwich_policies(self.model, self.recipe.supernet, seed, step)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = sandwich_backward(self.model, batch, policies, self.recipe.supernet)
+        with torch.autograd.set_multithreading_enabled(False):  # a hop to another thread costs more than it gives
+            losses = sandwich_backward(self.model, batch, policies, self.recipe.supernet)
         norm, router_norm = self._clip(self.rest, train.clip), self._clip(self.router, train.router_clip)
         totals = torch.stack([loss.total.detach() for loss in losses])
         bad = 1.0 - (norm.isfinite() & router_norm.isfinite() & totals.isfinite().all()).float()

@@ -212,6 +212,30 @@ def test_needle_depth_and_length_of_one_batch(depth: float, length: int | None) 
     assert all(abs(d - depth) <= 0.51 / size for d in depths_of(batch, 1))
 
 
+@pytest.mark.parametrize("keys", [9, 64, 65, 400])
+def test_number_of_keys(keys: int) -> None:
+    """Few keys are the first ones, many go on behind the values; all are used, and the values stay what they are."""
+    options = {"mqar": MqarConfig(pair_share=0.02), "needle": NeedleConfig(needles=5), "keys": keys}
+    data = make_data(vocab_size=max(384, 320 + keys), **options)
+    seen = set()
+    for task in ("mqar", "needle"):
+        for seed in range(12):
+            batch = data.batch(task, Split.train, 32, seed)
+            asked = batch.tokens[batch.recall]
+            seen |= set(asked.tolist())
+            values = batch.targets[batch.recall]
+            assert ((values >= VALUES.start) & (values < VALUES.stop)).all()
+    assert seen == {*range(256, 256 + min(keys, 64)), *range(384, 320 + keys)}
+
+
+def test_as_many_keys_as_before_there_was_a_choice_is_the_same_data() -> None:
+    first, second = make_data(), make_data(keys=64)
+    assert first.fingerprint == second.fingerprint
+    assert first.fingerprint != make_data(keys=63).fingerprint
+    # checkpoints tell it: were it another, what was trained before could not be resumed
+    assert first.fingerprint == "e44187fbfab5184be9001699a152cd50d668e0e7202b613c7404fd9d7b6dce5c"
+
+
 def depths_of(batch: Batch, needles: int) -> list[float]:
     """The share of the text before each needle."""
     body = batch.tokens[:, :-needles]
@@ -308,10 +332,24 @@ def test_training_batch_takes_ten_milliseconds() -> None:
         ({"seq_len": 380}, "data.seq_len = 380 .* multiple of data.mqar.segment = 16"),
         ({"seq_len": 48}, "data.seq_len = 48 .* at least 64"),
         ({"mqar": MqarConfig(pair_share=0.5)}, "data.mqar.pair_share = 0.5 .* 96 distinct pairs .* 64 keys"),
+        ({"keys": 65}, "model.vocab_size = 384 .* task mqar needs at least 385"),
+        ({"keys": 0}, "data.keys = 0"),
         ({"needle": NeedleConfig(needles=65)}, "data.needle.needles = 65 .* 64 keys"),
         ({"needle": NeedleConfig(needles=64), "seq_len": 192}, "data.seq_len = 192 .* each of 64 needles"),
     ],
-    ids=["vocab-pairs", "vocab-bytes", "short-train", "short-search", "segment", "no-text", "keys", "needles", "full"],
+    ids=[
+        "vocab-pairs",
+        "vocab-bytes",
+        "short-train",
+        "short-search",
+        "segment",
+        "no-text",
+        "keys",
+        "many-keys",
+        "no-keys",
+        "needles",
+        "full",
+    ],
 )
 def test_mistakes_get_one_clear_line(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
