@@ -112,7 +112,8 @@ class MqarTask:
             pairs <= config.keys,
             "data.mqar.pair_share",
             share,
-            f"it asks for {pairs} distinct pairs in data.seq_len = {config.seq_len}, there are {config.keys} keys (data.keys)",
+            f"it asks for {pairs} distinct pairs in data.seq_len = {config.seq_len}, there are {config.keys} keys "
+            "(data.keys)",
         )
         fewest = (pair_segments + config.mqar.query_segments + 1) * segment
         name = "data.seq_len" if length == config.seq_len else "length"

@@ -215,8 +215,8 @@ def test_needle_depth_and_length_of_one_batch(depth: float, length: int | None) 
 @pytest.mark.parametrize("keys", [9, 64, 65, 400])
 def test_number_of_keys(keys: int) -> None:
     """Few keys are the first ones, many go on behind the values; all are used, and the values stay what they are."""
-    options = {"mqar": MqarConfig(pair_share=0.02), "needle": NeedleConfig(needles=5), "keys": keys}
-    data = make_data(vocab_size=max(384, 320 + keys), **options)
+    size = max(384, 320 + keys)
+    data = make_data(vocab_size=size, keys=keys, mqar=MqarConfig(pair_share=0.02), needle=NeedleConfig(needles=5))
     seen = set()
     for task in ("mqar", "needle"):
         for seed in range(12):
