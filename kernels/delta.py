@@ -49,9 +49,9 @@ def routed_delta_rule(
     ``routed_softmax``; for the delta rule insertion and derivative are the same.
 
     On Triton: float32, float16 or bfloat16, chunk_size 16, 32, 64 or 128, K ≤ 256, V ≤ 512, chunk_size · K ≤ 16384
-    (float32: 8192; beyond any of these ``auto`` takes torch and warns), g is bounded below by −50, routes are 0 or 1,
-    the states between chunks and their gradients are held in v's dtype, and ``cu_seqlens`` is trusted, as reading it
-    would wait for the device.
+    (float32: 8192), at most 65535 sequences times heads (beyond any of these ``auto`` takes torch and warns), g is
+    bounded below by −50, routes are 0 or 1, the states between chunks and their gradients are held in v's dtype, and
+    ``cu_seqlens`` is trusted, as reading it would wait for the device.
 
     Returns o [B,T,R,V] in v's dtype and the final state (float32; float64 for float64 inputs) or None. Raises
     ``ValueError`` naming the argument. Source: Gated DeltaNet, arXiv 2412.06464; routing, arXiv 2602.03681, section 3.
@@ -67,10 +67,10 @@ def routed_delta_rule(
     check_shape(op, "g", g, (B, T, R))
     check_shape(op, "beta", beta, (B, T, R))
     check_counterfactual(op, counterfactual, counterfactual_rate)
-    limit = kernel_limit(q.dtype, chunk_size, {"K": (K, 256), "V": (V, 512)}, delta_keys=K)
-    on_kernels = use_kernels(op, backend, q.device, limit)
     scale = K**-0.5 if scale is None else scale
     sequences = B if cu_seqlens is None else check_packing(op, cu_seqlens, q)
+    widths = {"K": (K, 256), "V": (V, 512), "sequences · heads": (max(1, sequences * R), 65535)}
+    on_kernels = use_kernels(op, backend, q.device, kernel_limit(q.dtype, chunk_size, widths, delta_keys=K))
     if initial_state is not None:
         check_tensors(op, {"q": q, "initial_state": initial_state})
         check_shape(op, "initial_state", initial_state, (sequences, R, K, V))

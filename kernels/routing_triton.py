@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from natsl.kernels.library import register
 from natsl.kernels.routing import cap_limits
 from natsl.kernels.tuning import Launcher
 
@@ -150,8 +151,7 @@ def kept_chunks(route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, token
     return starts, count
 
 
-@torch.library.custom_op("natsl::capped_routes", mutates_args=())
-def _capped_routes(margins: Tensor, threshold: Tensor, cap: float, burst: int) -> Tensor:
+def _run_capped_routes(margins: Tensor, threshold: Tensor, cap: float, burst: int) -> Tensor:
     B, N, R = margins.shape
     route = torch.empty_like(margins, memory_format=torch.contiguous_format)
     if route.numel() == 0:
@@ -163,9 +163,12 @@ def _capped_routes(margins: Tensor, threshold: Tensor, cap: float, burst: int) -
     return route
 
 
-@_capped_routes.register_fake
-def _(margins: Tensor, threshold: Tensor, cap: float, burst: int) -> Tensor:
-    return torch.empty_like(margins, memory_format=torch.contiguous_format)
+_capped_routes = register(
+    "capped_routes",
+    "(Tensor margins, Tensor threshold, float cap, int burst) -> Tensor",
+    _run_capped_routes,
+    lambda margins, *unused: torch.empty_like(margins, memory_format=torch.contiguous_format),
+)
 
 
 def capped_routes(margins: Tensor, threshold: Tensor | float, cap: float | None, burst: int = 0) -> Tensor:

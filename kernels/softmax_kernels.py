@@ -117,11 +117,8 @@ def _own_mask(o_t, i, p_route, R, i_length, C: tl.constexpr, BLOCK_M: tl.constex
 
 
 @triton.jit
-def _attend(
-    b_q, b_k, b_v, b_acc, b_max, b_sum, scale, visible, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
+def _attend(b_s, b_v, b_acc, b_max, b_sum, scale, visible, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """One step of the online softmax, in base 2; scale > 0."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     if MASKED:
         b_s = tl.where(visible, b_s, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
@@ -136,34 +133,21 @@ def _attend(
     return b_acc, b_new, b_sum
 
 
-@triton.jit
-def _store_attended(
-    p_o, p_lse, o_row, stride, valid, b_acc, b_max, b_sum, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # rows past the end may have seen nothing
-    _store_tile(p_o, o_row, stride, valid, b_acc / b_sum[:, None], WIDTH, BLOCK)
-    tl.store(p_lse + o_row, b_max + tl.log2(b_sum), mask=valid)
-
-
 @Launcher
 @triton.jit(do_not_specialize=["T", "N"])
 def forward_kernel(
     q, k, v, route, starts, count, o, lse, cu_seqlens, first_chunk, owner, tile_start, scale, T, N, R, J, G,
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h,
     KS: tl.constexpr, VS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr, VARLEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head: the stream of kept earlier chunks, then the tile's own chunks.
-
-    A tile is BLOCK_M queries, or with PAIR two such blocks, which share what is read of keys and values.
-    """
-    TILE: tl.constexpr = BLOCK_M * (1 + PAIR)
+    """One tile of BLOCK_M queries of one head: the stream of kept earlier chunks, then the tile's own chunks."""
     i_h = tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
     # the last tiles of a sequence have the most keys: they go first
     i_tile = tl.program_id(0) if VARLEN else tl.num_programs(0) - 1 - tl.program_id(0)
-    i_begin, i_length, i_first, i_start = _place(i_tile, T, cu_seqlens, first_chunk, owner, tile_start, TILE, VARLEN)
+    i_begin, i_length, i_first, i_start = _place(i_tile, T, cu_seqlens, first_chunk, owner, tile_start, BLOCK_M, VARLEN)
     if i_start >= i_length:
         return
     i_key = (i_h // J).to(tl.int64)
@@ -177,49 +161,39 @@ def forward_kernel(
     p_v = v + i_b * sv_b + i_key * sv_h
     p_q = q + i_b * sq_b + i_h.to(tl.int64) * sq_h + i_row * sq_t
     b_q = _load_tile(p_q, o_m, sq_t, o_t < i_length, KS, BLOCK_K, True)
+
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    if PAIR:
-        o_t2 = o_t + BLOCK_M
-        b_q2 = _load_tile(p_q, o_m + BLOCK_M, sq_t, o_t2 < i_length, KS, BLOCK_K, True)
-        b_acc2, b_max2, b_sum2 = b_acc, b_max, b_sum
-
     p_count = count + (i_b * R + i_r) * (N + 1) + i_first
     i_entry = tl.load(p_count)
     i_total = (tl.load(p_count + i_chunk) - i_entry) * C
     p_list = starts + (i_b * R + i_r) * N + i_entry
     i_token = _stream_tokens(p_list, 0, i_total, C, BLOCK_N)
-    LONG: tl.constexpr = BLOCK_N > C
     for i in range(0, i_total, BLOCK_N):
         i_here, o_row = _stream_place(i_token, i, C, BLOCK_N)
         inside = i + o_n < i_total
         # the next step's tokens are read a step ahead: their latency stands in front of no load of keys
         i_token = _stream_tokens(p_list, i + BLOCK_N, i_total, C, BLOCK_N)
-        b_k = _load_tile(p_k + i_here * sk_t, o_row, sk_t, inside, KS, BLOCK_K, LONG)
-        b_v = _load_tile(p_v + i_here * sv_t, o_row, sv_t, inside, VS, BLOCK_V, LONG)
-        seen = inside[None, :]
-        b_acc, b_max, b_sum = _attend(b_q, b_k, b_v, b_acc, b_max, b_sum, scale, seen, LONG, PRECISION)
-        if PAIR:
-            b_acc2, b_max2, b_sum2 = _attend(b_q2, b_k, b_v, b_acc2, b_max2, b_sum2, scale, seen, LONG, PRECISION)
+        b_k = _load_tile(p_k + i_here * sk_t, o_row, sk_t, inside, KS, BLOCK_K, BLOCK_N > C)
+        b_v = _load_tile(p_v + i_here * sv_t, o_row, sv_t, inside, VS, BLOCK_V, BLOCK_N > C)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_acc, b_max, b_sum = _attend(b_s, b_v, b_acc, b_max, b_sum, scale, inside[None, :], BLOCK_N > C, PRECISION)
 
     p_route = route + (i_b * N + i_first) * R + i_r
-    for i in range(i_chunk * C, tl.minimum(i_start + TILE, i_length), BLOCK_N):
+    for i in range(i_chunk * C, tl.minimum(i_start + BLOCK_M, i_length), BLOCK_N):
         o_s = i + o_n
         i_here = i_begin + i  # 64 bits
         b_k = _load_tile(p_k + i_here * sk_t, o_n, sk_t, o_s < i_length, KS, BLOCK_K, True)
         b_v = _load_tile(p_v + i_here * sv_t, o_n, sv_t, o_s < i_length, VS, BLOCK_V, True)
-        seen = _own_mask(o_t, i, p_route, R, i_length, C, TILE, BLOCK_N)
-        b_acc, b_max, b_sum = _attend(b_q, b_k, b_v, b_acc, b_max, b_sum, scale, seen, True, PRECISION)
-        if PAIR:
-            seen = _own_mask(o_t2, i, p_route, R, i_length, C, TILE, BLOCK_N)
-            b_acc2, b_max2, b_sum2 = _attend(b_q2, b_k, b_v, b_acc2, b_max2, b_sum2, scale, seen, True, PRECISION)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        visible = _own_mask(o_t, i, p_route, R, i_length, C, BLOCK_M, BLOCK_N)
+        b_acc, b_max, b_sum = _attend(b_s, b_v, b_acc, b_max, b_sum, scale, visible, True, PRECISION)
 
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # rows past the end may have seen nothing
     p_o = o + ((i_b * T + i_row) * heads + i_h) * VS
-    p_lse = lse + (i_b * heads + i_h) * _stat_stride(T) + i_row
-    _store_attended(p_o, p_lse, o_m, heads * VS, o_t < i_length, b_acc, b_max, b_sum, VS, BLOCK_V)
-    if PAIR:
-        _store_attended(p_o, p_lse, o_m + BLOCK_M, heads * VS, o_t2 < i_length, b_acc2, b_max2, b_sum2, VS, BLOCK_V)
+    _store_tile(p_o, o_m, heads * VS, o_t < i_length, b_acc / b_sum[:, None], VS, BLOCK_V)
+    tl.store(lse + (i_b * heads + i_h) * _stat_stride(T) + i_row + o_m, b_max + tl.log2(b_sum), mask=o_t < i_length)
 
 
 @triton.jit
@@ -234,20 +208,6 @@ def _add_dq(b_q, b_k, b_v, b_do, b_lse, b_delta, b_dq, scale, visible, MASKED: t
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
 
 
-@triton.jit
-def _load_queries(
-    p_q, p_do, p_o, p_lse, p_delta, o_row, sq_t, sd_t, so_t, valid,
-    KS: tl.constexpr, VS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """q, dO, lse and δ = Σ dO·O of a block of queries; δ is also stored."""
-    b_do = _load_tile(p_do, o_row, sd_t, valid, VS, BLOCK_V, True)
-    b_o = _load_tile(p_o, o_row, so_t, valid, VS, BLOCK_V, True)
-    b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
-    tl.store(p_delta + o_row, b_delta, mask=valid)
-    b_q = _load_tile(p_q, o_row, sq_t, valid, KS, BLOCK_K, True)
-    return b_q, b_do, tl.load(p_lse + o_row, mask=valid, other=0.0), b_delta
-
-
 @Launcher
 @triton.jit(do_not_specialize=["T", "N"])
 def dq_kernel(
@@ -255,15 +215,14 @@ def dq_kernel(
     scale, scale_out, T, N, R, J, G,
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sd_b, sd_t, sd_h,
     KS: tl.constexpr, VS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr, VARLEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """δ = Σ dO·O and dq of one tile of queries of one head; tiled as the forward."""
-    TILE: tl.constexpr = BLOCK_M * (1 + PAIR)
     i_h = tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
     i_tile = tl.program_id(0) if VARLEN else tl.num_programs(0) - 1 - tl.program_id(0)
-    i_begin, i_length, i_first, i_start = _place(i_tile, T, cu_seqlens, first_chunk, owner, tile_start, TILE, VARLEN)
+    i_begin, i_length, i_first, i_start = _place(i_tile, T, cu_seqlens, first_chunk, owner, tile_start, BLOCK_M, VARLEN)
     if i_start >= i_length:
         return
     i_key = (i_h // J).to(tl.int64)
@@ -278,53 +237,39 @@ def dq_kernel(
     p_q = q + i_b * sq_b + i_h.to(tl.int64) * sq_h + i_row * sq_t
     p_do = do + i_b * sd_b + i_h.to(tl.int64) * sd_h + i_row * sd_t
     p_o = o + ((i_b * T + i_row) * heads + i_h) * VS
-    p_dq = dq + ((i_b * T + i_row) * heads + i_h) * KS
     i_stat = (i_b * heads + i_h) * _stat_stride(T) + i_row
-    b_q, b_do, b_lse, b_delta = _load_queries(
-        p_q, p_do, p_o, lse + i_stat, delta + i_stat, o_m, sq_t, sd_t, heads * VS, o_t < i_length,
-        KS, VS, BLOCK_K, BLOCK_V,
-    )  # fmt: skip
-    b_dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    if PAIR:
-        o_t2 = o_t + BLOCK_M
-        b_q2, b_do2, b_lse2, b_delta2 = _load_queries(
-            p_q, p_do, p_o, lse + i_stat, delta + i_stat, o_m + BLOCK_M, sq_t, sd_t, heads * VS, o_t2 < i_length,
-            KS, VS, BLOCK_K, BLOCK_V,
-        )  # fmt: skip
-        b_dq2 = b_dq
+    b_do = _load_tile(p_do, o_m, sd_t, o_t < i_length, VS, BLOCK_V, True)
+    b_o = _load_tile(p_o, o_m, heads * VS, o_t < i_length, VS, BLOCK_V, True)
+    b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+    tl.store(delta + i_stat + o_m, b_delta, mask=o_t < i_length)
+    b_q = _load_tile(p_q, o_m, sq_t, o_t < i_length, KS, BLOCK_K, True)
+    b_lse = tl.load(lse + i_stat + o_m, mask=o_t < i_length, other=0.0)
 
+    b_dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     p_count = count + (i_b * R + i_r) * (N + 1) + i_first
     i_entry = tl.load(p_count)
     i_total = (tl.load(p_count + i_chunk) - i_entry) * C
     p_list = starts + (i_b * R + i_r) * N + i_entry
     i_token = _stream_tokens(p_list, 0, i_total, C, BLOCK_N)
-    LONG: tl.constexpr = BLOCK_N > C
     for i in range(0, i_total, BLOCK_N):
         i_here, o_row = _stream_place(i_token, i, C, BLOCK_N)
         inside = i + o_n < i_total
         i_token = _stream_tokens(p_list, i + BLOCK_N, i_total, C, BLOCK_N)
-        b_k = _load_tile(p_k + i_here * sk_t, o_row, sk_t, inside, KS, BLOCK_K, LONG)
-        b_v = _load_tile(p_v + i_here * sv_t, o_row, sv_t, inside, VS, BLOCK_V, LONG)
-        seen = inside[None, :]
-        b_dq = _add_dq(b_q, b_k, b_v, b_do, b_lse, b_delta, b_dq, scale, seen, LONG, PRECISION)
-        if PAIR:
-            b_dq2 = _add_dq(b_q2, b_k, b_v, b_do2, b_lse2, b_delta2, b_dq2, scale, seen, LONG, PRECISION)
+        b_k = _load_tile(p_k + i_here * sk_t, o_row, sk_t, inside, KS, BLOCK_K, BLOCK_N > C)
+        b_v = _load_tile(p_v + i_here * sv_t, o_row, sv_t, inside, VS, BLOCK_V, BLOCK_N > C)
+        b_dq = _add_dq(b_q, b_k, b_v, b_do, b_lse, b_delta, b_dq, scale, inside[None, :], BLOCK_N > C, PRECISION)
 
     p_route = route + (i_b * N + i_first) * R + i_r
-    for i in range(i_chunk * C, tl.minimum(i_start + TILE, i_length), BLOCK_N):
+    for i in range(i_chunk * C, tl.minimum(i_start + BLOCK_M, i_length), BLOCK_N):
         o_s = i + o_n
         i_here = i_begin + i  # 64 bits
         b_k = _load_tile(p_k + i_here * sk_t, o_n, sk_t, o_s < i_length, KS, BLOCK_K, True)
         b_v = _load_tile(p_v + i_here * sv_t, o_n, sv_t, o_s < i_length, VS, BLOCK_V, True)
-        seen = _own_mask(o_t, i, p_route, R, i_length, C, TILE, BLOCK_N)
-        b_dq = _add_dq(b_q, b_k, b_v, b_do, b_lse, b_delta, b_dq, scale, seen, True, PRECISION)
-        if PAIR:
-            seen = _own_mask(o_t2, i, p_route, R, i_length, C, TILE, BLOCK_N)
-            b_dq2 = _add_dq(b_q2, b_k, b_v, b_do2, b_lse2, b_delta2, b_dq2, scale, seen, True, PRECISION)
+        visible = _own_mask(o_t, i, p_route, R, i_length, C, BLOCK_M, BLOCK_N)
+        b_dq = _add_dq(b_q, b_k, b_v, b_do, b_lse, b_delta, b_dq, scale, visible, True, PRECISION)
 
+    p_dq = dq + ((i_b * T + i_row) * heads + i_h) * KS
     _store_tile(p_dq, o_m, heads * KS, o_t < i_length, b_dq * scale_out, KS, BLOCK_K)
-    if PAIR:
-        _store_tile(p_dq, o_m + BLOCK_M, heads * KS, o_t2 < i_length, b_dq2 * scale_out, KS, BLOCK_K)
 
 
 @triton.jit

@@ -69,8 +69,6 @@ def _default_blocks(kernel: str, dtype: torch.dtype, Ks: int, Vs: int, chunk_siz
     wide = (width > 128) + (width > 256)
     block_m, block_n, warps, stages = _DEFAULTS[kernel, dtype == torch.float32][wide]
     default = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-    if kernel in ("softmax_forward", "softmax_dq"):
-        default["PAIR"] = 0
     return tuning.shape_key(dtype, chunk_size, Ks, Vs), default
 
 
@@ -108,7 +106,7 @@ def softmax_forward(
     if B == 0:
         return o, lse, starts, count
     blocks = _blocks("softmax_forward", q, v, chunk_size)
-    tiles, places = _tiles(cu_seqlens, chunk_size, blocks["BLOCK_M"] * (1 + blocks["PAIR"]), T, count)
+    tiles, places = _tiles(cu_seqlens, chunk_size, blocks["BLOCK_M"], T, count)
     forward_kernel[(tiles, Hq, B)](
         q, k, v, route, starts, count, o, lse, *places,
         scale * LOG2E, T, route.shape[1], R, Hq // Hs, Hs // R,
@@ -142,7 +140,7 @@ def softmax_backward(
     strides = [s for x in (q, k, v, do) for s in x.stride()[:3]]
 
     blocks = _blocks("softmax_dq", q, v, chunk_size)
-    tiles, places = _tiles(cu_seqlens, chunk_size, blocks["BLOCK_M"] * (1 + blocks["PAIR"]), T, count)
+    tiles, places = _tiles(cu_seqlens, chunk_size, blocks["BLOCK_M"], T, count)
     dq_kernel[(tiles, Hq, B)](
         q, k, v, do, o, lse, route, starts, count, dq, delta, *places,
         scale * LOG2E, scale, T, N, R, J, G, *strides, **options, **blocks,

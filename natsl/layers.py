@@ -68,19 +68,21 @@ def _load() -> _Library | None:
             stacklevel=2,
         )
         return None
-    for module in (convolution, layernorm, activations):
-        for name, (block, warps) in _LAUNCH.items():
-            _settle(getattr(module, name, None), block, warps)
+    modules = (convolution, layernorm, activations)
+    for name, (block, warps) in _LAUNCH.items():
+        if not sum(_settle(getattr(module, name, None), block, warps) for module in modules):
+            warnings.warn(f"fla-core's {name} is tuned anew in every process: its configurations changed", stacklevel=2)
     return _Library(convolution.causal_conv1d, layernorm.rms_norm, activations.swiglu, cross_entropy_loss)
 
 
-def _settle(kernel: Any, block: dict[str, int], warps: int) -> None:
-    """Leave an autotuned kernel one of its configurations; one that has no such configuration stays as it is."""
+def _settle(kernel: Any, block: dict[str, int], warps: int) -> bool:
+    """Leave an autotuned kernel one of its configurations. One that does not have it stays as it is: False."""
     while kernel is not None and not hasattr(kernel, "configs"):
         kernel = getattr(kernel, "fn", None)
-    if kernel is not None:
-        same = [config for config in kernel.configs if config.kwargs == block and config.num_warps == warps]
-        kernel.configs = same[:1] or kernel.configs
+    same = [] if kernel is None else [c for c in kernel.configs if c.kwargs == block and c.num_warps == warps]
+    if same:
+        kernel.configs = same[:1]
+    return bool(same)
 
 
 def _library(x: Tensor) -> _Library | None:

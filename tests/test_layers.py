@@ -200,12 +200,12 @@ def test_one_configuration_is_left_where_it_exists() -> None:
         return SimpleNamespace(fn=SimpleNamespace(configs=configs))
 
     known, unknown = kernel(), kernel()
-    layers._settle(known, {"B": 64}, 4)
+    assert layers._settle(known, {"B": 64}, 4)
     assert [(c.kwargs, c.num_warps) for c in known.fn.configs] == [({"B": 64}, 4)]
-    layers._settle(unknown, {"B": 128}, 4)
+    assert not layers._settle(unknown, {"B": 128}, 4)
     assert len(unknown.fn.configs) == 4
-    layers._settle(None, {"B": 64}, 4)
-    layers._settle(SimpleNamespace(), {"B": 64}, 4)
+    assert not layers._settle(None, {"B": 64}, 4)
+    assert not layers._settle(SimpleNamespace(), {"B": 64}, 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

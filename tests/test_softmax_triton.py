@@ -115,19 +115,6 @@ def test_block_sizes(C: int, size: int) -> None:
             compare(tensors, C, "insertion")
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["alone", "packed"])
-@pytest.mark.parametrize(("C", "T"), [(16, 16), (16, 33), (16, 83), (32, 70), (64, 65), (64, 200)])
-def test_pairs_of_query_blocks(C: int, T: int, packed: bool) -> None:
-    """Two blocks in one program: smaller together than a chunk, as large, larger, and the second one empty."""
-    lengths = [T // 3, T - T // 3] if packed else [T]
-    chunks = sum(chunk_count(n, C) for n in lengths)
-    borders = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE) if packed else None
-    pair = {"BLOCK_M": 16, "BLOCK_N": 32, "PAIR": 1}
-    for block in (16, 64):
-        with tuning.forced({name: {**pair, "BLOCK_M": block} for name in ("softmax_forward", "softmax_dq")}):
-            compare(inputs(T, C=C, N=chunks), C, "none", torch.float32, borders)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("C", "lengths"),
