@@ -296,8 +296,9 @@ def test_custom_ops_are_well_formed() -> None:
         ({"V": 513}, "V = 513 is not supported by the triton backend: at most 512"),
         ({"C": 128}, "chunk_size = 128 in torch.float32 is not supported by the triton backend: chunk_size"),
         ({"C": 8}, "chunk_size = 8 is not supported by the triton backend: 16, 32, 64, 128"),
+        ({"B": 32768}, "sequences · heads = 65536 is not supported by the triton backend: at most 65535"),
     ],
-    ids=["K", "V", "float32", "C"],
+    ids=["K", "V", "float32", "C", "sequences"],
 )
 def test_limits_are_named(shape: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
