@@ -57,7 +57,7 @@ def routed_branches(
     check_shape(op, "beta", beta, (B, T, R))
     check_shape(op, "route", route, (B, *count_chunks([T], chunk_size), R))
     check_counterfactual(op, counterfactual, counterfactual_rate)
-    widths = {"K": (K, 256), "V": (V, 512), "Ks": (Ks, 256)}
+    widths = {"K": (K, 256), "V": (V, 512), "Ks": (Ks, 256), "batch · heads": (max(1, B * R), 65535)}
     if not use_kernels(op, backend, q.device, kernel_limit(q.dtype, chunk_size, widths, delta_keys=K)):
         options = {"counterfactual": counterfactual, "counterfactual_rate": counterfactual_rate, "backend": backend}
         o_delta, _ = routed_delta_rule(q, k, v, g, beta, route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
@@ -83,5 +83,5 @@ def _gradient_weights(route: Tensor, counterfactual: str, rate: float) -> tuple[
         return route, left
     if rate >= 1.0:
         return left.float(), torch.ones_like(route)
-    drawn = (torch.rand_like(route) < rate) * (1.0 / rate)
+    drawn = (torch.rand_like(route) < rate).float() * (1.0 / rate)
     return drawn * left, torch.where(left, 1.0, drawn)

@@ -76,7 +76,8 @@ def routed_softmax(
     else:
         check_packed_route(op, route, route.shape[2], T, sequences, chunk_size)
 
-    limit = kernel_limit(q.dtype, chunk_size, {"Ks": (Ks, 256), "Vs": (v.shape[3], 512)})
+    widths = {"Ks": (Ks, 256), "Vs": (v.shape[3], 512), "batch": (max(1, B), 65535)}
+    limit = kernel_limit(q.dtype, chunk_size, widths)
     if limit is None and not scale > 0.0:
         limit = f"scale = {scale!r} is not supported by the triton backend: it must be > 0"
     if use_kernels(op, backend, q.device, limit):

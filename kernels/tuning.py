@@ -144,18 +144,22 @@ def untuned() -> Iterator[None]:
         _use_tables = before
 
 
+_Variant = tuple[Any, tuple[Any, ...]]  # a compiled kernel and the constants behind its arguments
+MOST_RECENT = 512
+
+
 class Launcher:
     """A Triton kernel that is launched as ``kernel[grid](*arguments, **constants)``, at a fraction of the host's time.
 
     Triton works out anew at every launch which variant of the kernel the arguments need, and asks the driver about
-    every pointer. Here the variant is remembered for arguments of the same types and numbers, and pointers are passed
-    as numbers. Tensors that are not aligned to 16 bytes and numbers of more than 31 bits, which need variants of their
-    own, take Triton's way.
+    every pointer. Here the variant is remembered by what it depends on, and pointers are passed as numbers. What needs
+    variants of its own takes Triton's way: tensors not aligned to 16 bytes, sizes of more than 31 bits.
     """
 
     def __init__(self, function: Any) -> None:
         self.function = function
-        self._variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+        self._variants: dict[tuple[Any, ...], _Variant] = {}  # by what Triton specialises on
+        self._recent: dict[tuple[Any, ...], _Variant] = {}  # by the numbers themselves, which is faster
         self._pointers: list[int] = []  # positions among the arguments: tensors, other numbers
         self._free: list[int] = []
         self._numbers: list[int] = []
@@ -179,14 +183,21 @@ class Launcher:
         for i in self._free:
             odd |= arguments[i] >> 31
         numbers = [arguments[i] for i in self._numbers]
-        key = (device.index, *[tensor.dtype for tensor in tensors], *numbers, *constants.values())
-        variant = self._variants.get(key)
-        if variant is None or odd:
-            kernel = self.function[grid](*arguments, **constants)
-            if not odd:
-                names = self.function.arg_names[len(arguments) :]
-                self._variants[key] = kernel, tuple(constants[name] for name in names)
-            return
+        types = (device.index, *[tensor.dtype for tensor in tensors], *constants.values())
+        variant = None if odd else self._recent.get((*types, *numbers))
+        if variant is None:
+            # what Triton asks of a whole number: whether it is 1, divisible by 16 or long
+            kinds = [(n == 1, n % 16 == 0, n >> 31 > 0) if type(n) is int else None for n in numbers]
+            variant = None if odd else self._variants.get((*types, *kinds))
+            if variant is None:
+                kernel = self.function[grid](*arguments, **constants)
+                if not odd:
+                    names = self.function.arg_names[len(arguments) :]
+                    self._variants[*types, *kinds] = kernel, tuple(constants[name] for name in names)
+                return
+            if len(self._recent) >= MOST_RECENT:
+                self._recent.clear()
+            self._recent[*types, *numbers] = variant
         kernel, rest = variant
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         across, down, deep = (*grid, 1, 1)[:3]

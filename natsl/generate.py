@@ -36,6 +36,7 @@ class Sampling:
 def encode(text: str, vocab_size: int) -> list[int]:
     """Token ids of a prompt: its UTF-8 bytes; ``⟨k3⟩``, ``⟨v3⟩`` and ``⟨n⟩`` are a key, a value and any id.
 
+    Keys beyond the 64 of the smallest vocabulary (``data.keys``) go by their ids, from ``⟨384⟩`` on.
     ``ValueError`` for an empty prompt and for ids outside the vocabulary.
     """
     from natsl.tasks import KEYS, VALUES

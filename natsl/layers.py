@@ -128,7 +128,10 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of every token over itself and all earlier ones; q, k [B,T,H,K], v [B,T,H,V] → [B,T,H,V]."""
+    """Softmax attention of every token over itself and all earlier ones; q, k [B,T,H,K], v [B,T,H,V] → [B,T,H,V].
+
+    The gradients of cuDNN may differ in their last bits from run to run.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(_ATTENTION, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)

@@ -230,7 +230,8 @@ class RoutedMixer(nn.Module):
                 qs, ks = rotate(qs, c.rope_theta), rotate(ks, c.rope_theta)
         if rows.gates is None:
             values = v.reshape(B, T, c.softmax_heads, -1)
-            if context.route is None:  # every chunk is kept
+            # every chunk is kept; on a CPU torch's attention may hold all scores at once, the routed op never does
+            if context.route is None and v.is_cuda:
                 o_softmax = causal_attention(qs, ks, values)
             else:
                 o_softmax = routed_softmax(qs, ks, values, rows.route, chunk_size=c.chunk_size)

@@ -6,6 +6,7 @@ model's attention is torch's SDPA (cuDNN on CUDA). Times are medians over single
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
@@ -16,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from natsl.cli import resolve_device, run_main
-from natsl.config import ModelConfig, SupernetConfig, ThroughputConfig, TrainConfig, to_plain
+from natsl.config import ModelConfig, Precision, SupernetConfig, ThroughputConfig, TrainConfig, to_plain
 from natsl.kernels.roofline import Case, Shape, op_work
 from natsl.space.policy import Op, RoutingPolicy
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
     import torch
 
-PEAK = {"H100": 989e12}  # bfloat16 operations per second, dense, as the vendor states them
+PEAK = {"H100 80GB HBM3": 989e12}  # bfloat16 operations per second, dense, as the vendor states them
 WARM_UP = 3  # steps that are not timed
 
 
@@ -73,6 +74,7 @@ def _time(
     from natsl.model import RoutedLM, count_parameters
     from natsl.train import build_optimizer
 
+    gc.collect()  # a compiled model before this one would count in the largest memory
     torch.manual_seed(0)
     net = RoutedLM(model).to(device)
     net.precision = config.precision
@@ -91,7 +93,8 @@ def _time(
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
 
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(WARM_UP):
         step()
@@ -100,8 +103,8 @@ def _time(
     matrices += [net.embed.weight] if net.head is None else []
     weights = sum(matrix.numel() for matrix in matrices)
     flops = step_flops(model, weights, config.batch_size, config.tokens, config.budget) / seconds
-    on_gpu = device.type == "cuda"
-    peak = [peak for part, peak in PEAK.items() if on_gpu and part in torch.cuda.get_device_name(device)]
+    half = on_gpu and config.precision is Precision.bfloat16
+    peak = [peak for part, peak in PEAK.items() if half and part in torch.cuda.get_device_name(device)]
     return Speed(
         name,
         count_parameters(net),

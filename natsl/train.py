@@ -170,10 +170,10 @@ def train_supernet(
 ) -> None:
     """Train ``model`` in place, calibrate it and leave its checkpoints in ``folder``.
 
-    A folder with checkpoints of the same configuration is resumed: the result equals that of an unbroken run; one of
-    another configuration is refused with the difference (``ValueError``). ``on_step`` receives a record of numbers
-    every ``log_every`` steps. Raises ``TrainingDivergedError`` after ``max_bad_steps`` steps in a row without finite
-    loss and gradient.
+    A folder with checkpoints of the same configuration is resumed: the result equals that of an unbroken run (on a GPU
+    up to rounding: kernels of other libraries may add in another order every time); one of another configuration is
+    refused with the difference (``ValueError``). ``on_step`` receives a record of numbers every ``log_every`` steps.
+    Raises ``TrainingDivergedError`` after ``max_bad_steps`` steps in a row without finite loss and gradient.
     """
     train, supernet, seed = recipe.train, recipe.supernet, recipe.seed
     check_batch(model.kinds, train, supernet)

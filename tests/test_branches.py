@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from natsl.kernels.branches import routed_branches
+from natsl.kernels.branches import _gradient_weights, routed_branches
 from natsl.kernels.delta import routed_delta_rule
 from natsl.kernels.softmax import routed_softmax
 from tests.oracles import assert_near, chunk_count, leaves
@@ -83,6 +83,25 @@ def test_whole_graph_compiles() -> None:
     whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for x, y in zip(torch.autograd.grad(whole(*compiled), compiled), expected, strict=True):
         assert_near(x, y)
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_weights_of_the_route_gradient(rate: float) -> None:
+    """The chosen side weighs 1, the other an unbiased sample; a route of one half counts as left out."""
+    route = torch.tensor([0.0, 0.5, 1.0], device=DEVICE).expand(1, 20000, 3)
+    sampled, written = _gradient_weights(route, "insertion", rate)
+    assert sampled.dtype is written.dtype is torch.float32
+    assert not sampled[..., 2].any()
+    assert (written[..., :2] == 1).all()
+    for weight in (sampled[..., 0], sampled[..., 1], written[..., 2]):
+        values = torch.tensor([1.0]) if rate == 1.0 else torch.tensor([0.0, 1 / rate])
+        torch.testing.assert_close(weight.unique().cpu(), values)
+        assert abs(float(weight.mean()) - 1) < 0.06  # 5 standard deviations of 20,000 draws
+    left, kept = (route <= 0.5), route > 0.5
+    read, mode_none = _gradient_weights(route, "none", rate)
+    assert torch.equal(mode_none, left)
+    assert read is route
+    assert not (mode_none & kept).any()
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

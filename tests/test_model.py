@@ -214,6 +214,15 @@ def test_budget_0_serves_the_own_chunk_with_both_branches() -> None:
     assert not torch.allclose(run(model, x, policy(D)).logits, none_kept.logits)
 
 
+def test_given_routes_of_a_layer_of_softmax_alone() -> None:
+    model, x = tiny_model("s"), tokens()
+    dense = run(model, x, policy(S))
+    near(run(model, x, policy(S), routes=[torch.ones(2, 5, 2)]).logits, dense.logits, 1e-6)
+    own = run(model, x, policy(S), routes=[torch.zeros(2, 5, 2)])
+    near(own.logits[:, :8], dense.logits[:, :8], 1e-6)
+    assert not torch.allclose(own.logits[:, 8:], dense.logits[:, 8:])
+
+
 def test_threshold_is_a_margin_in_logits() -> None:
     model, x = tiny_model("r"), tokens()
     output = run(model, x, policy(LayerPolicy(threshold=0.3)))
