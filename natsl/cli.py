@@ -181,6 +181,9 @@ def _compose(loader: Loader, config_name: str, overrides: list[str]) -> DictConf
     except ValueError as error:
         if isinstance(error, UserError | OmegaConfBaseException):
             raise
+        empty = [text for text in overrides if text.lower().endswith("=null")]
+        if empty and "Config group override must be" in str(error):  # Hydra tells neither option nor value
+            raise UserError(f"{' '.join(empty)} is not allowed: give the name of a preset, or leave it out") from None
         raise UserError(str(error)) from None  # Hydra's complaint about what was written
 
 

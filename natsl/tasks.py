@@ -267,7 +267,7 @@ class TaskData:
     def _check(self, task: str, length: int) -> None:
         check(task in TASKS, "task", task, f"the tasks are {', '.join(TASKS)}")
         needed = VALUES.stop + max(0, self.config.keys - len(KEYS)) if TASKS[task].needs_pairs else BYTES.stop
-        what = "bytes, keys and values" if TASKS[task].needs_pairs else "bytes"
+        what = f"bytes, values and data.keys = {self.config.keys} keys" if TASKS[task].needs_pairs else "bytes"
         check(
             self.vocab_size >= needed,
             "model.vocab_size",

@@ -153,6 +153,7 @@ MISTAKES = {
     "unknown key in a section": ("search={foo:1}", "search.foo"),
     "unknown key in an added section": ("+search={foo:1}", "unknown option 'search.foo'"),
     "null": ("seed=null", "seed"),
+    "no preset": ("experiment=null", "experiment=null is not allowed: give the name of a preset"),
     "below its bound": ("search.n_trials=-3", "search.n_trials = -3 is not allowed: it must be an integer ≥ 1"),
     "learning rate": ("train.lr=-1", "train.lr = -1.0 is not allowed: it must be > 0"),
     "chunk size": ("model.chunk_size=48", "model.chunk_size = 48 is not allowed"),

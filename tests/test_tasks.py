@@ -332,7 +332,7 @@ def test_training_batch_takes_ten_milliseconds() -> None:
         ({"seq_len": 380}, "data.seq_len = 380 .* multiple of data.mqar.segment = 16"),
         ({"seq_len": 48}, "data.seq_len = 48 .* at least 64"),
         ({"mqar": MqarConfig(pair_share=0.5)}, "data.mqar.pair_share = 0.5 .* 96 distinct pairs .* 64 keys"),
-        ({"keys": 65}, "model.vocab_size = 384 .* task mqar needs at least 385"),
+        ({"keys": 65}, "model.vocab_size = 384 .* at least 385 .* data.keys = 65 keys"),
         ({"keys": 0}, "data.keys = 0"),
         ({"needle": NeedleConfig(needles=65)}, "data.needle.needles = 65 .* 64 keys"),
         ({"needle": NeedleConfig(needles=64), "seq_len": 192}, "data.seq_len = 192 .* each of 64 needles"),
