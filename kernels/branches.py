@@ -13,8 +13,10 @@ from natsl.kernels.dispatch import (
     check_tensors,
     count_chunks,
     kernel_limit,
+    split_values,
     use_kernels,
 )
+from natsl.kernels.reference import sample
 from natsl.kernels.softmax import routed_softmax
 
 
@@ -61,8 +63,8 @@ def routed_branches(
     if not use_kernels(op, backend, q.device, kernel_limit(q.dtype, chunk_size, widths, delta_keys=K)):
         options = {"counterfactual": counterfactual, "counterfactual_rate": counterfactual_rate, "backend": backend}
         o_delta, _ = routed_delta_rule(q, k, v, g, beta, route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
-        v_softmax = v.unflatten(3, (Hs // R, -1)).flatten(2, 3)
-        o_softmax = routed_softmax(q_softmax, k_softmax, v_softmax, route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
+        values = split_values(v, Hs)
+        o_softmax = routed_softmax(q_softmax, k_softmax, values, route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
         return o_delta, o_softmax
     from natsl.kernels.branches_triton import routed_branches as run_kernels
 
@@ -81,7 +83,5 @@ def _gradient_weights(route: Tensor, counterfactual: str, rate: float) -> tuple[
     left = route <= 0.5
     if counterfactual == "none":
         return route, left
-    if rate >= 1.0:
-        return left.float(), torch.ones_like(route)
-    drawn = (torch.rand_like(route) < rate).float() * (1.0 / rate)
+    drawn = sample(route, rate)
     return drawn * left, torch.where(left, 1.0, drawn)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from natsl.kernels.delta_triton import delta_backward, delta_forward
 from natsl.kernels.delta_triton import fake_forward as fake_delta
-from natsl.kernels.dispatch import last_contiguous
+from natsl.kernels.dispatch import last_contiguous, split_values
 from natsl.kernels.library import register
 from natsl.kernels.softmax_triton import fake_forward as fake_softmax
 from natsl.kernels.softmax_triton import softmax_backward, softmax_forward
@@ -59,17 +59,11 @@ def _side_by_side(
     return first, second
 
 
-def _split_values(v: Tensor, heads: int) -> Tensor:
-    """v [B,T,R,V] as [B,T,heads,·], a view where the strides allow."""
-    split: Tensor = v.unflatten(3, (heads // v.shape[2], -1)).flatten(2, 3)
-    return split
-
-
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
     chunk_size: int, scale: float, scale_softmax: float,
 ) -> list[Tensor]:  # fmt: skip
-    v_softmax = _split_values(v, q_softmax.shape[2])
+    v_softmax = split_values(v, q_softmax.shape[2])
     (o_delta, _, saved), softmax = _side_by_side(
         q.device,
         lambda: delta_forward(q, k, v, g, beta, route, None, None, chunk_size, scale, True, False),
@@ -82,7 +76,7 @@ def _fake_forward(
     q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
     chunk_size: int, scale: float, scale_softmax: float,
 ) -> list[Tensor]:  # fmt: skip
-    v_softmax = _split_values(v, q_softmax.shape[2])
+    v_softmax = split_values(v, q_softmax.shape[2])
     o_delta, _, *saved = fake_delta(q, k, v, g, beta, route, None, None, chunk_size, scale, True, False)
     return [*fake_softmax(q_softmax, k_softmax, v_softmax, route), o_delta, *saved]
 
@@ -92,7 +86,7 @@ def _run_backward(
     g: Tensor, beta: Tensor, route: Tensor, sampled: Tensor, written: Tensor, softmax: list[Tensor],
     delta: list[Tensor], chunk_size: int, scale: float, scale_softmax: float, counterfactual: str, want_route: bool,
 ) -> list[Tensor]:  # fmt: skip
-    v_softmax = _split_values(v, q_softmax.shape[2])
+    v_softmax = split_values(v, q_softmax.shape[2])
     o, lse, starts, count = softmax
     from_delta, (dq_softmax, dk_softmax, _, droute) = _side_by_side(
         q.device,

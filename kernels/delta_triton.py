@@ -204,12 +204,8 @@ def delta_backward(
     """Gradients of q, k, v in their dtype, of g, beta, route and the initial state (empty without one) in float32."""
     B, T, R, K = q.shape
     V, C, N = v.shape[3], chunk_size, route.shape[1]
-    S, BK, precision, key = (
-        _sequences(q, cu_seqlens),
-        _power(K),
-        _precision(q.dtype),
-        tuning.shape_key(q.dtype, C, K, V),
-    )
+    S, BK = _sequences(q, cu_seqlens), _power(K)
+    precision, key = _precision(q.dtype), tuning.shape_key(q.dtype, C, K, V)
     o, w, qe, a, p, cum, rq, rk, total, gap, slot, state = saved
     grads = _allocate_grads(q, v, route, cu_seqlens, has_initial)
     dq, dk, dv, dg, dbeta, droute, dinitial = grads

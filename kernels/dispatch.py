@@ -129,6 +129,12 @@ def last_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def split_values(v: torch.Tensor, heads: int) -> torch.Tensor:
+    """v [B,T,R,V] as the values of ``heads`` softmax heads, [B,T,heads,·]: a view where the strides allow."""
+    split: torch.Tensor = v.unflatten(3, (heads // v.shape[2], -1)).flatten(2, 3)
+    return split
+
+
 def check_packing(op: str, cu_seqlens: torch.Tensor, like: torch.Tensor) -> int:
     """Number of packed sequences in ``like`` [1,T,…]; ``ValueError`` for what shows without reading the tensor."""
     if like.shape[0] != 1:

@@ -24,14 +24,16 @@ def _accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def sample(like: Tensor, rate: float) -> Tensor:
+    """An unbiased sample of all entries, in the shape and dtype of ``like``: 1 / rate at that probability, else 0."""
+    return (torch.rand_like(like) < rate).to(like.dtype) / rate if rate < 1.0 else torch.ones_like(like)
+
+
 def sampling_weight(route: Tensor, unchosen: Tensor, counterfactual: str, rate: float) -> Tensor:
     """Weight of the route gradient per entry: 1 on the chosen side; on the other 0 (none) or an unbiased sample."""
     if counterfactual == "none":
         return (~unchosen).to(route.dtype)
-    if rate >= 1.0:
-        return torch.ones_like(route)
-    sampled = (torch.rand_like(route) < rate).to(route.dtype) / rate
-    return torch.where(unchosen, sampled, torch.ones_like(route))
+    return torch.where(unchosen, sample(route, rate), 1.0) if rate < 1.0 else torch.ones_like(route)
 
 
 class _RoutedSoftmax(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from natsl.kernels.branches import routed_branches
 from natsl.kernels.delta import routed_delta_rule
+from natsl.kernels.dispatch import split_values
 from natsl.kernels.mix import gated_norm, routed_mix
 from natsl.kernels.roofline import Shape
 from natsl.kernels.softmax import routed_softmax
@@ -93,7 +94,7 @@ def layer_inputs(
 
 
 def _softmax(x: Tensors, options: Options) -> tuple[Tensor, ...]:
-    values = x["v"].unflatten(3, (x["q_softmax"].shape[2] // x["v"].shape[2], -1)).flatten(2, 3)
+    values = split_values(x["v"], x["q_softmax"].shape[2])
     o = routed_softmax(
         x["q_softmax"],
         x["k_softmax"],

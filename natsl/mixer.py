@@ -222,7 +222,6 @@ class RoutedMixer(nn.Module):
         mode = training.counterfactual.value if training else "none"
         rate = training.counterfactual_rate if training else 1.0
         q, k, v = (x.reshape(B, T, c.heads, -1) for x in (rows.q, rows.k, rows.v))
-        o_delta = o_softmax = None
         if rows.gates is None or rows.logits is not None:
             qs, ks = (x.reshape(B, T, c.softmax_heads, -1) for x in (rows.q, rows.k))
             qs, ks = self.q_norm(qs), self.k_norm(ks)
