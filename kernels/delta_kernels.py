@@ -41,6 +41,18 @@ def _bounds(i_n, tokens, p_start, p_end, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _chunks_of(i_s, p_offset, n_chunks, PACKED: tl.constexpr):
+    """Batch element of a sequence, its place among those packed into it, its first chunk and the end of its chunks."""
+    if PACKED:
+        i_b, i_place = i_s * 0, i_s
+        n_first, n_last = tl.load(p_offset + i_s), tl.load(p_offset + i_s + 1)
+    else:
+        i_b, i_place = i_s, i_s * 0
+        n_first, n_last = i_s * 0, n_chunks
+    return i_b, i_place, n_first, n_last
+
+
+@triton.jit
 def _load(p, stride, b_ok, o_row, o_col, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     """A tile of rows that exist where ``b_ok``, of columns below WIDTH; zeros elsewhere."""
     mask = b_ok[:, None]
@@ -258,21 +270,12 @@ def scan_kernel(
     """State after every written chunk of one sequence and head, for BV of the value columns."""
     i_v = tl.program_id(0)
     i_s, i_r = tl.program_id(1) // R, tl.program_id(1) % R
-    if PACKED:
-        i_b = 0
-        n_first = tl.load(p_offset + i_s)
-        n_last = tl.load(p_offset + i_s + 1)
-        i_slot = i_s
-    else:
-        i_b = i_s
-        n_first = 0
-        n_last = n_chunks
-        i_slot = 0
+    i_b, i_slot, n_first, n_last = _chunks_of(i_s, p_offset, n_chunks, PACKED)
     EVEN_K: tl.constexpr = BK == K
     EVEN_V: tl.constexpr = V % BV == 0
     dtype = p_state.dtype.element_ty
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    long_b = i_b.to(tl.int64) if not PACKED else tl.full((), 0, tl.int64)
+    long_b = i_b.to(tl.int64)
     head = (long_b * R + i_r) * n_chunks
     counts = p_count + head + (i_b * R + i_r)
     j_first = tl.load(counts + n_first)
@@ -385,19 +388,12 @@ def backward_scan_kernel(
     """Gradient of the state at the END of every chunk: dS = e^{total} dS' − r Wᵀ k_e dS' + Qeᵀ dO."""
     i_v = tl.program_id(0)
     i_s, i_r = tl.program_id(1) // R, tl.program_id(1) % R
-    if PACKED:
-        i_b = 0
-        n_first = tl.load(p_offset + i_s)
-        n_last = tl.load(p_offset + i_s + 1)
-    else:
-        i_b = i_s
-        n_first = 0
-        n_last = n_chunks
+    i_b, _, n_first, n_last = _chunks_of(i_s, p_offset, n_chunks, PACKED)
     EVEN_K: tl.constexpr = BK == K
     EVEN_V: tl.constexpr = V % BV == 0
     dtype = p_ds.dtype.element_ty
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    long_b = i_b.to(tl.int64) if not PACKED else tl.full((), 0, tl.int64)
+    long_b = i_b.to(tl.int64)
     head = (long_b * R + i_r) * n_chunks
     p_k += long_b * stride_kb + i_r.to(tl.int64) * stride_kh
     p_do += long_b * stride_db + i_r.to(tl.int64) * stride_dh

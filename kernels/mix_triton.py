@@ -32,6 +32,21 @@ def _row_offsets(b_row, T, H: tl.constexpr, s_b, s_t, s_h):
 
 
 @triton.jit
+def _load_rows(p, b_row, o_v, mask, T, H: tl.constexpr, s_b, s_t, s_h):
+    """The rows of a strided tensor in float32, zeros where not ``mask``."""
+    o_element = _row_offsets(b_row, T, H, s_b, s_t, s_h)[:, None] + o_v[None, :]
+    return tl.load(p + o_element, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_odds(p_logit, b_row, real, T, H: tl.constexpr, s_b, s_t, s_h):
+    """Difference of the two logits of every row, in float32."""
+    o_logit = _row_offsets(b_row, T, H, s_b, s_t, s_h)
+    b_logit = tl.load(p_logit + o_logit, mask=real, other=0.0).to(tl.float32)
+    return b_logit - tl.load(p_logit + o_logit + 1, mask=real, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _normalise(b_x, real, eps, V: tl.constexpr):
     """RMS(x) and 1 / rms of rows that are 0 past V; rows behind the end stay finite at eps = 0 too."""
     b_rstd = tl.rsqrt(tl.where(real, tl.sum(b_x * b_x, 1) * (1.0 / V) + eps, 1.0))
@@ -73,17 +88,12 @@ def forward_kernel(
     o_v = tl.arange(0, BLOCK_V)
     real = b_row < rows
     mask = real[:, None] & (o_v < V)[None, :]
-    o_delta = _row_offsets(b_row, T, H, s_delta_b, s_delta_t, s_delta_h)[:, None] + o_v[None, :]
-    o_gate = _row_offsets(b_row, T, H, s_gate_b, s_gate_t, s_gate_h)[:, None] + o_v[None, :]
-    b_delta = tl.load(p_delta + o_delta, mask=mask, other=0.0).to(tl.float32)
-    b_gate = tl.load(p_gate + o_gate, mask=mask, other=0.0).to(tl.float32)
+    b_delta = _load_rows(p_delta, b_row, o_v, mask, T, H, s_delta_b, s_delta_t, s_delta_h)
+    b_gate = _load_rows(p_gate, b_row, o_v, mask, T, H, s_gate_b, s_gate_t, s_gate_h)
     b_weight_delta = tl.load(p_weight_delta + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
     if BOTH:  # every load before the first sum, so that all are under way at once
-        o_softmax = _row_offsets(b_row, T, H, s_softmax_b, s_softmax_t, s_softmax_h)[:, None] + o_v[None, :]
-        b_softmax = tl.load(p_softmax + o_softmax, mask=mask, other=0.0).to(tl.float32)
-        o_logit = _row_offsets(b_row, T, H, s_logit_b, s_logit_t, s_logit_h)
-        b_logit = tl.load(p_logit + o_logit, mask=real, other=0.0).to(tl.float32)
-        b_logit -= tl.load(p_logit + o_logit + 1, mask=real, other=0.0).to(tl.float32)
+        b_softmax = _load_rows(p_softmax, b_row, o_v, mask, T, H, s_softmax_b, s_softmax_t, s_softmax_h)
+        b_logit = _load_odds(p_logit, b_row, real, T, H, s_logit_b, s_logit_t, s_logit_h)
         b_weight_softmax = tl.load(p_weight_softmax + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
     b_normed, _ = _normalise(b_delta, real, eps, V)
     b_mixed = b_normed * b_weight_delta
@@ -146,19 +156,13 @@ def backward_kernel(
         b_row = i_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         real = b_row < rows
         mask = real[:, None] & (o_v < V)[None, :]
-        o_dy = _row_offsets(b_row, T, H, s_dy_b, s_dy_t, s_dy_h)[:, None] + o_v[None, :]
-        o_delta = _row_offsets(b_row, T, H, s_delta_b, s_delta_t, s_delta_h)[:, None] + o_v[None, :]
-        o_gate = _row_offsets(b_row, T, H, s_gate_b, s_gate_t, s_gate_h)[:, None] + o_v[None, :]
         o_out = b_row.to(tl.int64)[:, None] * V + o_v[None, :]
-        b_dy = tl.load(p_dy + o_dy, mask=mask, other=0.0).to(tl.float32)
-        b_delta = tl.load(p_delta + o_delta, mask=mask, other=0.0).to(tl.float32)
-        b_gate = tl.load(p_gate + o_gate, mask=mask, other=0.0).to(tl.float32)
+        b_dy = _load_rows(p_dy, b_row, o_v, mask, T, H, s_dy_b, s_dy_t, s_dy_h)
+        b_delta = _load_rows(p_delta, b_row, o_v, mask, T, H, s_delta_b, s_delta_t, s_delta_h)
+        b_gate = _load_rows(p_gate, b_row, o_v, mask, T, H, s_gate_b, s_gate_t, s_gate_h)
         if BOTH:  # every load before the first sum, so that all are under way at once
-            o_softmax = _row_offsets(b_row, T, H, s_softmax_b, s_softmax_t, s_softmax_h)[:, None] + o_v[None, :]
-            b_softmax = tl.load(p_softmax + o_softmax, mask=mask, other=0.0).to(tl.float32)
-            o_logit = _row_offsets(b_row, T, H, s_logit_b, s_logit_t, s_logit_h)
-            b_logit = tl.load(p_logit + o_logit, mask=real, other=0.0).to(tl.float32)
-            b_logit -= tl.load(p_logit + o_logit + 1, mask=real, other=0.0).to(tl.float32)
+            b_softmax = _load_rows(p_softmax, b_row, o_v, mask, T, H, s_softmax_b, s_softmax_t, s_softmax_h)
+            b_logit = _load_odds(p_logit, b_row, real, T, H, s_logit_b, s_logit_t, s_logit_h)
         b_open = tl.sigmoid(b_gate)
         b_u = b_dy * b_gate * b_open
         b_normed, b_rstd = _normalise(b_delta, real, eps, V)

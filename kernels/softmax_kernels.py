@@ -71,6 +71,17 @@ def _place(i_tile, T, cu_seqlens, first_chunk, owner, tile_start, BLOCK: tl.cons
 
 
 @triton.jit
+def _kept_before(starts, count, i_list, N, i_first, i_chunk, C: tl.constexpr):
+    """The list of a sequence's kept chunks and how many of its positions lie before chunk ``i_chunk`` of it.
+
+    ``i_list``: batch element and routing head; ``i_first``: the sequence's first chunk.
+    """
+    p_count = count + i_list * (N + 1) + i_first
+    i_entry = tl.load(p_count)
+    return starts + i_list * N + i_entry, (tl.load(p_count + i_chunk) - i_entry) * C
+
+
+@triton.jit
 def _stream_tokens(p_list, i, i_total, C: tl.constexpr, BLOCK: tl.constexpr):
     """First tokens of the chunks at stream positions i … i + BLOCK: one number if BLOCK ≤ C, else one per position."""
     if BLOCK <= C:
@@ -165,10 +176,7 @@ def forward_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    p_count = count + (i_b * R + i_r) * (N + 1) + i_first
-    i_entry = tl.load(p_count)
-    i_total = (tl.load(p_count + i_chunk) - i_entry) * C
-    p_list = starts + (i_b * R + i_r) * N + i_entry
+    p_list, i_total = _kept_before(starts, count, i_b * R + i_r, N, i_first, i_chunk, C)
     i_token = _stream_tokens(p_list, 0, i_total, C, BLOCK_N)
     for i in range(0, i_total, BLOCK_N):
         i_here, o_row = _stream_place(i_token, i, C, BLOCK_N)
@@ -246,10 +254,7 @@ def dq_kernel(
     b_lse = tl.load(lse + i_stat + o_m, mask=o_t < i_length, other=0.0)
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    p_count = count + (i_b * R + i_r) * (N + 1) + i_first
-    i_entry = tl.load(p_count)
-    i_total = (tl.load(p_count + i_chunk) - i_entry) * C
-    p_list = starts + (i_b * R + i_r) * N + i_entry
+    p_list, i_total = _kept_before(starts, count, i_b * R + i_r, N, i_first, i_chunk, C)
     i_token = _stream_tokens(p_list, 0, i_total, C, BLOCK_N)
     for i in range(0, i_total, BLOCK_N):
         i_here, o_row = _stream_place(i_token, i, C, BLOCK_N)
