@@ -464,23 +464,24 @@ def test_a_token_outside_the_vocabulary_is_refused(token: int) -> None:
 
 @pytest.mark.parametrize("kinds", ["rds", "rrr"])
 def test_on_the_kernels_as_on_torch(kinds: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One training pass of the whole model, in Triton's interpreter: the same loss and gradients."""
-    model = tiny_model(kinds, chunk_size=16, key_dim=32, value_dim=32, softmax_per_head=2)
+    """One training pass of the whole model, on a GPU or in Triton's interpreter: the same loss and gradients."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = tiny_model(kinds, chunk_size=16, key_dim=32, value_dim=32, softmax_per_head=2).to(device)
     policies = [RoutingPolicy.uniform(model.kinds, 16, budget=0.5), RoutingPolicy.all_delta(model.kinds, 16)]
-    tokens = torch.randint(0, 256, (2, 50))
-    targets = torch.randint(0, 256, (2, 50))
+    tokens = torch.randint(0, 256, (2, 50)).to(device)
+    targets = torch.randint(0, 256, (2, 50)).to(device)
     config = SupernetConfig()
 
-    def gradients() -> tuple[Tensor, list[Tensor | None]]:
+    def gradients(backend: str) -> tuple[Tensor, list[Tensor | None]]:
+        monkeypatch.setattr(dispatch, "resolve", lambda given, op, device: backend if given == "auto" else given)
         torch.manual_seed(0)
         model.zero_grad(set_to_none=True)
         loss = model.token_losses(tokens, policies, targets, config).loss.mean()
         loss.backward()
         return loss.detach(), [p.grad for p in model.parameters()]
 
-    expected_loss, expected = gradients()
-    monkeypatch.setattr(dispatch, "resolve", lambda backend, op, device: "triton" if backend == "auto" else backend)
-    loss, actual = gradients()
+    expected_loss, expected = gradients("torch")
+    loss, actual = gradients("triton")
     assert_near(loss, expected_loss)
     for (name, _), x, y in zip(model.named_parameters(), actual, expected, strict=True):
         assert (x is None) == (y is None), name
