@@ -36,12 +36,31 @@ def convolved(x: Tensor, weight: Tensor) -> Tensor:
     return out * torch.sigmoid(out)
 
 
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    T = q.shape[1]
+    scores = torch.einsum("bthk,bshk->bhts", q, k) / q.shape[-1] ** 0.5
+    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    return torch.einsum("bhts,bshv->bthv", scores.masked_fill(later, -torch.inf).softmax(-1), v)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_causal_attention(dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(2, 9, 3, width, dtype=dtype) for width in (8, 8, 5))
-    scores = torch.einsum("bthk,bshk->bhts", q.double(), k.double()) / 8**0.5
-    weights = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf).softmax(-1)
-    assert_near(causal_attention(q, k, v), torch.einsum("bhts,bshv->bthv", weights, v.double()), dtype)
+    assert_near(causal_attention(q, k, v), attended(q.double(), k.double(), v.double()), dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(32, 128), (64, 128), (96, 192)])
+def test_causal_attention_on_a_gpu(key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    inputs = [torch.randn(2, 200, 3, width, dtype=dtype, device=CUDA) for width in (key_dim, key_dim, value_dim)]
+    ours, exact = ([x.to(kind).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
+    o, expected = causal_attention(*ours), attended(*exact)
+    assert_near(o, expected, dtype)
+    upstream = torch.randn_like(o)
+    wanted = torch.autograd.grad(expected, exact, upstream.double())
+    for actual, other in zip(torch.autograd.grad(o, ours, upstream), wanted, strict=True):
+        assert_near(actual, other, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
