@@ -292,7 +292,7 @@ class _RoutedDeltaRule(torch.autograd.Function):
         q, k, v, g, beta, route, initial_state, cu_seqlens, chunk_size, scale, normalise, want_final = inputs
         ctx.save_for_backward(q, k, v, g, beta, route, cu_seqlens, o, *saved)
         ctx.options = (chunk_size, scale, normalise)
-        ctx.has_initial = initial_state is not None
+        ctx.has_initial, ctx.has_final = initial_state is not None, want_final
         ctx.set_materialize_grads(False)
         if not want_final:
             ctx.mark_non_differentiable(final)
@@ -304,7 +304,8 @@ class _RoutedDeltaRule(torch.autograd.Function):
         q, k, v, g, beta, route, cu_seqlens, *saved = ctx.saved_tensors
         do, dfinal = grads
         do = torch.zeros_like(v) if do is None else last_contiguous(do)
-        dfinal = None if dfinal is None else dfinal.contiguous()
+        # torch.compile gives an empty gradient of an empty output, whatever set_materialize_grads says
+        dfinal = dfinal.contiguous() if dfinal is not None and ctx.has_final else None
         *results, dinitial = _backward_op(
             do, dfinal, q, k, v, g, beta, route, ctx.has_initial, cu_seqlens, saved, *ctx.options
         )

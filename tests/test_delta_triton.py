@@ -279,6 +279,22 @@ def test_empty_batch_and_unused_outputs() -> None:
     assert dk.any()
 
 
+@pytest.mark.parametrize("final", [True, False], ids=["state", "no-state"])
+def test_whole_graph_compiles(final: bool) -> None:
+    inputs = make(20, torch.float32)[:6]
+
+    def layer(*ts: Tensor) -> Tensor:
+        o, state = routed_delta_rule(*ts, chunk_size=16, output_final_state=final, backend="triton")
+        return o.square().sum() if state is None else o.square().sum() + state.square().sum()
+
+    eager, compiled = leaves(inputs), leaves(inputs)
+    expected = torch.autograd.grad(layer(*eager), eager)
+    torch._dynamo.reset()
+    whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for x, y in zip(torch.autograd.grad(whole(*compiled), compiled), expected, strict=True):
+        assert_near(x, y)
+
+
 def test_custom_ops_are_well_formed() -> None:
     *ts, state = make(20, torch.float32)
     for initial, borders in ((state.requires_grad_(), None), (None, torch.tensor([0, 4, 20], device=DEVICE).int())):

@@ -462,8 +462,8 @@ def test_a_token_outside_the_vocabulary_is_refused(token: int) -> None:
         model(tokens, RoutingPolicy.all_delta(model.kinds, 16))
 
 
-@pytest.mark.parametrize("kinds", ["rds", "rrr"])
-def test_on_the_kernels_as_on_torch(kinds: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kinds", "compiled"), [("rds", False), ("rrr", False), ("rds", True)])
+def test_on_the_kernels_as_on_torch(kinds: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One training pass of the whole model, on a GPU or in Triton's interpreter: the same loss and gradients."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = tiny_model(kinds, chunk_size=16, key_dim=32, value_dim=32, softmax_per_head=2).to(device)
@@ -481,6 +481,10 @@ def test_on_the_kernels_as_on_torch(kinds: str, monkeypatch: pytest.MonkeyPatch)
         return loss.detach(), [p.grad for p in model.parameters()]
 
     expected_loss, expected = gradients("torch")
+    if compiled:
+        torch._dynamo.reset()
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
     loss, actual = gradients("triton")
     assert_near(loss, expected_loss)
     for (name, _), x, y in zip(model.named_parameters(), actual, expected, strict=True):
