@@ -27,7 +27,7 @@ def prepare(name: str, tensors: Tensors, chunk_size: int) -> tuple[Callable[[], 
     v = tensors["v"].detach().reshape(*q.shape[:3], -1)
     q, k, v = (x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v))
     if name == "flex":
-        mask = routed_block_mask(tensors["route"].detach(), q.shape[1], q.shape[2], chunk_size)
+        mask = routed_block_mask(tensors["route"].detach(), q.shape[2], q.shape[1], chunk_size)
         return lambda: _compiled_flex()(q, k, v, block_mask=mask), [q, k, v]
 
     def attend() -> Tensor:

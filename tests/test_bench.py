@@ -15,7 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from natsl.kernels import bench, conformance, measure, rivals, tune, tuning
 from natsl.kernels.bench_report import KernelRow, Row, draw, kernel_table, line
@@ -36,7 +38,9 @@ from natsl.kernels.roofline import (
     softmax_forward,
     visible_pairs,
 )
+from natsl.kernels.softmax import routed_softmax
 from natsl.kernels.workload import OPS, Options, differentiate, layer_inputs
+from tests.oracles import assert_near
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -278,6 +282,32 @@ def test_block_mask_is_that_of_the_routes(chunk_size: int) -> None:
     assert ours.full_kv_num_blocks is not None
     assert expected.full_kv_num_blocks is not None
     assert torch.equal(ours.full_kv_num_blocks, expected.full_kv_num_blocks)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flex"])
+def test_rivals_compute_what_they_are_said_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.cuda.is_available()
+    if not gpu:  # the compiler, flex's gradient and cuDNN are for a GPU
+
+        def flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
+            return flex_attention(q.detach(), k.detach(), v.detach(), block_mask=block_mask)
+
+        monkeypatch.setattr(rivals, "_compiled_flex", lambda: flex)
+        monkeypatch.setattr(rivals, "SDPBackend", SimpleNamespace(CUDNN_ATTENTION=SDPBackend.MATH))
+    shape = Shape(2, 32, 64, 2, 64, "bfloat16" if gpu else "float32")
+    tensors = layer_inputs(shape, 2, 256, 0.5, torch.device("cuda") if gpu else CPU)
+    route = tensors["route"].detach()
+    assert 0 < route[:, :-1].mean() < 1
+    if name == "sdpa":
+        route = torch.ones_like(route)
+    q, k, v = (tensors[key].detach() for key in ("q_softmax", "k_softmax", "v"))
+    expected = routed_softmax(q, k, v.reshape(2, 256, 4, 32), route, chunk_size=64, backend="torch")
+    attend, inputs = rivals.prepare(name, tensors, 64)
+    o = attend()
+    assert_near(o.transpose(1, 2), expected)
+    assert [x.requires_grad for x in inputs] == [True] * 3
+    if gpu:
+        assert all(x.shape == y.shape for x, y in zip(torch.autograd.grad(o.sum(), inputs), inputs, strict=True))
 
 
 def test_block_mask_needs_whole_blocks() -> None:
