@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from natsl.kernels.dispatch import split_values
 from natsl.kernels.workload import Tensors
 
 FLEX_BLOCK = 128
@@ -24,7 +25,7 @@ def prepare(name: str, tensors: Tensors, chunk_size: int) -> tuple[Callable[[], 
     that flex cannot take, and whatever torch raises.
     """
     q, k = tensors["q_softmax"], tensors["k_softmax"]
-    v = tensors["v"].detach().reshape(*q.shape[:3], -1)
+    v = split_values(tensors["v"], q.shape[2])
     q, k, v = (x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v))
     if name == "flex":
         mask = routed_block_mask(tensors["route"].detach(), q.shape[2], q.shape[1], chunk_size)

@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, C chunk size, N chunks, R routing heads, Hq/Hs query/
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -114,6 +116,16 @@ def delta_inputs(T: int, *, B: int = 2, R: int = 2, C: int = 4, K: int = 4, V: i
 def leaves(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
     """Copies that collect gradients."""
     return [x.detach().to(dtype or x.dtype).clone().requires_grad_() for x in tensors]
+
+
+def assert_compiles(function: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    """Fail unless a scalar function is one graph for ``torch.compile`` and keeps its gradients in it."""
+    eager, compiled = leaves(inputs), leaves(inputs)
+    expected = torch.autograd.grad(function(*eager), eager)
+    torch._dynamo.reset()
+    whole = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for x, y in zip(torch.autograd.grad(whole(*compiled), compiled), expected, strict=True):
+        assert_near(x, y)
 
 
 def tiny_config(kinds: str = "rrr", **options: object) -> ModelConfig:

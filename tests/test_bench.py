@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from natsl.kernels import bench, conformance, measure, rivals, tune, tuning
 from natsl.kernels.bench_report import KernelRow, Row, draw, kernel_table, line
+from natsl.kernels.dispatch import split_values
 from natsl.kernels.roofline import (
     H100,
     Case,
@@ -301,7 +302,7 @@ def test_rivals_compute_what_they_are_said_to(name: str, monkeypatch: pytest.Mon
     if name == "sdpa":
         route = torch.ones_like(route)
     q, k, v = (tensors[key].detach() for key in ("q_softmax", "k_softmax", "v"))
-    expected = routed_softmax(q, k, v.reshape(2, 256, 4, 32), route, chunk_size=64, backend="torch")
+    expected = routed_softmax(q, k, split_values(v, shape.softmax_heads), route, chunk_size=64, backend="torch")
     attend, inputs = rivals.prepare(name, tensors, 64)
     o = attend()
     assert_near(o.transpose(1, 2), expected)
