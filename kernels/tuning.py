@@ -13,7 +13,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, partial, reduce
+from operator import attrgetter, itemgetter, or_
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +161,9 @@ class Launcher:
         self.function = function
         self._variants: dict[tuple[Any, ...], _Variant] = {}  # by what Triton specialises on
         self._recent: dict[tuple[Any, ...], _Variant] = {}  # by the numbers themselves, which is faster
-        self._pointers: list[int] = []  # positions among the arguments: tensors, other numbers
-        self._free: list[int] = []
-        self._numbers: list[int] = []
+        self._tensors = 0  # how many arguments are tensors: the first ones
+        self._free: Callable[[tuple[Any, ...]], tuple[int, ...]]  # picks those that select no variant unless long
+        self._numbers: Callable[[tuple[Any, ...]], tuple[Any, ...]]  # picks the other ones
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self._launch, grid)
@@ -172,18 +173,13 @@ class Launcher:
         if device.type != "cuda" or _collecting:
             self.function[grid](*arguments, **constants)
             return
-        if not self._pointers:
+        if not self._tensors:
             self._sort(arguments)
-        values = list(arguments)
-        tensors = [arguments[i] for i in self._pointers]
-        odd = 0
-        for i, tensor in zip(self._pointers, tensors, strict=True):
-            values[i] = pointer = tensor.data_ptr()
-            odd |= pointer & 15
-        for i in self._free:
-            odd |= arguments[i] >> 31
-        numbers = [arguments[i] for i in self._numbers]
-        types = (device.index, *[tensor.dtype for tensor in tensors], *constants.values())
+        tensors, rest = arguments[: self._tensors], arguments[self._tensors :]
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        odd = reduce(or_, pointers) & 15 or reduce(or_, self._free(rest), 0) >> 31
+        numbers = self._numbers(rest)
+        types = (device.index, *map(_dtype, tensors), *constants.values())
         variant = None if odd else self._recent.get((*types, *numbers))
         if variant is None:
             # what Triton asks of a whole number: whether it is 1, divisible by 16 or long
@@ -198,21 +194,34 @@ class Launcher:
             if len(self._recent) >= MOST_RECENT:
                 self._recent.clear()
             self._recent[*types, *numbers] = variant
-        kernel, rest = variant
+        kernel, values = variant
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         across, down, deep = (*grid, 1, 1)[:3]
         # what kernel[grid](…) does, without the hooks of Triton's own profiler
         kernel.run(
-            across, down, deep, stream, kernel.function, kernel.packed_metadata, None, None, None, *values, *rest
-        )
+            across, down, deep, stream, kernel.function, kernel.packed_metadata, None, None, None,
+            *pointers, *rest, *values,
+        )  # fmt: skip
 
     def _sort(self, arguments: tuple[Any, ...]) -> None:
-        """Where the tensors are, the numbers that select a variant and those that do not unless they are long."""
-        free = [parameter.do_not_specialize for parameter in self.function.params]
-        where = range(len(arguments))
-        self._pointers = [i for i in where if isinstance(arguments[i], torch.Tensor)]
-        self._free = [i for i in where if free[i]]
-        self._numbers = [i for i in where if i not in self._pointers and not free[i]]
+        """Count the tensors and tell the numbers that select a variant from those that do not."""
+        count = sum(isinstance(x, torch.Tensor) for x in arguments)
+        if any(isinstance(x, torch.Tensor) for x in arguments[count:]):
+            raise TypeError(f"{self.function}: tensors must be its first arguments")
+        free = [parameter.do_not_specialize for parameter in self.function.params[count : len(arguments)]]
+        self._free = _picker([i for i, is_free in enumerate(free) if is_free])
+        self._numbers = _picker([i for i, is_free in enumerate(free) if not is_free])
+        self._tensors = count
+
+
+_dtype = attrgetter("dtype")
+
+
+def _picker(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """What picks the values at ``places`` of a tuple."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda values: tuple(values[i] for i in places)
 
 
 class Compilation:
