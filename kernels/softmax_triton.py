@@ -69,6 +69,8 @@ def _default_blocks(kernel: str, dtype: torch.dtype, Ks: int, Vs: int, chunk_siz
     wide = (width > 128) + (width > 256)
     block_m, block_n, warps, stages = _DEFAULTS[kernel, dtype == torch.float32][wide]
     default = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    if kernel == "softmax_forward":  # its rare second try would cost the first one registers
+        default["maxnreg"] = 255
     return tuning.shape_key(dtype, chunk_size, Ks, Vs), default
 
 

@@ -39,7 +39,10 @@ _COLUMNS = "BV num_warps num_stages"
 # that Triton 3.6 miscompiles on Hopper (few columns, or one tile of 64 rows over too many warps) are left out: they
 # break the device. The scan's blocks follow from the number of heads and sequences: there is nothing to store.
 CANDIDATES: dict[str, list[dict[str, int]]] = {
-    "softmax_forward": _grid(_TILES, [(128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3)]),
+    "softmax_forward": _grid(f"{_TILES} maxnreg", [
+        (128, 64, 8, 3, 255), (128, 64, 8, 2, 128), (64, 64, 4, 2, 168), (64, 64, 4, 3, 168), (64, 64, 4, 2, 255),
+        (64, 32, 4, 3, 168), (64, 32, 4, 3, 128),
+    ]),
     "softmax_dq": _grid(_TILES, [(128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)]),
     "softmax_dkv": _grid(_TILES, [
         (64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3),
@@ -71,6 +74,8 @@ def candidates(kernel: str, default: Mapping[str, int], dtype: str) -> list[dict
 def _neighbours(name: str, value: int) -> list[int]:
     if name == "FUSED":
         return [1 - value]
+    if name == "maxnreg":
+        return []
     near = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
     return [new for new in near if new >= _LEAST.get(name, 16)]
 

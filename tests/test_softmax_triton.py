@@ -167,6 +167,22 @@ def test_scores_far_from_the_visible_ones(size: float, mode: str) -> None:
         assert found[3].abs().max() < 1e3
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in the first try
+@pytest.mark.parametrize("size", [20.0, 70.0, 100.0])
+@pytest.mark.parametrize("own", [True, False], ids=["own", "earlier"])
+def test_one_logit_far_above_the_others(size: float, own: bool, dtype: torch.dtype) -> None:
+    """The forward pass subtracts the logit of a query's own key; far below the largest one it has to start again."""
+    tensors = inputs(100, R=4, C=16)  # four heads set the scale of the route's gradient, a sum that may cancel in one
+    q, k, _, route = tensors
+    route.fill_(1)
+    q[..., 0], k[..., 0] = 0, 0
+    late = slice(50, 70) if own else slice(3, 4)  # the tiles after it differ: some rows start again, some tiles do not
+    k[:, late, :, 0] = key = 4 if own else 16
+    q[:, 50:70, :, 0] = 4 * size / key
+    compare(tensors, 16, "insertion", dtype)
+
+
 def test_non_contiguous_inputs() -> None:
     q, k, v, route = inputs(70, R=2, C=16)
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
