@@ -2,7 +2,7 @@
 
 Here alone is chosen who computes them: on CUDA the kernels of fla-core (attention: of cuDNN), torch elsewhere. While
 ``torch.compile`` traces it is torch too: the compiler fuses these parts itself, and the library's own dispatch would
-break its graph.
+break its graph. Only the convolution stays the library's, as an op of its own: the compiler's takes twice the time.
 
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
@@ -18,8 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+
+from natsl.kernels.library import register
 
 LOGITS_AT_ONCE = 1 << 28  # beyond it the loss goes over the tokens in parts, and the backward pass makes logits again
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,6 +51,7 @@ _LAUNCH: dict[str, tuple[dict[str, int], int]] = {
 @dataclass(frozen=True)
 class _Library:
     convolution: Callable[..., Any]
+    convolution_backward: Callable[..., Any]
     rms_norm: Callable[..., Any]
     swiglu: Callable[..., Any]
     cross_entropy: Callable[..., Any]
@@ -72,7 +76,8 @@ def _load() -> _Library | None:
     for name, (block, warps) in _LAUNCH.items():
         if not sum(_settle(getattr(module, name, None), block, warps) for module in modules):
             warnings.warn(f"fla-core's {name} is tuned anew in every process: its configurations changed", stacklevel=2)
-    return _Library(convolution.causal_conv1d, layernorm.rms_norm, activations.swiglu, cross_entropy_loss)
+    both = convolution.causal_conv1d_fwd, convolution.causal_conv1d_bwd
+    return _Library(*both, layernorm.rms_norm, activations.swiglu, cross_entropy_loss)
 
 
 def _settle(kernel: Any, block: dict[str, int], warps: int) -> bool:
@@ -97,9 +102,9 @@ def short_convolution(x: Tensor, weight: Tensor) -> Tensor:
 
     The last tap sees the token itself.
     """
-    library = _library(x)
-    if library is not None:
-        return library.convolution(x, weight, activation="silu")[0]  # type: ignore[no-any-return]
+    if x.device.type == "cuda" and x.dtype in _DTYPES and _is_loaded():
+        y: Tensor = _Convolution.apply(x, weight)  # type: ignore[no-untyped-call]
+        return y
     taps = weight.to(x.dtype)
     width = taps.shape[1]
     if torch.compiler.is_compiling():  # shifted products, which the compiler makes one kernel of
@@ -108,6 +113,50 @@ def short_convolution(x: Tensor, weight: Tensor) -> Tensor:
         return F.silu(reduce(torch.add, products))  # torch.sum would be float32 under autocast
     padded = F.pad(x.transpose(1, 2), (width - 1, 0))
     return F.silu(F.conv1d(padded, taps[:, None], groups=taps.shape[0]).transpose(1, 2))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_loaded() -> bool:
+    return _load() is not None
+
+
+def _run_convolution(x: Tensor, weight: Tensor) -> Tensor:
+    return _load().convolution(x, weight, None, None, activation="silu")[0]  # type: ignore[no-any-return, union-attr]
+
+
+def _run_convolution_backward(dy: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
+    dx, dweight, *_ = _load().convolution_backward(x, dy, None, weight, activation="silu")  # type: ignore[union-attr]
+    return [dx, dweight]
+
+
+_convolution = register(
+    "short_convolution",
+    "(Tensor x, Tensor weight) -> Tensor",
+    _run_convolution,
+    lambda x, weight: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+_convolution_backward = register(
+    "short_convolution_backward",
+    "(Tensor dy, Tensor x, Tensor weight) -> Tensor[]",
+    _run_convolution_backward,
+    lambda dy, x, weight: [torch.empty_like(x), torch.empty_like(weight)],
+)
+
+
+class _Convolution(torch.autograd.Function):
+    """The library's convolution, opaque to the compiler."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        y: Tensor = _convolution(x, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        dx, dweight = _convolution_backward(dy, *ctx.saved_tensors)
+        return dx, dweight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

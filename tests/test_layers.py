@@ -15,7 +15,7 @@ from torch import Tensor
 
 from natsl import layers
 from natsl.layers import causal_attention, linear_cross_entropy, rms_norm, short_convolution, swiglu
-from tests.oracles import assert_near
+from tests.oracles import assert_compiles, assert_near
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 CUDA = torch.device("cuda")
@@ -75,6 +75,40 @@ def test_short_convolution(T: int, width: int, dtype: torch.dtype, mode: str) ->
 def test_short_convolution_gradients(mode: str) -> None:
     x, weight = torch.randn(2, 7, 3, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(short_convolution, (x.requires_grad_(), weight.requires_grad_()))
+
+
+def differentiated(x: Tensor, dy: Tensor, _: None, weight: Tensor, activation: str) -> tuple[Tensor, ...]:
+    """The gradients of ``convolved`` by hand."""
+    taps = range(weight.shape[1])
+    shifted = torch.stack([F.pad(x, (0, 0, i, 0))[:, : x.shape[1]] for i in reversed(taps)], -1)
+    y = (shifted * weight).sum(-1)
+    dy = dy * torch.sigmoid(y) * (1 + y * torch.sigmoid(-y))
+    dx = torch.stack([F.pad(dy, (0, 0, 0, i))[:, i:] * weight[:, -1 - i] for i in taps]).sum(0)
+    return torch.empty_like(x).copy_(dx), (shifted * dy[..., None]).sum((0, 1)), torch.empty(0)
+
+
+def test_the_opaque_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ops around the library's convolution, in which a formula stands for the library."""
+    library = SimpleNamespace(
+        convolution=lambda x, weight, *_, activation: (convolved(x, weight).contiguous(), None),
+        convolution_backward=differentiated,
+    )
+    monkeypatch.setattr(layers, "_load", lambda: library)
+    x, weight = torch.randn(2, 9, 6).double(), torch.randn(6, 4).double()
+    strided = x.transpose(1, 2).contiguous().transpose(1, 2)
+    test_utils = ("test_schema", "test_faketensor")
+    for case in (x, strided):
+        ops, dy = torch.ops.natsl, torch.randn_like(x)
+        torch.library.opcheck(ops.short_convolution.default, (case, weight), test_utils=test_utils)
+        torch.library.opcheck(ops.short_convolution_backward.default, (dy, case, weight), test_utils=test_utils)
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        y: Tensor = layers._Convolution.apply(x, weight)  # type: ignore[no-untyped-call]
+        return y
+
+    assert_near(run(strided, weight), convolved(x, weight))
+    assert torch.autograd.gradcheck(run, (x.requires_grad_(), weight.requires_grad_()))
+    assert_compiles(lambda x, weight: run(x, weight).square().sum(), [x, weight])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -226,6 +260,15 @@ def test_one_configuration_is_left_where_it_exists() -> None:
     assert len(unknown.fn.configs) == 4
     assert not layers._settle(None, {"B": 64}, 4)
     assert not layers._settle(SimpleNamespace(), {"B": 64}, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_compiled_convolution_is_the_library_s() -> None:
+    pytest.importorskip("fla")
+    x, weight = torch.randn(2, 70, 64, device=CUDA), torch.randn(64, 4, device=CUDA)
+    assert_compiles(lambda x, weight: short_convolution(x, weight).square().sum(), [x, weight])
+    code = torch._inductor.utils.run_and_get_code(torch.compile(short_convolution), x.bfloat16(), weight)[1][0]
+    assert "natsl.short_convolution" in code
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
