@@ -7,9 +7,7 @@ stream goes on after both, so that no tensor is read too early or reused too soo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,58 +16,24 @@ from torch.autograd.function import once_differentiable
 from natsl.kernels.delta_triton import delta_backward, delta_forward
 from natsl.kernels.delta_triton import fake_forward as fake_delta
 from natsl.kernels.dispatch import last_contiguous, split_values
+from natsl.kernels.launch import Repeated, side_by_side
 from natsl.kernels.library import register
 from natsl.kernels.softmax_triton import fake_forward as fake_softmax
 from natsl.kernels.softmax_triton import softmax_backward, softmax_forward
 
-A = TypeVar("A")
-B = TypeVar("B")
 
-
-@cache
-def _side_stream(index: int, calling: int) -> tuple[torch.cuda.Stream, torch.cuda.Event, torch.cuda.Event]:
-    """A stream and the events of fork and join, one of each for every calling stream: what is allocated on it must only
-    ever be used by that one."""
-    return torch.cuda.Stream(index, priority=-1), torch.cuda.Event(), torch.cuda.Event()  # its few blocks go first
-
-
-def _side_by_side(
-    device: torch.device, side: Callable[[], A], main: Callable[[A, Callable[[], None]], B]
-) -> tuple[A, B]:
-    """Results of both functions, whose kernels run at the same time on a GPU.
-
-    ``main`` gets the side's results and what makes it wait for them, which it must call before it reads them. What the
-    side stream allocates needs no record: it is used after the join, and the next fork waits for its users.
-    """
-    if device.type != "cuda":
-        first = side()
-        return first, main(first, lambda: None)
-    here = torch.cuda.current_stream(device)
-    there, fork, join = _side_stream(here.device_index, here.cuda_stream)
-    fork.record(here)
-    there.wait_event(fork)
-    torch.cuda.set_stream(there)
-    try:
-        first = side()
-        join.record(there)
-    finally:
-        torch.cuda.set_stream(here)
-    second = main(first, lambda: here.wait_event(join))
-    here.wait_event(join)
-    return first, second
-
-
+@Repeated
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
     chunk_size: int, scale: float, scale_softmax: float,
 ) -> list[Tensor]:  # fmt: skip
     v_softmax = split_values(v, q_softmax.shape[2])
-    (o_delta, _, saved), softmax = _side_by_side(
+    (o_delta, _, saved), softmax = side_by_side(
         q.device,
         lambda: delta_forward(q, k, v, g, beta, route, None, None, chunk_size, scale, True, False),
         lambda *_: softmax_forward(q_softmax, k_softmax, v_softmax, route, None, chunk_size, scale_softmax),
     )
-    return [*softmax, o_delta, *saved]
+    return [*softmax, o_delta, saved]
 
 
 def _fake_forward(
@@ -77,29 +41,37 @@ def _fake_forward(
     chunk_size: int, scale: float, scale_softmax: float,
 ) -> list[Tensor]:  # fmt: skip
     v_softmax = split_values(v, q_softmax.shape[2])
-    o_delta, _, *saved = fake_delta(q, k, v, g, beta, route, None, None, chunk_size, scale, True, False)
-    return [*fake_softmax(q_softmax, k_softmax, v_softmax, route), o_delta, *saved]
+    o_delta, _, saved = fake_delta(q, k, v, g, beta, route, None, None, chunk_size, scale, True, False)
+    return [*fake_softmax(q_softmax, k_softmax, v_softmax, route), o_delta, saved]
 
 
-def _run_backward(
+@Repeated
+def _launch_backward(
     do_delta: Tensor, do_softmax: Tensor, q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor,
-    g: Tensor, beta: Tensor, route: Tensor, sampled: Tensor, written: Tensor, softmax: list[Tensor],
-    delta: list[Tensor], chunk_size: int, scale: float, scale_softmax: float, counterfactual: str, want_route: bool,
+    g: Tensor, beta: Tensor, route: Tensor, sampled: Tensor, softmax: list[Tensor], o_delta: Tensor, saved: Tensor,
+    chunk_size: int, scale: float, scale_softmax: float, counterfactual: str, want_route: bool,
 ) -> list[Tensor]:  # fmt: skip
+    """All gradients but that of the route, of which both sides come last: that of softmax in parts to be summed."""
     v_softmax = split_values(v, q_softmax.shape[2])
     o, lse, starts, count = softmax
-    from_delta, (dq_softmax, dk_softmax, _, droute) = _side_by_side(
+    from_delta, (dq_softmax, dk_softmax, _, parts) = side_by_side(
         q.device,
-        lambda: delta_backward(do_delta, None, q, k, v, g, beta, route, False, None, delta, chunk_size, scale, True),
+        lambda: delta_backward(
+            do_delta, None, q, k, v, g, beta, route, False, None, o_delta, saved, chunk_size, scale, True
+        ),
         lambda from_delta, wait: softmax_backward(
             do_softmax, q_softmax, k_softmax, v_softmax, o, lse, route, starts, count, sampled, None, chunk_size,
             scale_softmax, counterfactual, want_route, (from_delta[2].view(v_softmax.shape), wait),
         ),
     )  # fmt: skip
-    dq, dk, dv, dg, dbeta, droute_delta, _ = from_delta
-    if want_route:
-        droute = torch.addcmul(droute, droute_delta, written)
-    return [dq, dk, dv, dq_softmax, dk_softmax, dg, dbeta, droute]
+    dq, dk, dv, dg, dbeta, droute, _ = from_delta
+    return [dq, dk, dv, dq_softmax, dk_softmax, dg, dbeta, parts, droute]
+
+
+def _run_backward(*arguments: Any) -> list[Tensor]:
+    written, want_route = arguments[11], arguments[-1]
+    *grads, parts, droute = _launch_backward(*arguments[:11], *arguments[12:])
+    return [*grads, torch.addcmul(parts.sum(-1), droute, written) if want_route else droute]
 
 
 def _fake_backward(do_delta: Tensor, do_softmax: Tensor, *inputs: Any) -> list[Tensor]:
@@ -112,7 +84,7 @@ _forward_op = register("routed_branches", f"({_INPUTS}, {_OPTIONS}) -> Tensor[]"
 _backward_op = register(
     "routed_branches_backward",
     f"(Tensor do_delta, Tensor do_softmax, {_INPUTS}, Tensor sampled, Tensor written, Tensor[] softmax, "
-    f"Tensor[] delta, {_OPTIONS}, str counterfactual, bool want_route) -> Tensor[]",
+    f"Tensor o_delta, Tensor saved, {_OPTIONS}, str counterfactual, bool want_route) -> Tensor[]",
     _run_backward,
     _fake_backward,
 )
@@ -132,13 +104,13 @@ class _RoutedBranches(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        inputs, softmax, delta = tensors[:10], list(tensors[10:14]), list(tensors[14:])
+        inputs, softmax, delta = tensors[:10], list(tensors[10:14]), tensors[14:]
         do_delta, do_softmax = (
             torch.zeros_like(o) if do is None else last_contiguous(do)
             for do, o in zip(grads, (delta[0], softmax[0]), strict=True)
         )
         want_route = ctx.needs_input_grad[7]
-        results = _backward_op(do_delta, do_softmax, *inputs, softmax, delta, *ctx.options, want_route)
+        results = _backward_op(do_delta, do_softmax, *inputs, softmax, *delta, *ctx.options, want_route)
         if not want_route:
             results[7] = None
         return (*results, *[None] * 6)

@@ -6,6 +6,7 @@ B batch, T tokens, C chunk size, N chunks, R heads, K key width, V value width, 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from natsl.kernels.delta_kernels import (
     scan_kernel,
 )
 from natsl.kernels.dispatch import last_contiguous
+from natsl.kernels.launch import Layout, Repeated
 from natsl.kernels.library import register
 from natsl.kernels.routing_triton import packed_blocks
 
@@ -85,33 +87,35 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
+@lru_cache(256)
+def _layout(B: int, N: int, R: int, C: int, K: int, V: int, slots: int, dtype: torch.dtype) -> Layout:
+    """What the backward pass needs: w, qe, a, p, cum, rq, rk, total, gap, slot and state."""
+    sums = torch.float64 if dtype == torch.float32 else torch.float32
+    keys, pairs, rows, chunks = (B, N, R, C, K), (B, N, R, C, C), (B, N, R, C), (B, R, N)
+    return Layout(
+        (keys, dtype), (keys, dtype), (pairs, dtype), (pairs, dtype), (rows, sums), (rows, torch.float32),
+        (rows, torch.float32), (chunks, sums), (chunks, torch.float32), (chunks, torch.int32),
+        ((B, R, slots, K, V), dtype),
+    )  # fmt: skip
+
+
+def _saved_layout(q: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Layout:
+    B, _, R, K = q.shape
+    N = route.shape[1]
+    slots = N + (1 if cu_seqlens is None else _sequences(q, cu_seqlens))
+    return _layout(B, N, R, chunk_size, K, v.shape[3], slots, q.dtype)
+
+
 def _allocate(
     q: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, want_final: bool
 ) -> list[Tensor]:
-    """o, final state, then w, qe, a, p, cum, rq, rk, total, gap, slot and state, all unwritten."""
+    """o, final state, and the buffer of ``_saved_layout``, all unwritten."""
     B, T, R, K = q.shape
-    V, C, N, S = v.shape[3], chunk_size, route.shape[1], _sequences(q, cu_seqlens)
-    slots = N + (1 if cu_seqlens is None else S)
-
-    def empty(*shape: int, dtype: torch.dtype = q.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=q.device)
-
-    sums = torch.float64 if q.dtype == torch.float32 else torch.float32
-    w, a, rq = empty(B, N, R, C, K), empty(B, N, R, C, C), empty(B, N, R, C, dtype=torch.float32)
+    V, S = v.shape[3], _sequences(q, cu_seqlens)
     return [
-        empty(B, T, R, V),
-        empty(*((S, R, K, V) if want_final else (0,)), dtype=torch.float32),
-        w,
-        torch.empty_like(w),  # at half of the host's time
-        a,
-        torch.empty_like(a),
-        empty(B, N, R, C, dtype=sums),
-        rq,
-        torch.empty_like(rq),
-        empty(B, R, N, dtype=sums),
-        empty(B, R, N, dtype=torch.float32),
-        empty(B, R, N, dtype=torch.int32),
-        empty(B, R, slots, K, V),
+        torch.empty((B, T, R, V), dtype=q.dtype, device=q.device),
+        torch.empty((S, R, K, V) if want_final else (0,), dtype=torch.float32, device=q.device),
+        torch.empty(_saved_layout(q, v, route, cu_seqlens, chunk_size).size, dtype=torch.uint8, device=q.device),
     ]
 
 
@@ -139,20 +143,21 @@ def delta_forward(
     scale: float,
     normalise: bool,
     want_final: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """o [B,T,R,V], the final state [sequences,R,K,V] float32 (empty if unwanted) and what the backward pass needs.
+) -> list[Tensor]:
+    """o [B,T,R,V], the final state [sequences,R,K,V] float32 (empty if unwanted) and a buffer for the backward pass.
 
     g, beta contiguous float32; the last dimension of q, k, v contiguous.
     """
     B, T, R, K = q.shape
     V, C, N = v.shape[3], chunk_size, route.shape[1]
     BK, precision, key = _power(K), _precision(q.dtype), tuning.shape_key(q.dtype, C, K, V)
-    o, final, *saved = _allocate(q, v, route, cu_seqlens, C, want_final)
-    w, qe, a, p, cum, rq, rk, total, gap, slot, state = saved
+    o, final, saved = results = _allocate(q, v, route, cu_seqlens, C, want_final)
+    layout = _saved_layout(q, v, route, cu_seqlens, C)
+    w, qe, a, p, cum, rq, rk, total, gap, slot, state = layout.split(saved)
     slots, S = state.shape[2], _sequences(q, cu_seqlens)
     pa, written, count = torch.empty_like(p), torch.empty_like(slot), slot.new_empty(B, R, N + 1)
     if B == 0:
-        return o, final, saved
+        return results
     starts, ends, sequence, offset = _chunk_tables(cu_seqlens, C, N, T, count)
     packed = cu_seqlens is not None
 
@@ -182,7 +187,7 @@ def delta_forward(
         v, qe, pa, beta, state, slot, gap, starts, ends, o, T, N, slots, *v.stride()[:3],
         R=R, C=C, K=K, V=V, BK=BK, PACKED=packed, PRECISION=precision, **options,
     )  # fmt: skip
-    return o, final, saved
+    return results
 
 
 def delta_backward(
@@ -196,7 +201,8 @@ def delta_backward(
     route: Tensor,
     has_initial: bool,
     cu_seqlens: Tensor | None,
-    saved: list[Tensor],
+    o: Tensor,
+    saved: Tensor,
     chunk_size: int,
     scale: float,
     normalise: bool,
@@ -206,7 +212,8 @@ def delta_backward(
     V, C, N = v.shape[3], chunk_size, route.shape[1]
     S, BK = _sequences(q, cu_seqlens), _power(K)
     precision, key = _precision(q.dtype), tuning.shape_key(q.dtype, C, K, V)
-    o, w, qe, a, p, cum, rq, rk, total, gap, slot, state = saved
+    layout = _saved_layout(q, v, route, cu_seqlens, C)
+    w, qe, a, p, cum, rq, rk, total, gap, slot, state = layout.split(saved)
     grads = _allocate_grads(q, v, route, cu_seqlens, has_initial)
     dq, dk, dv, dg, dbeta, droute, dinitial = grads
     if B == 0:
@@ -249,11 +256,6 @@ def delta_backward(
     return grads
 
 
-def _run_forward(*arguments: Any) -> list[Tensor]:
-    o, final, saved = delta_forward(*arguments)
-    return [o, final, *saved]
-
-
 def fake_forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, route: Tensor, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, chunk_size: int, scale: float, normalise: bool, want_final: bool,
@@ -273,14 +275,14 @@ _forward_op = register(
     "routed_delta_rule",
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor route, Tensor? initial_state, Tensor? cu_seqlens, "
     "int chunk_size, float scale, bool normalise, bool want_final) -> Tensor[]",
-    _run_forward,
+    Repeated(delta_forward),
     fake_forward,
 )
 _backward_op = register(
     "routed_delta_rule_backward",
     "(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor route, bool has_initial, "
-    "Tensor? cu_seqlens, Tensor[] saved, int chunk_size, float scale, bool normalise) -> Tensor[]",
-    lambda *arguments: list(delta_backward(*arguments)),
+    "Tensor? cu_seqlens, Tensor o, Tensor saved, int chunk_size, float scale, bool normalise) -> Tensor[]",
+    Repeated(lambda *arguments: list(delta_backward(*arguments))),
     _fake_backward,
 )
 
@@ -288,9 +290,9 @@ _backward_op = register(
 class _RoutedDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        o, final, *saved = _forward_op(*inputs)
+        o, final, saved = _forward_op(*inputs)
         q, k, v, g, beta, route, initial_state, cu_seqlens, chunk_size, scale, normalise, want_final = inputs
-        ctx.save_for_backward(q, k, v, g, beta, route, cu_seqlens, o, *saved)
+        ctx.save_for_backward(q, k, v, g, beta, route, cu_seqlens, o, saved)
         ctx.options = (chunk_size, scale, normalise)
         ctx.has_initial, ctx.has_final = initial_state is not None, want_final
         ctx.set_materialize_grads(False)
@@ -301,13 +303,13 @@ class _RoutedDeltaRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, g, beta, route, cu_seqlens, *saved = ctx.saved_tensors
+        q, k, v, g, beta, route, cu_seqlens, o, saved = ctx.saved_tensors
         do, dfinal = grads
         do = torch.zeros_like(v) if do is None else last_contiguous(do)
         # torch.compile gives an empty gradient of an empty output, whatever set_materialize_grads says
         dfinal = dfinal.contiguous() if dfinal is not None and ctx.has_final else None
         *results, dinitial = _backward_op(
-            do, dfinal, q, k, v, g, beta, route, ctx.has_initial, cu_seqlens, saved, *ctx.options
+            do, dfinal, q, k, v, g, beta, route, ctx.has_initial, cu_seqlens, o, saved, *ctx.options
         )
         return (*results, dinitial if ctx.has_initial else None, *[None] * 5)
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from natsl.kernels.dispatch import last_contiguous
+from natsl.kernels.launch import Launcher, Repeated
 from natsl.kernels.library import register
-from natsl.kernels.tuning import Launcher, pick
+from natsl.kernels.tuning import pick
 
 
 @triton.jit
@@ -220,6 +221,7 @@ def _launch(kernel: str, x: Tensor, both: bool, elements: int) -> dict[str, int]
     return pick(kernel, key, x.device, default)
 
 
+@Repeated
 def _forward(o_delta: Tensor, gate: Tensor, weight_delta: Tensor, eps: float, second: list[Tensor]) -> Tensor:
     """y; ``second``: o_softmax, mix_logits and weight_softmax, or nothing."""
     (y,) = _like([o_delta])
@@ -255,19 +257,19 @@ def _forward(o_delta: Tensor, gate: Tensor, weight_delta: Tensor, eps: float, se
     return y
 
 
-def _backward(
+@Repeated
+def _run_backward(
     dy: Tensor, o_delta: Tensor, gate: Tensor, weight_delta: Tensor, eps: float, second: list[Tensor]
 ) -> list[Tensor]:
-    """Gradients of o_delta, gate and weight_delta, then those of ``second``."""
-    grads = _like([o_delta, gate, weight_delta, *second])
-    if o_delta.numel() == 0:
-        return [x.zero_() for x in grads]
+    """Gradients of o_delta and gate, of o_softmax and the logits if there are, and every program's share of those of
+    the weights, [1 or 2, programs, V] float32."""
+    grads = _like([o_delta, gate, *second[:2]])
     B, T, H, V = o_delta.shape
     options = _launch("mix_backward", o_delta, bool(second), 1024)
     dy, o_delta, gate = last_contiguous(dy), last_contiguous(o_delta), last_contiguous(gate)
     o_softmax, logits, weight_softmax = second or (o_delta, gate, weight_delta)
     o_softmax, logits = last_contiguous(o_softmax), last_contiguous(logits)
-    ddelta, dgate, _, dsoftmax, dlogits, _ = grads if second else grads * 2
+    ddelta, dgate, dsoftmax, dlogits = grads if second else grads * 2
     blocks = triton.cdiv(B * T * H, options["BLOCK_ROWS"])
     programs = min(blocks, options["PROGRAMS"] * _multiprocessors(dy.device))
     shares = torch.empty(1 + bool(second), programs, V, dtype=torch.float32, device=dy.device)
@@ -300,9 +302,19 @@ def _backward(
         BOTH=bool(second),
         num_warps=options["num_warps"],
     )
-    for i, share in zip((2, 5), shares, strict=False):  # a sum in a fixed order
-        grads[i] = share.sum(0).to(grads[i].dtype)
-    return grads
+    return [*grads, shares]
+
+
+def _backward(
+    dy: Tensor, o_delta: Tensor, gate: Tensor, weight_delta: Tensor, eps: float, second: list[Tensor]
+) -> list[Tensor]:
+    """Gradients of o_delta, gate and weight_delta, then those of ``second``."""
+    if o_delta.numel() == 0:
+        return [x.zero_() for x in _like([o_delta, gate, weight_delta, *second])]
+    ddelta, dgate, *dsecond, shares = _run_backward(dy, o_delta, gate, weight_delta, eps, second)
+    like = [weight_delta, *second[2:]]
+    weights = [share.sum(0).to(x.dtype) for share, x in zip(shares, like, strict=True)]  # in a fixed order
+    return [ddelta, dgate, weights[0], *dsecond, *weights[1:]]
 
 
 # both ops take x (o_delta), gate, weight, eps and then, of the second branch, its output, the logits and its weight

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from natsl.kernels.launch import Launcher
 from natsl.kernels.library import register
 from natsl.kernels.routing import cap_limits
-from natsl.kernels.tuning import Launcher
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from natsl.kernels import tuning
 from natsl.kernels.dispatch import last_contiguous
+from natsl.kernels.launch import Repeated
 from natsl.kernels.library import register
 from natsl.kernels.reference import MAX_EXPONENT, sampling_weight
 from natsl.kernels.routing_triton import kept_chunks, packed_blocks
@@ -123,7 +124,8 @@ def softmax_backward(
     sampled: Tensor, cu_seqlens: Tensor | None, chunk_size: int, scale: float, counterfactual: str, want_route: bool,
     onto: tuple[Tensor, Callable[[], None]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients dq, dk, dv (in the inputs' dtype) and droute [B,N,R] float32 (zeros unless ``want_route``).
+    """Gradients dq, dk, dv (in the inputs' dtype) and the parts of droute [B,N,R,parts] float32, which is the sum of
+    them (unwritten unless ``want_route``).
 
     o, lse, starts, count as ``softmax_forward`` returns them; sampled [B,N,R] float32 as ``sample_unchosen`` does.
     ``onto``: a contiguous tensor like v that dv is added to, in place, once the function has been called.
@@ -136,7 +138,7 @@ def softmax_backward(
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     dv, wait = (v.new_empty(v.shape), None) if onto is None else onto
     if B == 0:
-        return dq, dk, dv, route.new_zeros(B, N, R, dtype=torch.float32)
+        return dq, dk, dv, lse.new_empty(B, N, R, G)
     delta = _stats(q)
     options = _shape_options(q, v, chunk_size, cu_seqlens)
     strides = [s for x in (q, k, v, do) for s in x.stride()[:3]]
@@ -157,7 +159,7 @@ def softmax_backward(
             blocks[name] = max(least, blocks[name] // shrink)
     tiles, places = _tiles(cu_seqlens, chunk_size, blocks["BLOCK_N"], covered, count)
     parts = max(1, chunk_size // blocks["BLOCK_N"])
-    da = lse.new_empty((B, N, Hs, parts) if want_route else (1,))
+    da = lse.new_empty(B, N, R, G * parts) if want_route else delta
     if cu_seqlens is not None:  # no tile reaches behind the end of a sequence
         da.zero_()
     if wait is not None:
@@ -167,7 +169,7 @@ def softmax_backward(
         scale * LOG2E, scale, T, N, R, J, G, *strides, **options, **blocks, WANT_ROUTE=want_route, ADD=onto is not None,
     )  # fmt: skip
     if not want_route:
-        return dq, dk, dv, lse.new_zeros(B, N, R)
+        return dq, dk, dv, lse.new_empty(B, N, R, 1)
 
     if counterfactual != "none":
         blocks = _blocks("softmax_counterfactual", q, v, chunk_size)
@@ -180,7 +182,7 @@ def softmax_backward(
             scale * LOG2E, T, N, R, J, G, *strides, **options, **blocks,
             PARTS=parts, MAX_SHIFT=MAX_EXPONENT * LOG2E, INSERTION=counterfactual == "insertion",
         )  # fmt: skip
-    return dq, dk, dv, da.view(B, N, R, G * parts).sum(-1)
+    return dq, dk, dv, da
 
 
 def sample_unchosen(unchosen: Tensor, counterfactual: str, rate: float) -> Tensor:
@@ -201,6 +203,15 @@ def fake_forward(q: Tensor, k: Tensor, v: Tensor, route: Tensor, *unused: Any) -
     ]
 
 
+_launch_backward = Repeated(lambda *arguments: list(softmax_backward(*arguments)))
+
+
+def _run_backward(*arguments: Any) -> list[Tensor]:
+    *grads, parts = _launch_backward(*arguments)
+    want_route = arguments[-1]
+    return [*grads, parts.sum(-1) if want_route else parts.new_empty(parts.shape[:3])]
+
+
 def _fake_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, route: Tensor, *unused: Any
 ) -> list[Tensor]:
@@ -211,14 +222,14 @@ def _fake_backward(
 _forward_op = register(
     "routed_softmax",
     "(Tensor q, Tensor k, Tensor v, Tensor route, Tensor? cu_seqlens, int chunk_size, float scale) -> Tensor[]",
-    lambda *arguments: list(softmax_forward(*arguments)),
+    Repeated(lambda *arguments: list(softmax_forward(*arguments))),
     fake_forward,
 )
 _backward_op = register(
     "routed_softmax_backward",
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor route, Tensor starts, Tensor count, "
     "Tensor sampled, Tensor? cu_seqlens, int chunk_size, float scale, str counterfactual, bool want_route) -> Tensor[]",
-    lambda *arguments: list(softmax_backward(*arguments)),
+    _run_backward,
     _fake_backward,
 )
 

@@ -13,8 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial, reduce
-from operator import attrgetter, itemgetter, or_
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ _forced: dict[str, dict[str, int]] = {}
 _observed: dict[str, tuple[str, dict[str, int]]] | None = None
 _use_tables = True
 _collecting = False  # whether launches are only noted
+_generation = 0  # counts how often the tables were read anew
 
 
 def stored_path() -> Path:
@@ -72,8 +72,26 @@ def store(path: Path, device_name: str, found: Mapping[str, Mapping[str, Mapping
 
 def forget() -> None:
     """Read the tables again when they are needed next."""
+    global _generation
+    _generation += 1
     _tables.cache_clear()
     _stored.cache_clear()
+
+
+def generation() -> int:
+    """A number that changes whenever ``pick`` may choose anew."""
+    return _generation
+
+
+def overridden() -> bool:
+    """Whether anything but the tables decides what is launched: parameters forced, observed or untuned, or kernels
+    that are only compiled."""
+    return bool(_forced) or _observed is not None or not _use_tables or _collecting
+
+
+def collecting() -> bool:
+    """Whether kernels are to be compiled and not launched (``Compilation.collect``)."""
+    return _collecting
 
 
 @cache
@@ -143,85 +161,6 @@ def untuned() -> Iterator[None]:
         yield
     finally:
         _use_tables = before
-
-
-_Variant = tuple[Any, tuple[Any, ...]]  # a compiled kernel and the constants behind its arguments
-MOST_RECENT = 512
-
-
-class Launcher:
-    """A Triton kernel that is launched as ``kernel[grid](*arguments, **constants)``, at a fraction of the host's time.
-
-    Triton works out anew at every launch which variant of the kernel the arguments need, and asks the driver about
-    every pointer. Here the variant is remembered by what it depends on, and pointers are passed as numbers. What needs
-    variants of its own takes Triton's way: tensors not aligned to 16 bytes, sizes of more than 31 bits.
-    """
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-        self._variants: dict[tuple[Any, ...], _Variant] = {}  # by what Triton specialises on
-        self._recent: dict[tuple[Any, ...], _Variant] = {}  # by the numbers themselves, which is faster
-        self._tensors = 0  # how many arguments are tensors: the first ones
-        self._free: Callable[[tuple[Any, ...]], tuple[int, ...]]  # picks those that select no variant unless long
-        self._numbers: Callable[[tuple[Any, ...]], tuple[Any, ...]]  # picks the other ones
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return partial(self._launch, grid)
-
-    def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        device = arguments[0].device
-        if device.type != "cuda" or _collecting:
-            self.function[grid](*arguments, **constants)
-            return
-        if not self._tensors:
-            self._sort(arguments)
-        tensors, rest = arguments[: self._tensors], arguments[self._tensors :]
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        odd = reduce(or_, pointers) & 15 or reduce(or_, self._free(rest), 0) >> 31
-        numbers = self._numbers(rest)
-        types = (device.index, *map(_dtype, tensors), *constants.values())
-        variant = None if odd else self._recent.get((*types, *numbers))
-        if variant is None:
-            # what Triton asks of a whole number: whether it is 1, divisible by 16 or long
-            kinds = [(n == 1, n % 16 == 0, n >> 31 > 0) if type(n) is int else None for n in numbers]
-            variant = None if odd else self._variants.get((*types, *kinds))
-            if variant is None:
-                kernel = self.function[grid](*arguments, **constants)
-                if not odd:
-                    names = self.function.arg_names[len(arguments) :]
-                    self._variants[*types, *kinds] = kernel, tuple(constants[name] for name in names)
-                return
-            if len(self._recent) >= MOST_RECENT:
-                self._recent.clear()
-            self._recent[*types, *numbers] = variant
-        kernel, values = variant
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        across, down, deep = (*grid, 1, 1)[:3]
-        # what kernel[grid](…) does, without the hooks of Triton's own profiler
-        kernel.run(
-            across, down, deep, stream, kernel.function, kernel.packed_metadata, None, None, None,
-            *pointers, *rest, *values,
-        )  # fmt: skip
-
-    def _sort(self, arguments: tuple[Any, ...]) -> None:
-        """Count the tensors and tell the numbers that select a variant from those that do not."""
-        count = sum(isinstance(x, torch.Tensor) for x in arguments)
-        if any(isinstance(x, torch.Tensor) for x in arguments[count:]):
-            raise TypeError(f"{self.function}: tensors must be its first arguments")
-        free = [parameter.do_not_specialize for parameter in self.function.params[count : len(arguments)]]
-        self._free = _picker([i for i, is_free in enumerate(free) if is_free])
-        self._numbers = _picker([i for i, is_free in enumerate(free) if not is_free])
-        self._tensors = count
-
-
-_dtype = attrgetter("dtype")
-
-
-def _picker(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """What picks the values at ``places`` of a tuple."""
-    if len(places) > 1:
-        return itemgetter(*places)
-    return lambda values: tuple(values[i] for i in places)
 
 
 class Compilation:

@@ -8,9 +8,14 @@ import random
 import pytest
 import torch
 
-# Without a GPU the Triton kernels run in Triton's interpreter; it reads this when triton is imported.
+# Without a GPU the Triton kernels run in Triton's interpreter; it reads this when triton is imported. With one, an op's
+# launches are repeated, as they are from the second call on, in the first call too.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+else:
+    from natsl.kernels.launch import Repeated
+
+    Repeated.repeat_at_once = True
 
 # Charts are drawn without a display, and no test can reach an account or a server of whoever runs it.
 os.environ["MPLBACKEND"] = "Agg"

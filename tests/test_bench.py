@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -415,57 +415,6 @@ def test_the_shipped_table_is_one() -> None:
     assert "H100" in table
     for kernels in table.values():
         assert set(kernels) <= set(tune.CANDIDATES)
-
-
-class OnGPU(torch.Tensor):
-    """A CPU tensor that says it lies on a GPU, at an address of its own choice."""
-
-    device = torch.device("cuda", 0)
-    address = 1 << 20
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-def test_launcher_remembers_what_triton_specialises_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow: list[tuple[object, ...]] = []
-    fast: list[tuple[object, ...]] = []
-    kernel = SimpleNamespace(function="f", packed_metadata="m", run=lambda *arguments: fast.append(arguments))
-
-    class Function:
-        arg_names = ("x", "T", "stride", "scale", "C")
-        params = tuple(SimpleNamespace(do_not_specialize=name == "T") for name in arg_names)
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
-            def launch(*arguments: object, **constants: object) -> object:
-                slow.append(arguments)
-                return kernel
-
-            return launch
-
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
-    launcher = tuning.Launcher(Function())
-    x, half = (torch.zeros(4, dtype=dtype).as_subclass(OnGPU) for dtype in (torch.float32, torch.float16))
-
-    def launches(x: torch.Tensor, T: int, stride: int, C: int = 64) -> int:
-        """How often Triton was asked to find the variant."""
-        before = len(slow)
-        launcher[3, 2](x, T, stride, 0.5, C=C, num_warps=4)
-        return len(slow) - before
-
-    assert launches(x, 10, 48) == 1
-    assert launches(x, 10, 48) == 0
-    assert fast.pop() == (3, 2, 1, 7, "f", "m", None, None, None, 1 << 20, 10, 48, 0.5, 64)
-    assert [launches(x, 11, 48), launches(x, 1, 480), launches(x, 16, 16)] == [0, 0, 0]  # of the same kind
-    assert [launches(x, 10, stride) for stride in (1, 3, 1 << 40, 1, 5, 1 << 41)] == [1, 1, 1, 0, 0, 0]
-    assert [launches(x, 10, 48, C=32), launches(half, 10, 48), launches(half, 10, 48, C=32)] == [1, 1, 1]
-    assert launches(x, 1 << 31, 48) == launches(x, 1 << 31, 48) == 1
-    x.address += 4
-    assert launches(x, 10, 48) == launches(x, 10, 48) == 1
-    x.address += 12
-    monkeypatch.setattr(tuning, "MOST_RECENT", 8)
-    assert sum(launches(x, 10, 16 * n) for n in range(1, 40)) == 0
-    assert len(launcher._recent) <= 8
 
 
 COMPILE = """

@@ -1,0 +1,297 @@
+"""Launches: variants that are remembered, and host functions that are repeated."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from natsl.kernels import launch, tuning
+from natsl.kernels.launch import Repeated
+from natsl.kernels.roofline import Shape
+from natsl.kernels.workload import OPS, Options, differentiate, layer_inputs
+
+
+class OnGPU(torch.Tensor):
+    """A CPU tensor that says it lies on a GPU, at an address of its own choice."""
+
+    device = torch.device("cuda", 0)
+    address = 1 << 20
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def test_launcher_remembers_what_triton_specialises_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow: list[tuple[object, ...]] = []
+    fast: list[tuple[object, ...]] = []
+    kernel = SimpleNamespace(function="f", packed_metadata="m", run=lambda *arguments: fast.append(arguments))
+
+    class Function:
+        arg_names = ("x", "T", "stride", "scale", "C")
+        params = tuple(SimpleNamespace(do_not_specialize=name == "T") for name in arg_names)
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+            def launch(*arguments: object, **constants: object) -> object:
+                slow.append(arguments)
+                return kernel
+
+            return launch
+
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    launcher = launch.Launcher(Function())
+    x, half = (torch.zeros(4, dtype=dtype).as_subclass(OnGPU) for dtype in (torch.float32, torch.float16))
+
+    def asked(x: torch.Tensor, T: int, stride: int, C: int = 64) -> int:
+        """How often Triton was asked to find the variant."""
+        before = len(slow)
+        launcher[3, 2](x, T, stride, 0.5, C=C, num_warps=4)
+        return len(slow) - before
+
+    assert asked(x, 10, 48) == 1
+    assert asked(x, 10, 48) == 0
+    assert fast.pop() == (3, 2, 1, 7, "f", "m", None, None, None, 1 << 20, 10, 48, 0.5, 64)
+    assert [asked(x, 11, 48), asked(x, 1, 480), asked(x, 16, 16)] == [0, 0, 0]  # of the same kind
+    assert [asked(x, 10, stride) for stride in (1, 3, 1 << 40, 1, 5, 1 << 41)] == [1, 1, 1, 0, 0, 0]
+    assert [asked(x, 10, 48, C=32), asked(half, 10, 48), asked(half, 10, 48, C=32)] == [1, 1, 1]
+    assert asked(x, 1 << 31, 48) == asked(x, 1 << 31, 48) == 1
+    x.address += 4
+    assert asked(x, 10, 48) == asked(x, 10, 48) == 1
+
+
+class Adder:
+    """A kernel on plain memory: target[i] = x[i] + factor · y[i], float32, for i < n."""
+
+    function, packed_metadata = "f", "m"
+
+    def run(self, *arguments: Any) -> None:
+        *_, x, y, target, n, factor = arguments
+        first, second, out = ((ctypes.c_float * n).from_address(pointer) for pointer in (x, y, target))
+        for i in range(n):
+            out[i] = first[i] + factor * second[i]
+
+
+def add(x: Tensor, y: Tensor, target: Tensor, n: int, factor: float, odd: bool = False) -> None:
+    """A launch as ``Launcher`` makes it."""
+    pointers = [x.data_ptr(), y.data_ptr(), target.data_ptr()]
+    launch._run(Adder(), (1,), 0, [*pointers, n, factor])
+    recorder = launch._recorder()
+    if recorder is not None:
+        recorder.note(Adder(), (1,), [x, y, target], (n, factor), odd)
+
+
+class Host:
+    """A host function that counts its runs."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.runs = function, 0
+        self.repeated = Repeated(self._run)
+
+    def _run(self, *arguments: Any) -> Any:
+        self.runs += 1
+        return self.function(*arguments)
+
+    def check(self, *arguments: Any, runs: int) -> None:
+        """Fail unless the repeated function gives what a plain call does, after so many runs in all."""
+        expected, found = self.function(*arguments), self.repeated(*arguments)
+        assert self.runs == runs
+        assert isinstance(found, Tensor) == isinstance(expected, Tensor)
+        pairs = [(found, expected)] if isinstance(found, Tensor) else list(zip(found, expected, strict=True))
+        for x, y in pairs:
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything counts as lying on a GPU."""
+    monkeypatch.setattr(launch, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    monkeypatch.setattr(Repeated, "repeat_at_once", False)
+
+
+def chain(x: Tensor, others: list[Tensor], n: int, factor: float, unused: None) -> list[Tensor]:
+    """x + (1 + factor) · y and x + y with y the sum of the others, by way of temporaries and views."""
+    total, between, first = torch.empty(n), x.new_empty(2, n + 3), torch.empty_like(x)
+    y = between[1, 2:]  # not at the start of what is allocated
+    add(others[0], others[1], y, n, 1.0)
+    add(x, y, total, n, 1.0)
+    add(total, y, first, n, factor)
+    return [first, total, torch.empty(0)]
+
+
+def numbers(n: int = 8) -> Tensor:
+    return torch.randint(-9, 9, (n,)).float()
+
+
+@pytest.mark.usefixtures("_no_gpu")
+def test_later_calls_repeat_the_first() -> None:
+    host = Host(chain)
+    for _ in range(3):
+        host.check(numbers(), [numbers(), numbers()], 8, 0.5, None, runs=1)
+    kept = host.repeated(numbers(), [numbers(), numbers()], 8, 0.5, None)
+    before = [x.clone() for x in kept]
+    host.repeated(numbers(), [numbers(), numbers()], 8, 0.5, None)
+    assert all(torch.equal(x, y) for x, y in zip(kept, before, strict=True))  # outputs are nobody else's memory
+
+
+@pytest.mark.usefixtures("_no_gpu")
+def test_every_kind_of_call_is_one_of_its_own() -> None:
+    host = Host(chain)
+    wide = torch.randint(-9, 9, (16,)).float()
+    calls: list[tuple[Tensor, list[Tensor], int, float]] = [
+        (numbers(), [numbers(), numbers()], 8, 0.5),
+        (numbers(), [numbers(), numbers()], 8, 0.25),
+        (numbers(), [numbers(), numbers()], 7, 0.5),
+        (numbers(9), [numbers(), numbers()], 8, 0.5),
+        (numbers(), [numbers(), numbers(), numbers()], 8, 0.5),
+        (wide[::2].clone(), [wide[::2], numbers()], 8, 0.5),
+    ]
+    for i, call in enumerate(calls):
+        host.check(*call, None, runs=i + 1)
+        host.check(*call, None, runs=i + 1)
+    tuning.forget()
+    host.check(*calls[0], None, runs=len(calls) + 1)
+
+
+@pytest.mark.usefixtures("_no_gpu")
+def test_arguments_that_share_memory() -> None:
+    host = Host(chain)
+    both = numbers(32)
+    x, y, z = numbers(), both[:8], both[16:24]
+    host.check(x, [x, y], 8, 0.5, None, runs=1)
+    host.check(x, [x, z], 8, 0.5, None, runs=1)
+    host.check(x, [y, y], 8, 0.5, None, runs=2)  # another pattern: the first one says nothing of it
+    host.check(x, [y, z], 8, 0.5, None, runs=3)
+    host.check(z, [x, y], 8, 0.5, None, runs=3)
+    host.check(numbers(), [numbers(), numbers()], 8, 0.5, None, runs=3)
+
+
+@pytest.mark.usefixtures("_no_gpu")
+def test_a_view_of_an_argument() -> None:
+    def shifted(x: Tensor, y: Tensor, n: int) -> Tensor:
+        out = torch.empty(n)
+        add(x[4:], y.view(2, -1)[1], out, n, 2.0)
+        return out
+
+    host = Host(shifted)
+    for _ in range(3):
+        host.check(numbers(), numbers(), 4, runs=1)
+    shared = numbers(16)  # whose part is meant shows only where each has memory of its own
+    host = Host(shifted)
+    host.check(shared[:8], shared[8:], 4, runs=1)
+    host.check(shared[:8], shared[8:], 4, runs=2)
+
+
+def computes(x: Tensor, y: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    add(x, y * 2, out, 8, 1.0)
+    return out
+
+
+def reads(x: Tensor, y: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    add(x, y, out, 8, float(y[0]))
+    return out
+
+
+def fills(x: Tensor, y: Tensor) -> Tensor:
+    out = torch.empty_like(x).zero_()
+    add(x, y, out, 4, 1.0)
+    return out
+
+
+def returns_its_argument(x: Tensor, y: Tensor) -> list[Tensor]:
+    return [x]
+
+
+def returns_twice(x: Tensor, y: Tensor) -> list[Tensor]:
+    out = torch.empty_like(x)
+    add(x, y, out, 8, 1.0)
+    return [out, out]
+
+
+def returns_a_part(x: Tensor, y: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    add(x, y, out, 8, 1.0)
+    return out[:4]
+
+
+def needs_a_variant(x: Tensor, y: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    add(x, y, out, 8, 1.0, odd=True)
+    return out
+
+
+@pytest.mark.usefixtures("_no_gpu")
+@pytest.mark.parametrize(
+    "function",
+    [computes, reads, fills, returns_its_argument, returns_twice, returns_a_part, needs_a_variant],
+    ids=lambda function: function.__name__,
+)
+def test_what_cannot_be_repeated_runs_every_time(function: Callable[..., Any]) -> None:
+    host = Host(function)
+    for i in range(3):
+        host.check(numbers(), numbers(), runs=i + 1)
+
+
+@pytest.mark.usefixtures("_no_gpu")
+def test_memory_that_does_not_start_at_16_bytes_is_not_repeated() -> None:
+    host = Host(chain)
+    for i in range(2):
+        host.check(numbers(9)[1:], [numbers(), numbers()], 8, 0.5, None, runs=i + 1)
+
+
+@pytest.mark.usefixtures("_no_gpu")
+def test_forced_parameters_are_not_repeated() -> None:
+    host = Host(chain)
+    host.check(numbers(), [numbers(), numbers()], 8, 0.5, None, runs=1)
+    with tuning.forced({"kernel": {"BLOCK": 1}}):
+        host.check(numbers(), [numbers(), numbers()], 8, 0.5, None, runs=2)
+    with tuning.observed():
+        host.check(numbers(), [numbers(), numbers()], 8, 0.5, None, runs=3)
+    host.check(numbers(), [numbers(), numbers()], 8, 0.5, None, runs=3)
+
+
+@pytest.mark.usefixtures("_no_gpu")
+def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MOST_PLANS", 4)
+    host = Host(chain)
+    for n in range(1, 12):
+        host.check(numbers(), [numbers(), numbers()], n % 8 + 1, 1.0 * n, None, runs=n)
+        assert len(host.repeated._plans) <= 4
+
+
+@pytest.mark.usefixtures("_no_gpu")
+def test_a_function_that_fails_leaves_nothing_behind() -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise RuntimeError("no memory")
+
+    host = Host(fails)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no memory"):
+            host.repeated(numbers())
+    assert launch._recorder() is None
+    assert host.runs == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("counterfactual", ["none", "derivative", "insertion"])
+@pytest.mark.parametrize("op", OPS)
+def test_repeated_ops_equal_plain_ones(op: str, counterfactual: str) -> None:
+    """Bit by bit, with other memory and other values than in the call that was noted."""
+    device = torch.device("cuda", 0)
+    options = Options(64, counterfactual, 1.0, "triton")
+    for seed in range(4):
+        inputs = layer_inputs(Shape(), 2, 320, 0.4, device, seed=seed)
+        found = differentiate(op, inputs, options)
+        with tuning.observed():  # nothing is repeated
+            expected = differentiate(op, inputs, options)
+        pairs = [*zip(found[0], expected[0], strict=True), *((found[1][name], expected[1][name]) for name in found[1])]
+        assert all(torch.equal(x, y) for x, y in pairs)
+        held = [torch.empty_like(x) for x in inputs.values()]  # the next ones lie elsewhere
+    assert held
