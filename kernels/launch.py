@@ -202,9 +202,17 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in _ALLOCATIONS:
             self.buffers.append(out)
-        elif func._schema.is_mutable or not isinstance(out, Tensor) or not _is_view(out, args):
+        elif func._schema.is_mutable or not isinstance(out, Tensor) or not self._is_view(out, args):
             self.refused = str(func)
         return out
+
+    def _is_view(self, out: Tensor, args: tuple[Any, ...]) -> bool:
+        """Whether ``out`` is a view; into what is no buffer only from its start, for that alone says which it is."""
+        storage = out.untyped_storage().data_ptr()
+        for x in args:
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() == storage:
+                return x.data_ptr() == out.data_ptr() or any(storage == own.data_ptr() for own in self.buffers)
+        return False
 
     def note(self, kernel: Any, grid: tuple[int, ...], tensors: list[Tensor], numbers: Any, odd: bool) -> None:
         self.steps.append((kernel, grid, self.aside, tensors, numbers))
@@ -235,8 +243,7 @@ class _Recorder(TorchDispatchMode):
             if storage in whole:
                 base, offset = whole[storage]
                 return base, offset + pointer - storage
-            near = [i for i, y in enumerate(inputs) if y.untyped_storage().data_ptr() == storage]
-            return (near[0], pointer - inputs[near[0]].data_ptr()) if len(near) == 1 else None
+            return None
 
         steps: list[_Launch | Callable[..., None]] = []
         for step in self.steps:
@@ -255,11 +262,6 @@ class _Recorder(TorchDispatchMode):
 
 
 _ALLOCATIONS = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty)
-
-
-def _is_view(out: Tensor, args: tuple[Any, ...]) -> bool:
-    storage = out.untyped_storage().data_ptr()
-    return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() == storage for x in args)
 
 
 def _on_gpu(x: Tensor) -> bool:
