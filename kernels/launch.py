@@ -56,11 +56,16 @@ class Launcher:
             return
         tensors = [x for x in arguments if isinstance(x, Tensor)]  # the first ones
         pointers, numbers = [x.data_ptr() for x in tensors], arguments[len(tensors) :]
-        # what Triton asks of a whole number: whether it is 1, divisible by 16 or long; of a free one only the last
-        free = [parameter.do_not_specialize for parameter in self.function.params[len(tensors) : len(arguments)]]
-        whole = [(n, is_free) for n, is_free in zip(numbers, free, strict=True) if type(n) is int]
-        kinds = [(n == 1, n % 16 == 0, n >> 31 > 0) for n, is_free in whole if not is_free]
-        odd = reduce(or_, pointers) & 15 or any(n >> 31 for n, is_free in whole if is_free)
+        kinds: list[Any] = []  # what Triton asks of a whole number: whether it is 1, divisible by 16 or long
+        odd = reduce(or_, pointers) & 15
+        for n, parameter in zip(numbers, self.function.params[len(tensors) :], strict=False):
+            if parameter.is_constexpr:
+                kinds.append(n)
+            elif type(n) is int:
+                if parameter.do_not_specialize:
+                    odd |= n >> 31
+                else:
+                    kinds.append((n == 1, n % 16 == 0, n >> 31 > 0))
         key = (device.index, *[x.dtype for x in tensors], *constants.values(), *kinds)
         variant = None if odd else self._variants.get(key)
         if variant is None:

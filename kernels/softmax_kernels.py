@@ -26,10 +26,22 @@ LARGEST_SUM = tl.constexpr(2.0**64)
 
 
 @triton.jit
-def _load_tile(p_tile, o_row, stride, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr):
-    """Rows ``o_row`` of a matrix with unit column stride; zeros past WIDTH and, if CHECK, where not ``valid``."""
+def _load_tile(
+    p_tile, o_row, stride, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr,
+    CONSTANT: tl.constexpr = False,
+):  # fmt: skip
+    """Rows ``o_row`` of a matrix with unit column stride; zeros past WIDTH and, if CHECK, where not ``valid``.
+
+    CONSTANT: ``stride`` is one.
+    """
     o_column = tl.arange(0, BLOCK)
-    p_element = p_tile + o_row[:, None] * stride + o_column[None, :]
+    if CONSTANT:  # a thread of four warps has rows that lie ROWS apart, at a distance that takes no register
+        LOADED: tl.constexpr = 128 * 128 // p_tile.dtype.element_ty.primitive_bitwidth
+        ROWS: tl.constexpr = LOADED // BLOCK if LOADED > BLOCK else 1
+        p_element = p_tile + (o_row & (ROWS - 1))[:, None] * stride + o_column[None, :]
+        p_element += (o_row & -ROWS)[:, None] * stride
+    else:
+        p_element = p_tile + o_row[:, None] * stride + o_column[None, :]
     if WIDTH < BLOCK:
         inside = (o_column < WIDTH)[None, :]
         if CHECK:
@@ -372,7 +384,7 @@ def _add_dkv(
 def dkv_kernel(
     q, k, v, do, lse, delta, route, starts, count, dk, dv, da, cu_seqlens, first_chunk, owner, tile_start,
     scale, scale_out, T, N, R, J, G,
-    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sd_b, sd_t, sd_h,
+    sq_b, sq_t: tl.constexpr, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sd_b, sd_t: tl.constexpr, sd_h,
     KS: tl.constexpr, VS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, VARLEN: tl.constexpr,
     WANT_ROUTE: tl.constexpr, ADD: tl.constexpr,
@@ -474,8 +486,8 @@ def dkv_kernel(
                 i_shift = i_query
                 o_query = o_m
             i_here = i_begin + i_shift  # 64 bits
-            b_q = _load_tile(p_q + i_here * sq_t, o_query, sq_t, inside, KS, BLOCK_K, True)
-            b_do = _load_tile(p_do + i_here * sd_t, o_query, sd_t, inside, VS, BLOCK_V, True)
+            b_q = _load_tile(p_q + i_here * sq_t, o_query, sq_t, inside, KS, BLOCK_K, True, True)
+            b_do = _load_tile(p_do + i_here * sd_t, o_query, sd_t, inside, VS, BLOCK_V, True, True)
             visible = (o_s - i_shift)[:, None] <= o_query[None, :]
             visible = visible & (o_query[None, :] < (o_bound - i_shift)[:, None])
             o_stat = i_stat + o_t
@@ -487,8 +499,8 @@ def dkv_kernel(
         for i in range(masked, steps - rest):
             i_query = tl.multiple_of(i_low + i * BLOCK_M, 16)
             i_here = i_begin + i_query  # 64 bits
-            b_q = _load_tile(p_q + i_here * sq_t, o_m, sq_t, o_m, KS, BLOCK_K, False)
-            b_do = _load_tile(p_do + i_here * sd_t, o_m, sd_t, o_m, VS, BLOCK_V, False)
+            b_q = _load_tile(p_q + i_here * sq_t, o_m, sq_t, o_m, KS, BLOCK_K, False, True)
+            b_do = _load_tile(p_do + i_here * sd_t, o_m, sd_t, o_m, VS, BLOCK_V, False, True)
             o_stat = i_stat + i_query + o_m
             b_dk, b_dv, b_ds = _add_dkv(
                 b_q, b_k, b_v, b_do, lse + o_stat, delta + o_stat, o_m, b_dk, b_dv, scale, o_m, False, PRECISION
@@ -525,7 +537,7 @@ def dkv_kernel(
 def counterfactual_kernel(
     q, k, v, do, lse, delta, weight, starts, count, da, cu_seqlens, first_chunk, owner, tile_start,
     scale, T, N, R, J, G,
-    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sd_b, sd_t, sd_h,
+    sq_b, sq_t: tl.constexpr, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sd_b, sd_t: tl.constexpr, sd_h,
     KS: tl.constexpr, VS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, VARLEN: tl.constexpr,
     PARTS: tl.constexpr, MAX_SHIFT: tl.constexpr, INSERTION: tl.constexpr,
@@ -563,8 +575,8 @@ def counterfactual_kernel(
         for i in range(i_start + C, i_length, BLOCK_M):
             i_here = i_begin + i  # 64 bits
             inside = i + o_m < i_length
-            b_q = _load_tile(p_q + i_here * sq_t, o_m, sq_t, inside, KS, BLOCK_K, True)
-            b_do = _load_tile(p_do + i_here * sd_t, o_m, sd_t, inside, VS, BLOCK_V, True)
+            b_q = _load_tile(p_q + i_here * sq_t, o_m, sq_t, inside, KS, BLOCK_K, True, True)
+            b_do = _load_tile(p_do + i_here * sd_t, o_m, sd_t, inside, VS, BLOCK_V, True, True)
             b_lse = tl.load(lse + i_stat + i + o_m, mask=inside, other=0.0)
             b_delta = tl.load(delta + i_stat + i + o_m, mask=inside, other=0.0)
             # such a chunk may score far above the row's lse: the sums are shifted by its own maximum, if that is > 0
@@ -575,14 +587,15 @@ def counterfactual_kernel(
                 if BLOCK_N < C:
                     b_k = _load_tile(p_k + i_block * BLOCK_N * sk_t, o_n, sk_t, o_n, KS, BLOCK_K, False)
                     b_v = _load_tile(p_v + i_block * BLOCK_N * sv_t, o_n, sv_t, o_n, VS, BLOCK_V, False)
-                b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - b_lse[:, None]
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
                 b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-                b_new = tl.maximum(b_shift, tl.max(b_x, 1))
+                b_new = tl.maximum(b_shift, tl.max(b_s, 1) * scale - b_lse)
                 b_keep = tl.exp2(b_shift - b_new)
-                b_e = tl.exp2(b_x - b_new[:, None])
-                b_effect = b_effect * b_keep + tl.sum(b_e * (b_dp - b_delta[:, None]), 1)
+                b_e = tl.exp2(b_s * scale - (b_lse + b_new)[:, None])
+                b_effect = b_effect * b_keep + tl.sum(b_e * b_dp, 1)
                 b_sum = b_sum * b_keep + tl.sum(b_e, 1)
                 b_shift = b_new
+            b_effect -= b_delta * b_sum
             if INSERTION:
                 b_gain += b_effect / (tl.exp2(-b_shift) + b_sum)
             else:

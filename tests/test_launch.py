@@ -33,8 +33,10 @@ def test_launcher_remembers_what_triton_specialises_on(monkeypatch: pytest.Monke
     kernel = SimpleNamespace(function="f", packed_metadata="m", run=lambda *arguments: fast.append(arguments))
 
     class Function:
-        arg_names = ("x", "T", "stride", "scale", "C")
-        params = tuple(SimpleNamespace(do_not_specialize=name == "T") for name in arg_names)
+        arg_names = ("x", "T", "stride", "row", "scale", "C")
+        params = tuple(
+            SimpleNamespace(do_not_specialize=name == "T", is_constexpr=name in ("row", "C")) for name in arg_names
+        )
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
             def launch(*arguments: object, **constants: object) -> object:
@@ -47,18 +49,19 @@ def test_launcher_remembers_what_triton_specialises_on(monkeypatch: pytest.Monke
     launcher = launch.Launcher(Function())
     x, half = (torch.zeros(4, dtype=dtype).as_subclass(OnGPU) for dtype in (torch.float32, torch.float16))
 
-    def asked(x: torch.Tensor, T: int, stride: int, C: int = 64) -> int:
+    def asked(x: torch.Tensor, T: int, stride: int, C: int = 64, row: int = 3) -> int:
         """How often Triton was asked to find the variant."""
         before = len(slow)
-        launcher[3, 2](x, T, stride, 0.5, C=C, num_warps=4)
+        launcher[3, 2](x, T, stride, row, 0.5, C=C, num_warps=4)
         return len(slow) - before
 
     assert asked(x, 10, 48) == 1
     assert asked(x, 10, 48) == 0
-    assert fast.pop() == (3, 2, 1, 7, "f", "m", None, None, None, 1 << 20, 10, 48, 0.5, 64)
+    assert fast.pop() == (3, 2, 1, 7, "f", "m", None, None, None, 1 << 20, 10, 48, 3, 0.5, 64)
     assert [asked(x, 11, 48), asked(x, 1, 480), asked(x, 16, 16)] == [0, 0, 0]  # of the same kind
     assert [asked(x, 10, stride) for stride in (1, 3, 1 << 40, 1, 5, 1 << 41)] == [1, 1, 1, 0, 0, 0]
     assert [asked(x, 10, 48, C=32), asked(half, 10, 48), asked(half, 10, 48, C=32)] == [1, 1, 1]
+    assert [asked(x, 10, 48, row=row) for row in (3, 5, 7, 5, 3)] == [0, 1, 1, 0, 0]  # a constant
     assert asked(x, 1 << 31, 48) == asked(x, 1 << 31, 48) == 1
     x.address += 4
     assert asked(x, 10, 48) == asked(x, 10, 48) == 1
