@@ -7,9 +7,10 @@
 
 Correctness comes first: outputs, all gradients and bit-equal repeats at the benchmark's own shape; if one is off, it is
 named and nothing is timed. Times are medians of CUDA events with a cold L2 cache (a buffer is overwritten before every
-repeat). "forward" records the graph, as in training; "queued" is forward and backward with all launches waiting, so
-without the host's share. The floor is that of one ideal kernel per pass (natsl.kernels.roofline). Exit code: 0; 1 for a
-red check or a first call over its limit; 2 without CUDA or for a wrong option.
+repeat). "forward" records the graph and backward passes run on the calling thread, as in training; "queued" is forward
+and backward with all launches waiting, so without the host's share. The floor is that of one ideal kernel per pass
+(natsl.kernels.roofline). Exit code: 0; 1 for a red check or a first call over its limit; 2 without CUDA or for a wrong
+option.
 """
 
 from __future__ import annotations
@@ -417,7 +418,7 @@ def _first_call_child(shape: Shape, *, ahead: bool) -> None:
     import torch
 
     from natsl.kernels import tuning
-    from natsl.kernels.workload import Options, differentiate, layer_inputs
+    from natsl.kernels.workload import OPS, Options, differentiate, layer_inputs
 
     device = torch.device("cuda", torch.cuda.current_device())
     inputs = layer_inputs(shape, 1, LENGTHS[0], 0.3, device)
@@ -425,7 +426,7 @@ def _first_call_child(shape: Shape, *, ahead: bool) -> None:
     loaded = time.perf_counter()
     count = tuning.warm_up(shape, device) if ahead else 0
     compiled = time.perf_counter()
-    for op in ("layer", "routed_softmax", "routed_delta_rule", "routed_mix", "gated_norm"):
+    for op in OPS:
         differentiate(op, inputs, Options(shape.chunk_size, backend="triton"))
     torch.cuda.synchronize()
     end = time.perf_counter()

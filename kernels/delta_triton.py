@@ -6,7 +6,6 @@ B batch, T tokens, C chunk size, N chunks, R heads, K key width, V value width, 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -87,9 +86,11 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-@lru_cache(256)
-def _layout(B: int, N: int, R: int, C: int, K: int, V: int, slots: int, dtype: torch.dtype) -> Layout:
+def _saved_layout(q: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor | None, C: int) -> Layout:
     """What the backward pass needs: w, qe, a, p, cum, rq, rk, total, gap, slot and state."""
+    B, _, R, K = q.shape
+    V, N, dtype = v.shape[3], route.shape[1], q.dtype
+    slots = N + (1 if cu_seqlens is None else _sequences(q, cu_seqlens))
     sums = torch.float64 if dtype == torch.float32 else torch.float32
     keys, pairs, rows, chunks = (B, N, R, C, K), (B, N, R, C, C), (B, N, R, C), (B, R, N)
     return Layout(
@@ -97,13 +98,6 @@ def _layout(B: int, N: int, R: int, C: int, K: int, V: int, slots: int, dtype: t
         (rows, torch.float32), (chunks, sums), (chunks, torch.float32), (chunks, torch.int32),
         ((B, R, slots, K, V), dtype),
     )  # fmt: skip
-
-
-def _saved_layout(q: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Layout:
-    B, _, R, K = q.shape
-    N = route.shape[1]
-    slots = N + (1 if cu_seqlens is None else _sequences(q, cu_seqlens))
-    return _layout(B, N, R, chunk_size, K, v.shape[3], slots, q.dtype)
 
 
 def _allocate(
@@ -271,18 +265,20 @@ def _fake_backward(
     return list(_allocate_grads(q, v, route, cu_seqlens, has_initial))
 
 
+_launch_forward = Repeated(delta_forward)
+_launch_backward = Repeated(lambda *arguments: list(delta_backward(*arguments)))
 _forward_op = register(
     "routed_delta_rule",
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor route, Tensor? initial_state, Tensor? cu_seqlens, "
     "int chunk_size, float scale, bool normalise, bool want_final) -> Tensor[]",
-    Repeated(delta_forward),
+    _launch_forward,
     fake_forward,
 )
 _backward_op = register(
     "routed_delta_rule_backward",
     "(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor route, bool has_initial, "
     "Tensor? cu_seqlens, Tensor o, Tensor saved, int chunk_size, float scale, bool normalise) -> Tensor[]",
-    Repeated(lambda *arguments: list(delta_backward(*arguments))),
+    _launch_backward,
     _fake_backward,
 )
 

@@ -193,11 +193,15 @@ class _Plan:
     forks: bool
 
 
+_UNKNOWN = _Plan([], [], False, 0, False)
+
+
 class _Recorder(TorchDispatchMode):
     """Notes launches, and every tensor that is allocated; ``refused`` says what cannot be repeated."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._inputs = inputs
         self.steps: list[Any] = []  # launches as (kernel, grid, aside, tensors, numbers), and steps of the streams
         self.buffers: list[Tensor] = []  # kept, so that no address comes twice
         self.aside = False
@@ -212,20 +216,27 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def _is_view(self, out: Tensor, args: tuple[Any, ...]) -> bool:
-        """Whether ``out`` is a view; into what is no buffer only from its start, for that alone says which it is."""
+        """Whether ``out`` is a view of which it is known into what."""
         storage = out.untyped_storage().data_ptr()
         for x in args:
             if isinstance(x, Tensor) and x.untyped_storage().data_ptr() == storage:
-                return x.data_ptr() == out.data_ptr() or any(storage == own.data_ptr() for own in self.buffers)
+                own = any(storage == buffer.data_ptr() for buffer in self.buffers)
+                return own or x.data_ptr() == out.data_ptr() or self._only(storage) is not None
         return False
+
+    def _only(self, storage: int) -> int | None:
+        """Which input lies in that memory, if no other does: of several, any may begin inside another."""
+        found = [i for i, x in enumerate(self._inputs) if x.untyped_storage().data_ptr() == storage]
+        return found[0] if len({self._inputs[i].data_ptr() for i in found}) == 1 else None
 
     def note(self, kernel: Any, grid: tuple[int, ...], tensors: list[Tensor], numbers: Any, odd: bool) -> None:
         self.steps.append((kernel, grid, self.aside, tensors, numbers))
         if odd:
             self.refused = "a launch with a variant of its own"
 
-    def plan(self, inputs: list[Tensor], results: list[Tensor] | Tensor) -> _Plan | None:
+    def plan(self, results: list[Tensor] | Tensor) -> _Plan | None:
         """What to repeat, or None if a pointer comes from elsewhere or something was refused."""
+        inputs = self._inputs
         outputs = [results] if isinstance(results, Tensor) else results
         bases = {x.data_ptr(): (i, 0) for i, x in reversed(list(enumerate(inputs)))}
         bases[0] = (len(inputs) + len(outputs) + 1, 0)
@@ -248,7 +259,8 @@ class _Recorder(TorchDispatchMode):
             if storage in whole:
                 base, offset = whole[storage]
                 return base, offset + pointer - storage
-            return None
+            only = self._only(storage)
+            return None if only is None else (only, pointer - inputs[only].data_ptr())
 
         steps: list[_Launch | Callable[..., None]] = []
         for step in self.steps:
@@ -277,17 +289,18 @@ class Repeated:
     """A host function that allocates tensors and launches kernels, repeated on CUDA without running its code again.
 
     What it launches may depend on its options and on the shapes, strides and dtypes of its tensors (arguments or lists
-    of them; the first argument is one), never on their values; it returns new tensors alone, or one. The first call of
-    a kind runs it and notes the launches, and for every pointer where it points to. Later ones allocate the outputs and
-    one buffer for all the rest and launch the same kernels. A function that computes with torch itself, as packed
-    sequences make it, runs every time, and so does any function while launch parameters are forced or observed.
+    of them; the first argument is one, on the current device), never on their values; it returns new tensors alone, or
+    one. The first call of a kind runs it and notes the launches, and for every pointer where it points to. Later ones
+    allocate the outputs and one buffer for all the rest and launch the same kernels. A function that computes with
+    torch itself, as packed sequences make it, runs every time, and so does any function while launch parameters are
+    forced or observed.
     """
 
     repeat_at_once = False  # for tests: the first call of a kind, too, gives what the repetition computes
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self._plans: dict[tuple[Any, ...], _Plan | None] = {}
+        self.plans: dict[tuple[Any, ...], _Plan | None] = {}  # None: not to be repeated
 
     def __call__(self, *arguments: Any) -> Any:
         first = arguments[0]
@@ -312,19 +325,19 @@ class Repeated:
         if len(set(pointers)) < len(pointers):  # which of two equal ones is meant shows in the first call alone
             kind += map(pointers.index, pointers)
         key = tuple(kind)
-        if key in self._plans:
-            plan = self._plans[key]
+        plan = self.plans.get(key, _UNKNOWN)
+        if plan is not _UNKNOWN:
             return self.function(*arguments) if plan is None else _repeat(plan, first.device, pointers)
-        recorder = _active.recorder = _Recorder()
+        recorder = _active.recorder = _Recorder(tensors)
         try:
             with recorder:
                 results = self.function(*arguments)
         finally:
             _active.recorder = None
-        plan = recorder.plan(tensors, results)
-        if len(self._plans) >= MOST_PLANS:
-            self._plans.clear()
-        self._plans[key] = plan
+        plan = recorder.plan(results)
+        if len(self.plans) >= MOST_PLANS:
+            self.plans.clear()
+        self.plans[key] = plan
         return _repeat(plan, first.device, pointers) if plan is not None and self.repeat_at_once else results
 
 

@@ -18,30 +18,32 @@ QUEUE_CYCLES = 10_000_000  # some 6 ms of idling, in which the host gets ahead
 def time_ms(function: Callable[[], object], *, queued: bool = False, budget_ms: float = 150.0) -> float:
     """Median milliseconds of ``function`` on the device, by CUDA events, after warm-up and with a cold L2 cache.
 
+    Its backward passes run on the calling thread: a hop to another one costs more than it gives.
     As many repeats as fit into ``budget_ms``, 5 to 50. ``queued``: the device idles first, so that the launches are
     waiting when it starts, as in the middle of a long step; without it a short op may wait for the host.
     """
-    for _ in range(2):
+    with torch.autograd.set_multithreading_enabled(False):
+        for _ in range(2):
+            function()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
         function()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    once = 1e3 * (time.perf_counter() - begin)
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    pairs = []
-    for _ in range(max(5, min(50, int(budget_ms / once)))):
-        flush.zero_()
-        if queued:
-            torch.cuda._sleep(QUEUE_CYCLES)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
-        pairs.append((start, end))
-        if queued:  # the queue holds about a thousand launches
-            torch.cuda.synchronize()
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        once = 1e3 * (time.perf_counter() - begin)
+        flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        pairs = []
+        for _ in range(max(5, min(50, int(budget_ms / once)))):
+            flush.zero_()
+            if queued:
+                torch.cuda._sleep(QUEUE_CYCLES)
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            function()
+            end.record()
+            pairs.append((start, end))
+            if queued:  # the queue holds about a thousand launches
+                torch.cuda.synchronize()
+        torch.cuda.synchronize()
     times: list[float] = [start.elapsed_time(end) for start, end in pairs]
     return statistics.median(times)
 

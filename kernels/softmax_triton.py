@@ -89,10 +89,9 @@ _DEFAULTS = {
 
 
 def _stats(q: Tensor) -> Tensor:
-    """One float32 per query and head, to be written; rows are as long as ``softmax_kernels`` says, the rest is zero."""
+    """One float32 per query and head, to be written, in rows as long as ``softmax_kernels`` says."""
     B, T, Hq, _ = q.shape
-    make = q.new_zeros if T % 16 else q.new_empty
-    return make((B, Hq, -(-T // 16) * 16), dtype=torch.float32)
+    return q.new_empty((B, Hq, -(-T // 16) * 16), dtype=torch.float32)
 
 
 def softmax_forward(
@@ -105,10 +104,13 @@ def softmax_forward(
     route = route.contiguous()
     o = q.new_empty(B, T, Hq, Vs)
     lse = _stats(q)
+    if cu_seqlens is not None:  # no tile reaches behind the end of a sequence
+        lse.zero_()
     starts, count = kept_chunks(route, cu_seqlens, chunk_size, T)
     if B == 0:
         return o, lse, starts, count
     blocks = _blocks("softmax_forward", q, v, chunk_size)
+    blocks["maxnreg"] = min(blocks["maxnreg"], 65536 // (32 * blocks["num_warps"]))  # what a multiprocessor has
     tiles, places = _tiles(cu_seqlens, chunk_size, blocks["BLOCK_M"], T, count)
     forward_kernel[(tiles, Hq, B)](
         q, k, v, route, starts, count, o, lse, *places,
@@ -203,6 +205,7 @@ def fake_forward(q: Tensor, k: Tensor, v: Tensor, route: Tensor, *unused: Any) -
     ]
 
 
+_launch_forward = Repeated(lambda *arguments: list(softmax_forward(*arguments)))
 _launch_backward = Repeated(lambda *arguments: list(softmax_backward(*arguments)))
 
 
@@ -222,7 +225,7 @@ def _fake_backward(
 _forward_op = register(
     "routed_softmax",
     "(Tensor q, Tensor k, Tensor v, Tensor route, Tensor? cu_seqlens, int chunk_size, float scale) -> Tensor[]",
-    Repeated(lambda *arguments: list(softmax_forward(*arguments))),
+    _launch_forward,
     fake_forward,
 )
 _backward_op = register(

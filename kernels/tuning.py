@@ -242,20 +242,20 @@ def compile_ahead(function: Callable[[], object], workers: int | None = None) ->
 def warm_up(
     shape: Shape, device: torch.device, *, batch: int = 1, tokens: int = 4096, counterfactual: str = "none"
 ) -> int:
-    """Compile the kernels of a routed layer and of one with the delta rule alone, forward and backward, before they
-    are needed; returns how many were compiled. ``batch`` sequences of ``tokens``: some
-    kernels have variants for them. Does nothing without CUDA.
+    """Compile the kernels of a routed layer and of each op alone, forward and backward, before they are needed; returns
+    how many were compiled. ``batch`` sequences of ``tokens``: some kernels have variants for them. Does nothing without
+    CUDA.
     """
     if device.type != "cuda":
         return 0
     # it imports the ops, which import this
-    from natsl.kernels.workload import Options, differentiate, forward, layer_inputs, output_gradients
+    from natsl.kernels.workload import OPS, Options, differentiate, forward, layer_inputs, output_gradients
 
     inputs = layer_inputs(shape, batch, tokens, 0.5, device)
     options = Options(shape.chunk_size, counterfactual, 0.5, "triton")
 
     def run() -> None:
-        for op in ("layer", "gated_norm"):
+        for op in OPS:
             differentiate(op, inputs, options)
         outputs = forward("branches", {**inputs, "route": inputs["route"].detach()}, options)  # no router gradient
         torch.autograd.grad(outputs, [inputs["v"]], output_gradients(outputs))

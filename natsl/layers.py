@@ -65,6 +65,14 @@ def _load() -> _Library | None:
         from fla.modules.causal_conv1d import ops as convolution
         from fla.modules.fused_cross_entropy.ops import cross_entropy_loss
         from fla.modules.norm import layernorm
+
+        library = _Library(
+            convolution.causal_conv1d_fwd,
+            convolution.causal_conv1d_bwd,
+            layernorm.rms_norm,
+            activations.swiglu,
+            cross_entropy_loss,
+        )
     except (ImportError, AttributeError) as error:
         warnings.warn(
             f"fla-core cannot be used ({error}): norms, convolutions and losses run on slower torch code; "
@@ -76,8 +84,7 @@ def _load() -> _Library | None:
     for name, (block, warps) in _LAUNCH.items():
         if not sum(_settle(getattr(module, name, None), block, warps) for module in modules):
             warnings.warn(f"fla-core's {name} is tuned anew in every process: its configurations changed", stacklevel=2)
-    both = convolution.causal_conv1d_fwd, convolution.causal_conv1d_bwd
-    return _Library(*both, layernorm.rms_norm, activations.swiglu, cross_entropy_loss)
+    return library
 
 
 def _settle(kernel: Any, block: dict[str, int], warps: int) -> bool:
@@ -103,7 +110,7 @@ def short_convolution(x: Tensor, weight: Tensor) -> Tensor:
     The last tap sees the token itself.
     """
     if x.device.type == "cuda" and x.dtype in _DTYPES and _is_loaded():
-        y: Tensor = _Convolution.apply(x, weight)  # type: ignore[no-untyped-call]
+        y: Tensor = _Convolution.apply(x, weight.contiguous())  # type: ignore[no-untyped-call]
         return y
     taps = weight.to(x.dtype)
     width = taps.shape[1]

@@ -80,6 +80,18 @@ def test_whole_graph_compiles() -> None:
     assert_compiles(layer, inputs)
 
 
+def test_compiles_for_any_length() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(routed_branches, backend="aot_eager", dynamic=True)
+    for T in (20, 35, 51):
+        ts = leaves(make(T, torch.float32))
+        got, expected = (f(*ts, chunk_size=C, backend="triton") for f in (compiled, routed_branches))
+        for x, y in zip(got, expected, strict=True):
+            assert_near(x, y)
+        found, wanted = (torch.autograd.grad(x.sum() + y.sum(), ts[2])[0] for x, y in (got, expected))
+        assert_near(found, wanted)
+
+
 @pytest.mark.parametrize("rate", [0.3, 1.0])
 def test_weights_of_the_route_gradient(rate: float) -> None:
     """The chosen side weighs 1, the other an unbiased sample; a route of one half counts as left out."""

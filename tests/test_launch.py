@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from natsl.kernels import launch, tuning
+from natsl.kernels import branches_triton, delta_triton, launch, mix_triton, softmax_triton, tuning
 from natsl.kernels.launch import Repeated
 from natsl.kernels.roofline import Shape
 from natsl.kernels.workload import OPS, Options, differentiate, layer_inputs
@@ -186,10 +186,21 @@ def test_a_view_of_an_argument() -> None:
         host.check(numbers(), numbers(), runs=1)
 
 
-def reads_from_the_middle(x: Tensor, y: Tensor) -> Tensor:
-    out = torch.empty(4)
-    add(x[4:], y, out, 4, 1.0)  # where another argument might begin
-    return out
+@pytest.mark.usefixtures("_no_gpu")
+def test_the_middle_of_an_argument() -> None:
+    def shifted(x: Tensor, y: Tensor) -> Tensor:
+        out = torch.empty(4)
+        add(x[4:], y, out, 4, 1.0)
+        return out
+
+    shared = numbers(16)
+    host = Host(shifted)
+    for i in range(2):  # each may begin where the other's middle is
+        host.check(shared[:8], shared[4:12], runs=i + 1)
+    host = Host(shifted)
+    host.check(numbers(), numbers(), runs=1)
+    host.check(numbers(), numbers(), runs=1)
+    host.check(shared[:8], shared[4:12], runs=1)
 
 
 def computes(x: Tensor, y: Tensor) -> Tensor:
@@ -236,7 +247,6 @@ def needs_a_variant(x: Tensor, y: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "function",
     [
-        reads_from_the_middle,
         computes,
         reads,
         fills,
@@ -277,7 +287,7 @@ def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host(chain)
     for n in range(1, 12):
         host.check(numbers(), [numbers(), numbers()], n % 8 + 1, 1.0 * n, None, runs=n)
-        assert len(host.repeated._plans) <= 4
+        assert len(host.repeated.plans) <= 4
 
 
 @pytest.mark.usefixtures("_no_gpu")
@@ -291,6 +301,33 @@ def test_a_function_that_fails_leaves_nothing_behind() -> None:
             host.repeated(numbers())
     assert launch._recorder() is None
     assert host.runs == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are only noted")
+@pytest.mark.usefixtures("_no_gpu")
+@pytest.mark.parametrize("T", [128, 100])
+def test_every_op_can_be_repeated(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward: else it would run its host code in every call, and nothing would show."""
+
+    def note(self: launch.Launcher, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        recorder = launch._recorder()
+        assert recorder is not None
+        kernel = SimpleNamespace(run=lambda *_: None, function="f", packed_metadata="m")
+        recorder.note(kernel, grid, tensors, arguments[len(tensors) :], False)
+
+    monkeypatch.setattr(launch.Launcher, "_launch", note)
+    functions = [x for m in (softmax_triton, delta_triton, branches_triton, mix_triton) for x in vars(m).values()]
+    repeated = [x for x in functions if isinstance(x, Repeated)]
+    assert len(repeated) == 8
+    for function in repeated:
+        monkeypatch.setattr(function, "plans", {})
+    inputs = layer_inputs(Shape(2, 32, 32, 1, 16, "float32"), 2, T, 0.4, torch.device("cpu"))
+    for op in OPS:
+        differentiate(op, inputs, Options(16, "insertion", 0.5, "triton"))
+    for function in repeated:
+        assert function.plans
+        assert None not in function.plans.values()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

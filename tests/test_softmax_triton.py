@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from natsl.kernels import softmax_triton, tuning
+from natsl.kernels import softmax_kernels, softmax_triton, tuning
 from natsl.kernels.softmax import routed_softmax
 from tests.oracles import assert_near, chunk_count, leaves
 
@@ -177,10 +177,60 @@ def test_one_logit_far_above_the_others(size: float, own: bool, dtype: torch.dty
     q, k, _, route = tensors
     route.fill_(1)
     q[..., 0], k[..., 0] = 0, 0
-    late = slice(50, 70) if own else slice(3, 4)  # the tiles after it differ: some rows start again, some tiles do not
-    k[:, late, :, 0] = key = 4 if own else 16
-    q[:, 50:70, :, 0] = 4 * size / key
+    k[:, 52 if own else 3, :, 0] = 16  # the tiles after it differ: some rows start again, some tiles do not
+    q[:, 50:70, :, 0] = size / 4
     compare(tensors, 16, "insertion", dtype)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts calls inside the interpreted kernel")
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_tiles_start_again_only_where_they_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[bool] = []
+    attend = softmax_kernels._attend_all
+
+    class Counted:
+        def __call__(self, *arguments: object) -> object:
+            tries.append(bool(arguments[-2]))  # FIXED
+            return attend(*arguments)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(attend, name)
+
+    monkeypatch.setattr(softmax_kernels, "_attend_all", Counted())
+
+    def restarts(T: int, borders: list[int] | None = None, far: float = 0.0, value: float = 1.0) -> int:
+        tries.clear()
+        lengths = [T] if borders is None else [b - a for a, b in pairwise(borders)]
+        N = sum(chunk_count(length, 16) for length in lengths)
+        q, k, v = (torch.randn(1, T, 1, 16) for _ in range(3))
+        q[..., 0], k[..., 0], k[:, 0, :, 0] = 4, 0, far
+        route, packed = torch.ones(1, N, 1), None if borders is None else torch.tensor(borders)
+        blocks = {"BLOCK_M": 32, "BLOCK_N": 16}
+        with tuning.forced({"softmax_forward": blocks}):
+            o = run([q, k, v * value, route], 16, "none", borders=packed, backend="triton")
+        exact = run([x.double() for x in (q, k, v * value, route)], 16, "none", borders=packed, backend="torch")
+        assert_near(o / value, exact / value, torch.float32)
+        assert tries.count(True) == (len(lengths) if borders else chunk_count(T, 32))
+        return tries.count(False)
+
+    assert [restarts(T) for T in (1, 5, 20, 32, 52, 70)] == [0] * 6
+    assert restarts(60, [0, 20, 40, 60]) == 0
+    assert restarts(70, far=40.0) == 0
+    assert restarts(70, far=100.0) == 3
+    assert restarts(70, value=1e30) == 0
+    assert restarts(70, far=40.0, value=1e30) == 3  # the sum of P is small enough, their products with values are not
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_values_that_are_not_finite_stay_in_their_column() -> None:
+    tensors = inputs(70, C=16)
+    tensors[2][:, 40, :, 0], tensors[2][:, 50, :, 1] = math.nan, math.inf
+    tensors[3].fill_(1)
+    o, expected = (run(tensors, 16, "none", backend=backend) for backend in ("triton", "torch"))
+    assert_near(o[..., 2:], expected[..., 2:])
+    assert o[:, 40:, :, 0].isnan().all()
+    assert not o[:, 50:, :, 1].isfinite().any()
 
 
 def test_non_contiguous_inputs() -> None:
