@@ -70,7 +70,7 @@ def _default_blocks(kernel: str, dtype: torch.dtype, Ks: int, Vs: int, chunk_siz
     wide = (width > 128) + (width > 256)
     block_m, block_n, warps, stages = _DEFAULTS[kernel, dtype == torch.float32][wide]
     default = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-    if kernel == "softmax_forward":  # its rare second try would cost the first one registers
+    if kernel == "softmax_forward":  # all that a thread may have; with fewer, more programs share a multiprocessor
         default["maxnreg"] = 255
     return tuning.shape_key(dtype, chunk_size, Ks, Vs), default
 
@@ -162,7 +162,7 @@ def softmax_backward(
     tiles, places = _tiles(cu_seqlens, chunk_size, blocks["BLOCK_N"], covered, count)
     parts = max(1, chunk_size // blocks["BLOCK_N"])
     da = lse.new_empty(B, N, R, G * parts) if want_route else delta
-    if cu_seqlens is not None:  # no tile reaches behind the end of a sequence
+    if cu_seqlens is not None and want_route:  # no tile reaches behind the end of a sequence
         da.zero_()
     if wait is not None:
         wait()

@@ -129,6 +129,18 @@ def test_packed_sequences(C: int, lengths: list[int], dtype: torch.dtype) -> Non
     assert not droute[:, last].any()
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+def test_a_route_that_needs_no_gradient_changes_none_of_the_others(packed: bool) -> None:
+    tensors = inputs(90, R=2, C=16, N=7 if packed else 0)
+    borders = torch.tensor([0, 40, 90], device=DEVICE) if packed else None
+    found = []
+    for wanted in (4, 3):
+        ts = leaves(tensors)
+        o = run([*ts[:wanted], *tensors[wanted:]], 16, "insertion", borders=borders, backend="triton")
+        found.append(torch.autograd.grad((o * tensors[2]).sum(), ts[:3]))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
 def test_packed_sequences_do_not_see_each_other() -> None:
     borders = torch.tensor([0, 40, 90], dtype=torch.int32, device=DEVICE)
     tensors = inputs(90, C=16, N=7)
