@@ -68,13 +68,13 @@ def _launch_backward(
     return [dq, dk, dv, dq_softmax, dk_softmax, dg, dbeta, parts, droute]
 
 
-def _run_backward(*arguments: Any) -> list[Tensor]:
-    written, want_route = arguments[11], arguments[-1]
-    *grads, parts, droute = _launch_backward(*arguments[:11], *arguments[12:])
+def _run_backward(written: Tensor, *arguments: Any) -> list[Tensor]:
+    want_route = arguments[-1]
+    *grads, parts, droute = _launch_backward(*arguments)
     return [*grads, torch.addcmul(parts.sum(-1), droute, written) if want_route else droute]
 
 
-def _fake_backward(do_delta: Tensor, do_softmax: Tensor, *inputs: Any) -> list[Tensor]:
+def _fake_backward(written: Tensor, do_delta: Tensor, do_softmax: Tensor, *inputs: Any) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in inputs[:8]]
 
 
@@ -83,7 +83,7 @@ _OPTIONS = "int chunk_size, float scale, float scale_softmax"
 _forward_op = register("routed_branches", f"({_INPUTS}, {_OPTIONS}) -> Tensor[]", _run_forward, _fake_forward)
 _backward_op = register(
     "routed_branches_backward",
-    f"(Tensor do_delta, Tensor do_softmax, {_INPUTS}, Tensor sampled, Tensor written, Tensor[] softmax, "
+    f"(Tensor written, Tensor do_delta, Tensor do_softmax, {_INPUTS}, Tensor sampled, Tensor[] softmax, "
     f"Tensor o_delta, Tensor saved, {_OPTIONS}, str counterfactual, bool want_route) -> Tensor[]",
     _run_backward,
     _fake_backward,
@@ -104,13 +104,13 @@ class _RoutedBranches(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        inputs, softmax, delta = tensors[:10], list(tensors[10:14]), tensors[14:]
+        inputs, written, softmax, delta = tensors[:9], tensors[9], list(tensors[10:14]), tensors[14:]
         do_delta, do_softmax = (
             torch.zeros_like(o) if do is None else last_contiguous(do)
             for do, o in zip(grads, (delta[0], softmax[0]), strict=True)
         )
         want_route = ctx.needs_input_grad[7]
-        results = _backward_op(do_delta, do_softmax, *inputs, softmax, *delta, *ctx.options, want_route)
+        results = _backward_op(written, do_delta, do_softmax, *inputs, softmax, *delta, *ctx.options, want_route)
         if not want_route:
             results[7] = None
         return (*results, *[None] * 6)

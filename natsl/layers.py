@@ -97,9 +97,14 @@ def _settle(kernel: Any, block: dict[str, int], warps: int) -> bool:
     return bool(same)
 
 
+def _suits(x: Tensor) -> bool:
+    """Whether the library's kernels take ``x``."""
+    return x.device.type == "cuda" and x.dtype in _DTYPES
+
+
 def _library(x: Tensor) -> _Library | None:
     """What computes on ``x``: the library, or None for torch."""
-    if x.device.type != "cuda" or x.dtype not in _DTYPES or torch.compiler.is_compiling():
+    if not _suits(x) or torch.compiler.is_compiling():
         return None
     return _load()
 
@@ -109,7 +114,7 @@ def short_convolution(x: Tensor, weight: Tensor) -> Tensor:
 
     The last tap sees the token itself.
     """
-    if x.device.type == "cuda" and x.dtype in _DTYPES and _is_loaded():
+    if _suits(x) and _is_loaded():
         y: Tensor = _Convolution.apply(x, weight.contiguous())  # type: ignore[no-untyped-call]
         return y
     taps = weight.to(x.dtype)
