@@ -66,7 +66,7 @@ def routed_branches(
         values = split_values(v, Hs)
         o_softmax = routed_softmax(q_softmax, k_softmax, values, route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
         return o_delta, o_softmax
-    from natsl.kernels.branches_triton import routed_branches as run_kernels
+    from natsl.kernels._triton.branches import routed_branches as run_kernels
 
     route = route.float().contiguous()
     sampled, written = _gradient_weights(route.detach(), counterfactual, counterfactual_rate)

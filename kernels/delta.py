@@ -80,7 +80,7 @@ def routed_delta_rule(
         check_packed_route(op, route, R, T, sequences, chunk_size)
 
     if on_kernels:
-        from natsl.kernels.delta_triton import routed_delta_rule as run_kernels
+        from natsl.kernels._triton.delta import routed_delta_rule as run_kernels
 
         left = route.detach() > 0.5  # as the kernels read it
         weighted = reference.weighted_route(route.float(), left, counterfactual, counterfactual_rate)

@@ -41,7 +41,7 @@ def routed_mix(
     for name, tensor in weights.items():
         check_shape(op, name, tensor, shape[3:])
     if use_kernels(op, backend, o_delta.device, kernel_limit(o_delta.dtype, None, {"Vs": (shape[3], 512)})):
-        from natsl.kernels import mix_triton
+        from natsl.kernels._triton import mix as mix_triton
 
         return mix_triton.routed_mix(o_delta, o_softmax, gate, mix_logits, weight_delta, weight_softmax, eps)
     return reference.routed_mix(o_delta, o_softmax, gate, mix_logits, weight_delta, weight_softmax, eps)
@@ -62,7 +62,7 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, backend: 
     check_shape(op, "gate", gate, tuple(x.shape))
     check_shape(op, "weight", weight, tuple(x.shape[3:]))
     if use_kernels(op, backend, x.device, kernel_limit(x.dtype, None, {"Vs": (x.shape[3], 512)})):
-        from natsl.kernels import mix_triton
+        from natsl.kernels._triton import mix as mix_triton
 
         return mix_triton.gated_norm(x, gate, weight, eps)
     return reference.gated_norm(x, gate, weight, eps)

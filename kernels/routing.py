@@ -89,7 +89,7 @@ def route_margins(
         return threshold_routes(margins.detach(), threshold)
     _check_cap(cap, burst)
     if chosen == "triton":
-        from natsl.kernels.routing_triton import capped_routes
+        from natsl.kernels._triton.routing import capped_routes
 
         return capped_routes(margins, threshold, cap, burst)
     return cap_routes(threshold_routes(margins.detach(), threshold), cap, burst)

@@ -82,7 +82,7 @@ def routed_softmax(
         limit = f"scale = {scale!r} is not supported by the triton backend: it must be > 0"
     if use_kernels(op, backend, q.device, limit):
         # here and not at the top: natsl must import where triton is not installed
-        from natsl.kernels import softmax_triton
+        from natsl.kernels._triton import softmax as softmax_triton
 
         return softmax_triton.routed_softmax(
             q, k, v, route, cu_seqlens, chunk_size, scale, counterfactual, counterfactual_rate

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from natsl.kernels.library import register
+from natsl.kernels.launch.library import register
 
 LOGITS_AT_ONCE = 1 << 28  # beyond it the loss goes over the tokens in parts, and the backward pass makes logits again
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from natsl.cli import resolve_device, run_main
 from natsl.config import ModelConfig, Precision, SupernetConfig, ThroughputConfig, TrainConfig, to_plain
-from natsl.kernels.roofline import Case, Shape, op_work
+from natsl.kernels.bench.roofline import Case, Shape, op_work
 from natsl.space.policy import Op, RoutingPolicy
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast

@@ -20,9 +20,9 @@ from natsl import checkpoint
 from natsl.cli import resolve_device, run_main
 from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, TrainRunConfig, check_batch, to_plain
 from natsl.data import load_text
+from natsl.kernels.bench.roofline import Shape
 from natsl.kernels.dispatch import kernel_limit
-from natsl.kernels.roofline import Shape
-from natsl.kernels.tuning import warm_up
+from natsl.kernels.launch.parameters import warm_up
 from natsl.model import RoutedLM, count_parameters
 from natsl.progress import Progress
 from natsl.run import Run, UserError

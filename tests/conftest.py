@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 else:
-    from natsl.kernels.launch import Repeated
+    from natsl.kernels.launch.launcher import Repeated
 
     Repeated.repeat_at_once = True
 

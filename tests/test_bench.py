@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from natsl.kernels import bench, conformance, measure, rivals, tune, tuning
-from natsl.kernels.bench_report import KernelRow, Row, draw, kernel_table, line
-from natsl.kernels.dispatch import split_values
-from natsl.kernels.roofline import (
+from natsl.kernels.bench import __main__ as bench
+from natsl.kernels.bench import rivals, tune
+from natsl.kernels.bench import timing as measure
+from natsl.kernels.bench import verify as conformance
+from natsl.kernels.bench.report import KernelRow, Row, draw, kernel_table, line
+from natsl.kernels.bench.roofline import (
     H100,
     Case,
     Shape,
@@ -39,8 +41,10 @@ from natsl.kernels.roofline import (
     softmax_forward,
     visible_pairs,
 )
+from natsl.kernels.dispatch import split_values
+from natsl.kernels.launch import parameters as tuning
+from natsl.kernels.registry import OPS, Options, differentiate, layer_inputs
 from natsl.kernels.softmax import routed_softmax
-from natsl.kernels.workload import OPS, Options, differentiate, layer_inputs
 from tests.oracles import assert_near
 
 ROOT = Path(__file__).parents[1]
@@ -411,7 +415,7 @@ def test_a_damaged_table_is_named(tables: Path, text: str) -> None:
 
 
 def test_the_shipped_table_is_one() -> None:
-    table = tuning.read_table(ROOT / "kernels" / "tuned.json")
+    table = tuning.read_table(ROOT / "kernels" / "launch" / "tuned.json")
     assert "H100" in table
     for kernels in table.values():
         assert set(kernels) <= set(tune.CANDIDATES)
@@ -428,7 +432,8 @@ class NoGPU:
     def get_current_stream(self, device): return 0
 
 driver.set_active(NoGPU())
-from natsl.kernels import mix_triton, tuning
+from natsl.kernels._triton import mix as mix_triton
+from natsl.kernels.launch import parameters as tuning
 x, weight = torch.randn(1, 8, 2, 16, dtype=torch.bfloat16), torch.ones(16)
 def run():
     y = mix_triton._forward(x, x, weight, 1e-6, [])

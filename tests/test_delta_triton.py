@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from natsl.kernels import tuning
 from natsl.kernels.delta import routed_delta_rule
 from natsl.kernels.dispatch import kernel_limit
+from natsl.kernels.launch import parameters as tuning
 from tests.oracles import assert_compiles, assert_near, chunk_count, delta_inputs, leaves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

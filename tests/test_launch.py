@@ -11,10 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from natsl.kernels import branches_triton, delta_triton, launch, mix_triton, softmax_triton, tuning
-from natsl.kernels.launch import Repeated
-from natsl.kernels.roofline import Shape
-from natsl.kernels.workload import OPS, Options, differentiate, layer_inputs
+from natsl.kernels._triton import branches as branches_triton
+from natsl.kernels._triton import delta as delta_triton
+from natsl.kernels._triton import mix as mix_triton
+from natsl.kernels._triton import softmax as softmax_triton
+from natsl.kernels.bench.roofline import Shape
+from natsl.kernels.launch import launcher as launch
+from natsl.kernels.launch import parameters as tuning
+from natsl.kernels.launch.launcher import Repeated
+from natsl.kernels.registry import OPS, Options, differentiate, layer_inputs
 
 
 class OnGPU(torch.Tensor):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from natsl.kernels import reference, tuning
+from natsl.kernels import reference
+from natsl.kernels.launch import parameters as tuning
 from natsl.kernels.mix import gated_norm, routed_mix
 from tests.oracles import assert_near
 

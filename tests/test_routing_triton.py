@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from natsl.kernels._triton.routing import capped_routes, kept_chunks, packed_blocks
 from natsl.kernels.routing import cap_routes, route_margins, threshold_routes
-from natsl.kernels.routing_triton import capped_routes, kept_chunks, packed_blocks
 from tests.oracles import chunk_count
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from natsl.kernels import softmax_kernels, softmax_triton, tuning
+from natsl.kernels._triton import softmax as softmax_triton
+from natsl.kernels._triton import softmax_kernels
+from natsl.kernels.launch import parameters as tuning
 from natsl.kernels.softmax import routed_softmax
 from tests.oracles import assert_near, chunk_count, leaves
 

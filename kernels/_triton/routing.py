@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from natsl.kernels.launch import Launcher
-from natsl.kernels.library import register
+from natsl.kernels.launch.launcher import Launcher
+from natsl.kernels.launch.library import register
 from natsl.kernels.routing import cap_limits
 
 

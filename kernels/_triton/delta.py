@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from natsl.kernels import tuning
-from natsl.kernels.delta_kernels import (
+from natsl.kernels._triton.delta_kernels import (
     backward_finish_kernel,
     backward_kernel,
     backward_scan_kernel,
@@ -22,10 +21,11 @@ from natsl.kernels.delta_kernels import (
     prepare_kernel,
     scan_kernel,
 )
+from natsl.kernels._triton.routing import packed_blocks
 from natsl.kernels.dispatch import last_contiguous
-from natsl.kernels.launch import Layout, Repeated
-from natsl.kernels.library import register
-from natsl.kernels.routing_triton import packed_blocks
+from natsl.kernels.launch import parameters as tuning
+from natsl.kernels.launch.launcher import Layout, Repeated
+from natsl.kernels.launch.library import register
 
 
 def _power(width: int) -> int:

@@ -16,13 +16,13 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from natsl.kernels import tuning
+from natsl.kernels._triton.routing import kept_chunks, packed_blocks
+from natsl.kernels._triton.softmax_kernels import counterfactual_kernel, dkv_kernel, dq_kernel, forward_kernel
 from natsl.kernels.dispatch import last_contiguous
-from natsl.kernels.launch import Repeated
-from natsl.kernels.library import register
+from natsl.kernels.launch import parameters as tuning
+from natsl.kernels.launch.launcher import Repeated
+from natsl.kernels.launch.library import register
 from natsl.kernels.reference import MAX_EXPONENT, sampling_weight
-from natsl.kernels.routing_triton import kept_chunks, packed_blocks
-from natsl.kernels.softmax_kernels import counterfactual_kernel, dkv_kernel, dq_kernel, forward_kernel
 
 LOG2E = math.log2(math.e)
 

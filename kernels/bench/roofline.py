@@ -186,7 +186,7 @@ def _mix(shape: Shape, case: Case, tensors: int, logits: int) -> Work:
 
 
 def op_work(op: str, shape: Shape, case: Case) -> tuple[Work, Work]:
-    """Least work of one op, forward and backward; ``op``: a name of ``natsl.kernels.workload.OPS``."""
+    """Least work of one op, forward and backward; ``op``: a name of ``natsl.kernels.registry.OPS``."""
     parts = {
         "routed_softmax": (softmax_forward(shape, case), softmax_backward(shape, case)),
         "routed_delta_rule": (delta_forward(shape, case), delta_backward(shape, case)),

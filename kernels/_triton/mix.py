@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from natsl.kernels.dispatch import last_contiguous
-from natsl.kernels.launch import Launcher, Repeated
-from natsl.kernels.library import register
-from natsl.kernels.tuning import pick
+from natsl.kernels.launch.launcher import Launcher, Repeated
+from natsl.kernels.launch.library import register
+from natsl.kernels.launch.parameters import pick
 
 
 @triton.jit

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from natsl.kernels.delta_triton import delta_backward, delta_forward
-from natsl.kernels.delta_triton import fake_forward as fake_delta
+from natsl.kernels._triton.delta import delta_backward, delta_forward
+from natsl.kernels._triton.delta import fake_forward as fake_delta
+from natsl.kernels._triton.softmax import fake_forward as fake_softmax
+from natsl.kernels._triton.softmax import softmax_backward, softmax_forward
 from natsl.kernels.dispatch import last_contiguous, split_values
-from natsl.kernels.launch import Repeated, side_by_side
-from natsl.kernels.library import register
-from natsl.kernels.softmax_triton import fake_forward as fake_softmax
-from natsl.kernels.softmax_triton import softmax_backward, softmax_forward
+from natsl.kernels.launch.launcher import Repeated, side_by_side
+from natsl.kernels.launch.library import register
 
 
 @Repeated

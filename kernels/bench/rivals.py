@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from natsl.kernels.dispatch import split_values
-from natsl.kernels.workload import Tensors
+from natsl.kernels.registry import Tensors
 
 FLEX_BLOCK = 128
 

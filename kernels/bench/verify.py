@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from natsl.kernels.roofline import Shape
-from natsl.kernels.tuning import compile_ahead
-from natsl.kernels.workload import OPS, Options, Tensors, differentiate, layer_inputs, output_gradients
+from natsl.kernels.bench.roofline import Shape
+from natsl.kernels.launch.parameters import compile_ahead
+from natsl.kernels.registry import OPS, Options, Tensors, differentiate, layer_inputs, output_gradients
 
 # Largest error by dtype, relative to the largest entry of the expected tensor or to 1 if that is larger.
 TOLERANCE = {"bfloat16": 1.6e-2, "float16": 2e-3, "float32": 1e-5}

@@ -9,8 +9,8 @@ Correctness comes first: outputs, all gradients and bit-equal repeats at the ben
 named and nothing is timed. Times are medians of CUDA events with a cold L2 cache (a buffer is overwritten before every
 repeat). "forward" records the graph and backward passes run on the calling thread, as in training; "queued" is forward
 and backward with all launches waiting, so without the host's share. The floor is that of one ideal kernel per pass
-(natsl.kernels.roofline). Exit code: 0; 1 for a red check or a first call over its limit; 2 without CUDA or for a wrong
-option.
+(natsl.kernels.bench.roofline). Exit code: 0; 1 for a red check or a first call over its limit; 2 without CUDA or for a
+wrong option.
 """
 
 from __future__ import annotations
@@ -27,14 +27,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from natsl.kernels.bench_report import FLEX, HEADER, SDPA, KernelRow, Row, draw, kernel_table, line
-from natsl.kernels.roofline import CHUNK_SIZES, ELEMENT_BYTES, Case, Ceilings, Shape, for_dtype, kernel_work, op_work
+from natsl.kernels.bench.report import FLEX, HEADER, SDPA, KernelRow, Row, draw, kernel_table, line
+from natsl.kernels.bench.roofline import (
+    CHUNK_SIZES,
+    ELEMENT_BYTES,
+    Case,
+    Ceilings,
+    Shape,
+    for_dtype,
+    kernel_work,
+    op_work,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from natsl.kernels.workload import Options
+    from natsl.kernels.registry import Options
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 FIRST_CALL_LIMIT = 20.0  # seconds
@@ -46,7 +55,7 @@ CHECK_TOKENS = 1000
 TINY = Shape(1, 16, 32, 2, 16, "float32")
 TINY_TOKENS = 36
 
-# op → kernel as the profiler calls it → as natsl.kernels.tuning does
+# op → kernel as the profiler calls it → as natsl.kernels.launch.parameters does
 KERNELS = {
     "routed_softmax": {
         "forward_kernel": "softmax_forward",
@@ -185,7 +194,7 @@ def _without_cuda(args: argparse.Namespace) -> int:
 
 
 def _check(shape: Shape, tokens: int, device: torch.device, fraction: float = 0.3, modes: Sequence[str] = ()) -> bool:
-    from natsl.kernels import conformance
+    from natsl.kernels.bench import verify as conformance
 
     begin = time.perf_counter()
     findings = list(conformance.check(shape, tokens, device, fraction, modes or conformance.MODES))
@@ -215,8 +224,8 @@ def _bench(args: argparse.Namespace, shape: Shape, device: torch.device) -> None
     import torch
     import triton
 
-    from natsl.kernels import measure
-    from natsl.kernels.workload import Options
+    from natsl.kernels.bench import timing as measure
+    from natsl.kernels.registry import Options
 
     begin = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -268,8 +277,8 @@ def _case_rows(
 ) -> Iterator[Row]:
     import torch
 
-    from natsl.kernels import rivals as others
-    from natsl.kernels.workload import OPS, backward, forward, layer_inputs, output_gradients
+    from natsl.kernels.bench import rivals as others
+    from natsl.kernels.registry import OPS, backward, forward, layer_inputs, output_gradients
 
     tensors = layer_inputs(shape, case.batch, case.tokens, case.fraction, device)
 
@@ -329,7 +338,7 @@ def _measure(
 ) -> Row:
     import torch
 
-    from natsl.kernels.measure import peak_gib, time_ms
+    from natsl.kernels.bench.timing import peak_gib, time_ms
 
     def both() -> object:
         return differentiate(run())
@@ -351,8 +360,8 @@ def _measure(
 
 
 def _profile(shape: Shape, case: Case, options: Options, limits: Ceilings, device: torch.device) -> list[KernelRow]:
-    from natsl.kernels.measure import kernel_times
-    from natsl.kernels.workload import differentiate, layer_inputs
+    from natsl.kernels.bench.timing import kernel_times
+    from natsl.kernels.registry import differentiate, layer_inputs
 
     tensors = layer_inputs(shape, case.batch, case.tokens, case.fraction, device)
     work = kernel_work(shape, case, options.counterfactual, options.rate)
@@ -373,8 +382,8 @@ def _profile(shape: Shape, case: Case, options: Options, limits: Ceilings, devic
 def _tune(shape: Shape, device: torch.device, ship: Path | None) -> int:
     import torch
 
-    from natsl.kernels import tuning
-    from natsl.kernels.tune import Choice, tune
+    from natsl.kernels.bench.tune import Choice, tune
+    from natsl.kernels.launch import parameters as tuning
 
     begin = time.perf_counter()
 
@@ -407,8 +416,8 @@ def _first_call(argv: Sequence[str]) -> int:
     best = seconds["ahead"]
     verdict = "within" if best <= FIRST_CALL_LIMIT else "OVER"
     print(
-        f"First forward and backward of all ops after {best:.1f} s with natsl.kernels.tuning.warm_up ({verdict} the "
-        f"limit of {FIRST_CALL_LIMIT:.0f} s), {seconds['serial']:.1f} s without"
+        f"First forward and backward of all ops after {best:.1f} s with warm_up ({verdict} the limit of "
+        f" {FIRST_CALL_LIMIT:.0f} s), {seconds['serial']:.1f} s without"
     )
     return 0 if best <= FIRST_CALL_LIMIT else 1
 
@@ -417,8 +426,8 @@ def _first_call_child(shape: Shape, *, ahead: bool) -> None:
     begin = time.perf_counter()
     import torch
 
-    from natsl.kernels import tuning
-    from natsl.kernels.workload import OPS, Options, differentiate, layer_inputs
+    from natsl.kernels.launch import parameters as tuning
+    from natsl.kernels.registry import OPS, Options, differentiate, layer_inputs
 
     device = torch.device("cuda", torch.cuda.current_device())
     inputs = layer_inputs(shape, 1, LENGTHS[0], 0.3, device)

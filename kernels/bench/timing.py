@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from natsl.kernels.roofline import H100, Ceilings
+from natsl.kernels.bench.roofline import H100, Ceilings
 
 FLUSH_BYTES = 256 << 20  # several times the L2 cache
 QUEUE_CYCLES = 10_000_000  # some 6 ms of idling, in which the host gets ahead

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natsl.kernels.bench.roofline import Shape
 from natsl.kernels.branches import routed_branches
 from natsl.kernels.delta import routed_delta_rule
 from natsl.kernels.dispatch import split_values
 from natsl.kernels.mix import gated_norm, routed_mix
-from natsl.kernels.roofline import Shape
 from natsl.kernels.softmax import routed_softmax
 
 EPS = 1e-6

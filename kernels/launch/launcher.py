@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from natsl.kernels import tuning
+from natsl.kernels.launch import parameters as tuning
 
 A = TypeVar("A")
 B = TypeVar("B")

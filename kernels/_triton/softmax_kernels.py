@@ -19,7 +19,7 @@ import os
 import triton
 import triton.language as tl
 
-from natsl.kernels.launch import Launcher
+from natsl.kernels.launch.launcher import Launcher
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # has no inline assembly
 LARGEST_SUM = tl.constexpr(2.0**64)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from natsl.kernels.launch import Launcher
+from natsl.kernels.launch.launcher import Launcher
 
 # A decay below e^-50 is none in float32, and a finite bound makes cumulative sums of it possible. A chunk's sums and
 # their differences are float64 for float32 inputs; in half precision float32 is far finer than the inputs.

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from natsl.kernels.roofline import Shape
+from natsl.kernels.bench.roofline import Shape
 
 Table = dict[str, dict[str, dict[str, dict[str, int]]]]  # device name → kernel → key → parameters
 
@@ -249,7 +249,7 @@ def warm_up(
     if device.type != "cuda":
         return 0
     # it imports the ops, which import this
-    from natsl.kernels.workload import OPS, Options, differentiate, forward, layer_inputs, output_gradients
+    from natsl.kernels.registry import OPS, Options, differentiate, forward, layer_inputs, output_gradients
 
     inputs = layer_inputs(shape, batch, tokens, 0.5, device)
     options = Options(shape.chunk_size, counterfactual, 0.5, "triton")

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from natsl.kernels import tuning
-from natsl.kernels.conformance import TOLERANCE, difference
-from natsl.kernels.measure import time_ms
-from natsl.kernels.roofline import Case, Shape
-from natsl.kernels.workload import (
+from natsl.kernels.bench.roofline import Case, Shape
+from natsl.kernels.bench.timing import time_ms
+from natsl.kernels.bench.verify import TOLERANCE, difference
+from natsl.kernels.launch import parameters as tuning
+from natsl.kernels.registry import (
     Options,
     Tensors,
     backward,
