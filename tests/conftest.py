@@ -9,13 +9,13 @@ import pytest
 import torch
 
 # Without a GPU the Triton kernels run in Triton's interpreter; it reads this when triton is imported. With one, an op's
-# launches are repeated, as they are from the second call on, in the first call too.
+# launches are replayed, as they are from the second call on, in the first call too.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 else:
-    from natsl.kernels.launch.launcher import Repeated
+    from natsl.kernels.launch.replay import Replayed
 
-    Repeated.repeat_at_once = True
+    Replayed.replay_at_once = True
 
 # Charts are drawn without a display, and no test can reach an account or a server of whoever runs it.
 os.environ["MPLBACKEND"] = "Agg"

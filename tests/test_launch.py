@@ -1,4 +1,4 @@
-"""Launches: variants that are remembered, and host functions that are repeated."""
+"""Launches: variants that are remembered, and host functions that are replayed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from natsl.kernels._triton import delta as delta_triton
 from natsl.kernels._triton import mix as mix_triton
 from natsl.kernels._triton import softmax as softmax_triton
 from natsl.kernels.bench.roofline import Shape
-from natsl.kernels.launch import launcher as launch
-from natsl.kernels.launch import parameters as tuning
-from natsl.kernels.launch.launcher import Repeated
+from natsl.kernels.launch import parameters, replay
+from natsl.kernels.launch.launcher import Launcher
+from natsl.kernels.launch.replay import Replayed
 from natsl.kernels.registry import OPS, Options, differentiate, layer_inputs
 
 
@@ -51,7 +51,7 @@ def test_launcher_remembers_what_triton_specialises_on(monkeypatch: pytest.Monke
             return launch
 
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
-    launcher = launch.Launcher(Function())
+    launcher = Launcher(Function())
     x, half = (torch.zeros(4, dtype=dtype).as_subclass(OnGPU) for dtype in (torch.float32, torch.float16))
 
     def asked(x: torch.Tensor, T: int, stride: int, C: int = 64, row: int = 3) -> int:
@@ -84,13 +84,13 @@ class Adder:
             out[i] = first[i] + factor * second[i]
 
 
-def add(x: Tensor, y: Tensor, target: Tensor, n: int, factor: float, odd: bool = False) -> None:
+def add(x: Tensor, y: Tensor, target: Tensor, n: int, factor: float, special: bool = False) -> None:
     """A launch as ``Launcher`` makes it."""
     pointers = [x.data_ptr(), y.data_ptr(), target.data_ptr()]
-    launch._run(Adder(), (1,), 0, [*pointers, n, factor])
-    recorder = launch._recorder()
+    replay.run(Adder(), (1,), 0, [*pointers, n, factor])
+    recorder = replay.recorder()
     if recorder is not None:
-        recorder.note(Adder(), (1,), [x, y, target], (n, factor), odd)
+        recorder.record(Adder(), (1,), [x, y, target], (n, factor), special)
 
 
 class Host:
@@ -98,18 +98,18 @@ class Host:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.runs = function, 0
-        self.repeated = Repeated(self._run)
+        self.replayed = Replayed(self._run)
 
     def _run(self, *arguments: Any) -> Any:
         self.runs += 1
         return self.function(*arguments)
 
     def check(self, *arguments: Any, runs: int) -> None:
-        """Fail unless the repeated function gives what a plain call does, after so many runs in all."""
-        expected, found = self.function(*arguments), self.repeated(*arguments)
+        """Fail unless the replayed function gives what a plain call does, after so many runs in all."""
+        expected, actual = self.function(*arguments), self.replayed(*arguments)
         assert self.runs == runs
-        assert isinstance(found, Tensor) == isinstance(expected, Tensor)
-        pairs = [(found, expected)] if isinstance(found, Tensor) else list(zip(found, expected, strict=True))
+        assert isinstance(actual, Tensor) == isinstance(expected, Tensor)
+        pairs = [(actual, expected)] if isinstance(actual, Tensor) else list(zip(actual, expected, strict=True))
         for x, y in pairs:
             torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
@@ -117,9 +117,9 @@ class Host:
 @pytest.fixture
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything counts as lying on a GPU."""
-    monkeypatch.setattr(launch, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(replay, "_on_gpu", lambda x: True)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
-    monkeypatch.setattr(Repeated, "repeat_at_once", False)
+    monkeypatch.setattr(Replayed, "replay_at_once", False)
 
 
 def chain(x: Tensor, others: list[Tensor], n: int, factor: float, unused: None) -> list[Tensor]:
@@ -137,13 +137,13 @@ def numbers(n: int = 8) -> Tensor:
 
 
 @pytest.mark.usefixtures("_no_gpu")
-def test_later_calls_repeat_the_first() -> None:
+def test_later_calls_replay_the_first() -> None:
     host = Host(chain)
     for _ in range(3):
         host.check(numbers(), [numbers(), numbers()], 8, 0.5, None, runs=1)
-    kept = host.repeated(numbers(), [numbers(), numbers()], 8, 0.5, None)
+    kept = host.replayed(numbers(), [numbers(), numbers()], 8, 0.5, None)
     before = [x.clone() for x in kept]
-    host.repeated(numbers(), [numbers(), numbers()], 8, 0.5, None)
+    host.replayed(numbers(), [numbers(), numbers()], 8, 0.5, None)
     assert all(torch.equal(x, y) for x, y in zip(kept, before, strict=True))  # outputs are nobody else's memory
 
 
@@ -162,7 +162,7 @@ def test_every_kind_of_call_is_one_of_its_own() -> None:
     for i, call in enumerate(calls):
         host.check(*call, None, runs=i + 1)
         host.check(*call, None, runs=i + 1)
-    tuning.forget()
+    parameters.forget()
     host.check(*calls[0], None, runs=len(calls) + 1)
 
 
@@ -244,7 +244,7 @@ def returns_a_part(x: Tensor, y: Tensor) -> Tensor:
 
 def needs_a_variant(x: Tensor, y: Tensor) -> Tensor:
     out = torch.empty_like(x)
-    add(x, y, out, 8, 1.0, odd=True)
+    add(x, y, out, 8, 1.0, special=True)
     return out
 
 
@@ -262,37 +262,37 @@ def needs_a_variant(x: Tensor, y: Tensor) -> Tensor:
     ],
     ids=lambda function: function.__name__,
 )
-def test_what_cannot_be_repeated_runs_every_time(function: Callable[..., Any]) -> None:
+def test_what_cannot_be_replayed_runs_every_time(function: Callable[..., Any]) -> None:
     host = Host(function)
     for i in range(3):
         host.check(numbers(), numbers(), runs=i + 1)
 
 
 @pytest.mark.usefixtures("_no_gpu")
-def test_memory_that_does_not_start_at_16_bytes_is_not_repeated() -> None:
+def test_memory_that_does_not_start_at_16_bytes_is_not_replayed() -> None:
     host = Host(chain)
     for i in range(2):
         host.check(numbers(9)[1:], [numbers(), numbers()], 8, 0.5, None, runs=i + 1)
 
 
 @pytest.mark.usefixtures("_no_gpu")
-def test_forced_parameters_are_not_repeated() -> None:
+def test_forced_parameters_are_not_replayed() -> None:
     host = Host(chain)
     host.check(numbers(), [numbers(), numbers()], 8, 0.5, None, runs=1)
-    with tuning.forced({"kernel": {"BLOCK": 1}}):
+    with parameters.forced({"kernel": {"BLOCK": 1}}):
         host.check(numbers(), [numbers(), numbers()], 8, 0.5, None, runs=2)
-    with tuning.observed():
+    with parameters.observed():
         host.check(numbers(), [numbers(), numbers()], 8, 0.5, None, runs=3)
     host.check(numbers(), [numbers(), numbers()], 8, 0.5, None, runs=3)
 
 
 @pytest.mark.usefixtures("_no_gpu")
 def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "MOST_PLANS", 4)
+    monkeypatch.setattr(replay, "MOST_PLANS", 4)
     host = Host(chain)
     for n in range(1, 12):
         host.check(numbers(), [numbers(), numbers()], n % 8 + 1, 1.0 * n, None, runs=n)
-        assert len(host.repeated.plans) <= 4
+        assert len(host.replayed.plans) <= 4
 
 
 @pytest.mark.usefixtures("_no_gpu")
@@ -303,34 +303,34 @@ def test_a_function_that_fails_leaves_nothing_behind() -> None:
     host = Host(fails)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no memory"):
-            host.repeated(numbers())
-    assert launch._recorder() is None
+            host.replayed(numbers())
+    assert replay.recorder() is None
     assert host.runs == 2
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are only noted")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are only recorded")
 @pytest.mark.usefixtures("_no_gpu")
 @pytest.mark.parametrize("T", [128, 100])
-def test_every_op_can_be_repeated(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_op_can_be_replayed(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward: else it would run its host code in every call, and nothing would show."""
 
-    def note(self: launch.Launcher, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    def record(self: Launcher, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         tensors = [x for x in arguments if isinstance(x, Tensor)]
-        recorder = launch._recorder()
+        recorder = replay.recorder()
         assert recorder is not None
         kernel = SimpleNamespace(run=lambda *_: None, function="f", packed_metadata="m")
-        recorder.note(kernel, grid, tensors, arguments[len(tensors) :], False)
+        recorder.record(kernel, grid, tensors, arguments[len(tensors) :], False)
 
-    monkeypatch.setattr(launch.Launcher, "_launch", note)
+    monkeypatch.setattr(Launcher, "_launch", record)
     functions = [x for m in (softmax_triton, delta_triton, branches_triton, mix_triton) for x in vars(m).values()]
-    repeated = [x for x in functions if isinstance(x, Repeated)]
-    assert len(repeated) == 8
-    for function in repeated:
+    replayed = [x for x in functions if isinstance(x, Replayed)]
+    assert len(replayed) == 8
+    for function in replayed:
         monkeypatch.setattr(function, "plans", {})
     inputs = layer_inputs(Shape(2, 32, 32, 1, 16, "float32"), 2, T, 0.4, torch.device("cpu"))
     for op in OPS:
         differentiate(op, inputs, Options(16, "insertion", 0.5, "triton"))
-    for function in repeated:
+    for function in replayed:
         assert function.plans
         assert None not in function.plans.values()
 
@@ -338,16 +338,16 @@ def test_every_op_can_be_repeated(T: int, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("counterfactual", ["none", "derivative", "insertion"])
 @pytest.mark.parametrize("op", OPS)
-def test_repeated_ops_equal_plain_ones(op: str, counterfactual: str) -> None:
-    """Bit by bit, with other memory and other values than in the call that was noted."""
+def test_replayed_ops_equal_plain_ones(op: str, counterfactual: str) -> None:
+    """Bit by bit, with other memory and other values than in the call that was captured."""
     device = torch.device("cuda", 0)
     options = Options(64, counterfactual, 1.0, "triton")
     for seed in range(4):
         inputs = layer_inputs(Shape(), 2, 320, 0.4, device, seed=seed)
-        found = differentiate(op, inputs, options)
-        with tuning.observed():  # nothing is repeated
+        outputs, gradients = differentiate(op, inputs, options)
+        with parameters.observed():  # nothing is replayed
             expected = differentiate(op, inputs, options)
-        pairs = [*zip(found[0], expected[0], strict=True), *((found[1][name], expected[1][name]) for name in found[1])]
+        pairs = [*zip(outputs, expected[0], strict=True), *((x, expected[1][name]) for name, x in gradients.items())]
         assert all(torch.equal(x, y) for x, y in pairs)
         held = [torch.empty_like(x) for x in inputs.values()]  # the next ones lie elsewhere
     assert held

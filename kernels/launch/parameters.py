@@ -2,7 +2,7 @@
 
 They come from, in this order: what a caller forces (benchmarks, tests), the table that the user's own tuning stored,
 the table that is shipped for the device, the default that the kernel passes. ``python -m natsl.kernels.bench --tune``
-measures and stores. ``warm_up`` compiles what a layer needs, all kernels at the same time, before the first step.
+measures and stores.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from natsl.kernels.bench.roofline import Shape
+from natsl.kernels.launch.compilation import Compilation as Compilation
+from natsl.kernels.launch.compilation import collecting
+from natsl.kernels.launch.compilation import compile_ahead as compile_ahead
 
 Table = dict[str, dict[str, dict[str, dict[str, int]]]]  # device name → kernel → key → parameters
 
@@ -27,7 +28,6 @@ SHIPPED = Path(__file__).with_name("tuned.json")
 _forced: dict[str, dict[str, int]] = {}
 _observed: dict[str, tuple[str, dict[str, int]]] | None = None
 _use_tables = True
-_collecting = False  # whether launches are only noted
 _generation = 0  # counts how often the tables were read anew
 
 
@@ -53,7 +53,7 @@ def read_table(path: Path) -> Table:
     return table
 
 
-def store(path: Path, device_name: str, found: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
+def store(path: Path, device_name: str, results: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
     """Merge kernel → key → parameters into the table at ``path``, which is replaced in one step.
 
     They go under ``device_name`` or, if the table has it, under a shorter name of the same device ("H100").
@@ -61,7 +61,7 @@ def store(path: Path, device_name: str, found: Mapping[str, Mapping[str, Mapping
     table = read_table(path)
     name = next((name for name in table if name in device_name), device_name)
     device = table.setdefault(name, {})
-    for kernel, keys in found.items():
+    for kernel, keys in results.items():
         device.setdefault(kernel, {}).update({key: dict(parameters) for key, parameters in keys.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
@@ -86,12 +86,7 @@ def generation() -> int:
 def overridden() -> bool:
     """Whether anything but the tables decides what is launched: parameters forced, observed or untuned, or kernels
     that are only compiled."""
-    return bool(_forced) or _observed is not None or not _use_tables or _collecting
-
-
-def collecting() -> bool:
-    """Whether kernels are to be compiled and not launched (``Compilation.collect``)."""
-    return _collecting
+    return bool(_forced) or _observed is not None or not _use_tables or collecting()
 
 
 @cache
@@ -105,9 +100,9 @@ def _stored(kernel: str, key: str, index: int) -> dict[str, int]:
     """What the first table that knows the device, the kernel and the key says; nothing if none does."""
     name = torch.cuda.get_device_name(index)
     for table in _tables():
-        found = [entry for device_name, entry in table.items() if device_name in name]
-        if found and key in found[0].get(kernel, {}):
-            return found[0][kernel][key]
+        entry = next((entry for device_name, entry in table.items() if device_name in name), {})
+        if key in entry.get(kernel, {}):
+            return entry[kernel][key]
     return {}
 
 
@@ -118,15 +113,16 @@ def shape_key(dtype: torch.dtype, chunk_size: int, K: int, V: int) -> str:
 
 
 def pick(kernel: str, key: str, device: torch.device, default: Mapping[str, int]) -> dict[str, int]:
-    """Launch parameters of ``kernel`` for ``key`` (for example ``"bfloat16 C64 K64 V128"``): those of ``default``."""
-    chosen = dict(default)
+    """Launch parameters of ``kernel`` for ``key``, for example ``"bfloat16 C64 K64 V128"``: those of ``default``, each
+    with the value that is forced, stored or shipped, if there is one."""
+    choice = dict(default)
     if device.type == "cuda" and _use_tables:
         stored = _stored(kernel, key, torch.cuda.current_device() if device.index is None else device.index)
-        chosen |= {name: value for name, value in stored.items() if name in default}
-    chosen |= _forced.get(kernel, {})
+        choice |= {name: value for name, value in stored.items() if name in default}
+    choice |= _forced.get(kernel, {})
     if _observed is not None:
-        _observed[kernel] = (key, dict(chosen))
-    return chosen
+        _observed[kernel] = (key, dict(choice))
+    return choice
 
 
 @contextmanager
@@ -161,82 +157,6 @@ def untuned() -> Iterator[None]:
         yield
     finally:
         _use_tables = before
-
-
-class Compilation:
-    """Triton kernels to be compiled, collected by running code whose launches do nothing."""
-
-    def __init__(self) -> None:
-        self._jobs: dict[tuple[Any, str], str] = {}  # (jit function, its key) → specialisation
-        self.failures: dict[str, str] = {}  # kernel → why it does not compile
-
-    @contextmanager
-    def collect(self) -> Iterator[None]:
-        """Inside the ``with`` block no kernel is launched and none compiled: outputs stay unwritten.
-
-        What runs inside may not look at values. Kernels that this process has compiled are not collected.
-        """
-        from triton import knobs
-        from triton.runtime.jit import JITFunction
-
-        launch, hook = JITFunction.run, knobs.runtime.jit_cache_hook
-
-        def only_compile(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-            return launch(self, *arguments, grid=grid, warmup=True, **options)
-
-        def note(
-            *, key: str, repr: str, fn: Any, compile: dict[str, Any], is_manual_warmup: bool, already_compiled: bool
-        ) -> bool:
-            self._jobs[fn.jit_function, key] = compile["specialization_data"]
-            return True  # stands for: done, do not compile
-
-        global _collecting
-        JITFunction.run, knobs.runtime.jit_cache_hook, _collecting = only_compile, note, True
-        try:
-            yield
-        finally:
-            JITFunction.run, knobs.runtime.jit_cache_hook, _collecting = launch, hook, False
-
-    def run(self, workers: int | None = None) -> int:
-        """Compile what was collected, in ``workers`` threads (default: one per core); returns how many did compile.
-
-        Triton works outside of Python's lock for all but some hundredths of a second per kernel. What does not compile
-        is in ``failures``.
-        """
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
-
-        def compile_one(job: tuple[tuple[Any, str], str]) -> bool:
-            (function, _), specialisation = job
-            if device is not None:  # a setting of the thread
-                torch.cuda.set_device(device)
-            try:
-                kernel = function.preload(specialisation)
-                if device is not None:
-                    kernel[1, 1, 1]  # loads it and builds its launcher, which Triton leaves to the first launch
-            except Exception as error:  # whatever the compiler raises, the others go on
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                self.failures[f"{function.module}.{function.__name__}"] = lines[0]
-                return False
-            return True
-
-        jobs = list(self._jobs.items())
-        self._jobs.clear()
-        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as threads:
-            return sum(threads.map(compile_one, jobs))
-
-
-def compile_ahead(function: Callable[[], object], workers: int | None = None) -> int:
-    """Compile all Triton kernels that ``function`` launches, at the same time, launching none; returns how many.
-
-    ``function`` runs with outputs that nobody writes, so it may not look at values. Does nothing under Triton's
-    interpreter. A kernel that does not compile raises at its first launch.
-    """
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return 0
-    compilation = Compilation()
-    with compilation.collect():
-        function()
-    return compilation.run(workers)
 
 
 def warm_up(
