@@ -7,17 +7,23 @@ from torch import Tensor
 
 from natsl.kernels.delta import routed_delta_rule
 from natsl.kernels.dispatch import (
+    Limits,
     check_counterfactual,
     check_heads,
     check_shape,
     check_tensors,
     count_chunks,
-    kernel_limit,
     split_values,
     use_kernels,
 )
 from natsl.kernels.reference import sample
+from natsl.kernels.shape import LARGEST_GRID, LARGEST_KEY_DIM, LARGEST_VALUE_DIM
 from natsl.kernels.softmax import routed_softmax
+
+LIMITS = Limits(
+    {"K": LARGEST_KEY_DIM, "V": LARGEST_VALUE_DIM, "Ks": LARGEST_KEY_DIM, "batch · heads": LARGEST_GRID},
+    chunk_keys=True,
+)
 
 
 def routed_branches(
@@ -59,8 +65,8 @@ def routed_branches(
     check_shape(op, "beta", beta, (B, T, R))
     check_shape(op, "route", route, (B, *count_chunks([T], chunk_size), R))
     check_counterfactual(op, counterfactual, counterfactual_rate)
-    widths = {"K": (K, 256), "V": (V, 512), "Ks": (Ks, 256), "batch · heads": (max(1, B * R), 65535)}
-    if not use_kernels(op, backend, q.device, kernel_limit(q.dtype, chunk_size, widths, delta_keys=K)):
+    sizes = {"K": K, "V": V, "Ks": Ks, "batch · heads": max(1, B * R)}
+    if not use_kernels(op, backend, q.device, LIMITS.reason(q.dtype, chunk_size, sizes)):
         options = {"counterfactual": counterfactual, "counterfactual_rate": counterfactual_rate, "backend": backend}
         o_delta, _ = routed_delta_rule(q, k, v, g, beta, route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
         values = split_values(v, Hs)
@@ -80,8 +86,8 @@ def _gradient_weights(route: Tensor, counterfactual: str, rate: float) -> tuple[
 
     The side that was chosen weighs 1, the other nothing (none; the first result is not read) or an unbiased sample.
     """
-    left = route <= 0.5
+    unchosen = route <= 0.5  # by softmax
     if counterfactual == "none":
-        return route, left
-    drawn = sample(route, rate)
-    return drawn * left, torch.where(left, 1.0, drawn)
+        return route, unchosen
+    weight = sample(route, rate)
+    return weight * unchosen, torch.where(unchosen, 1.0, weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from natsl.kernels import reference
 from natsl.kernels.dispatch import (
+    Limits,
     check_counterfactual,
     check_heads,
     check_packed_route,
@@ -16,10 +18,12 @@ from natsl.kernels.dispatch import (
     check_shape,
     check_tensors,
     count_chunks,
-    kernel_limit,
     sequence_bounds,
     use_kernels,
 )
+from natsl.kernels.shape import LARGEST_GRID, LARGEST_KEY_DIM, LARGEST_VALUE_DIM
+
+LIMITS = Limits({"K": LARGEST_KEY_DIM, "V": LARGEST_VALUE_DIM, "sequences · heads": LARGEST_GRID}, chunk_keys=True)
 
 
 def routed_delta_rule(
@@ -69,8 +73,8 @@ def routed_delta_rule(
     check_counterfactual(op, counterfactual, counterfactual_rate)
     scale = K**-0.5 if scale is None else scale
     sequences = B if cu_seqlens is None else check_packing(op, cu_seqlens, q)
-    widths = {"K": (K, 256), "V": (V, 512), "sequences · heads": (max(1, sequences * R), 65535)}
-    on_kernels = use_kernels(op, backend, q.device, kernel_limit(q.dtype, chunk_size, widths, delta_keys=K))
+    sizes = {"K": K, "V": V, "sequences · heads": max(1, sequences * R)}
+    on_kernels = use_kernels(op, backend, q.device, LIMITS.reason(q.dtype, chunk_size, sizes))
     if initial_state is not None:
         check_tensors(op, {"q": q, "initial_state": initial_state})
         check_shape(op, "initial_state", initial_state, (sequences, R, K, V))
@@ -82,21 +86,22 @@ def routed_delta_rule(
     if on_kernels:
         from natsl.kernels._triton.delta import routed_delta_rule as run_kernels
 
-        left = route.detach() > 0.5  # as the kernels read it
-        weighted = reference.weighted_route(route.float(), left, counterfactual, counterfactual_rate)
+        unchosen = route.detach() > 0.5  # by the delta rule, as its kernels read the route
+        weighted = reference.weighted_route(route.float(), unchosen, counterfactual, counterfactual_rate)
         return run_kernels(
             q, k, v, g, beta, weighted, initial_state, cu_seqlens, chunk_size, scale, qk_l2norm, output_final_state
         )
 
-    def run(
-        start: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, route: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return reference.routed_delta_rule(
-            q, k, v, g, beta, route, chunk_size, scale, start, qk_l2norm, counterfactual, counterfactual_rate
-        )
-
+    run = partial(
+        reference.routed_delta_rule,
+        chunk_size=chunk_size,
+        scale=scale,
+        qk_l2norm=qk_l2norm,
+        counterfactual=counterfactual,
+        counterfactual_rate=counterfactual_rate,
+    )
     if cu_seqlens is None:
-        o, state = run(initial_state, q, k, v, g, beta, route)
+        o, state = run(q, k, v, g, beta, route, initial_state=initial_state)
         return o, state if output_final_state else None
 
     bounds = sequence_bounds(op, cu_seqlens, T)
@@ -110,7 +115,7 @@ def routed_delta_rule(
         if part[0].shape[1] == 0:  # an empty sequence hands its state on
             states.append(q.new_zeros(1, R, K, V, dtype=torch.float32) if start is None else start)
             continue
-        o, state = run(start, *part)
+        o, state = run(*part, initial_state=start)
         outputs.append(o)
         states.append(state)
     return torch.cat(outputs, 1), torch.cat(states, 0) if output_final_state else None

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
 
+from natsl.kernels.shape import CHUNK_SIZES, ELEMENT_BYTES
+
 BACKENDS = ("auto", "triton", "torch")
-KERNEL_CHUNK_SIZES = (16, 32, 64, 128)
+COUNTERFACTUALS = ("none", "derivative", "insertion")
+_DTYPES = tuple(getattr(torch, name) for name in ELEMENT_BYTES)
 _TRITON_INSTALLED = find_spec("triton") is not None
 
 
@@ -20,7 +24,7 @@ def resolve(backend: str, op: str, device: torch.device) -> str:
     """Return ``"triton"`` or ``"torch"`` for one call of ``op``.
 
     ``auto`` takes the Triton kernels on CUDA if triton is installed, and torch everywhere else. On a CPU the kernels
-    run in Triton's interpreter alone (``TRITON_INTERPRET=1``). Raises ``ValueError`` for an unknown name and for a
+    run only in Triton's interpreter (``TRITON_INTERPRET=1``). Raises ``ValueError`` for an unknown name and for a
     forced backend that is absent.
     """
     if backend not in BACKENDS:
@@ -43,8 +47,8 @@ def check_tensors(op: str, tensors: Mapping[str, torch.Tensor]) -> None:
     first, reference = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise ValueError(f"{op}: {name} must be a floating point tensor, found {found}")
+            kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"{op}: {name} must be a floating point tensor, found {kind}")
         if tensor.device != reference.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, but {first} is on {reference.device}")
 
@@ -55,8 +59,8 @@ def check_heads(op: str, tensors: Mapping[str, torch.Tensor], chunk_size: int) -
     first, reference = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if tensor.dim() != 4 or 0 in tensor.shape[1:]:
-            found = tuple(tensor.shape)
-            raise ValueError(f"{op}: {name} must be [batch, tokens, heads, width], each ≥ 1, found {found}")
+            shape = tuple(tensor.shape)
+            raise ValueError(f"{op}: {name} must be [batch, tokens, heads, width], each ≥ 1, found {shape}")
         if tensor.dtype != reference.dtype:
             raise ValueError(f"{op}: {name} is {tensor.dtype}, but {first} is {reference.dtype}")
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
@@ -71,8 +75,8 @@ def check_shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int, .
 
 def check_counterfactual(op: str, counterfactual: str, rate: float) -> None:
     """Raise ``ValueError`` for an unknown mode of the router gradient or a rate outside (0, 1]."""
-    if counterfactual not in ("none", "derivative", "insertion"):
-        raise ValueError(f"{op}: counterfactual = {counterfactual!r} must be one of none, derivative, insertion")
+    if counterfactual not in COUNTERFACTUALS:
+        raise ValueError(f"{op}: counterfactual = {counterfactual!r} must be one of {', '.join(COUNTERFACTUALS)}")
     if not 0.0 < rate <= 1.0:
         raise ValueError(f"{op}: counterfactual_rate = {rate!r} must lie in (0, 1]")
 
@@ -85,10 +89,10 @@ def kernel_limit(
     ``widths``: name → (value, largest); ``delta_keys``: key width of the delta rule, whose kernels hold a chunk's keys
     on chip.
     """
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in _DTYPES:
         return f"{dtype} is not supported by the triton backend: float32, float16 or bfloat16"
-    if chunk_size is not None and chunk_size not in KERNEL_CHUNK_SIZES:
-        allowed = ", ".join(map(str, KERNEL_CHUNK_SIZES))
+    if chunk_size is not None and chunk_size not in CHUNK_SIZES:
+        allowed = ", ".join(map(str, CHUNK_SIZES))
         return f"chunk_size = {chunk_size} is not supported by the triton backend: {allowed}"
     for name, (value, largest) in widths.items():
         if not 1 <= value <= largest:
@@ -102,6 +106,22 @@ def kernel_limit(
                 "chunk_size · K is at most 16384, in float32 8192 and chunk_size 64 (K rounded up to a power of two)"
             )
     return None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes that the Triton kernels of one op take: the largest of each, by the name that errors use.
+
+    ``chunk_keys``: the kernels hold the keys of a chunk on chip, so chunk_size · K is limited as well.
+    """
+
+    largest: Mapping[str, int]
+    chunk_keys: bool = False
+
+    def reason(self, dtype: torch.dtype, chunk_size: int | None, sizes: Mapping[str, int]) -> str | None:
+        """Why the kernels do not take these sizes, or None if they do; ``chunk_size``: None for an op without one."""
+        widths = {name: (sizes[name], largest) for name, largest in self.largest.items()}
+        return kernel_limit(dtype, chunk_size, widths, delta_keys=sizes["K"] if self.chunk_keys else None)
 
 
 def use_kernels(op: str, backend: str, device: torch.device, limit: str | None) -> bool:
@@ -154,8 +174,8 @@ def check_packed_route(op: str, route: torch.Tensor, heads: int, tokens: int, se
     """Raise ``ValueError`` unless route is [1,N,heads] with a number of chunks that so many tokens can have."""
     fewest, most = -(-tokens // chunk_size), tokens // chunk_size + sequences
     if route.dim() != 3 or (route.shape[0], route.shape[2]) != (1, heads) or not fewest <= route.shape[1] <= most:
-        found = tuple(route.shape)
-        raise ValueError(f"{op}: route has shape {found}, expected (1, {fewest} to {most} chunks, {heads})")
+        shape = tuple(route.shape)
+        raise ValueError(f"{op}: route has shape {shape}, expected (1, {fewest} to {most} chunks, {heads})")
 
 
 def sequence_bounds(op: str, cu_seqlens: torch.Tensor, tokens: int) -> list[int]:

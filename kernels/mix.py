@@ -5,7 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from natsl.kernels import reference
-from natsl.kernels.dispatch import check_shape, check_tensors, kernel_limit, use_kernels
+from natsl.kernels.dispatch import Limits, check_shape, check_tensors, use_kernels
+from natsl.kernels.shape import LARGEST_VALUE_DIM
+
+LIMITS = Limits({"Vs": LARGEST_VALUE_DIM})
 
 
 def routed_mix(
@@ -40,7 +43,7 @@ def routed_mix(
         check_shape(op, name, tensor, (*shape[:3], 2) if name == "mix_logits" else shape)
     for name, tensor in weights.items():
         check_shape(op, name, tensor, shape[3:])
-    if use_kernels(op, backend, o_delta.device, kernel_limit(o_delta.dtype, None, {"Vs": (shape[3], 512)})):
+    if use_kernels(op, backend, o_delta.device, LIMITS.reason(o_delta.dtype, None, {"Vs": shape[3]})):
         from natsl.kernels._triton import mix as mix_triton
 
         return mix_triton.routed_mix(o_delta, o_softmax, gate, mix_logits, weight_delta, weight_softmax, eps)
@@ -61,7 +64,7 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, backend: 
         raise ValueError(f"{op}: x must be [batch, tokens, heads, width], found {tuple(x.shape)}")
     check_shape(op, "gate", gate, tuple(x.shape))
     check_shape(op, "weight", weight, tuple(x.shape[3:]))
-    if use_kernels(op, backend, x.device, kernel_limit(x.dtype, None, {"Vs": (x.shape[3], 512)})):
+    if use_kernels(op, backend, x.device, LIMITS.reason(x.dtype, None, {"Vs": x.shape[3]})):
         from natsl.kernels._triton import mix as mix_triton
 
         return mix_triton.gated_norm(x, gate, weight, eps)

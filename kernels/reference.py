@@ -159,13 +159,21 @@ def weighted_route(route: Tensor, unchosen: Tensor, counterfactual: str, rate: f
 
 
 def routed_softmax(
-    q: Tensor, k: Tensor, v: Tensor, route: Tensor, chunk_size: int, scale: float, counterfactual: str, rate: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor,
+    *,
+    chunk_size: int,
+    scale: float,
+    counterfactual: str,
+    counterfactual_rate: float,
 ) -> Tensor:
     """Softmax branch of one batch of sequences; arguments as in ``natsl.kernels.softmax.routed_softmax``."""
     B, T, Hq, _ = q.shape
     Hs, R = k.shape[2], route.shape[2]
     dtype = _accumulate_dtype(q)
-    route = weighted_route(route.to(dtype), route.detach() <= 0, counterfactual, rate)
+    route = weighted_route(route.to(dtype), route.detach() <= 0, counterfactual, counterfactual_rate)
     per_head = route.transpose(1, 2).repeat_interleave(Hs // R, 1)
     queries = q.to(dtype).unflatten(2, (Hs, Hq // Hs)).permute(0, 2, 3, 1, 4)
     keys, values = (x.to(dtype).transpose(1, 2) for x in (k, v))
@@ -185,12 +193,13 @@ def routed_delta_rule(
     g: Tensor,
     beta: Tensor,
     route: Tensor,
+    *,
     chunk_size: int,
     scale: float,
     initial_state: Tensor | None,
     qk_l2norm: bool,
     counterfactual: str,
-    rate: float,
+    counterfactual_rate: float,
 ) -> tuple[Tensor, Tensor]:
     """Gated DeltaNet branch in chunk form; arguments as in ``natsl.kernels.delta.routed_delta_rule``.
 
@@ -200,7 +209,7 @@ def routed_delta_rule(
     C, V = chunk_size, v.shape[-1]
     N = -(-T // C)
     dtype = _accumulate_dtype(q)
-    route = weighted_route(route.to(dtype), route.detach() >= 1, counterfactual, rate)
+    route = weighted_route(route.to(dtype), route.detach() >= 1, counterfactual, counterfactual_rate)
 
     def chunked(x: Tensor) -> Tensor:  # [B,T,R,·] → [B,R,N,C,·]
         x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, N * C - T))
@@ -272,3 +281,10 @@ def routed_mix(
     mixed = w_delta * (rms_normalise(o_delta.to(dtype), eps) * weight_delta.to(dtype))
     mixed = mixed + w_softmax * (rms_normalise(o_softmax.to(dtype), eps) * weight_softmax.to(dtype))
     return (F.silu(gate.to(dtype)) * mixed).to(o_delta.dtype)
+
+
+def cap_limits(chunks: int, cap: float, burst: int, device: torch.device) -> Tensor:
+    """How many of the first n chunks may be kept, n = 1…``chunks``: ceil(cap·n) + burst, int64 [chunks]."""
+    n = torch.arange(1, chunks + 1, device=device, dtype=torch.float64)
+    # 1e-9 keeps a product such as 0.07·100 = 7.000000000000001 from rounding up to the next integer
+    return torch.ceil(cap * n - 1e-9).to(torch.int64) + burst

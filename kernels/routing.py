@@ -1,7 +1,7 @@
 """Margins → routes: thresholds, calibrated budgets and the hard causal cap.
 
 Shapes: B batch, T tokens, C chunk size, N = ceil(T/C) chunks, R routing heads, D width, P table points.
-Everything here is causal: the route of chunk n depends on chunks ≤ n alone.
+Everything here is causal: the route of chunk n depends only on chunks ≤ n.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from natsl.kernels.dispatch import resolve
+from natsl.kernels.reference import cap_limits as cap_limits  # moved
 
 
 def chunk_means(x: Tensor, chunk_size: int, lengths: Tensor | None = None) -> Tensor:
@@ -68,13 +69,6 @@ def _check_cap(cap: float, burst: int) -> None:
         raise ValueError(f"burst = {burst!r} is not allowed: it must be ≥ 0")
 
 
-def cap_limits(chunks: int, cap: float, burst: int, device: torch.device) -> Tensor:
-    """How many of the first n chunks may be kept, n = 1…``chunks``: ceil(cap·n) + burst, int64 [chunks]."""
-    n = torch.arange(1, chunks + 1, device=device, dtype=torch.float64)
-    # 1e-9 keeps a product such as 0.07·100 = 7.000000000000001 from rounding up to the next integer
-    return torch.ceil(cap * n - 1e-9).to(torch.int64) + burst
-
-
 def route_margins(
     margins: Tensor, threshold: Tensor | float, cap: float | None, burst: int = 0, backend: str = "auto"
 ) -> Tensor:
@@ -84,11 +78,11 @@ def route_margins(
     other, bit for bit; with a cap one kernel on CUDA. Returns float 0/1 [B,N,R] in margins' dtype, without a gradient.
     Raises ``ValueError`` for a cap or a burst outside its range.
     """
-    chosen = resolve(backend, "route_margins", margins.device)
+    name = resolve(backend, "route_margins", margins.device)
     if cap is None:
         return threshold_routes(margins.detach(), threshold)
     _check_cap(cap, burst)
-    if chosen == "triton":
+    if name == "triton":
         from natsl.kernels._triton.routing import capped_routes
 
         return capped_routes(margins, threshold, cap, burst)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from natsl.kernels import reference
 from natsl.kernels.dispatch import (
+    Limits,
     check_counterfactual,
     check_heads,
     check_packed_route,
@@ -16,10 +18,12 @@ from natsl.kernels.dispatch import (
     check_shape,
     check_tensors,
     count_chunks,
-    kernel_limit,
     sequence_bounds,
     use_kernels,
 )
+from natsl.kernels.shape import LARGEST_GRID, LARGEST_KEY_DIM, LARGEST_VALUE_DIM
+
+LIMITS = Limits({"Ks": LARGEST_KEY_DIM, "Vs": LARGEST_VALUE_DIM, "batch": LARGEST_GRID})
 
 
 def routed_softmax(
@@ -76,8 +80,7 @@ def routed_softmax(
     else:
         check_packed_route(op, route, route.shape[2], T, sequences, chunk_size)
 
-    widths = {"Ks": (Ks, 256), "Vs": (v.shape[3], 512), "batch": (max(1, B), 65535)}
-    limit = kernel_limit(q.dtype, chunk_size, widths)
+    limit = LIMITS.reason(q.dtype, chunk_size, {"Ks": Ks, "Vs": v.shape[3], "batch": max(1, B)})
     if limit is None and not scale > 0.0:
         limit = f"scale = {scale!r} is not supported by the triton backend: it must be > 0"
     if use_kernels(op, backend, q.device, limit):
@@ -88,9 +91,13 @@ def routed_softmax(
             q, k, v, route, cu_seqlens, chunk_size, scale, counterfactual, counterfactual_rate
         )
 
-    def run(q: Tensor, k: Tensor, v: Tensor, route: Tensor) -> Tensor:
-        return reference.routed_softmax(q, k, v, route, chunk_size, scale, counterfactual, counterfactual_rate)
-
+    run = partial(
+        reference.routed_softmax,
+        chunk_size=chunk_size,
+        scale=scale,
+        counterfactual=counterfactual,
+        counterfactual_rate=counterfactual_rate,
+    )
     if cu_seqlens is None:
         return run(q, k, v, route)
     bounds = sequence_bounds(op, cu_seqlens, T)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from natsl.kernels.launch.launcher import Launcher
 from natsl.kernels.launch.library import register
-from natsl.kernels.routing import cap_limits
+from natsl.kernels.reference import cap_limits
 
 
 @triton.jit
