@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,32 +19,41 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from natsl.kernels import warmup
+from natsl.kernels._triton import delta_kernels, softmax_kernels
+from natsl.kernels._triton import mix as mix_triton
+from natsl.kernels._triton import routing as routing_triton
 from natsl.kernels.bench import __main__ as bench
-from natsl.kernels.bench import rivals, tune
-from natsl.kernels.bench import timing as measure
-from natsl.kernels.bench import verify as conformance
+from natsl.kernels.bench import rivals, run, timing, tune, verify
 from natsl.kernels.bench.report import KernelRow, Row, draw, kernel_table, line
 from natsl.kernels.bench.roofline import (
     H100,
+    delta_backward_split,
+    delta_forward_split,
+    for_dtype,
+    kernel_work,
+    op_work,
+    softmax_backward_split,
+)
+from natsl.kernels.dispatch import COUNTERFACTUALS, Limits, split_values
+from natsl.kernels.launch import parameters
+from natsl.kernels.launch.launcher import Launcher
+from natsl.kernels.registry import OPS, KernelSpec, OpSpec, Options, OpWork, kernels, layer_inputs
+from natsl.kernels.shape import (
     Case,
     Shape,
     Work,
     delta_backward,
-    delta_backward_split,
     delta_forward,
-    delta_forward_split,
     earlier_pairs,
-    for_dtype,
-    kernel_work,
-    op_work,
+    mix_backward,
+    mix_forward,
     softmax_backward,
     softmax_forward,
     visible_pairs,
 )
-from natsl.kernels.dispatch import split_values
-from natsl.kernels.launch import parameters as tuning
-from natsl.kernels.registry import OPS, Options, differentiate, layer_inputs
 from natsl.kernels.softmax import routed_softmax
+from natsl.kernels.warmup import run_all
 from tests.oracles import assert_near
 
 ROOT = Path(__file__).parents[1]
@@ -75,8 +84,8 @@ def test_floors_are_those_of_the_figures(tokens: int) -> None:
     for i, fraction in enumerate((0.1, 0.3, 0.5)):
         case = Case(1, tokens, fraction)
         assert microseconds(softmax_forward(shape, case)) == pytest.approx(forward[i], rel=0.05)
-        for figure, is_fused in ((fused[i], True), (split[i], False)):
-            products = Work(softmax_backward(shape, case, is_fused).flops, 0.0)
+        for figure, work in ((fused[i], softmax_backward), (split[i], softmax_backward_split)):
+            products = Work(work(shape, case).flops, 0.0)
             assert microseconds(products) == pytest.approx(figure, rel=0.05)
         functions = (delta_forward, delta_forward_split, delta_backward, delta_backward_split)
         assert [microseconds(f(shape, case)) for f in functions] == pytest.approx(delta, rel=0.05)
@@ -100,14 +109,14 @@ def test_work_grows_with_everything() -> None:
     for op in ("routed_softmax", "routed_delta_rule", "routed_mix", "branches", "layer"):
         for small, large in zip(op_work(op, shape, case), op_work(op, shape, replace(case, batch=4)), strict=True):
             assert large == Work(2 * small.flops, 2 * small.bytes)
-    whole = op_work("layer", shape, case)
+    layer = op_work("layer", shape, case)
     parts = [op_work(op, shape, case) for op in ("routed_softmax", "routed_delta_rule", "routed_mix")]
-    assert whole[1].flops == pytest.approx(sum(part[1].flops for part in parts))
+    assert layer[1].flops == pytest.approx(sum(part[1].flops for part in parts))
     assert kernel_work(shape, case)["softmax_counterfactual"] == Work(0.0, 0.0)
-    assert kernel_work(shape, case, "insertion", 0.1)["softmax_counterfactual"].flops > 0
+    assert kernel_work(shape, replace(case, rate=0.1))["softmax_counterfactual"].flops > 0
     split = kernel_work(shape, case)
     both = split["softmax_dq"].flops + split["softmax_dkv"].flops
-    assert both == pytest.approx(softmax_backward(shape, case, fused=False).flops)
+    assert both == pytest.approx(softmax_backward_split(shape, case).flops)
     assert for_dtype(H100, "float32").flops == pytest.approx(H100.flops / 6)
     assert for_dtype(H100, "float16") == H100
 
@@ -172,18 +181,18 @@ def test_the_interpreter_checks(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_red_check_is_named_and_nothing_is_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conformance, "OPS", {"gated_norm": OPS["gated_norm"]})
-    exact = differentiate
+    monkeypatch.setattr(verify, "OPS", {"gated_norm": OPS["gated_norm"]})
+    exact = OpSpec.differentiate
 
-    def wrong(op: str, tensors: dict[str, torch.Tensor], options: Options, *given: object) -> object:
-        outputs, gradients = exact(op, tensors, options, *given)  # type: ignore[arg-type]
+    def wrong(spec: OpSpec, tensors: dict[str, Tensor], options: Options, *gradients: object) -> object:
+        outputs, results = exact(spec, tensors, options, *gradients)  # type: ignore[arg-type]
         if options.backend == "triton":
-            gradients = {**gradients, "gate": gradients["gate"] + 0.5}
-        return outputs, gradients
+            results = {**results, "gate": results["gate"] + 0.5}
+        return outputs, results
 
-    monkeypatch.setattr(conformance, "differentiate", wrong)
+    monkeypatch.setattr(OpSpec, "differentiate", wrong)
     device = CPU if not torch.cuda.is_available() else torch.device("cuda", 0)
-    assert not bench._check(TINY, TINY_TOKENS, device, 0.5, ("none",))
+    assert not bench._check(TINY, verify.Scope(TINY_TOKENS, 0.5, ("none",)), device)
     first, last = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"WRONG gated_norm, any route: gradient of gate is off by \d\.\d+e-02, allowed 1.0e-05", first)
     assert last.startswith("1 of 5 checks failed: nothing is timed")
@@ -191,9 +200,9 @@ def test_a_red_check_is_named_and_nothing_is_timed(
 
 def test_difference_is_infinite_for_what_is_not_a_number() -> None:
     expected = torch.tensor([4.0, 1.0])
-    assert conformance.difference(torch.tensor([4.0, 1.4]), expected) == pytest.approx(0.1)
-    assert conformance.difference(torch.tensor([4.0, float("nan")]), expected) == float("inf")
-    assert conformance.difference(torch.ones(3), expected) == float("inf")
+    assert verify.difference(torch.tensor([4.0, 1.4]), expected) == pytest.approx(0.1)
+    assert verify.difference(torch.tensor([4.0, float("nan")]), expected) == float("inf")
+    assert verify.difference(torch.ones(3), expected) == float("inf")
 
 
 @pytest.mark.parametrize(
@@ -222,24 +231,33 @@ def test_mistakes_are_named(arguments: list[str], named: str, capsys: pytest.Cap
 
 def test_which_cases_are_timed() -> None:
     def cases(*arguments: str) -> list[Case]:
-        return bench._cases(bench.parser().parse_args(arguments))
+        return list(bench._cases(bench.parser().parse_args(arguments)))
 
     assert len(cases()) == 21
     assert {case.tokens for case in cases() if case.batch == 8} == {4096}
     assert cases("--quick") == [Case(1, 4096, 0.3), Case(1, 32768, 0.3), Case(8, 4096, 0.3)]
     assert cases("--lengths", "100,200", "--batch", "3", "--fractions", "0.5") == [Case(3, 100, 0.5), Case(3, 200, 0.5)]
+    assert {case.rate for case in cases("--rate", "0.2")} == {0.0}  # mode none samples nothing
+    assert {case.rate for case in cases("--rate", "0.2", "--counterfactual", "insertion")} == {0.2}
+
+
+def without_clock(monkeypatch: pytest.MonkeyPatch, symbols: dict[str, tuple[float, int]]) -> None:
+    """What the benchmark measures is made up: every time and memory, and the kernels that the profiler sees."""
+    monkeypatch.setattr(timing, "time_ms", lambda function, **options: 2.0)
+    monkeypatch.setattr(timing, "peak_gib", lambda function, inputs: 0.5)
+    monkeypatch.setattr(timing, "ceilings", lambda: H100)
+    monkeypatch.setattr(timing, "kernel_times", lambda function: symbols)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
 
 
 @without_gpu
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """All of the benchmark but the clock, on the interpreter."""
-    monkeypatch.setattr(measure, "time_ms", lambda function, **options: 2.0)
-    monkeypatch.setattr(measure, "peak_gib", lambda function, inputs: 0.5)
-    monkeypatch.setattr(measure, "ceilings", lambda: H100)
-    monkeypatch.setattr(measure, "kernel_times", lambda function: {"forward_kernel": (0.25, 1), "add": (0.5, 3)})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    symbols = {"softmax_forward_kernel": (0.25, 1), "mix_forward_kernel": (0.125, 1), "add": (0.5, 3)}
+    without_clock(monkeypatch, symbols)
     arguments = ["--lengths", "36", "--fractions", "0.5", "--against", "sdpa", "--out"]
-    bench._bench(bench.parser().parse_args([*arguments, str(tmp_path / "new" / "folder")]), TINY, CPU)
+    args = bench.parser().parse_args([*arguments, str(tmp_path / "new" / "folder")])
+    run.bench(bench._plan(args, TINY), CPU)
     out = capsys.readouterr().out
     assert max(len(text) for text in out.splitlines() if not text.startswith("Written")) <= 120
     result = json.loads((tmp_path / "new" / "folder" / "bench.json").read_text())
@@ -259,6 +277,87 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert result["rows"][-1]["note"].startswith("skipped: ")  # no cuDNN here
     assert {row["kernel"] for row in result["kernels"]} >= {"softmax_forward", "mix_forward", "torch, in routed_mix"}
     assert (tmp_path / "new" / "folder" / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@without_gpu
+def test_an_op_is_entered_in_the_registry_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Checks, tuning, rows, profile, floors and warm-up know an op that nothing but the registry names."""
+    calls: list[bool] = []
+
+    def call(x: Mapping[str, Tensor], options: Options) -> tuple[Tensor, ...]:
+        calls.append(x["route"].requires_grad)
+        return (x["q"] * x["route"].sum(),)
+
+    kernel = KernelSpec(
+        "toy_backward", in_backward=True, work=mix_forward, candidates=({"num_warps": 4}, {"num_warps": 8})
+    )
+    spec = OpSpec(
+        "toy",
+        inputs=("q", "route"),
+        call=call,
+        limits=(Limits({"K": 64}),),
+        kernels=(kernel,),
+        work=OpWork(mix_forward, mix_backward),
+        packs=True,
+        fixed_routes=True,
+    )
+    monkeypatch.setitem(OPS, "toy", spec)
+    shape, case = TINY, Case(1, TINY_TOKENS, 0.5)
+    assert op_work("toy", shape, case) == (mix_forward(shape, case), mix_backward(shape, case))
+    assert kernel_work(shape, case)["toy_backward"] == mix_forward(shape, case)
+
+    names = [item.name for item in verify.settings(shape, verify.Scope(TINY_TOKENS), CPU) if item.spec is spec]
+    assert names == [f"counterfactual {mode}{end}" for mode in COUNTERFACTUALS for end in ("", ", packed")]
+
+    (step,) = [step for step in tune.steps() if step.spec is spec]
+    assert step.kernel is kernel
+    assert tune.candidates(kernel, {"num_warps": 4}, "bfloat16") == [{"num_warps": 8}]
+
+    without_clock(monkeypatch, {"toy_backward_kernel": (0.25, 2)})
+    plan = run.Plan(shape, (case,), Options(shape.chunk_size, "insertion", backend="torch"), (), 1.0, tmp_path)
+    point = run.Point(plan, case, H100, CPU)
+    assert [row.name for row in run.case_rows(point)][-1] == "toy"
+    rows = [(row.kernel, row.ms, row.launches) for row in run.profile(point)]
+    assert rows[-2:] == [("toy_backward", 0.25, 2), ("torch, in toy", 0.0, 0)]
+
+    calls.clear()
+    run_all([spec], layer_inputs(shape, case, CPU), Options(shape.chunk_size))
+    assert calls == [True, False]
+    assert spec.limit(shape, 1) is None
+    assert spec.limit(Shape(1, 128, 32), 1) == "K = 128 is not supported by the triton backend: at most 64"
+
+
+@without_gpu
+def test_warm_up_runs_what_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op of the registry, but for those whose limits the shape exceeds."""
+    names: list[str] = []
+
+    def compile_ahead(function: Callable[[], None]) -> int:
+        function()
+        return 7
+
+    def differentiate(spec: OpSpec, inputs: Mapping[str, Tensor], options: Options) -> None:
+        names.append(f"{spec.name}{'' if inputs['route'].requires_grad else ', fixed routes'}")
+
+    monkeypatch.setattr(warmup, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(warmup, "layer_inputs", lambda shape, case, device: layer_inputs(shape, case, CPU))
+    monkeypatch.setattr(OpSpec, "differentiate", differentiate)
+    cuda = torch.device("cuda", 0)
+    assert warmup.warm_up(TINY, CPU) == 0
+    assert warmup.warm_up(TINY, cuda, tokens=64) == 7
+    assert names == [*OPS, "branches, fixed routes"]
+    names.clear()
+    warmup.warm_up(replace(TINY, chunk_size=128), cuda, tokens=64)  # too long for the delta rule in float32
+    assert names == ["routed_softmax", "routed_mix", "gated_norm"]
+
+
+def test_kernels_are_named_as_in_profiles_and_tables() -> None:
+    modules = (softmax_kernels, delta_kernels, routing_triton, mix_triton)
+    functions = {name for module in modules for name, x in vars(module).items() if isinstance(x, Launcher)}
+    registered = {f"{kernel.name}_kernel" for kernel in kernels()}
+    assert functions == registered | {"routing_capped_routes_kernel"}  # of no op that is timed
+    names = [kernel.name for spec in OPS.values() for kernel in spec.kernels if spec.work is not None]
+    assert len(names) == len(set(names))
 
 
 def test_tables_fit_and_shares_are_right(tmp_path: Path) -> None:
@@ -300,7 +399,7 @@ def test_rivals_compute_what_they_are_said_to(name: str, monkeypatch: pytest.Mon
         monkeypatch.setattr(rivals, "_compiled_flex", lambda: flex)
         monkeypatch.setattr(rivals, "SDPBackend", SimpleNamespace(CUDNN_ATTENTION=SDPBackend.MATH))
     shape = Shape(2, 32, 64, 2, 64, "bfloat16" if gpu else "float32")
-    tensors = layer_inputs(shape, 2, 256, 0.5, torch.device("cuda") if gpu else CPU)
+    tensors = layer_inputs(shape, Case(2, 256, 0.5), torch.device("cuda") if gpu else CPU)
     route = tensors["route"].detach()
     assert 0 < route[:, :-1].mean() < 1
     if name == "sdpa":
@@ -322,49 +421,55 @@ def test_block_mask_needs_whole_blocks() -> None:
 
 def test_candidates_are_parameters_of_the_kernels() -> None:
     device = CPU if not torch.cuda.is_available() else torch.device("cuda", 0)
-    inputs = layer_inputs(TINY, 1, TINY_TOKENS, 0.5, device)
-    stepped = set()
-    for (op, _), kernels in tune.STEPS.items():
-        with tuning.observed() as seen:
-            differentiate(op, inputs, Options(TINY.chunk_size, "insertion", 1.0, "triton"))
-        for kernel in kernels:
-            stepped.add(kernel)
-            default = seen[kernel][1]
-            for candidate in tune.CANDIDATES[kernel]:
-                assert set(candidate) <= set(default), kernel
+    inputs = layer_inputs(TINY, Case(1, TINY_TOKENS, 0.5), device)
+    fixed = {"delta_scan"}  # its blocks follow from the number of heads and sequences
+    tuned = set()
+    for spec in OPS.values():
+        if not spec.kernels:
+            continue
+        with parameters.observed() as picks:
+            spec.differentiate(inputs, Options(TINY.chunk_size, "insertion", 1.0, "triton"))
+        names = {step.kernel.name for step in tune.steps() if step.spec is spec}
+        assert names <= set(picks) <= fixed | names
+        tuned |= names
+        for kernel in spec.kernels:
+            for candidate in kernel.candidates:
+                assert set(candidate) <= set(picks[kernel.name][1]), kernel.name
+        for step in tune.steps():
+            if step.spec is not spec:
+                continue
+            default = picks[step.kernel.name][1]
             for dtype in ("bfloat16", "float32"):
-                found = tune.candidates(kernel, default, dtype)
-                assert found
-                assert default not in found
-                assert all(list(item) == list(default) for item in found)
-        fixed = {"delta_scan"}  # its blocks follow from the number of heads and sequences
-        assert set(seen) <= fixed | {name for (other, _), names in tune.STEPS.items() if other == op for name in names}
-    assert stepped == set(tune.CANDIDATES)
-    assert stepped | fixed == set(kernel_work(Shape(), Case(1, 64, 0.5)))
-    assert stepped <= {name for names in bench.KERNELS.values() for name in names.values()}
+                items = tune.candidates(step.kernel, default, dtype)
+                assert items
+                assert default not in items
+                assert all(list(item) == list(default) for item in items)
+    assert tuned == {kernel.name for kernel in kernels() if kernel.candidates}
+    assert tuned | fixed == set(kernel_work(Shape(), Case(1, 64, 0.5)))
 
 
 @without_gpu
 def test_tuning_keeps_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "STEPS", {("gated_norm", False): ("mix_forward",)})
+    spec = OPS["gated_norm"]
+    monkeypatch.setattr(tune, "steps", lambda: [tune.Step(spec, spec.kernels[0])])
     seconds = {1: 3.0, 2: 0.5, 8: 0.9, 16: 0.8}
     tried = [{"BLOCK_ROWS": rows} for rows in (2, 8, 16, 1, 3)]
     monkeypatch.setattr(tune, "candidates", lambda kernel, default, dtype: [default | item for item in tried])
-    exact = differentiate
+    exact = OpSpec.differentiate
 
     def rows() -> int:
-        return tuning._forced.get("mix_forward", {}).get("BLOCK_ROWS", 64)
+        return parameters._forced.get("mix_forward", {}).get("BLOCK_ROWS", 64)
 
     def differentiated(*arguments: object) -> object:
         outputs, gradients = exact(*arguments)  # type: ignore[arg-type]
         return ((outputs[0] + 0.1,), gradients) if rows() == 2 else (outputs, gradients)
 
-    monkeypatch.setattr(tune, "differentiate", differentiated)
+    monkeypatch.setattr(OpSpec, "differentiate", differentiated)
     monkeypatch.setattr(tune, "_time", lambda *_: seconds.get(rows(), 1.0))
     reported: list[tune.Choice] = []
-    found = tune.tune(TINY, CPU, reported.append, [Case(1, TINY_TOKENS, 0.5)])
+    results = tune.tune(TINY, CPU, reported.append, [Case(1, TINY_TOKENS, 0.5)])
     (choice,) = reported
-    assert found == {"mix_forward": {choice.key: choice.best}}
+    assert results == {"mix_forward": {choice.key: choice.best}}
     assert choice.best["BLOCK_ROWS"] == 16
     assert choice.share == pytest.approx(0.8)
     assert len(choice.skipped) == 2  # wrong by 0.1; not a power of two
@@ -374,34 +479,34 @@ def test_tuning_keeps_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch)
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's table in a folder of the test, an H100 by name, nothing shipped."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped.json")
+    monkeypatch.setattr(parameters, "SHIPPED", tmp_path / "shipped.json")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
-    tuning.forget()
-    yield tuning.stored_path()
-    tuning.forget()
+    parameters.forget()
+    yield parameters.stored_path()
+    parameters.forget()
 
 
 def picked() -> dict[str, int]:
-    return tuning.pick("softmax_dq", "bfloat16 C64", torch.device("cuda", 0), {"BLOCK_M": 64, "num_warps": 4})
+    return parameters.pick("softmax_dq", "bfloat16 C64", torch.device("cuda", 0), {"BLOCK_M": 64, "num_warps": 4})
 
 
 def test_what_is_forced_stored_or_shipped_is_picked(tables: Path) -> None:
     assert picked() == {"BLOCK_M": 64, "num_warps": 4}
-    tuning.SHIPPED.write_text('{"H100": {}}')
-    found = {"softmax_dq": {"bfloat16 C64": {"BLOCK_M": 128, "num_warps": 8, "RENAMED": 1}}}
-    tuning.store(tuning.SHIPPED, "NVIDIA H100 80GB HBM3", found)
-    assert json.loads(tuning.SHIPPED.read_text()) == {"H100": found}
+    parameters.SHIPPED.write_text('{"H100": {}}')
+    results = {"softmax_dq": {"bfloat16 C64": {"BLOCK_M": 128, "num_warps": 8, "RENAMED": 1}}}
+    parameters.store(parameters.SHIPPED, "NVIDIA H100 80GB HBM3", results)
+    assert json.loads(parameters.SHIPPED.read_text()) == {"H100": results}
     assert picked() == {"BLOCK_M": 128, "num_warps": 8}  # of the stored names, those that the kernel has
-    tuning.store(tables, "NVIDIA H100 80GB HBM3", {"softmax_dq": {"bfloat16 C64": {"BLOCK_M": 32}}})
-    tuning.store(tables, "NVIDIA H100 80GB HBM3", {"softmax_dq": {"bfloat16 C32": {"BLOCK_M": 16}}})
+    parameters.store(tables, "NVIDIA H100 80GB HBM3", {"softmax_dq": {"bfloat16 C64": {"BLOCK_M": 32}}})
+    parameters.store(tables, "NVIDIA H100 80GB HBM3", {"softmax_dq": {"bfloat16 C32": {"BLOCK_M": 16}}})
     assert picked() == {"BLOCK_M": 32, "num_warps": 4}
     assert set(json.loads(tables.read_text())["NVIDIA H100 80GB HBM3"]["softmax_dq"]) == {
         "bfloat16 C32",
         "bfloat16 C64",
     }
-    with tuning.forced({"softmax_dq": {"num_warps": 2}}):
+    with parameters.forced({"softmax_dq": {"num_warps": 2}}):
         assert picked() == {"BLOCK_M": 32, "num_warps": 2}
-        with tuning.untuned():
+        with parameters.untuned():
             assert picked() == {"BLOCK_M": 64, "num_warps": 2}
     assert sorted(path.name for path in tables.parent.iterdir()) == ["tuned.json"]
 
@@ -415,10 +520,11 @@ def test_a_damaged_table_is_named(tables: Path, text: str) -> None:
 
 
 def test_the_shipped_table_is_one() -> None:
-    table = tuning.read_table(ROOT / "kernels" / "launch" / "tuned.json")
+    table = parameters.read_table(ROOT / "kernels" / "launch" / "tuned.json")
     assert "H100" in table
-    for kernels in table.values():
-        assert set(kernels) <= set(tune.CANDIDATES)
+    names = {kernel.name for kernel in kernels() if kernel.candidates}
+    for entries in table.values():
+        assert set(entries) <= names
 
 
 COMPILE = """
@@ -433,15 +539,16 @@ class NoGPU:
 
 driver.set_active(NoGPU())
 from natsl.kernels._triton import mix as mix_triton
-from natsl.kernels.launch import parameters as tuning
+from natsl.kernels.launch.compilation import compile_ahead
+from natsl.kernels.launch.parameters import forced
 x, weight = torch.randn(1, 8, 2, 16, dtype=torch.bfloat16), torch.ones(16)
 def run():
     y = mix_triton._forward(x, x, weight, 1e-6, [])
     mix_triton._backward(y, x, x, weight, 1e-6, [])
 def failing():
-    with tuning.forced({"mix_forward": {"BLOCK_ROWS": 3}}):
+    with forced({"mix_forward": {"BLOCK_ROWS": 3}}):
         run()
-print(tuning.compile_ahead(run, 2), tuning.compile_ahead(run, 2), tuning.compile_ahead(failing, 2))
+print(compile_ahead(run, 2), compile_ahead(run, 2), compile_ahead(failing, 2))
 """
 
 

@@ -15,11 +15,11 @@ from natsl.kernels._triton import branches as branches_triton
 from natsl.kernels._triton import delta as delta_triton
 from natsl.kernels._triton import mix as mix_triton
 from natsl.kernels._triton import softmax as softmax_triton
-from natsl.kernels.bench.roofline import Shape
 from natsl.kernels.launch import parameters, replay
 from natsl.kernels.launch.launcher import Launcher
 from natsl.kernels.launch.replay import Replayed
-from natsl.kernels.registry import OPS, Options, differentiate, layer_inputs
+from natsl.kernels.registry import OPS, Options, layer_inputs
+from natsl.kernels.shape import Case, Shape
 
 
 class OnGPU(torch.Tensor):
@@ -327,9 +327,9 @@ def test_every_op_can_be_replayed(T: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(replayed) == 8
     for function in replayed:
         monkeypatch.setattr(function, "plans", {})
-    inputs = layer_inputs(Shape(2, 32, 32, 1, 16, "float32"), 2, T, 0.4, torch.device("cpu"))
-    for op in OPS:
-        differentiate(op, inputs, Options(16, "insertion", 0.5, "triton"))
+    inputs = layer_inputs(Shape(2, 32, 32, 1, 16, "float32"), Case(2, T, 0.4), torch.device("cpu"))
+    for spec in OPS.values():
+        spec.differentiate(inputs, Options(16, "insertion", 0.5, "triton"))
     for function in replayed:
         assert function.plans
         assert None not in function.plans.values()
@@ -343,10 +343,10 @@ def test_replayed_ops_equal_plain_ones(op: str, counterfactual: str) -> None:
     device = torch.device("cuda", 0)
     options = Options(64, counterfactual, 1.0, "triton")
     for seed in range(4):
-        inputs = layer_inputs(Shape(), 2, 320, 0.4, device, seed=seed)
-        outputs, gradients = differentiate(op, inputs, options)
+        inputs = layer_inputs(Shape(), Case(2, 320, 0.4), device, seed=seed)
+        outputs, gradients = OPS[op].differentiate(inputs, options)
         with parameters.observed():  # nothing is replayed
-            expected = differentiate(op, inputs, options)
+            expected = OPS[op].differentiate(inputs, options)
         pairs = [*zip(outputs, expected[0], strict=True), *((x, expected[1][name]) for name, x in gradients.items())]
         assert all(torch.equal(x, y) for x, y in pairs)
         held = [torch.empty_like(x) for x in inputs.values()]  # the next ones lie elsewhere

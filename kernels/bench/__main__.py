@@ -16,65 +16,30 @@ wrong option.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from natsl.kernels.bench.report import FLEX, HEADER, SDPA, KernelRow, Row, draw, kernel_table, line
-from natsl.kernels.bench.roofline import (
-    CHUNK_SIZES,
-    ELEMENT_BYTES,
-    Case,
-    Ceilings,
-    Shape,
-    for_dtype,
-    kernel_work,
-    op_work,
-)
+from natsl.kernels.shape import CHUNK_SIZES, ELEMENT_BYTES, Case, Shape
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
     import torch
-    from torch import Tensor
 
-    from natsl.kernels.registry import Options
+    from natsl.kernels.bench.run import Plan
+    from natsl.kernels.bench.verify import Scope
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 FIRST_CALL_LIMIT = 20.0  # seconds
 RIVALS = ("sdpa", "flex", "torch")
-TORCH_LONGEST = 8192
-FLEX_LONGEST = 32768  # its block mask grows with the square of the length
 CHECK_TOKENS = 1000
 # What is checked under Triton's interpreter, where nothing is fast.
 TINY = Shape(1, 16, 32, 2, 16, "float32")
 TINY_TOKENS = 36
-
-# op → kernel as the profiler calls it → as natsl.kernels.launch.parameters does
-KERNELS = {
-    "routed_softmax": {
-        "forward_kernel": "softmax_forward",
-        "dq_kernel": "softmax_dq",
-        "dkv_kernel": "softmax_dkv",
-        "counterfactual_kernel": "softmax_counterfactual",
-        "kept_chunks_kernel": "kept_chunks",
-    },
-    "routed_delta_rule": {
-        "prepare_kernel": "delta_prepare",
-        "gaps_kernel": "delta_gaps",
-        "scan_kernel": "delta_scan",
-        "output_kernel": "delta_output",
-        "backward_scan_kernel": "delta_backward_scan",
-        "backward_kernel": "delta_backward",
-        "backward_finish_kernel": "delta_backward_finish",
-    },
-    "routed_mix": {"forward_kernel": "mix_forward", "backward_kernel": "mix_backward"},
-}
 
 
 def _positive(text: str) -> int:
@@ -160,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if not torch.cuda.is_available():
         return _without_cuda(args)
+    from natsl.kernels.bench.run import bench
+    from natsl.kernels.bench.verify import Scope
+
     try:
         if args.first_call_child:
             _first_call_child(shape, ahead=args.first_call_child == "ahead")
@@ -167,11 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.first_call:
             return _first_call(sys.argv[1:] if argv is None else argv)
         device = torch.device("cuda", torch.cuda.current_device())
-        if not _check(shape, CHECK_TOKENS, device):
+        if not _check(shape, Scope(CHECK_TOKENS), device):
             return 1
         if args.tune:
             return _tune(shape, device, args.ship)
-        _bench(args, shape, device)
+        bench(_plan(args, shape), device)
     except (OSError, ValueError) as error:  # a folder that cannot be written, a damaged table of launch parameters
         command.error(str(error))
     return 0
@@ -188,16 +156,18 @@ def _without_cuda(args: argparse.Namespace) -> int:
         return 2
     import torch
 
-    good = _check(TINY, TINY_TOKENS, torch.device("cpu"), 0.5, ("insertion",))
+    from natsl.kernels.bench.verify import Scope
+
+    good = _check(TINY, Scope(TINY_TOKENS, 0.5, ("insertion",)), torch.device("cpu"))
     print("No times: Triton's interpreter is not what runs on a GPU")
     return 0 if good else 1
 
 
-def _check(shape: Shape, tokens: int, device: torch.device, fraction: float = 0.3, modes: Sequence[str] = ()) -> bool:
-    from natsl.kernels.bench import verify as conformance
+def _check(shape: Shape, scope: Scope, device: torch.device) -> bool:
+    from natsl.kernels.bench import verify
 
     begin = time.perf_counter()
-    findings = list(conformance.check(shape, tokens, device, fraction, modes or conformance.MODES))
+    findings = list(verify.check(shape, scope, device))
     bad = [item for item in findings if not item.good]
     for item in bad:
         print(f"WRONG {item.op}, {item.setting}: {item.tensor} is off by {item.error:.2e}, allowed {item.bound:.1e}")
@@ -206,184 +176,41 @@ def _check(shape: Shape, tokens: int, device: torch.device, fraction: float = 0.
         f"{len(bad)} of {len(findings)} checks failed: nothing is timed" if bad else f"{len(findings)} checks good"
     )
     largest = f"largest error {worst.error:.1e} of {worst.bound:.1e} ({worst.op}, {worst.tensor})"
-    print(f"{verdict}; {largest}; {shape.dtype}, {tokens} tokens, {time.perf_counter() - begin:.1f} s", flush=True)
+    seconds = time.perf_counter() - begin
+    print(f"{verdict}; {largest}; {shape.dtype}, {scope.tokens} tokens, {seconds:.1f} s", flush=True)
     return not bad
 
 
-def _cases(args: argparse.Namespace) -> list[Case]:
+def _cases(args: argparse.Namespace) -> tuple[Case, ...]:
     fractions = args.fractions or ((0.3,) if args.quick else (0.1, 0.3, 0.5))
+    rate = 0.0 if args.counterfactual == "none" else args.rate
     if args.lengths or args.batch:
         sizes = [(args.batch or 1, tokens) for tokens in args.lengths or LENGTHS]
     else:
         sizes = [(1, tokens) for tokens in ((4096, 32768) if args.quick else LENGTHS)]
         sizes.append((8, 4096))
-    return [Case(batch, tokens, f) for batch, tokens in sizes for f in fractions]
+    return tuple(Case(batch, tokens, f, rate) for batch, tokens in sizes for f in fractions)
 
 
-def _bench(args: argparse.Namespace, shape: Shape, device: torch.device) -> None:
-    import torch
-    import triton
-
-    from natsl.kernels.bench import timing as measure
+def _plan(args: argparse.Namespace, shape: Shape) -> Plan:
+    from natsl.kernels.bench.run import Plan
     from natsl.kernels.registry import Options
 
-    begin = time.perf_counter()
-    args.out.mkdir(parents=True, exist_ok=True)
-    limits = for_dtype(measure.ceilings(), shape.dtype)
-    options = Options(shape.chunk_size, args.counterfactual, args.rate, "triton")
-    cases = _cases(args)
-    fractions = sorted({case.fraction for case in cases})
-    middle = fractions[len(fractions) // 2]
-    rivals = args.against if args.against is not None else RIVALS[:1] if args.quick else RIVALS
-    budget = 60.0 if args.quick else 150.0
-    name = torch.cuda.get_device_name(device)
-    print(f"{name}, torch {torch.__version__}, triton {triton.__version__}\n{shape}")
-    print(f"floor at {limits.flops / 1e12:.0f} TFLOP/s and {limits.bandwidth / 1e12:.2f} TB/s ({limits.source})\n")
-    print(HEADER, flush=True)
-    rows: list[Row] = []
-    kernels: list[KernelRow] = []
-    for case in cases:
-        for row in _case_rows(shape, case, options, limits, rivals if case.fraction == middle else (), budget, device):
-            rows.append(row)
-            print(line(row), flush=True)
-        if case.fraction == middle:
-            kernels += _profile(shape, case, options, limits, device)
-    print(kernel_table(kernels))
-    result = {
-        "device": name,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(["python -m natsl.kernels.bench", *sys.argv[1:]]),
-        "shape": asdict(shape),
-        "ceilings": asdict(limits),
-        "seconds": round(time.perf_counter() - begin, 1),
-        "rows": [asdict(row) for row in rows],
-        "kernels": [asdict(row) for row in kernels],
-    }
-    (args.out / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw(args.out / "bench.png", rows, middle, f"{name}, {shape.dtype}, {middle:g} of the chunks kept")
-    print(f"\nWritten: {args.out / 'bench.json'}\nWritten: {args.out / 'bench.png'}")
-
-
-def _case_rows(
-    shape: Shape,
-    case: Case,
-    options: Options,
-    limits: Ceilings,
-    rivals: Sequence[str],
-    budget: float,
-    device: torch.device,
-) -> Iterator[Row]:
-    import torch
-
-    from natsl.kernels.bench import rivals as others
-    from natsl.kernels.registry import OPS, backward, forward, layer_inputs, output_gradients
-
-    tensors = layer_inputs(shape, case.batch, case.tokens, case.fraction, device)
-
-    def ours(name: str, op: str, options: Options) -> Row:
-        with torch.no_grad():
-            given = output_gradients(forward(op, tensors, options))
-        inputs = [tensors[name] for name in OPS[op][0]]
-        return _measure(
-            Row(name, case.batch, case.tokens, case.fraction),
-            lambda: forward(op, tensors, options),
-            lambda outputs: backward(op, tensors, outputs, given),
-            inputs,
-            _floors(op, shape, case, limits),
-            budget,
-        )
-
-    for op in ("routed_softmax", "routed_delta_rule", "branches", "routed_mix", "layer"):
-        yield ours(op, op, options)
-    if options.counterfactual == "none":
-        rate = 0.1
-        yield ours(f"layer, insertion {rate:g}", "layer", replace(options, counterfactual="insertion", rate=rate))
-    if "torch" in rivals and case.tokens <= TORCH_LONGEST and case.batch == 1:
-        yield ours("layer, torch backend", "layer", replace(options, backend="torch"))
-    dense = Case(case.batch, case.tokens, 1.0)
-    for name in ("sdpa", "flex"):
-        if name not in rivals or (name == "flex" and case.tokens > FLEX_LONGEST):
-            continue
-        seen = dense if name == "sdpa" else case
-        row = Row(SDPA if name == "sdpa" else FLEX, case.batch, case.tokens, None if name == "sdpa" else case.fraction)
-        try:
-            attend, inputs = others.prepare(name, tensors, shape.chunk_size)
-            (given,) = output_gradients((attend().detach(),))
-            yield _measure(
-                row,
-                attend,
-                lambda o, given=given, inputs=inputs: torch.autograd.grad(o, inputs, given),  # type: ignore[misc]
-                inputs,
-                _floors("routed_softmax", shape, seen, limits),
-                budget,
-            )
-        except Exception as error:  # another library's limits: the row says so and the others go on
-            yield replace(row, note=f"skipped: {(str(error).splitlines() or [type(error).__name__])[0][:70]}")
-
-
-def _floors(op: str, shape: Shape, case: Case, limits: Ceilings) -> tuple[float, float]:
-    work, work_backward = op_work(op, shape, case)
-    return limits.floor_ms(work), limits.floor_ms(work) + limits.floor_ms(work_backward)
-
-
-def _measure(
-    row: Row,
-    run: Callable[[], Any],
-    differentiate: Callable[[Any], object],
-    inputs: Sequence[Tensor],
-    floors: tuple[float, float],
-    budget: float,
-) -> Row:
-    import torch
-
-    from natsl.kernels.bench.timing import peak_gib, time_ms
-
-    def both() -> object:
-        return differentiate(run())
-
-    try:
-        both()
-        return replace(
-            row,
-            peak_gib=peak_gib(both, inputs),
-            forward_ms=time_ms(run, budget_ms=budget),
-            both_ms=time_ms(both, budget_ms=budget),
-            queued_ms=time_ms(both, queued=True, budget_ms=budget),
-            floor_forward_ms=floors[0],
-            floor_both_ms=floors[1],
-        )
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return replace(row, note="skipped: out of memory")
-
-
-def _profile(shape: Shape, case: Case, options: Options, limits: Ceilings, device: torch.device) -> list[KernelRow]:
-    from natsl.kernels.bench.timing import kernel_times
-    from natsl.kernels.registry import differentiate, layer_inputs
-
-    tensors = layer_inputs(shape, case.batch, case.tokens, case.fraction, device)
-    work = kernel_work(shape, case, options.counterfactual, options.rate)
-    rows = []
-    for op, names in KERNELS.items():
-        other, launches = 0.0, 0
-        for name, (ms, count) in kernel_times(lambda op=op: differentiate(op, tensors, options)).items():  # type: ignore[misc]
-            kernel = names.get(name)
-            if kernel is None:
-                other, launches = other + ms, launches + count
-                continue
-            floor = limits.floor_ms(work[kernel]) if kernel in work else None
-            rows.append(KernelRow(kernel, case.batch, case.tokens, case.fraction, ms, count, floor))
-        rows.append(KernelRow(f"torch, in {op}", case.batch, case.tokens, case.fraction, other, launches, None))
-    return rows
+    return Plan(
+        shape,
+        _cases(args),
+        Options(shape.chunk_size, args.counterfactual, args.rate, "triton"),
+        rivals=args.against if args.against is not None else RIVALS[:1] if args.quick else RIVALS,
+        budget_ms=60.0 if args.quick else 150.0,
+        out=args.out,
+    )
 
 
 def _tune(shape: Shape, device: torch.device, ship: Path | None) -> int:
     import torch
 
     from natsl.kernels.bench.tune import Choice, tune
-    from natsl.kernels.launch import parameters as tuning
+    from natsl.kernels.launch import parameters
 
     begin = time.perf_counter()
 
@@ -393,9 +220,9 @@ def _tune(shape: Shape, device: torch.device, ship: Path | None) -> int:
         for text in choice.skipped:
             print(f"{'':<23} skipped {text[:95]}")
 
-    found = tune(shape, device, report)
-    for path in [tuning.stored_path(), *([ship] if ship else [])]:
-        tuning.store(path, torch.cuda.get_device_name(device), found)
+    results = tune(shape, device, report)
+    for path in [parameters.stored_path(), *([ship] if ship else [])]:
+        parameters.store(path, torch.cuda.get_device_name(device), results)
         print(f"Written: {path}")
     print(f"{time.perf_counter() - begin:.0f} s")
     return 0
@@ -417,7 +244,7 @@ def _first_call(argv: Sequence[str]) -> int:
     verdict = "within" if best <= FIRST_CALL_LIMIT else "OVER"
     print(
         f"First forward and backward of all ops after {best:.1f} s with warm_up ({verdict} the limit of "
-        f" {FIRST_CALL_LIMIT:.0f} s), {seconds['serial']:.1f} s without"
+        f"{FIRST_CALL_LIMIT:.0f} s), {seconds['serial']:.1f} s without"
     )
     return 0 if best <= FIRST_CALL_LIMIT else 1
 
@@ -426,17 +253,17 @@ def _first_call_child(shape: Shape, *, ahead: bool) -> None:
     begin = time.perf_counter()
     import torch
 
-    from natsl.kernels.launch import parameters as tuning
-    from natsl.kernels.registry import OPS, Options, differentiate, layer_inputs
+    from natsl.kernels.registry import OPS, Options, layer_inputs
+    from natsl.kernels.warmup import warm_up
 
     device = torch.device("cuda", torch.cuda.current_device())
-    inputs = layer_inputs(shape, 1, LENGTHS[0], 0.3, device)
+    inputs = layer_inputs(shape, Case(1, LENGTHS[0], 0.3), device)
     torch.cuda.synchronize()
     loaded = time.perf_counter()
-    count = tuning.warm_up(shape, device) if ahead else 0
+    count = warm_up(shape, device) if ahead else 0
     compiled = time.perf_counter()
-    for op in OPS:
-        differentiate(op, inputs, Options(shape.chunk_size, backend="triton"))
+    for spec in OPS.values():
+        spec.differentiate(inputs, Options(shape.chunk_size, backend="triton"))
     torch.cuda.synchronize()
     end = time.perf_counter()
     print(

@@ -80,12 +80,12 @@ def line(row: Row) -> str:
 def kernel_table(rows: Sequence[KernelRow]) -> str:
     """Kernels down, cases across: milliseconds in one forward and backward, and the floor as a share of them."""
     cases = list(dict.fromkeys((row.batch, row.tokens) for row in rows))
-    found = {(row.kernel, row.batch, row.tokens): row for row in rows}
+    cells = {(row.kernel, row.batch, row.tokens): row for row in rows}
     lines = ["", f"{'ms (share of its floor)':<27}" + "".join(f"{f'{b}×{t}':>13}" for b, t in cases)]
     for kernel in dict.fromkeys(row.kernel for row in rows):
         text = f"{kernel:<27}"
         for case in cases:
-            row = found.get((kernel, *case))
+            row = cells.get((kernel, *case))
             share = "" if row is None or not row.floor_ms else f" {100 * row.floor_ms / row.ms:.0f}%"
             text += f"{'–' if row is None else f'{row.ms:.3f}{share}':>13}"
         lines.append(text)

@@ -69,11 +69,11 @@ def kernel_times(function: Callable[[], object], repeats: int = 3) -> dict[str, 
         for _ in range(repeats):
             function()
         torch.cuda.synchronize()
-    found = {}
+    times = {}
     for event in trace.key_averages():
         if event.self_device_time_total > 0:
-            found[event.key] = (event.self_device_time_total / 1e3 / repeats, round(event.count / repeats))
-    return found
+            times[event.key] = (event.self_device_time_total / 1e3 / repeats, round(event.count / repeats))
+    return times
 
 
 def ceilings() -> Ceilings:

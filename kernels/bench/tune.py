@@ -9,64 +9,42 @@ from dataclasses import dataclass, field
 
 import torch
 
-from natsl.kernels.bench.roofline import Case, Shape
 from natsl.kernels.bench.timing import time_ms
 from natsl.kernels.bench.verify import TOLERANCE, difference
-from natsl.kernels.launch import parameters as tuning
-from natsl.kernels.registry import (
-    Options,
-    Tensors,
-    backward,
-    differentiate,
-    forward,
-    layer_inputs,
-    output_gradients,
-)
+from natsl.kernels.launch import parameters
+from natsl.kernels.launch.compilation import Compilation
+from natsl.kernels.registry import OPS, KernelSpec, OpSpec, Options, Tensors, layer_inputs, output_gradients
+from natsl.kernels.shape import Case, Shape
 
 # Few long sequences and many short ones: both count.
 CASES = (Case(8, 4096, 0.3), Case(1, 32768, 0.3))
 # A candidate that gains less than this is left to the default.
 LEAST_GAIN = 0.01
-
-
-def _grid(names: str, rows: Sequence[tuple[int, ...]]) -> list[dict[str, int]]:
-    return [dict(zip(names.split(), row, strict=True)) for row in rows]
-
-
-_TILES = "BLOCK_M BLOCK_N num_warps num_stages"
-_COLUMNS = "BV num_warps num_stages"
-# What is worth trying in half precision; in float32, where tiles are small, it is the neighbours of the default. Shapes
-# that Triton 3.6 miscompiles on Hopper (few columns, or one tile of 64 rows over too many warps) are left out: they
-# break the device. The scan's blocks follow from the number of heads and sequences: there is nothing to store.
-CANDIDATES: dict[str, list[dict[str, int]]] = {
-    "softmax_forward": _grid(f"{_TILES} maxnreg", [
-        (128, 64, 8, 3, 255), (128, 64, 8, 2, 128), (64, 64, 4, 2, 168), (64, 64, 4, 3, 168), (64, 64, 4, 2, 255),
-        (64, 32, 4, 3, 168), (64, 32, 4, 3, 128),
-    ]),
-    "softmax_dq": _grid(_TILES, [(128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)]),
-    "softmax_dkv": _grid(_TILES, [
-        (64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3),
-    ]),
-    "softmax_counterfactual": _grid(_TILES, [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)]),
-    "delta_prepare": _grid("BK num_warps num_stages", [(32, 4, 1), (64, 4, 1), (128, 4, 1)]),
-    "delta_output": _grid(_COLUMNS, [(64, 4, 2), (128, 4, 2), (128, 8, 2)]),
-    "delta_backward_scan": _grid(_COLUMNS, [(32, 4, 2), (32, 4, 3), (64, 4, 2), (64, 4, 3)]),
-    "delta_backward": _grid(f"{_COLUMNS} FUSED", [
-        (32, 8, 1, 1), (32, 8, 2, 1), (32, 8, 3, 1), (64, 8, 1, 1), (64, 8, 2, 0),
-    ]),
-    "delta_backward_finish": _grid("BK num_warps num_stages", [(32, 4, 1), (64, 4, 1), (64, 8, 1), (128, 8, 1)]),
-    "mix_forward": _grid("BLOCK_ROWS num_warps", [(8, 4), (16, 4), (16, 8), (32, 8)]),
-    "mix_backward": _grid("BLOCK_ROWS num_warps PROGRAMS", [(8, 4, 2), (8, 4, 4), (8, 8, 4), (16, 8, 2), (16, 8, 4)]),
-}  # fmt: skip
 _LEAST = {"num_warps": 2, "num_stages": 1, "PROGRAMS": 1, "BLOCK_ROWS": 1}  # of every other parameter: 16
 
 
-def candidates(kernel: str, default: Mapping[str, int], dtype: str) -> list[dict[str, int]]:
+@dataclass(frozen=True)
+class Step:
+    """One kernel, tuned in the pass of the op that launches it."""
+
+    spec: OpSpec
+    kernel: KernelSpec
+
+    def options(self, shape: Shape) -> Options:
+        return Options(shape.chunk_size, "insertion" if self.kernel.counterfactual else "none", 1.0, "triton")
+
+
+def steps() -> list[Step]:
+    """What is tuned: each kernel with candidates, once for each op that launches it."""
+    return [Step(spec, kernel) for spec in OPS.values() for kernel in spec.kernels if kernel.candidates]
+
+
+def candidates(kernel: KernelSpec, default: Mapping[str, int], dtype: str) -> list[dict[str, int]]:
     """Parameters to try beside ``default``, complete and each once."""
     if dtype == "float32":
         changes = [{name: new} for name, value in default.items() for new in _neighbours(name, value)]
     else:
-        changes = CANDIDATES[kernel]
+        changes = list(kernel.candidates)
     complete = [{name: change.get(name, value) for name, value in default.items()} for change in changes]
     return [item for i, item in enumerate(complete) if item != default and item not in complete[:i]]
 
@@ -80,22 +58,9 @@ def _neighbours(name: str, value: int) -> list[int]:
     return [new for new in near if new >= _LEAST.get(name, 16)]
 
 
-# (op, whether the kernels run in its backward pass) → its kernels
-STEPS = {
-    ("routed_softmax", False): ("softmax_forward",),
-    ("routed_softmax", True): ("softmax_dq", "softmax_dkv", "softmax_counterfactual"),
-    ("routed_delta_rule", False): ("delta_prepare", "delta_output"),
-    ("routed_delta_rule", True): ("delta_backward_scan", "delta_backward", "delta_backward_finish"),
-    ("routed_mix", False): ("mix_forward",),
-    ("routed_mix", True): ("mix_backward",),
-    ("gated_norm", False): ("mix_forward",),
-    ("gated_norm", True): ("mix_backward",),
-}
-
-
 @dataclass
 class Choice:
-    """What tuning found for one kernel: times of its op's pass, as a share of the default's."""
+    """The best parameters of one kernel: the time of its op's pass with them, as a share of the default's."""
 
     kernel: str
     key: str
@@ -103,11 +68,6 @@ class Choice:
     best: dict[str, int]
     share: float
     skipped: list[str] = field(default_factory=list)
-
-
-def _options(kernel: str, shape: Shape) -> Options:
-    mode = "insertion" if kernel == "softmax_counterfactual" else "none"
-    return Options(shape.chunk_size, mode, 1.0, "triton")
 
 
 def tune(
@@ -118,31 +78,31 @@ def tune(
     A candidate that does not compile, needs more than the device has or changes the result is skipped; ``report`` is
     called after every kernel. Raises ``RuntimeError`` if a candidate breaks the device.
     """
-    inputs = [layer_inputs(shape, case.batch, case.tokens, case.fraction, device) for case in cases]
-    compilation = tuning.Compilation()
-    found: dict[str, dict[str, dict[str, int]]] = {}
-    with tuning.untuned():
-        for (op, _), kernels in STEPS.items():
-            for kernel in kernels:
-                with tuning.observed() as seen:
-                    for tensors in inputs:
-                        _collect(compilation, op, tensors, _options(kernel, shape))
-                for candidate in candidates(kernel, seen[kernel][1], shape.dtype):
-                    with tuning.forced({kernel: candidate}):
-                        _collect(compilation, op, inputs[0], _options(kernel, shape))
+    inputs = [layer_inputs(shape, case, device) for case in cases]
+    compilation = Compilation()
+    results: dict[str, dict[str, dict[str, int]]] = {}
+    with parameters.untuned():
+        for step in steps():
+            name, options = step.kernel.name, step.options(shape)
+            with parameters.observed() as picks:
+                for tensors in inputs:
+                    _collect(compilation, step.spec, tensors, options)
+            _, default = picks[name]
+            for candidate in candidates(step.kernel, default, shape.dtype):
+                with parameters.forced({name: candidate}):
+                    _collect(compilation, step.spec, inputs[0], options)
         compilation.run()
-        for (op, in_backward), kernels in STEPS.items():
-            for kernel in kernels:
-                choice = _choose(shape, op, in_backward, kernel, inputs)
-                report(choice)
-                found.setdefault(kernel, {})[choice.key] = choice.best
-    return found
+        for step in steps():
+            choice = _choose(step, shape, inputs)
+            report(choice)
+            results.setdefault(choice.kernel, {})[choice.key] = choice.best
+    return results
 
 
-def _collect(compilation: tuning.Compilation, op: str, tensors: Tensors, options: Options) -> None:
+def _collect(compilation: Compilation, spec: OpSpec, tensors: Tensors, options: Options) -> None:
     try:
         with compilation.collect():
-            differentiate(op, tensors, options)
+            spec.differentiate(tensors, options)
     except Exception as error:  # a candidate that cannot even be launched is skipped again, and named, when it is timed
         _raise_if_broken(error)
 
@@ -153,23 +113,23 @@ def _raise_if_broken(error: Exception) -> None:
         raise RuntimeError(f"a candidate broke the device, nothing is stored: {error}") from error
 
 
-def _choose(shape: Shape, op: str, in_backward: bool, kernel: str, inputs: Sequence[Tensors]) -> Choice:
-    options = _options(kernel, shape)
-    with tuning.observed() as seen:
-        outputs, gradients = differentiate(op, inputs[0], options)
-    key, default = seen[kernel]
+def _choose(step: Step, shape: Shape, inputs: Sequence[Tensors]) -> Choice:
+    name, options = step.kernel.name, step.options(shape)
+    with parameters.observed() as picks:
+        outputs, gradients = step.spec.differentiate(inputs[0], options)
+    key, default = picks[name]
     expected = [*outputs, *gradients.values()]
-    base = [_time(op, in_backward, tensors, options) for tensors in inputs]
-    choice = Choice(kernel, key, default, default, 1.0)
-    for candidate in candidates(kernel, default, shape.dtype):
+    base = [_time(step, tensors, options) for tensors in inputs]
+    choice = Choice(name, key, default, default, 1.0)
+    for candidate in candidates(step.kernel, default, shape.dtype):
         try:
-            with tuning.forced({kernel: candidate}):
-                outputs, gradients = differentiate(op, inputs[0], options)
+            with parameters.forced({name: candidate}):
+                outputs, gradients = step.spec.differentiate(inputs[0], options)
                 error = max(map(difference, [*outputs, *gradients.values()], expected))
                 if error > TOLERANCE[shape.dtype]:
                     choice.skipped.append(f"{candidate}: the result is off by {error:.1e}")
                     continue
-                times = [_time(op, in_backward, tensors, options) for tensors in inputs]
+                times = [_time(step, tensors, options) for tensors in inputs]
         except Exception as error:  # out of registers or shared memory, or a block that the kernel does not allow
             _raise_if_broken(error)
             choice.skipped.append(f"{candidate}: {(str(error).splitlines() or [type(error).__name__])[0]}")
@@ -180,9 +140,11 @@ def _choose(shape: Shape, op: str, in_backward: bool, kernel: str, inputs: Seque
     return choice
 
 
-def _time(op: str, in_backward: bool, tensors: Tensors, options: Options) -> float:
-    if not in_backward:
-        return time_ms(lambda: forward(op, tensors, options), queued=True, budget_ms=30.0)
-    outputs = forward(op, tensors, options)
-    given = output_gradients(outputs)
-    return time_ms(lambda: backward(op, tensors, outputs, given, retain=True), queued=True, budget_ms=30.0)
+def _time(step: Step, tensors: Tensors, options: Options) -> float:
+    """Milliseconds of the pass in which the kernel runs."""
+    spec = step.spec
+    if not step.kernel.in_backward:
+        return time_ms(lambda: spec.forward(tensors, options), queued=True, budget_ms=30.0)
+    outputs = spec.forward(tensors, options)
+    do = output_gradients(outputs)
+    return time_ms(lambda: spec.backward(tensors, outputs, do, retain=True), queued=True, budget_ms=30.0)

@@ -17,10 +17,8 @@ from pathlib import Path
 
 import torch
 
-from natsl.kernels.bench.roofline import Shape
-from natsl.kernels.launch.compilation import Compilation as Compilation
 from natsl.kernels.launch.compilation import collecting
-from natsl.kernels.launch.compilation import compile_ahead as compile_ahead
+from natsl.kernels.warmup import warm_up as warm_up  # moved
 
 Table = dict[str, dict[str, dict[str, dict[str, int]]]]  # device name → kernel → key → parameters
 
@@ -157,27 +155,3 @@ def untuned() -> Iterator[None]:
         yield
     finally:
         _use_tables = before
-
-
-def warm_up(
-    shape: Shape, device: torch.device, *, batch: int = 1, tokens: int = 4096, counterfactual: str = "none"
-) -> int:
-    """Compile the kernels of a routed layer and of each op alone, forward and backward, before they are needed; returns
-    how many were compiled. ``batch`` sequences of ``tokens``: some kernels have variants for them. Does nothing without
-    CUDA.
-    """
-    if device.type != "cuda":
-        return 0
-    # it imports the ops, which import this
-    from natsl.kernels.registry import OPS, Options, differentiate, forward, layer_inputs, output_gradients
-
-    inputs = layer_inputs(shape, batch, tokens, 0.5, device)
-    options = Options(shape.chunk_size, counterfactual, 0.5, "triton")
-
-    def run() -> None:
-        for op in OPS:
-            differentiate(op, inputs, options)
-        outputs = forward("branches", {**inputs, "route": inputs["route"].detach()}, options)  # no router gradient
-        torch.autograd.grad(outputs, [inputs["v"]], output_gradients(outputs))
-
-    return compile_ahead(run)
