@@ -179,3 +179,129 @@ def test_help_answers_within_a_second() -> None:
         assert result.returncode == 0, result.stderr
         assert "n_trials" in result.stdout
     assert min(seconds for seconds, _ in runs) <= 1.0
+
+
+# Inside kernels/, each part may import those of its line: launch ← _triton ← ops ← registry ← bench, warmup.
+_BASE = {"shape", "dispatch", "reference"}
+_OPS = {"softmax", "delta", "mix", "branches", "routing"}
+KERNEL_PARTS = {
+    **{name: {*_BASE} for name in _BASE},
+    "launch": {"launch"},
+    "_triton": {"_triton", "launch", *_BASE},
+    **{name: {"_triton", *_OPS, *_BASE} for name in _OPS},
+    "registry": {*_OPS, *_BASE},
+    "warmup": {"registry", "launch", *_BASE},
+    "bench": {"bench", "warmup", "registry", "launch", *_BASE},
+}
+
+
+def kernel_part(name: str) -> str | None:
+    """The part of kernels/ that an imported name is in (``natsl.kernels.launch.replay`` → ``launch``)."""
+    parts = name.split(".")
+    return parts[2] if parts[:2] == ["natsl", "kernels"] and len(parts) > 2 else None
+
+
+def import_nodes(path: Path, *, functions: bool) -> list[ast.Import | ast.ImportFrom]:
+    """Import statements of a file; ``functions``: those inside of functions as well.
+
+    Left out: what stands under ``if TYPE_CHECKING``, which never runs, and under a ``__main__`` guard, which runs in a
+    module of another name.
+    """
+    nodes: list[ast.Import | ast.ImportFrom] = []
+    text = path.read_text(encoding="utf-8")
+    blocks: list[ast.AST] = [ast.parse(text)]
+    for block in blocks:
+        for node in ast.iter_child_nodes(block):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                nodes.append(node)
+            elif isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"):
+                blocks += node.orelse
+            elif functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                blocks.append(node)
+    nodes[:] = [node for node in nodes if "# moved" not in text.splitlines()[node.lineno - 1]]  # moved
+    return nodes
+
+
+def import_names(nodes: list[ast.Import | ast.ImportFrom]) -> list[tuple[int, str]]:
+    """Line and full name of everything that the statements import."""
+    names = []
+    for node in nodes:
+        prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+        names += [(node.lineno, f"{prefix}{alias.name}") for alias in node.names]
+    return names
+
+
+def test_direction_inside_kernels() -> None:
+    wrong = []
+    for path in sources("kernels"):
+        part = kernel_part(module_name(path))
+        assert part in KERNEL_PARTS, path
+        wrong += [
+            describe(path, line, name)
+            for line, name in import_names(import_nodes(path, functions=True))
+            if part_of(name) == "kernels" and kernel_part(name) not in KERNEL_PARTS[part]
+        ]
+    assert wrong == []
+
+
+def test_registry_is_read_by_bench_and_warmup() -> None:
+    wrong = [
+        describe(path, line, name)
+        for folder in MAY_IMPORT
+        for path in sources(folder)
+        for line, name in import_names(import_nodes(path, functions=True))
+        if kernel_part(name) == "registry" and kernel_part(module_name(path)) not in ("bench", "warmup")
+    ]
+    assert wrong == []
+
+
+def test_ops_load_without_triton() -> None:
+    wrong = [
+        describe(path, line, name)
+        for path in sources("kernels")
+        if kernel_part(module_name(path)) in _OPS | _BASE
+        for line, name in import_names(import_nodes(path, functions=False))
+        if kernel_part(name) == "_triton" or name.partition(".")[0] == "triton"
+    ]
+    assert wrong == []
+
+
+def import_circle(edges: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, or are between two circles; empty if there is none."""
+    names = set(edges)
+    while True:
+        targets = {target for name in names for target in edges[name]}
+        rest = {name for name in names if name in targets and edges[name] & names}
+        if rest == names:
+            return sorted(names)
+        names = rest
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Over all files, imports inside of functions included."""
+    files = {module_name(path): path for folder in MAY_IMPORT for path in sources(folder)}
+
+    def module_of(name: str) -> str | None:
+        while name and name not in files:
+            name = name.rpartition(".")[0]
+        return name or None
+
+    edges: dict[str, set[str]] = {}
+    for module, path in files.items():
+        targets = {module_of(name) for _, name in import_names(import_nodes(path, functions=True))}
+        edges[module] = {target for target in targets if target is not None}
+    circle = import_circle(edges)
+    assert {name: sorted(edges[name] & set(circle)) for name in circle} == {}
+
+
+@pytest.mark.parametrize(
+    ("edges", "circle"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}, ["b", "c"]),
+        ({"a": {"a"}}, ["a"]),
+    ],
+    ids=["none", "of two", "of one"],
+)
+def test_circles_are_seen(edges: dict[str, set[str]], circle: list[str]) -> None:
+    assert import_circle(edges) == circle
