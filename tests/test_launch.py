@@ -23,7 +23,7 @@ from natsl.kernels.shape import Case, Shape
 
 
 class OnGPU(torch.Tensor):
-    """A CPU tensor that says it lies on a GPU, at an address of its own choice."""
+    """A CPU tensor that says it is on a GPU, at an address of its own choice."""
 
     device = torch.device("cuda", 0)
     address = 1 << 20
@@ -54,22 +54,22 @@ def test_launcher_remembers_what_triton_specialises_on(monkeypatch: pytest.Monke
     launcher = Launcher(Function())
     x, half = (torch.zeros(4, dtype=dtype).as_subclass(OnGPU) for dtype in (torch.float32, torch.float16))
 
-    def asked(x: torch.Tensor, T: int, stride: int, C: int = 64, row: int = 3) -> int:
-        """How often Triton was asked to find the variant."""
+    def lookups(x: torch.Tensor, T: int, stride: int, C: int = 64, row: int = 3) -> int:
+        """How often Triton has to find the variant."""
         before = len(slow)
         launcher[3, 2](x, T, stride, row, 0.5, C=C, num_warps=4)
         return len(slow) - before
 
-    assert asked(x, 10, 48) == 1
-    assert asked(x, 10, 48) == 0
+    assert lookups(x, 10, 48) == 1
+    assert lookups(x, 10, 48) == 0
     assert fast.pop() == (3, 2, 1, 7, "f", "m", None, None, None, 1 << 20, 10, 48, 3, 0.5, 64)
-    assert [asked(x, 11, 48), asked(x, 1, 480), asked(x, 16, 16)] == [0, 0, 0]  # of the same kind
-    assert [asked(x, 10, stride) for stride in (1, 3, 1 << 40, 1, 5, 1 << 41)] == [1, 1, 1, 0, 0, 0]
-    assert [asked(x, 10, 48, C=32), asked(half, 10, 48), asked(half, 10, 48, C=32)] == [1, 1, 1]
-    assert [asked(x, 10, 48, row=row) for row in (3, 5, 7, 5, 3)] == [0, 1, 1, 0, 0]  # a constant
-    assert asked(x, 1 << 31, 48) == asked(x, 1 << 31, 48) == 1
+    assert [lookups(x, 11, 48), lookups(x, 1, 480), lookups(x, 16, 16)] == [0, 0, 0]  # of the same kind
+    assert [lookups(x, 10, stride) for stride in (1, 3, 1 << 40, 1, 5, 1 << 41)] == [1, 1, 1, 0, 0, 0]
+    assert [lookups(x, 10, 48, C=32), lookups(half, 10, 48), lookups(half, 10, 48, C=32)] == [1, 1, 1]
+    assert [lookups(x, 10, 48, row=row) for row in (3, 5, 7, 5, 3)] == [0, 1, 1, 0, 0]  # a constant
+    assert lookups(x, 1 << 31, 48) == lookups(x, 1 << 31, 48) == 1
     x.address += 4
-    assert asked(x, 10, 48) == asked(x, 10, 48) == 1
+    assert lookups(x, 10, 48) == lookups(x, 10, 48) == 1
 
 
 class Adder:
@@ -116,7 +116,7 @@ class Host:
 
 @pytest.fixture
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything counts as lying on a GPU."""
+    """Every tensor counts as one on a GPU."""
     monkeypatch.setattr(replay, "_on_gpu", lambda x: True)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
     monkeypatch.setattr(Replayed, "replay_at_once", False)
@@ -349,5 +349,5 @@ def test_replayed_ops_equal_plain_ones(op: str, counterfactual: str) -> None:
             expected = OPS[op].differentiate(inputs, options)
         pairs = [*zip(outputs, expected[0], strict=True), *((x, expected[1][name]) for name, x in gradients.items())]
         assert all(torch.equal(x, y) for x, y in pairs)
-        held = [torch.empty_like(x) for x in inputs.values()]  # the next ones lie elsewhere
+        held = [torch.empty_like(x) for x in inputs.values()]  # the next ones are elsewhere
     assert held

@@ -57,13 +57,15 @@ def routed_block_mask(route: Tensor, tokens: int, heads: int, chunk_size: int) -
     earlier = (place[:, None] > place[None])[None, None]
     some, full = per_block.any(3)[:, :, None], per_block.all(3)[:, :, None]
     partial = (earlier & some & ~full) | (place[:, None] == place[None])[None, None]
-    whole = earlier & full
+    visible_blocks = earlier & full
 
-    def listed(mask: Tensor) -> tuple[Tensor, Tensor]:
+    def block_list(mask: Tensor) -> tuple[Tensor, Tensor]:
         order = mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
         return mask.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
     def visible(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return (s <= t) & (kept[b, h, s // chunk_size] | (s // chunk_size == t // chunk_size))
 
-    return BlockMask.from_kv_blocks(*listed(partial), *listed(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible)
+    return BlockMask.from_kv_blocks(
+        *block_list(partial), *block_list(visible_blocks), BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible
+    )
