@@ -86,8 +86,8 @@ def routed_delta_rule(
     if on_kernels:
         from natsl.kernels._triton.delta import routed_delta_rule as run_kernels
 
-        unchosen = route.detach() > 0.5  # by the delta rule, as its kernels read the route
-        weighted = reference.weighted_route(route.float(), unchosen, counterfactual, counterfactual_rate)
+        left = route.detach() > 0.5  # as the kernels read it
+        weighted = reference.weighted_route(route.float(), left, counterfactual, counterfactual_rate)
         return run_kernels(
             q, k, v, g, beta, weighted, initial_state, cu_seqlens, chunk_size, scale, qk_l2norm, output_final_state
         )
