@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from natsl.kernels.dispatch import resolve
-from natsl.kernels.reference import cap_limits as cap_limits  # moved
+from natsl.kernels.reference import cap_limits
 
 
 def chunk_means(x: Tensor, chunk_size: int, lengths: Tensor | None = None) -> Tensor:

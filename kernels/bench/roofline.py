@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from natsl.kernels.shape import Case as Case  # moved
-from natsl.kernels.shape import Shape as Shape  # moved
-from natsl.kernels.shape import Work, delta_work, softmax_work
+from natsl.kernels.shape import Case, Shape, Work, delta_work, softmax_work
+
+__all__ = ["Case", "Shape"]  # moved
 
 
 @dataclass(frozen=True)
