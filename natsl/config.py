@@ -6,26 +6,16 @@ Each class checks itself in ``__post_init__`` and raises ``ValueError`` naming t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from natsl.space.check import check as check  # moved
+from natsl.space.check import check_at_least as check_at_least  # moved
+from natsl.space.check import check_choice
+from natsl.space.check import check_counts as check_counts  # moved
 from natsl.space.cost import LayerShape
-from natsl.space.policy import Op, check_count, check_op
-from natsl.space.policy import check as check  # again exported
-
-
-def check_at_least(bound: float, values: Mapping[str, float]) -> None:
-    """Raise ``ValueError`` unless every named value is a finite number ≥ ``bound``."""
-    for name, value in values.items():
-        check(math.isfinite(value) and value >= bound, name, value, f"it must be ≥ {bound:g}")
-
-
-def check_counts(low: int, values: Mapping[str, object]) -> None:
-    """Raise ``ValueError`` unless every named value is an integer ≥ ``low``."""
-    for name, value in values.items():
-        check_count(name, value, low)
+from natsl.space.policy import Op
 
 
 class Counterfactual(Enum):
@@ -59,9 +49,7 @@ class Precision(Enum):
 
 def check_precision(name: str, value: Any) -> Precision:
     """A precision from itself or its name; ``ValueError`` for anything else."""
-    allowed = [item.value for item in Precision]
-    check(isinstance(value, Precision) or value in allowed, name, value, f"it must be one of {', '.join(allowed)}")
-    return Precision(value)
+    return check_choice(name, value, Precision)
 
 
 CHUNK_SIZES = (8, 16, 32, 64, 128)
@@ -93,7 +81,7 @@ class ModelConfig:
     associative_init: bool = False
 
     def __post_init__(self) -> None:
-        self.layers = [check_op(f"model.layers[{i}]", kind) for i, kind in enumerate(self.layers)]
+        self.layers = [check_choice(f"model.layers[{i}]", kind, Op) for i, kind in enumerate(self.layers)]
         check(len(self.layers) > 0, "model.layers", self.layers, "at least one layer is needed")
         counts = ("vocab_size", "width", "mlp_width", "heads", "key_dim", "value_dim", "softmax_per_head", "conv_width")
         check_counts(1, {f"model.{name}": getattr(self, name) for name in counts})
@@ -256,15 +244,9 @@ class SupernetConfig:
 
     def __post_init__(self) -> None:
         p = "supernet."
-        for name, kind in (
-            ("sandwich", Sandwich),
-            ("counterfactual", Counterfactual),
-            ("calibration", CalibrationScope),
-        ):
-            value = getattr(self, name)
-            allowed = "it must be one of " + ", ".join(item.value for item in kind)
-            check(isinstance(value, kind) or value in [item.value for item in kind], p + name, value, allowed)
-            setattr(self, name, kind(value))
+        self.sandwich = check_choice(p + "sandwich", self.sandwich, Sandwich)
+        self.counterfactual = check_choice(p + "counterfactual", self.counterfactual, Counterfactual)
+        self.calibration = check_choice(p + "calibration", self.calibration, CalibrationScope)
         check_counts(0, {p + k: getattr(self, k) for k in ("anneal_steps", "dense_steps", "random_policies")})
         check_at_least(0, {p + k: getattr(self, k) for k in ("distill", "route_noise", "gradient_clamp")})
         check(
@@ -320,7 +302,7 @@ class TrainConfig:
         check_counts(1, {p + k: getattr(self, k) for k in ("keep_checkpoints", "max_bad_steps", "log_every")})
         check_counts(0, {p + "warmup_steps": self.warmup_steps})
         check_at_least(0, {p + "weight_decay": self.weight_decay})
-        self.precision = check_precision(p + "precision", self.precision)
+        self.precision = check_choice(p + "precision", self.precision, Precision)
         for name in ("lr", "clip", "router_clip"):
             value = getattr(self, name)
             check(math.isfinite(value) and value > 0, p + name, value, "it must be > 0")

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from natsl.space.policy import LayerPolicy, Op, RoutingPolicy, check, check_count, check_number, check_op
+from natsl.space.check import check, check_choice, check_count, check_number
+from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 
 STATE_BYTES = 4  # the state of the delta rule is float32, whatever the model's dtype
 
@@ -33,7 +34,7 @@ class LayerShape:
     conv_width: int
 
     def __post_init__(self) -> None:
-        check_op("shape.kind", self.kind)
+        check_choice("shape.kind", self.kind, Op)
         for item in fields(self)[1:]:
             check_count(f"shape.{item.name}", getattr(self, item.name), 1)
 

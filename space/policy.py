@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, NoReturn
 
+from natsl.space.check import check, check_choice, check_count, check_number, shown
+
 
 class Op(Enum):
     """What a layer is (its kind) and what a policy makes it do."""
@@ -28,50 +30,6 @@ ALLOWED_OPS = {Op.delta: (Op.delta,), Op.softmax: (Op.softmax,), Op.routed: tupl
 
 # JSON has no infinities; a threshold may be one (never keep, always keep).
 _INFINITIES = {"inf": math.inf, "-inf": -math.inf}
-
-
-def shown(value: object) -> str:
-    """A value as one short line for an error text."""
-    text = repr(value.value if isinstance(value, Enum) else value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def check(ok: bool, name: str, value: object, allowed: str) -> None:
-    """Raise ``ValueError`` naming a value and what is allowed unless ``ok``."""
-    if not ok:
-        raise ValueError(f"{name} = {shown(value)} is not allowed: {allowed}")
-
-
-def check_op(name: str, value: object) -> Op:
-    """An ``Op`` from a member or its name; ``ValueError`` for anything else."""
-    if not isinstance(value, Op):
-        names = [op.value for op in Op]
-        check(isinstance(value, str) and value in names, name, value, f"it must be one of {', '.join(names)}")
-    return Op(value)
-
-
-def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
-    """A float from an int or float within [``low``, ``high``]; ``ValueError`` for anything else, NaN included.
-
-    ``-0.0`` becomes ``0.0``, so that equal numbers also have equal JSON.
-    """
-    if math.isinf(low) and math.isinf(high):
-        allowed = "it must be a number"
-    else:
-        allowed = f"it must be a number ≥ {low:g}" if math.isinf(high) else f"it must lie in [{low:g}, {high:g}]"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        check(False, name, value, allowed)
-        raise AssertionError  # for the type checker: the line above raises
-    check(abs(value) <= 1e308 or (isinstance(value, float) and math.isinf(value)), name, value, allowed)
-    check(low <= value <= high, name, value, allowed)
-    return float(value) + 0.0
-
-
-def check_count(name: str, value: object, low: int) -> int:
-    """An int ≥ ``low``; ``ValueError`` for anything else, bool included."""
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
-    check(ok, name, value, f"it must be an integer ≥ {low}")
-    return int(value)  # type: ignore[call-overload,no-any-return]
 
 
 @dataclass(frozen=True)
@@ -97,7 +55,7 @@ class LayerPolicy:
     mix_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        self._set("op", check_op("op", self.op))
+        self._set("op", check_choice("op", self.op, Op))
         if self.op is Op.routed:
             if self.budget is None and self.threshold is None:
                 check(False, "budget", None, "op routed needs a budget or a threshold")

@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
-from natsl.space.policy import LayerPolicy, Op, RoutingPolicy, check, check_count, check_number, check_op
+from natsl.space.check import check, check_choice, check_count, check_number
+from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 
 DECIMALS = 3
 ANCHOR_BUDGETS = (0.25, 0.5, 0.05, 0.1, 0.125)
@@ -68,14 +69,11 @@ class SearchSpace:
         check(
             isinstance(self.ops, list | tuple) and len(self.ops) > 0, p + "ops", self.ops, "at least one op is needed"
         )
-        ops = [check_op(p + "ops", op) for op in self.ops]
+        ops = [check_choice(p + "ops", op, Op) for op in self.ops]
         names = [op.value for op in ops]
         check(len(set(ops)) == len(ops), p + "ops", names, "each op may come once")
         self.ops = [op for op in Op if op in ops]  # one order: the order of choices is part of the space
-        if not isinstance(self.control, Control):
-            names = [control.value for control in Control]
-            check(self.control in names, p + "control", self.control, f"it must be one of {', '.join(names)}")
-            self.control = Control(self.control)
+        self.control = check_choice(p + "control", self.control, Control)
         self.budget_min, self.budget_max = self._range("budget", 0, 1)
         self.threshold_min, self.threshold_max = self._range("threshold", -math.inf, math.inf)
         self.mix_temperature_min, self.mix_temperature_max = self._range("mix_temperature", 10**-DECIMALS, math.inf)

@@ -9,7 +9,6 @@ from typing import Any, get_type_hints
 import pytest
 
 from natsl import config
-from natsl.space import policy
 
 CLASSES: list[Any] = [
     config.ModelConfig,
@@ -49,10 +48,6 @@ def test_precisions(value: Any) -> None:
     assert config.TrainConfig(precision="bfloat16").precision is config.Precision.bfloat16  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=rf"train.precision = {value!r} is not allowed: it must be one of float32, b"):
         config.TrainConfig(precision=value)
-
-
-def test_there_is_one_check() -> None:
-    assert config.check is policy.check
 
 
 def test_evaluation_has_no_seed() -> None:
