@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from natsl.config import ModelConfig, check_precision, to_plain
+from natsl.config import ModelConfig, Precision
+from natsl.files import to_plain, write_text
 from natsl.model import RoutedLM
-from natsl.run import write_text
+from natsl.space.check import check_choice
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})\.json")
@@ -141,5 +142,5 @@ def load_model(folder: Path) -> tuple[RoutedLM, dict[str, Any]]:
     model = build_model(record["model"], state).eval()
     trained = record.get("train")
     if isinstance(trained, dict) and "precision" in trained:  # older checkpoints do not tell it: float32
-        model.precision = check_precision("train.precision", trained["precision"])
+        model.precision = check_choice("train.precision", trained["precision"], Precision)
     return model, record

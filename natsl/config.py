@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from natsl.space.check import check as check  # moved
-from natsl.space.check import check_at_least as check_at_least  # moved
-from natsl.space.check import check_choice
-from natsl.space.check import check_counts as check_counts  # moved
+from natsl.files import to_plain as to_plain  # moved
+from natsl.space.check import check, check_at_least, check_choice, check_counts
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op
+
+__all__ = ("check", "check_at_least", "check_counts")  # moved
 
 
 class Counterfactual(Enum):
@@ -309,22 +309,6 @@ class TrainConfig:
         check(0 <= self.lr_final <= 1, p + "lr_final", self.lr_final, "it must lie in [0, 1]")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, p + name, getattr(self, name), "it must lie in [0, 1)")
-
-
-def to_plain(value: Any) -> Any:
-    """A config dataclass as JSON-ready plain Python (enums by value)."""
-    from dataclasses import asdict
-
-    def plain(item: Any) -> Any:
-        if isinstance(item, Enum):
-            return item.value
-        if isinstance(item, dict):
-            return {str(k): plain(v) for k, v in item.items()}
-        if isinstance(item, list | tuple):
-            return [plain(v) for v in item]
-        return item
-
-    return plain(asdict(value))
 
 
 def check_batch(kinds: list[Op], train: TrainConfig, supernet: SupernetConfig) -> None:

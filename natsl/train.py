@@ -17,15 +17,18 @@ import torch
 from torch import Tensor
 
 from natsl import checkpoint
-from natsl.cli import resolve_device, run_main
-from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, TrainRunConfig, check_batch, to_plain
+from natsl.cli import run_main
+from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, TrainRunConfig, check_batch
 from natsl.data import load_text
+from natsl.device import resolve_device
+from natsl.errors import UserError
+from natsl.files import to_plain
 from natsl.kernels.bench.roofline import Shape
 from natsl.kernels.dispatch import kernel_limit
 from natsl.kernels.launch.parameters import warm_up
 from natsl.model import RoutedLM, count_parameters
 from natsl.progress import Progress
-from natsl.run import Run, UserError
+from natsl.run import Run
 from natsl.supernet import Loss, calibrate, sandwich_backward, sandwich_policies, seed_of
 from natsl.tasks import TaskData
 from natsl.tracking import Tracker, start_tracker

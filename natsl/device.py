@@ -1,0 +1,37 @@
+"""The device that a command runs on. Loads torch only once a name has been checked."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from natsl.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger(__name__)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:<n>``; ``auto`` without a GPU is the CPU, with a notice.
+
+    Raises ``UserError`` for another name and for a GPU that is not there.
+    """
+    kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (":" in name and not (kind == "cuda" and index.isdecimal())):
+        raise UserError(f"device = {name!r} is not allowed: it must be auto, cpu, cuda or cuda:<number>")
+    import torch
+
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "auto":
+        if count == 0:
+            _log.info("no GPU found, running on the CPU (device=cpu silences this)")
+        return torch.device("cuda" if count else "cpu")
+    if count <= int(index or 0):
+        raise UserError(f"device = {name!r} is not there: this machine has {count} usable GPUs; use device=auto or cpu")
+    if index:
+        torch.cuda.set_device(int(index))  # kernels are launched on the current device
+    return torch.device(name)

@@ -1,0 +1,180 @@
+"""Files: names that cannot leave their folder, atomic writes, JSON, and YAML that is safe to load."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from natsl.errors import UserError
+from natsl.secrets import redact
+
+MAX_FILE_BYTES = 1 << 20
+MAX_NODES = 100_000  # of one config file, after its aliases are expanded
+_TAG_PREFIX = "tag:yaml.org,2002:"
+_PLAIN_TAGS = {_TAG_PREFIX + t for t in ("str", "int", "float", "bool", "null", "map", "seq", "merge", "value")}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def check_name(name: str, what: str) -> str:
+    """Return ``name`` if it can be the name of a folder inside another one, else raise ``UserError``.
+
+    Allowed: 1–64 letters, digits, ``.``, ``_``, ``-``, beginning with a letter or digit, without ``..``.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
+        raise UserError(
+            f"{what} = {name!r} is not allowed: 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or "
+            "digit, without '..'"
+        )
+    return name
+
+
+def child_folder(parent: Path, name: str, what: str) -> Path:
+    """Path of the folder ``name`` inside ``parent``; refuses names and links that lead out of ``parent``."""
+    path = parent / check_name(name, what)
+    if path.is_symlink() or path.exists():
+        resolved, root = path.resolve(), parent.resolve()
+        if not resolved.is_relative_to(root) or resolved == root:
+            raise UserError(f"{what} = {name!r} is not allowed: {path} is a link that leads out of {parent}")
+    return path
+
+
+def to_plain(value: Any) -> Any:
+    """``value`` as data for JSON: dataclasses and enums by value, paths as text, NaN and infinities as null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: to_plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Enum):
+        return to_plain(value.value)
+    if isinstance(value, Mapping):
+        return {str(key.value if isinstance(key, Enum) else key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash at any moment, sees the old content or the new, nothing between."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """``write_text`` for bytes."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only the owner can read
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``to_plain(value)`` without secrets as indented JSON, atomically."""
+    write_text(path, json.dumps(redact(to_plain(value)), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file; ``UserError`` naming the file if it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+
+
+def read_yaml(path: Path) -> tuple[str, Any]:
+    """Text and root node (None: empty) of a YAML file that is safe to load.
+
+    ``UserError`` naming the file unless it is small, also with its aliases expanded, and has no tags or ``_target_``.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise UserError(f"{path} is larger than {MAX_FILE_BYTES} bytes, the limit for a config file")
+    try:
+        text = content.decode()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        size = _node_size(root, path, {}) if root is not None else 0
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply") from None
+    if size > MAX_NODES:
+        raise UserError(f"{path} expands to more than {MAX_NODES} values through its aliases")
+    return text, root
+
+
+def _node_size(node: Any, path: Path, known: dict[int, int | None]) -> int:
+    """Values below a YAML node once aliases are expanded; checks tags and keys on the way."""
+    if id(node) in known:
+        size = known[id(node)]
+        if size is None:
+            raise UserError(f"{path} holds an alias to itself")
+        return size
+    known[id(node)] = None
+    if node.tag not in _PLAIN_TAGS and node.tag != _TAG_PREFIX + "timestamp":
+        raise UserError(f"{path}: the YAML tag {node.tag!r} is not allowed")
+    size = 1
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value == "_target_":
+                raise UserError(f"{path}: '_target_' is not allowed: nothing in a config is ever executed")
+            size += _node_size(key, path, known) + _node_size(value, path, known)
+    elif isinstance(node, yaml.SequenceNode):
+        size += sum(_node_size(value, path, known) for value in node.value)
+    known[id(node)] = size
+    return size
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Content of a run's ``config.yaml``; ``UserError`` naming the file if it is missing or no safe YAML mapping."""
+    if not path.exists():
+        raise UserError(f"{path} is missing")
+    text, _ = read_yaml(path)
+    try:
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a configuration")
+    return config
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
