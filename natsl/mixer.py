@@ -20,7 +20,7 @@ from natsl.kernels.delta import routed_delta_rule
 from natsl.kernels.mix import gated_norm, routed_mix
 from natsl.kernels.routing import budget_threshold, chunk_means, complete_chunks, route_margins
 from natsl.kernels.softmax import routed_softmax
-from natsl.layers import RMSNorm, causal_attention, short_convolution
+from natsl.modules import RMSNorm, causal_attention, short_convolution
 from natsl.space.policy import LayerPolicy, Op
 
 

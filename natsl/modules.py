@@ -1,8 +1,9 @@
 """The parts around the routed ops: short convolution, RMS norm, SwiGLU, dense attention, the output layer's loss.
 
-Here alone is chosen who computes them: on CUDA the kernels of fla-core (attention: of cuDNN), torch elsewhere. While
-``torch.compile`` traces it is torch too: the compiler fuses these parts itself, and the library's own dispatch would
-break its graph. Only the convolution stays the library's, as an op of its own: the compiler's takes twice the time.
+This is the one place that chooses who computes them: on CUDA the kernels of fla-core (attention: cuDNN), torch
+elsewhere. While ``torch.compile`` traces it is torch too: the compiler fuses these parts itself, and the library's own
+dispatch would break its graph. Only the convolution stays the library's, as an op of its own: the compiler's takes
+twice the time.
 
 Shapes: B batch, T tokens, D width, V vocabulary.
 """

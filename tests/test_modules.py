@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natsl import layers
-from natsl.layers import causal_attention, linear_cross_entropy, rms_norm, short_convolution, swiglu
+from natsl import modules
+from natsl.modules import causal_attention, linear_cross_entropy, rms_norm, short_convolution, swiglu
 from tests.oracles import assert_compiles, assert_near
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -93,7 +93,7 @@ def test_the_opaque_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
         convolution=lambda x, weight, *_, activation: (convolved(x, weight).contiguous(), None),
         convolution_backward=differentiated,
     )
-    monkeypatch.setattr(layers, "_load", lambda: library)
+    monkeypatch.setattr(modules, "_load", lambda: library)
     x, weight = torch.randn(2, 9, 6).double(), torch.randn(6, 4).double()
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)
     test_utils = ("test_schema", "test_faketensor")
@@ -103,7 +103,7 @@ def test_the_opaque_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.library.opcheck(ops.short_convolution_backward.default, (dy, case, weight), test_utils=test_utils)
 
     def run(x: Tensor, weight: Tensor) -> Tensor:
-        y: Tensor = layers._Convolution.apply(x, weight)  # type: ignore[no-untyped-call]
+        y: Tensor = modules._Convolution.apply(x, weight)  # type: ignore[no-untyped-call]
         return y
 
     assert_near(run(strided, weight), convolved(x, weight))
@@ -161,7 +161,7 @@ def test_linear_cross_entropy(parts: int, monkeypatch: pytest.MonkeyPatch) -> No
                 expected[b, t] = logits[b, t].logsumexp(0) - logits[b, t, targets[b, t]]
     upstream = torch.randn(3, 7, dtype=torch.float64)
     grads = torch.autograd.grad((expected * upstream).sum(), (hidden, weight))
-    monkeypatch.setattr(layers, "LOGITS_AT_ONCE", 11 * -(-21 // parts))
+    monkeypatch.setattr(modules, "LOGITS_AT_ONCE", 11 * -(-21 // parts))
     loss, right = linear_cross_entropy(hidden, weight, targets)
     assert loss.dtype is torch.float32, "as in training, whatever the model computes in"
     assert_near(loss, expected)
@@ -180,7 +180,7 @@ def test_logits_are_made_in_parts_only_where_they_are_many(monkeypatch: pytest.M
     monkeypatch.setattr(F, "linear", linear)
     hidden, weight, targets = loss_case(torch.float32)
     linear_cross_entropy(hidden, weight, targets)
-    monkeypatch.setattr(layers, "LOGITS_AT_ONCE", 100)
+    monkeypatch.setattr(modules, "LOGITS_AT_ONCE", 100)
     linear_cross_entropy(hidden, weight, targets)
     assert sizes == [21, 9, 9, 3]
 
@@ -192,7 +192,7 @@ def test_logits_are_made_in_parts_only_where_they_are_many(monkeypatch: pytest.M
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Counts how often the library is asked for."""
     asked: list[str] = []
-    monkeypatch.setattr(layers, "_load", lambda: asked.append("library"))
+    monkeypatch.setattr(modules, "_load", lambda: asked.append("library"))
     return asked
 
 
@@ -217,20 +217,20 @@ def test_the_library_is_for_cuda_outside_the_compiler(
 ) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     x: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    layers._library(x)
+    modules._library(x)
     assert len(loads) == expected
 
 
 def test_a_missing_library_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ["fla", *(name for name in sys.modules if name.startswith("fla."))]:  # an earlier test may have it
         monkeypatch.setitem(sys.modules, name, None)
-    layers._load.cache_clear()
+    modules._load.cache_clear()
     with pytest.warns(UserWarning, match=r"fla-core cannot be used .* pip install 'natsl\[cuda\]' adds it"):
-        assert layers._load() is None
+        assert modules._load() is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert layers._load() is None
-    layers._load.cache_clear()
+        assert modules._load() is None
+    modules._load.cache_clear()
 
 
 def test_the_library_is_not_imported_on_a_cpu() -> None:
@@ -254,12 +254,12 @@ def test_one_configuration_is_left_where_it_exists() -> None:
         return SimpleNamespace(fn=SimpleNamespace(configs=configs))
 
     known, unknown = kernel(), kernel()
-    assert layers._settle(known, {"B": 64}, 4)
+    assert modules._settle(known, {"B": 64}, 4)
     assert [(c.kwargs, c.num_warps) for c in known.fn.configs] == [({"B": 64}, 4)]
-    assert not layers._settle(unknown, {"B": 128}, 4)
+    assert not modules._settle(unknown, {"B": 128}, 4)
     assert len(unknown.fn.configs) == 4
-    assert not layers._settle(None, {"B": 64}, 4)
-    assert not layers._settle(SimpleNamespace(), {"B": 64}, 4)
+    assert not modules._settle(None, {"B": 64}, 4)
+    assert not modules._settle(SimpleNamespace(), {"B": 64}, 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
