@@ -14,87 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from natsl.config import CalibrationScope, ModelConfig, SupernetConfig
+from natsl.config import ModelConfig
 from natsl.kernels.branches import routed_branches
 from natsl.kernels.delta import routed_delta_rule
 from natsl.kernels.mix import gated_norm, routed_mix
-from natsl.kernels.routing import budget_threshold, chunk_means, complete_chunks, route_margins
 from natsl.kernels.softmax import routed_softmax
 from natsl.modules import RMSNorm, causal_attention, short_convolution
+from natsl.router import LayerContext, LayerRouting, Router, route_chunks
 from natsl.space.policy import LayerPolicy, Op
-
-
-@dataclass(frozen=True)
-class LayerRouting:
-    """What a layer's router did: margins [B,N,R] (None without a router), routes [B,N,R] (1 = softmax keeps)."""
-
-    margins: Tensor | None
-    route: Tensor
-
-
-@dataclass(frozen=True)
-class LayerContext:
-    """Everything a layer needs beside its input: the policies of the batch's equal consecutive groups and the lengths.
-
-    ``policies``: one per group. ``lengths`` [B] int64: real tokens per sequence (None: all). ``calibration`` [R,P]:
-    quantiles of the margins, which must be there where a budget is to become a threshold. ``route`` [B,N,R]: routes
-    given from outside instead of the router's (random-routing controls, tests). ``training``: budgets become quantiles
-    of the group itself and the routes carry a gradient.
-    """
-
-    policies: Sequence[LayerPolicy]
-    lengths: Tensor | None
-    calibration: Tensor
-    route: Tensor | None = None
-    training: SupernetConfig | None = None
-
-
-def straight_through(margins: Tensor, threshold: Tensor, hard: Tensor, temperature: float) -> Tensor:
-    """Routes ``hard`` in the forward pass; backward as y = sigmoid((m − θ)/τ)."""
-    y = torch.sigmoid((margins - threshold) / temperature)
-    return hard + (y - y.detach())  # the bracket is exactly 0, so that routes stay exactly 0 or 1
-
-
-def quantile_threshold(margins: Tensor, complete: Tensor | int, budget: float, training: SupernetConfig) -> Tensor:
-    """Exact threshold of a budget over one training group, broadcastable to margins [B,N,R].
-
-    ``complete``: how many chunks of every sequence are complete, or a mask [B,N] of those that are. θ depends on the
-    margins through the budget; with ``project_budget`` its implicit derivative dθ/dm ∝ σ'((m − θ)/τ) is in the backward
-    pass, so that the router's gradient cannot drift along the direction that the budget undoes.
-    """
-    if budget in (0.0, 1.0) or (isinstance(complete, int) and complete == 0):
-        return torch.full_like(margins[:1, :1], math.inf if budget == 0.0 else -math.inf)
-    if isinstance(complete, int):
-        pool, absent = margins[:, :complete].flatten(0, 1), None  # [M,R]
-    else:  # what is left out becomes NaN: picking it out would wait for the device
-        pool, absent = margins.flatten(0, 1), ~complete.flatten()[:, None].expand(-1, margins.shape[2])
-    if training.calibration is CalibrationScope.layer:
-        pool = pool.reshape(-1, 1)
-        absent = None if absent is None else absent.reshape(-1, 1)
-    if absent is None:
-        theta = torch.quantile(pool.detach(), 1.0 - budget, dim=0)
-    else:
-        theta = torch.nanquantile(pool.detach().masked_fill(absent, math.nan), 1.0 - budget, dim=0)
-        theta = theta.masked_fill(absent.all(0), -math.inf)
-    if training.project_budget:
-        y = torch.sigmoid((pool.detach() - theta) / training.route_temperature)
-        slope = y * (1 - y) + 1e-12
-        if absent is not None:
-            slope = slope.masked_fill(absent, 0.0)
-        centre = (slope * pool).sum(0) / slope.sum(0).clamp(min=1e-12)
-        theta = theta + (centre - centre.detach())
-    return theta[None, None]
-
-
-def clamp_gradient(route: Tensor, factor: float) -> None:
-    """Clamp the gradient that reaches the routes at ± factor × its mean magnitude."""
-    if route.requires_grad:
-
-        def hook(grad: Tensor) -> Tensor:
-            bound = factor * grad.abs().mean()
-            return grad.clamp(-bound, bound)
-
-        route.register_hook(hook)
 
 
 def rotate(x: Tensor, theta: float) -> Tensor:
@@ -151,14 +78,15 @@ class RoutedMixer(nn.Module):
             self.delta_norm = nn.Parameter(torch.ones(head_value))
         if kind is Op.routed:
             self.mix_proj = nn.Linear(self.key_width, 2 * c.softmax_heads)
-            self.router = nn.Linear(c.width, 2 * c.heads, bias=False)
+            self.router = Router(c.width, c.heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise. With ``associative_init`` the convolution starts as identity (q, v) and shift by one (k) and
-        W_k as
-        a copy of W_q, so that a key looks for what followed its last occurrence: recall appears without a
-        curriculum."""
+        """Initialise the weights.
+
+        With ``associative_init`` the convolution starts as identity (q, v) and shift by one (k) and W_k as a copy of
+        W_q, so that a key looks for what followed its last occurrence: recall appears without a curriculum.
+        """
         c = self.config
         for linear in (self.qkv_proj, self.gate_proj):
             nn.init.normal_(linear.weight, std=c.width**-0.5)
@@ -195,7 +123,8 @@ class RoutedMixer(nn.Module):
         c = self.config
         qkv = short_convolution(self.qkv_proj(x), self.conv)
         gate = self.gate_proj(x).view(B, T, c.softmax_heads, -1)
-        margins, route = self._route(x, context)
+        router = self.router if self.kind is Op.routed else None
+        routing = route_chunks(router, x, c.heads, c.chunk_size, context)
         outputs = []
         for rows, op, temperature in self._runs(context.policies, B):
             q, k, v = qkv[rows].split((self.key_width, self.key_width, self.value_width), -1)
@@ -206,9 +135,9 @@ class RoutedMixer(nn.Module):
                 gates = self._gates(x[rows])
             # autocast would make half precision of the products inside the torch backend, which are float32 on purpose
             with torch.autocast(x.device.type, enabled=False):
-                outputs.append(self._mix(_Rows(q, k, v, gate[rows], route[rows], gates, logits), context))
+                outputs.append(self._mix(_Rows(q, k, v, gate[rows], routing.route[rows], gates, logits), context))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self.out_proj(y.reshape(B, T, -1)), LayerRouting(margins, route.detach())
+        return self.out_proj(y.reshape(B, T, -1)), LayerRouting(routing.margins, routing.route.detach())
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Log decay g and write strength beta of the delta rule, float32 [B,T,R]."""
@@ -277,57 +206,3 @@ class RoutedMixer(nn.Module):
             else:
                 runs.append((slice(i * size, (i + 1) * size), op, policy.mix_temperature))
         return runs
-
-    def _route(self, x: Tensor, context: LayerContext) -> tuple[Tensor | None, Tensor]:
-        """Margins (None without a router) and routes [B,N,R] of all groups."""
-        B, T, _ = x.shape
-        c = self.config
-        N = -(-T // c.chunk_size)
-        training = context.training
-        margins = None
-        if self.kind is Op.routed:
-            source = x.detach() if training is None or training.detach_router else x
-            with torch.autocast(x.device.type, enabled=False):  # half-precision margins would tie
-                means = chunk_means(source, c.chunk_size, context.lengths).to(self.router.weight.dtype)
-                z = self.router(means).float().view(B, N, c.heads, 2)
-            margins = z[..., 1] - z[..., 0]  # softmax − delta
-        if context.route is not None:
-            return margins, context.route.to(device=x.device, dtype=torch.float32)
-        size = B // len(context.policies)
-        complete: Tensor | int = T // c.chunk_size
-        if context.lengths is not None:
-            complete = complete_chunks(context.lengths, c.chunk_size, N)
-        parts = []
-        for i, policy in enumerate(context.policies):
-            rows = slice(i * size, (i + 1) * size)
-            if margins is None or policy.op is not Op.routed:
-                fixed = 0.0 if policy.op is Op.delta else 1.0
-                parts.append(x.new_full((size, N, c.heads), fixed, dtype=torch.float32))
-            else:
-                chunks = complete if isinstance(complete, int) else complete[rows]
-                parts.append(self._route_group(margins[rows], chunks, policy, context))
-        return margins, parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    @staticmethod
-    def _route_group(margins: Tensor, complete: Tensor | int, policy: LayerPolicy, context: LayerContext) -> Tensor:
-        training = context.training
-        if training is not None and training.route_noise > 0:  # the difference of two Gumbel variables is logistic
-            u = torch.rand_like(margins).clamp(1e-6, 1 - 1e-6)
-            margins = margins + training.route_noise * (u.log() - torch.log1p(-u))
-        if policy.threshold is not None:
-            theta = margins.new_full((1, 1, 1), policy.threshold)
-            finite = math.isfinite(policy.threshold)
-        elif policy.budget is None:
-            raise ValueError("a routed layer needs a budget or a threshold")
-        else:
-            finite = 0.0 < policy.budget < 1.0 and not (isinstance(complete, int) and complete == 0)
-            if training is not None:
-                theta = quantile_threshold(margins, complete, policy.budget, training)
-            else:
-                theta = budget_threshold(context.calibration, policy.budget).to(margins.dtype)[None, None]
-        route = route_margins(margins.detach(), theta.detach(), policy.cap, policy.burst)
-        if training is not None and torch.is_grad_enabled() and finite:
-            route = straight_through(margins, theta, route, training.route_temperature)
-            if training.gradient_clamp > 0:
-                clamp_gradient(route, training.gradient_clamp)
-        return route

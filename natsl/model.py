@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natsl.config import ModelConfig, Precision, SupernetConfig
-from natsl.mixer import LayerContext, LayerRouting, RoutedMixer
+from natsl.mixer import RoutedMixer
 from natsl.modules import RMSNorm, SwiGLU, linear_cross_entropy
+from natsl.router import LayerContext, LayerRouting
 from natsl.space.policy import Op, RoutingPolicy
 
 

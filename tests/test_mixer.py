@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from natsl.config import CalibrationScope, Counterfactual, SupernetConfig
-from natsl.mixer import LayerContext, RoutedMixer, clamp_gradient, quantile_threshold, rotate, straight_through
+from natsl.config import Counterfactual, SupernetConfig
+from natsl.mixer import RoutedMixer, rotate
+from natsl.router import LayerContext, quantile_threshold
 from natsl.space.policy import ALLOWED_OPS, LayerPolicy, Op
 from tests.oracles import assert_near, dense_softmax, tiny_config, token_delta
 
@@ -139,93 +140,6 @@ def test_associative_start_is_identity_and_shift() -> None:
 # The router's gradient
 
 
-def test_straight_through_is_binary_forward_and_a_sigmoid_backward() -> None:
-    margins = torch.randn(500).requires_grad_()
-    theta = torch.tensor(0.2)
-    hard = (margins.detach() > theta).float()
-    route = straight_through(margins, theta, hard, 0.5)
-    assert torch.equal(route, hard), "exactly 0 or 1: the kernels tell kept from left out by it"
-    upstream = torch.randn(500)
-    (grad,) = torch.autograd.grad((route * upstream).sum(), margins)
-    y = torch.sigmoid((margins.detach() - theta) / 0.5)
-    torch.testing.assert_close(grad, y * (1 - y) / 0.5 * upstream)
-
-
-def group_route(margins: Tensor, complete: Tensor, budget: float, training: SupernetConfig) -> Tensor:
-    theta = quantile_threshold(margins, complete, budget, training)
-    hard = (margins.detach() > theta.detach()).to(margins.dtype)
-    return straight_through(margins, theta, hard, training.route_temperature)
-
-
-@pytest.mark.parametrize("scope", CalibrationScope, ids=lambda s: s.value)
-@pytest.mark.parametrize("budget", [0.05, 0.3, 0.9])
-def test_projected_gradient_has_no_part_along_a_common_shift(budget: float, scope: CalibrationScope) -> None:
-    margins = torch.randn(3, 8, 2).double().requires_grad_()
-    complete = torch.ones(3, 8, dtype=torch.bool)
-    complete[:, -1] = complete[1, 5:] = False
-    upstream = torch.randn(3, 8, 2).double() * complete[..., None]
-    training = SupernetConfig(calibration=scope)
-    (grad,) = torch.autograd.grad((group_route(margins, complete, budget, training) * upstream).sum(), margins)
-    (free,) = torch.autograd.grad(
-        (
-            group_route(margins, complete, budget, SupernetConfig(calibration=scope, project_budget=False)) * upstream
-        ).sum(),
-        margins,
-    )
-    over = (0, 1, 2) if scope is CalibrationScope.layer else (0, 1)
-    assert grad.sum(over).abs().max() < 1e-9
-    assert free.sum(over).abs().max() > 1e-3
-    theta = quantile_threshold(margins.detach(), complete, budget, training)
-    y = torch.sigmoid((margins.detach() - theta) / 0.5)
-    slope = y * (1 - y)
-    assert_near(free, slope / 0.5 * upstream)
-    weight = slope * complete[..., None]
-    weight = weight / weight.sum(over, keepdim=True)
-    torch.testing.assert_close(grad, free - weight * free.sum(over, keepdim=True), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("scope", CalibrationScope, ids=lambda s: s.value)
-@pytest.mark.parametrize("project", [True, False], ids=["projected", "free"])
-def test_training_threshold_keeps_the_budget_exactly(project: bool, scope: CalibrationScope) -> None:
-    training = SupernetConfig(calibration=scope, project_budget=project)
-    complete = torch.ones(5, 20, dtype=torch.bool)
-    for case in range(50):
-        margins = (torch.randn(5, 20, 2) * 10 ** (case % 5 - 2)).requires_grad_()
-        budget = (case + 0.5) / 51
-        route = group_route(margins, complete, budget, training)
-        pool = 200 if scope is CalibrationScope.layer else 100
-        kept = route.detach().sum() if scope is CalibrationScope.layer else route.detach().sum((0, 1))
-        # the quantile lies between two of M margins: M − 1 − floor((1 − budget)(M − 1)) of them are above
-        assert (kept == pool - 1 - math.floor((1 - budget) * (pool - 1))).all()
-
-
-@pytest.mark.parametrize("scope", CalibrationScope, ids=lambda s: s.value)
-@pytest.mark.parametrize("project", [True, False], ids=["projected", "free"])
-def test_chunks_known_on_the_host_and_a_mask_give_the_same_threshold(project: bool, scope: CalibrationScope) -> None:
-    training = SupernetConfig(calibration=scope, project_budget=project)
-    margins = torch.randn(3, 8, 2).double().requires_grad_()
-    mask = torch.zeros(3, 8, dtype=torch.bool)
-    mask[:, :6] = True
-    picked = margins.detach()[mask].view(-1, 1 if scope is CalibrationScope.layer else 2)
-    found = []
-    for complete in (6, mask):
-        theta = quantile_threshold(margins, complete, 0.3, training)
-        assert_near(theta[0, 0].detach(), torch.quantile(picked, 0.7, dim=0))
-        weights = torch.linspace(1, 2, theta.numel()).double().view_as(theta)
-        found.append(torch.autograd.grad((theta * weights).sum(), margins)[0] if project else theta.detach())
-    assert_near(found[0], found[1])
-    assert not project or not found[0][:, 6:].any()
-
-
-def test_extreme_budgets_and_incomplete_groups_have_infinite_thresholds() -> None:
-    margins, none = torch.randn(2, 3, 2), torch.zeros(2, 3, dtype=torch.bool)
-    training = SupernetConfig()
-    assert (quantile_threshold(margins, ~none, 0.0, training) == math.inf).all()
-    assert (quantile_threshold(margins, ~none, 1.0, training) == -math.inf).all()
-    assert (quantile_threshold(margins, none, 0.5, training) == -math.inf).all()
-    assert (quantile_threshold(margins, 0, 0.5, training) == -math.inf).all()
-
-
 def test_sequences_without_a_complete_chunk_have_no_router_gradient() -> None:
     mixer = make_mixer("routed")
     x = torch.randn(4, 7, 16).double()
@@ -251,15 +165,6 @@ def test_no_lengths_stand_for_whole_sequences(T: int) -> None:
     assert torch.equal(results[0][1], results[1][1])
     assert_near(results[0][0], results[1][0])
     assert_near(results[0][2], results[1][2], torch.float32)
-
-
-def test_clamp() -> None:
-    x = torch.zeros(8, requires_grad=True)
-    route = x * 1
-    clamp_gradient(route, 2.0)
-    upstream = torch.tensor([1.0, -1, 1, -1, 1, -1, 1, 33.0])
-    (grad,) = torch.autograd.grad((route * upstream).sum(), x)
-    assert grad.tolist() == [1, -1, 1, -1, 1, -1, 1, 10.0]  # 2 · mean |g| = 2 · 40 / 8
 
 
 def run_training(training: SupernetConfig, x: Tensor, mixer: RoutedMixer) -> tuple[Tensor, Tensor, Tensor]:
