@@ -1,6 +1,7 @@
-"""Configuration of models, data and supernet training: plain dataclasses, no torch at import.
+"""Configuration of models and supernet training: plain dataclasses.
 
-Each class checks itself in ``__post_init__`` and raises ``ValueError`` naming the value and what is allowed.
+They are here, not beside the model and the training loop, because those load torch, and ``--help`` must not. Each class
+checks itself in ``__post_init__`` and raises ``ValueError`` naming the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from natsl.files import to_plain as to_plain  # moved
 from natsl.space.check import check, check_at_least, check_choice, check_counts
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op
+from natsl.tasks import DataConfig
+from natsl.tasks.mqar import MqarConfig as MqarConfig  # moved
+from natsl.tasks.needle import NeedleConfig as NeedleConfig  # moved
 
-__all__ = ("check", "check_at_least", "check_counts")  # moved
+__all__ = ("DataConfig", "check", "check_at_least", "check_counts")  # moved
 
 
 class Counterfactual(Enum):
@@ -124,93 +128,6 @@ class ModelConfig:
                 self.conv_width,
             )
             for kind in self.layers
-        )
-
-
-@dataclass
-class MqarConfig:
-    """Multi-query associative recall inside real text.
-
-    A sequence is cut into segments of ``segment`` tokens. The share ``pair_share`` of them, at random places, holds
-    ``segment / 2`` key–value pairs, the others hold text; the last ``query_segments`` ask for keys, each answered by
-    its value.
-    """
-
-    segment: int = 16
-    pair_share: float = 0.25
-    query_segments: int = 2
-    easy_share: float = 0.0
-    easy_pairs: list[int] = field(default_factory=lambda: [4, 8, 16])
-
-    def __post_init__(self) -> None:
-        check_counts(2, {"data.mqar.segment": self.segment})
-        check(self.segment % 2 == 0, "data.mqar.segment", self.segment, "it must be even and ≥ 2")
-        check(0 < self.pair_share < 1, "data.mqar.pair_share", self.pair_share, "it must lie in (0, 1)")
-        check_counts(1, {"data.mqar.query_segments": self.query_segments})
-        check(0 <= self.easy_share <= 1, "data.mqar.easy_share", self.easy_share, "it must lie in [0, 1]")
-        check(
-            all(type(n) is int and n >= 1 for n in self.easy_pairs) and (self.easy_share == 0 or bool(self.easy_pairs)),
-            "data.mqar.easy_pairs",
-            self.easy_pairs,
-            "counts ≥ 1, at least one if easy_share > 0",
-        )
-
-
-@dataclass
-class NeedleConfig:
-    """Keys planted in real text at a depth, asked for at the end.
-
-    ``depth_min``/``depth_max``: where needles may lie, as fractions of the text before the question.
-    """
-
-    needles: int = 1
-    depth_min: float = 0.0
-    depth_max: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_counts(1, {"data.needle.needles": self.needles})
-        check(
-            0 <= self.depth_min <= self.depth_max <= 1,
-            "data.needle.depth_min/depth_max",
-            (self.depth_min, self.depth_max),
-            "0 ≤ depth_min ≤ depth_max ≤ 1",
-        )
-
-
-@dataclass
-class DataConfig:
-    """What the supernet is trained and judged on.
-
-    ``path``: a text file or a folder of them (null: the sources of Python's standard library). ``tasks``: weight of
-    each task (``bytes``, ``mqar``, ``needle``) in the training batches. ``keys``: how many different keys the recall
-    tasks have; beyond 64 each needs a token more in the vocabulary. ``search_sequences`` / ``test_sequences``: held-out
-    sequences per task for judging trials and for the report.
-    """
-
-    path: str | None = None
-    tasks: dict[str, float] = field(default_factory=lambda: {"mqar": 1.0})
-    seq_len: int = 384
-    keys: int = 64
-    search_sequences: int = 32
-    test_sequences: int = 64
-    mqar: MqarConfig = field(default_factory=MqarConfig)
-    needle: NeedleConfig = field(default_factory=NeedleConfig)
-
-    def __post_init__(self) -> None:
-        check(
-            len(self.tasks) > 0 and any(w > 0 for w in self.tasks.values()),
-            "data.tasks",
-            self.tasks,
-            "at least one task needs a weight > 0",
-        )
-        for name, weight in self.tasks.items():
-            check(name in ("bytes", "mqar", "needle"), "data.tasks", name, "the tasks are bytes, mqar, needle")
-            check(math.isfinite(weight) and weight >= 0, f"data.tasks.{name}", weight, "it must be ≥ 0")
-        check_counts(2, {"data.seq_len": self.seq_len})
-        check_counts(1, {"data.keys": self.keys})
-        check_counts(
-            1,
-            {"data.search_sequences": self.search_sequences, "data.test_sequences": self.test_sequences},
         )
 
 

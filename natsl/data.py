@@ -1,11 +1,12 @@
-"""Text for the tasks: where it comes from, how it is split, and the fingerprint of what was read.
+"""Text, how it is split, and the batches that tasks make of it.
 
-All text is bytes, held as uint8 tensors; one byte is one token.
+All text is bytes, held as uint8 tensors; one byte is one token. Shapes: B sequences, T tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import sysconfig
@@ -16,11 +17,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from natsl.files import to_plain
+from natsl.space.check import check, check_counts
+from natsl.tasks import TASKS, DataConfig
+from natsl.tasks.sequences import BYTES, KEYS, VALUES, Batch, draw_uniform
+from natsl.tasks.task import Request
+
 HELD_OUT = 0.05  # share of each of the two held-out parts
 FEWEST_FILES = 20  # with fewer files, 5 % of them is less than one
 # Tests are missing from some distributions and hold broken text on purpose; the tables in `encodings` are near copies
 # of one another, so that a split by file would show a model its own held-out text.
 STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
+
+_FIRST_TASKS = {"bytes", "mqar", "needle"}  # their options are in every fingerprint, those of later ones where used
 
 
 class Split(Enum):
@@ -172,3 +181,115 @@ def _fingerprint(parts: Parts) -> str:
             for field in (split.value.encode(), os.fsencode(name), text):
                 digest.update(len(field).to_bytes(8, "big") + field)  # lengths keep the fields apart
     return digest.hexdigest()
+
+
+class TaskData:
+    """Batches of the configured tasks, each fully determined by its arguments.
+
+    Tasks of weight 0 are off. Every draw comes from a generator of its own, so that nothing depends on the global
+    random state, nor the other way round. Raises ``ValueError`` if the model's vocabulary is too small, a part of
+    the corpus is shorter than a sequence, or a task cannot be laid out in ``seq_len`` tokens.
+    """
+
+    def __init__(self, config: DataConfig, corpus: Corpus, vocab_size: int) -> None:
+        self.config = config
+        self.corpus = corpus
+        self.vocab_size = vocab_size
+        self.tasks = [name for name, weight in config.tasks.items() if weight > 0]
+        for name in self.tasks:
+            self._check(name, config.seq_len)
+        for split in Split:
+            self._check_text(split, config.seq_len, "data.seq_len")
+        self.fingerprint = self._fingerprint()
+
+    def batch(
+        self,
+        task: str,
+        split: Split,
+        count: int,
+        seed: int,
+        *,
+        length: int | None = None,
+        depth: float | None = None,
+    ) -> Batch:
+        """``count`` sequences of one task from one part of the text.
+
+        ``length``: tokens per sequence instead of ``data.seq_len``. ``depth``: where all needles are planted, instead
+        of the configured range (a share in [0, 1]; only for tasks that have a depth).
+        """
+        check_counts(1, {"count": count})
+        size = self.config.seq_len if length is None else length
+        check_counts(2, {"length": size})
+        self._check(task, size)
+        self._check_text(split, size, "length")
+        if depth is not None:
+            having = ", ".join(name for name, kind in TASKS.items() if kind.has_depth)
+            check(TASKS[task].has_depth, "depth", depth, f"task {task} has no depth, only {having} has")
+            check(0 <= depth <= 1, "depth", depth, "it must lie in [0, 1]")
+        generator = _generator("batch", task, split.value, seed)
+        request = Request(count, size, split is Split.train, depth)
+        return self.config.build(task).make(self.corpus.part(split), request, generator)
+
+    def train_batch(self, count: int, seed: int, step: int) -> Batch:
+        """The training batch of a step: tasks by weight, in random order of sequences."""
+        check_counts(1, {"count": count})
+        generator = _generator("mix", seed, step)
+        weights = torch.tensor([self.config.tasks[name] for name in self.tasks], dtype=torch.float64)
+        # One random offset for the whole batch: shares differ from the weights by less than one sequence.
+        points = (torch.arange(count, dtype=torch.float64) + draw_uniform(generator)) / count
+        ends = (weights / weights.sum()).cumsum(0)[:-1]  # the last end is 1
+        counts = torch.bincount(torch.bucketize(points, ends, right=True), minlength=len(self.tasks)).tolist()
+        parts = []
+        for name, rows in zip(self.tasks, counts, strict=True):
+            if rows:
+                request = Request(rows, self.config.seq_len, training=True)
+                own = _generator("train", name, seed, step)
+                parts.append(self.config.build(name).make(self.corpus.train, request, own))
+        if len(parts) == 1:
+            return parts[0]
+        batch = Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "targets", "recall")))
+        return batch.rows(torch.randperm(count, generator=generator))
+
+    def eval_sets(self, split: Split) -> dict[str, Batch]:
+        """The fixed held-out sequences of every task: the same in every run on the same data."""
+        sizes = {Split.search: self.config.search_sequences, Split.test: self.config.test_sequences}
+        check(split in sizes, "split", split.value, "only search and test have fixed sequences")
+        return {name: self.batch(name, split, sizes[split], seed=0) for name in self.tasks}
+
+    def _check(self, name: str, length: int) -> None:
+        task = self.config.build(name)
+        needed = VALUES.stop + max(0, self.config.keys - len(KEYS)) if task.needs_pairs else BYTES.stop
+        what = f"bytes, values and data.keys = {self.config.keys} keys" if task.needs_pairs else "bytes"
+        check(
+            self.vocab_size >= needed,
+            "model.vocab_size",
+            self.vocab_size,
+            f"task {name} needs at least {needed} ({what})",
+        )
+        task.check(length)
+
+    def _check_text(self, split: Split, length: int, name: str) -> None:
+        size = self.corpus.part(split).numel()
+        if size <= length:
+            raise ValueError(
+                f"data.path = {self.config.path!r} is too short: its {split.value} part has {size} bytes, "
+                f"a sequence of {name} = {length} needs {length + 1}"
+            )
+
+    def _fingerprint(self) -> str:
+        """sha256 over text and settings: trainings of equal fingerprints see the same sequences."""
+        plain = to_plain(self.config)
+        del plain["path"]  # where the text is has no effect on the sequences
+        # Runs from before these settings existed must keep their fingerprints.
+        if self.config.keys == len(KEYS):
+            del plain["keys"]
+        for name in TASKS.keys() - _FIRST_TASKS - set(self.tasks):
+            plain.pop(name, None)
+        text = json.dumps([self.corpus.fingerprint, plain], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _generator(*parts: str | int) -> torch.Generator:
+    """A generator seeded by all of ``parts``: neighbouring seeds, steps and splits have nothing in common."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from natsl.config import CalibrationScope, Sandwich, SupernetConfig
-from natsl.data import Split
+from natsl.data import Split, TaskData
 from natsl.kernels.routing import quantile_table
 from natsl.model import RoutedLM, TokenLosses
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
-from natsl.tasks import IGNORED, Batch, TaskData
+from natsl.tasks.sequences import IGNORED, Batch
 
 # Share of the routed layers that a random policy makes delta-only, so that searched policies that mix ops are trained.
 DELTA_SHARE = 0.25

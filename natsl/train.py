@@ -19,7 +19,7 @@ from torch import Tensor
 from natsl import checkpoint
 from natsl.cli import run_main
 from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, TrainRunConfig, check_batch
-from natsl.data import load_text
+from natsl.data import TaskData, load_text
 from natsl.device import resolve_device
 from natsl.errors import UserError
 from natsl.files import to_plain
@@ -30,7 +30,6 @@ from natsl.model import RoutedLM, count_parameters
 from natsl.progress import Progress
 from natsl.run import Run
 from natsl.supernet import Loss, calibrate, sandwich_backward, sandwich_policies, seed_of
-from natsl.tasks import TaskData
 from natsl.tracking import Tracker, start_tracker
 
 # How often things are written and how long bad steps are borne: a resumed run may change these.

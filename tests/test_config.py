@@ -12,9 +12,6 @@ from natsl import config
 
 CLASSES: list[Any] = [
     config.ModelConfig,
-    config.MqarConfig,
-    config.NeedleConfig,
-    config.DataConfig,
     config.SupernetConfig,
     config.TrainConfig,
     config.TrainRunConfig,
@@ -29,11 +26,6 @@ def test_integers_are_integers(make: Callable[..., object], name: str) -> None:
     for value in (2.5, 16.0, True, "3", None, -1):
         with pytest.raises(ValueError, match=rf"{name} = {value!r} is not allowed: it must be"):
             make(**{name: value})
-
-
-def test_easy_pairs_are_integers() -> None:
-    with pytest.raises(ValueError, match=r"data.mqar.easy_pairs = \[4, 2.5\]"):
-        config.MqarConfig(easy_pairs=[4, 2.5])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("kind", ["foo", 1, None])

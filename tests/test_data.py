@@ -1,15 +1,27 @@
+"""Text: reading and splitting it; and the batches and held-out sets that tasks make of it."""
+
 from __future__ import annotations
 
 import errno
 import os
 import random
 import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from natsl.data import Split, load_text
+from natsl.data import Split, TaskData, load_text
+from natsl.tasks import TASKS, DataConfig
+from natsl.tasks.bytes import BytesTask
+from natsl.tasks.mqar import MqarConfig
+from natsl.tasks.needle import NeedleConfig
+from natsl.tasks.sequences import Batch
+from natsl.tasks.task import Request, Task
+from tests.task_helpers import check_sequence, make_corpus, make_data, same
 
 
 def words(seed: int, size: int) -> bytes:
@@ -203,3 +215,198 @@ def test_unreadable_file_gets_one_clear_line(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(ValueError, match="cannot be read: Permission denied"):
         load_text(str(path))
+
+
+# Training batches and held-out sets
+
+
+def test_train_batches_follow_weights_seed_and_step() -> None:
+    data = make_data(tasks={"bytes": 1.0, "mqar": 2.0, "needle": 0.0})
+    assert data.tasks == ["bytes", "mqar"]
+    orders = set()
+    for step in range(20):
+        batch = data.train_batch(12, 0, step)
+        assert same(batch, data.train_batch(12, 0, step))
+        assert batch.tokens.shape == (12, 384)
+        has_pairs = batch.recall.any(dim=1)
+        assert has_pairs.sum() == 8
+        orders.add(tuple(has_pairs.tolist()))
+        source = bytes(data.corpus.train.tolist())
+        for row in zip(batch.tokens.tolist(), batch.targets.tolist(), batch.recall.tolist(), strict=True):
+            check_sequence(source, *row)
+    assert len(orders) > 10, "tasks are spread over the batch"
+    assert not same(data.train_batch(12, 0, 1), data.train_batch(12, 1, 0))
+
+
+def test_small_batches_reach_every_task() -> None:
+    data = make_data(tasks={"bytes": 1.0, "mqar": 0.2})
+    share = sum(int(data.train_batch(1, 0, step).recall.any()) for step in range(300)) / 300
+    assert 0.1 < share < 0.24
+
+
+@pytest.mark.parametrize("split", [Split.search, Split.test], ids=lambda s: s.value)
+def test_eval_sets_are_fixed(split: Split) -> None:
+    data = make_data(search_sequences=3, test_sequences=5)
+    sets = data.eval_sets(split)
+    assert list(sets) == list(TASKS)
+    assert all(len(batch) == {Split.search: 3, Split.test: 5}[split] for batch in sets.values())
+    again = make_data(search_sequences=3, test_sequences=5).eval_sets(split)
+    assert all(same(sets[name], again[name]) for name in sets)
+
+
+def test_batches_move_and_slice() -> None:
+    batch = make_data().batch("mqar", Split.test, 6, 0)
+    part = batch.rows(slice(2, 4)).to("cpu")
+    assert len(part) == 2
+    assert torch.equal(part.targets, batch.targets[2:4])
+    assert torch.equal(batch.rows(torch.tensor([5])).recall, batch.recall[5:])
+
+
+def test_fingerprint_covers_text_and_settings_but_not_the_path() -> None:
+    first = make_data()
+    assert first.fingerprint == make_data(path="elsewhere").fingerprint
+    assert first.fingerprint != make_data(seq_len=400).fingerprint
+    assert first.fingerprint != make_data(mqar=MqarConfig(easy_share=0.1)).fingerprint
+    assert first.fingerprint != make_data(replace(make_corpus(), fingerprint="g")).fingerprint
+
+
+def test_training_batch_takes_ten_milliseconds() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        data = make_data(load_text())
+        times = []
+        for step in range(30):
+            start = time.perf_counter()
+            data.train_batch(24, 0, step)
+            times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    assert sorted(times)[5] < 0.010  # the fast ones: other work on the machine is not ours to judge
+
+
+# Fingerprints
+
+
+def test_as_many_keys_as_before_there_was_a_choice_is_the_same_data() -> None:
+    first, second = make_data(), make_data(keys=64)
+    assert first.fingerprint == second.fingerprint
+    assert first.fingerprint != make_data(keys=63).fingerprint
+    # checkpoints tell it: were it another, what was trained before could not be resumed
+    assert first.fingerprint == "e44187fbfab5184be9001699a152cd50d668e0e7202b613c7404fd9d7b6dce5c"
+
+
+@dataclass
+class EchoConfig:
+    shift: int = 1
+
+
+class EchoTask(Task[EchoConfig]):
+    """A task that somebody adds."""
+
+    name = "echo"
+
+    def make(self, text: Tensor, request: Request, generator: torch.Generator) -> Batch:
+        batch = BytesTask(None, self.seq_len, self.keys).make(text, request, generator)
+        return Batch(batch.tokens, batch.tokens.roll(self.config.shift, 1), batch.recall)
+
+
+@dataclass
+class WiderConfig(DataConfig):
+    echo: EchoConfig = field(default_factory=EchoConfig)
+
+
+def test_a_new_task_is_an_entry_and_a_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = make_data(tasks={"mqar": 1.0})
+    monkeypatch.setitem(TASKS, "echo", EchoTask)
+    corpus = make_corpus()
+
+    def data(**tasks: float) -> TaskData:
+        return TaskData(WiderConfig(tasks=tasks, echo=EchoConfig(2)), corpus, 384)
+
+    batch = data(echo=1.0).batch("echo", Split.test, 3, 0)
+    assert torch.equal(batch.targets[:, 2:], batch.tokens[:, :-2])
+    assert data(mqar=1.0).fingerprint == old.fingerprint, "runs without the task are what they were"
+    fingerprint = TaskData(WiderConfig(tasks={"echo": 1.0}), corpus, 384).fingerprint
+    assert data(echo=1.0).fingerprint != fingerprint, "its options count where it is used"
+    with pytest.raises(
+        ValueError, match=r"data.tasks = 'sums' is not allowed: the tasks are bytes, mqar, needle, echo"
+    ):
+        data(sums=1.0)
+
+
+@pytest.mark.parametrize("name", ["seq_len", "keys", "search_sequences", "test_sequences"])
+def test_integers_are_integers(name: str) -> None:
+    options: Any = {}
+    for value in (2.5, 16.0, True, "3", None, -1):
+        options[name] = value
+        with pytest.raises(ValueError, match=rf"{name} = {value!r} is not allowed: it must be"):
+            DataConfig(**options)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 383}, "model.vocab_size = 383 .* task mqar needs at least 384"),
+        ({"vocab_size": 255, "tasks": {"bytes": 1.0}}, "model.vocab_size = 255 .* task bytes needs at least 256"),
+        ({"corpus": make_corpus(384)}, "too short: its train part has 384 bytes, .* = 384 needs 385"),
+        ({"corpus": make_corpus(held_out=100)}, "too short: its search part has 100 bytes"),
+        ({"seq_len": 380}, "data.seq_len = 380 .* multiple of data.mqar.segment = 16"),
+        ({"seq_len": 48}, "data.seq_len = 48 .* at least 64"),
+        ({"mqar": MqarConfig(pair_share=0.5)}, "data.mqar.pair_share = 0.5 .* 96 distinct pairs .* 64 keys"),
+        ({"keys": 65}, "model.vocab_size = 384 .* at least 385 .* data.keys = 65 keys"),
+        ({"keys": 0}, "data.keys = 0"),
+        ({"needle": NeedleConfig(needles=65)}, "data.needle.needles = 65 .* 64 keys"),
+        ({"needle": NeedleConfig(needles=64), "seq_len": 192}, "data.seq_len = 192 .* each of 64 needles"),
+    ],
+    ids=[
+        "vocab-pairs",
+        "vocab-bytes",
+        "short-train",
+        "short-search",
+        "segment",
+        "no-text",
+        "keys",
+        "many-keys",
+        "no-keys",
+        "needles",
+        "full",
+    ],
+)
+def test_mistakes_get_one_clear_line(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        make_data(**options)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("sums", {}, "task = 'sums' .* bytes, mqar, needle"),
+        ("bytes", {"length": 1}, "length = 1"),
+        ("bytes", {"length": 4000}, "test part has 4000 bytes, .* length = 4000 needs 4001"),
+        ("mqar", {"length": 100}, "length = 100 .* multiple"),
+        ("mqar", {"length": 128}, "length = 128 .* at least 144"),
+        ("mqar", {"depth": 0.5}, "depth = 0.5 .* only needle"),
+        ("needle", {"depth": 1.5}, "depth = 1.5 .* \\[0, 1\\]"),
+        ("needle", {"count": 0}, "count = 0"),
+    ],
+)
+def test_impossible_batches_are_refused(task: str, options: dict[str, object], message: str) -> None:
+    call: dict[str, object] = {"count": 2, "seed": 0, **options}
+    with pytest.raises(ValueError, match=message):
+        make_data().batch(task, Split.test, **call)  # type: ignore[arg-type]
+
+
+def test_pair_tasks_are_free_to_be_off() -> None:
+    data = make_data(vocab_size=256, tasks={"bytes": 1.0, "mqar": 0.0}, seq_len=100)
+    assert data.train_batch(2, 0, 0).tokens.max() < 256
+    assert list(data.eval_sets(Split.test)) == ["bytes"]
+
+
+def test_training_text_has_no_fixed_set() -> None:
+    with pytest.raises(ValueError, match="split = 'train'"):
+        make_data().eval_sets(Split.train)

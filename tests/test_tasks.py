@@ -1,69 +1,85 @@
+"""Every task of the registry against what a task promises, then each task against its own definition."""
+
 from __future__ import annotations
 
-import random
-import time
-from dataclasses import replace
-from itertools import pairwise
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 
-from natsl.config import DataConfig, MqarConfig, NeedleConfig
-from natsl.data import Corpus, Split, load_text
-from natsl.tasks import IGNORED, KEYS, TASKS, VALUES, Batch, TaskData
+from natsl.data import Split
+from natsl.tasks import TASKS, DataConfig
+from natsl.tasks.mqar import MqarConfig
+from natsl.tasks.needle import NeedleConfig
+from natsl.tasks.sequences import IGNORED, KEYS, VALUES, Batch
+from tests.task_helpers import check_sequence, make_corpus, make_data, pairs_of, same
 
-ALL = dict.fromkeys(TASKS, 1.0)
+INTEGERS = [
+    (task, name)
+    for task in TASKS
+    for name, kind in get_type_hints(type(DataConfig().build(task).config)).items()
+    if kind is int
+]
 
 
-def make_corpus(size: int = 20_000, held_out: int = 4_000) -> Corpus:
-    """Random letters, another alphabet in each part, so that a stretch of text tells its part and place."""
-    letters = (b"abcdefghijklmnopqrst", b"ABCDEFGHIJKLMNOPQRST", bytes(range(200, 256)))
-    train, search, test = (
-        torch.tensor(random.Random(i).choices(alphabet, k=n), dtype=torch.uint8)
-        for i, (alphabet, n) in enumerate(zip(letters, (size, held_out, held_out), strict=True))
+# Conformance: every task of the registry
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_names(task: str) -> None:
+    assert TASKS[task].name == task
+    assert task.isidentifier(), "it names options and records"
+    metric = TASKS[task].metric
+    if metric is not None:
+        assert metric.isidentifier()
+        assert metric.endswith("_error")
+        assert [kind.metric for kind in TASKS.values()].count(metric) == 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_metric_is_reported_where_something_is_recalled(task: str) -> None:
+    assert make_data().batch(task, Split.test, 2, 0).recall.any() == (TASKS[task].metric is not None)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_gets_its_own_options(task: str) -> None:
+    config = DataConfig(seq_len=400, keys=7)
+    built = config.build(task)
+    assert type(built) is TASKS[task]
+    assert (built.seq_len, built.keys) == (400, 7)
+    assert built.config is getattr(config, task, None)
+    assert built.config is None or dataclasses.is_dataclass(built.config)
+
+
+@pytest.mark.parametrize(("task", "name"), INTEGERS)
+def test_integer_options_are_integers(task: str, name: str) -> None:
+    options: Any = type(DataConfig().build(task).config)
+    for value in (2.5, 16.0, True, "3", None, -1):
+        with pytest.raises(ValueError, match=rf"data.{task}.{name} = {value!r} is not allowed: it must be"):
+            options(**{name: value})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_depth_is_for_tasks_that_have_one(task: str) -> None:
+    data = make_data()
+    if TASKS[task].has_depth:
+        shallow, deep = (data.batch(task, Split.test, 2, 0, depth=depth) for depth in (0.0, 1.0))
+        assert not torch.equal(shallow.tokens, deep.tokens)
+    else:
+        with pytest.raises(ValueError, match=f"task {task} has no depth"):
+            data.batch(task, Split.test, 2, 0, depth=0.5)
+
+
+def test_the_tasks_load_without_torch() -> None:
+    code = "import sys, natsl.tasks; print('torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60
     )
-    return Corpus(train, search, test, fingerprint="f", description="letters", files=3)
-
-
-def make_data(corpus: Corpus | None = None, vocab_size: int = 384, **options: object) -> TaskData:
-    config = DataConfig(**{"tasks": dict(ALL), **options})  # type: ignore[arg-type]
-    return TaskData(config, corpus or make_corpus(), vocab_size)
-
-
-def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("tokens", "targets", "recall"))
-
-
-def pairs_of(tokens: list[int]) -> dict[int, int]:
-    """What followed each key that is followed by a value."""
-    found: dict[int, int] = {}
-    for key, value in pairwise(tokens):
-        if key in KEYS and value in VALUES:
-            assert found.setdefault(key, value) == value
-    return found
-
-
-def check_sequence(source: bytes, tokens: list[int], targets: list[int], recall: list[bool]) -> None:
-    """Hold one sequence against the text it was made from, token by token."""
-    length = len(tokens)
-    text_at = [t for t in range(length) if tokens[t] < 256]
-    text = bytes(tokens[t] for t in text_at)
-    start = source.find(text)
-    assert start >= 0, "the text is not contiguous in its source"
-    place = {t: start + j for j, t in enumerate(text_at)}
-    known = pairs_of(tokens)
-    for t in range(length):
-        next_is_text = t + 1 < length and tokens[t + 1] < 256
-        if recall[t]:
-            assert tokens[t] in KEYS
-            assert targets[t] == known[tokens[t]]
-        elif t in place and (next_is_text or t == length - 1):
-            assert targets[t] == source[place[t] + 1]
-        else:  # a pair, or the last byte before a pair or a question
-            assert targets[t] == IGNORED
-
-
-# Conformance: every task of the registry.
+    assert result.stdout == "False\n", result.stderr
 
 
 @pytest.mark.parametrize("split", Split, ids=lambda s: s.value)
@@ -137,6 +153,11 @@ def test_shortest_text(task: str) -> None:
 
 
 # mqar
+
+
+def test_easy_pairs_are_integers() -> None:
+    with pytest.raises(ValueError, match=r"data.mqar.easy_pairs = \[4, 2.5\]"):
+        MqarConfig(easy_pairs=[4, 2.5])  # type: ignore[list-item]
 
 
 def test_mqar_layout() -> None:
@@ -214,7 +235,7 @@ def test_needle_depth_and_length_of_one_batch(depth: float, length: int | None) 
 
 @pytest.mark.parametrize("keys", [9, 64, 65, 400])
 def test_number_of_keys(keys: int) -> None:
-    """Few keys are the first ones, many go on behind the values; all are used, and the values stay what they are."""
+    """Few keys are the first ones, many go on past the values; all are used, and the values stay what they are."""
     size = max(384, 320 + keys)
     data = make_data(vocab_size=size, keys=keys, mqar=MqarConfig(pair_share=0.02), needle=NeedleConfig(needles=5))
     seen = set()
@@ -226,14 +247,6 @@ def test_number_of_keys(keys: int) -> None:
             values = batch.targets[batch.recall]
             assert ((values >= VALUES.start) & (values < VALUES.stop)).all()
     assert seen == {*range(256, 256 + min(keys, 64)), *range(384, 320 + keys)}
-
-
-def test_as_many_keys_as_before_there_was_a_choice_is_the_same_data() -> None:
-    first, second = make_data(), make_data(keys=64)
-    assert first.fingerprint == second.fingerprint
-    assert first.fingerprint != make_data(keys=63).fingerprint
-    # checkpoints tell it: were it another, what was trained before could not be resumed
-    assert first.fingerprint == "e44187fbfab5184be9001699a152cd50d668e0e7202b613c7404fd9d7b6dce5c"
 
 
 def depths_of(batch: Batch, needles: int) -> list[float]:
@@ -249,139 +262,3 @@ def test_needle_depths_share_text() -> None:
     data = make_data()
     shallow, deep = (data.batch("needle", Split.test, 2, 0, depth=d).tokens[0] for d in (0.0, 1.0))
     assert torch.equal(shallow[shallow < 256], deep[deep < 256])
-
-
-# Training batches and held-out sets
-
-
-def test_train_batches_follow_weights_seed_and_step() -> None:
-    data = make_data(tasks={"bytes": 1.0, "mqar": 2.0, "needle": 0.0})
-    assert data.tasks == ["bytes", "mqar"]
-    orders = set()
-    for step in range(20):
-        batch = data.train_batch(12, 0, step)
-        assert same(batch, data.train_batch(12, 0, step))
-        assert batch.tokens.shape == (12, 384)
-        has_pairs = batch.recall.any(dim=1)
-        assert has_pairs.sum() == 8
-        orders.add(tuple(has_pairs.tolist()))
-        source = bytes(data.corpus.train.tolist())
-        for row in zip(batch.tokens.tolist(), batch.targets.tolist(), batch.recall.tolist(), strict=True):
-            check_sequence(source, *row)
-    assert len(orders) > 10, "tasks are spread over the batch"
-    assert not same(data.train_batch(12, 0, 1), data.train_batch(12, 1, 0))
-
-
-def test_small_batches_reach_every_task() -> None:
-    data = make_data(tasks={"bytes": 1.0, "mqar": 0.2})
-    share = sum(int(data.train_batch(1, 0, step).recall.any()) for step in range(300)) / 300
-    assert 0.1 < share < 0.24
-
-
-@pytest.mark.parametrize("split", [Split.search, Split.test], ids=lambda s: s.value)
-def test_eval_sets_are_fixed(split: Split) -> None:
-    data = make_data(search_sequences=3, test_sequences=5)
-    sets = data.eval_sets(split)
-    assert list(sets) == list(TASKS)
-    assert all(len(batch) == {Split.search: 3, Split.test: 5}[split] for batch in sets.values())
-    again = make_data(search_sequences=3, test_sequences=5).eval_sets(split)
-    assert all(same(sets[name], again[name]) for name in sets)
-
-
-def test_batches_move_and_slice() -> None:
-    batch = make_data().batch("mqar", Split.test, 6, 0)
-    part = batch.rows(slice(2, 4)).to("cpu")
-    assert len(part) == 2
-    assert torch.equal(part.targets, batch.targets[2:4])
-    assert torch.equal(batch.rows(torch.tensor([5])).recall, batch.recall[5:])
-
-
-def test_fingerprint_covers_text_and_settings_but_not_the_path() -> None:
-    first = make_data()
-    assert first.fingerprint == make_data(path="elsewhere").fingerprint
-    assert first.fingerprint != make_data(seq_len=400).fingerprint
-    assert first.fingerprint != make_data(mqar=MqarConfig(easy_share=0.1)).fingerprint
-    assert first.fingerprint != make_data(replace(make_corpus(), fingerprint="g")).fingerprint
-
-
-def test_training_batch_takes_ten_milliseconds() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        data = make_data(load_text())
-        times = []
-        for step in range(30):
-            start = time.perf_counter()
-            data.train_batch(24, 0, step)
-            times.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    assert sorted(times)[5] < 0.010  # the fast ones: other work on the machine is not ours to judge
-
-
-# Mistakes
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"vocab_size": 383}, "model.vocab_size = 383 .* task mqar needs at least 384"),
-        ({"vocab_size": 255, "tasks": {"bytes": 1.0}}, "model.vocab_size = 255 .* task bytes needs at least 256"),
-        ({"corpus": make_corpus(384)}, "too short: its train part has 384 bytes, .* = 384 needs 385"),
-        ({"corpus": make_corpus(held_out=100)}, "too short: its search part has 100 bytes"),
-        ({"seq_len": 380}, "data.seq_len = 380 .* multiple of data.mqar.segment = 16"),
-        ({"seq_len": 48}, "data.seq_len = 48 .* at least 64"),
-        ({"mqar": MqarConfig(pair_share=0.5)}, "data.mqar.pair_share = 0.5 .* 96 distinct pairs .* 64 keys"),
-        ({"keys": 65}, "model.vocab_size = 384 .* at least 385 .* data.keys = 65 keys"),
-        ({"keys": 0}, "data.keys = 0"),
-        ({"needle": NeedleConfig(needles=65)}, "data.needle.needles = 65 .* 64 keys"),
-        ({"needle": NeedleConfig(needles=64), "seq_len": 192}, "data.seq_len = 192 .* each of 64 needles"),
-    ],
-    ids=[
-        "vocab-pairs",
-        "vocab-bytes",
-        "short-train",
-        "short-search",
-        "segment",
-        "no-text",
-        "keys",
-        "many-keys",
-        "no-keys",
-        "needles",
-        "full",
-    ],
-)
-def test_mistakes_get_one_clear_line(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        make_data(**options)  # type: ignore[arg-type]
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("task", "options", "message"),
-    [
-        ("sums", {}, "task = 'sums' .* bytes, mqar, needle"),
-        ("bytes", {"length": 1}, "length = 1"),
-        ("bytes", {"length": 4000}, "test part has 4000 bytes, .* length = 4000 needs 4001"),
-        ("mqar", {"length": 100}, "length = 100 .* multiple"),
-        ("mqar", {"length": 128}, "length = 128 .* at least 144"),
-        ("mqar", {"depth": 0.5}, "depth = 0.5 .* only needle"),
-        ("needle", {"depth": 1.5}, "depth = 1.5 .* \\[0, 1\\]"),
-        ("needle", {"count": 0}, "count = 0"),
-    ],
-)
-def test_impossible_batches_are_refused(task: str, options: dict[str, object], message: str) -> None:
-    call: dict[str, object] = {"count": 2, "seed": 0, **options}
-    with pytest.raises(ValueError, match=message):
-        make_data().batch(task, Split.test, **call)  # type: ignore[arg-type]
-
-
-def test_pair_tasks_are_free_to_be_off() -> None:
-    data = make_data(vocab_size=256, tasks={"bytes": 1.0, "mqar": 0.0}, seq_len=100)
-    assert data.train_batch(2, 0, 0).tokens.max() < 256
-    assert list(data.eval_sets(Split.test)) == ["bytes"]
-
-
-def test_training_text_has_no_fixed_set() -> None:
-    with pytest.raises(ValueError, match="split = 'train'"):
-        make_data().eval_sets(Split.train)

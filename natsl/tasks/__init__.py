@@ -1,0 +1,77 @@
+"""The tasks that a supernet is trained and judged on, and their options. Imports no torch.
+
+A new task is a file beside this one, an entry of ``TASKS`` and, if it has options, a field of ``DataConfig`` with the
+task's name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from natsl.space.check import check, check_counts
+from natsl.tasks.bytes import BytesTask
+from natsl.tasks.mqar import MqarConfig, MqarTask
+from natsl.tasks.needle import NeedleConfig, NeedleTask
+from natsl.tasks.task import Task
+
+if TYPE_CHECKING:  # moved, with __getattr__ at the end of this file
+    from natsl.data import TaskData as TaskData  # moved
+    from natsl.tasks.sequences import BYTES as BYTES  # moved
+    from natsl.tasks.sequences import IGNORED as IGNORED  # moved
+    from natsl.tasks.sequences import KEYS as KEYS  # moved
+    from natsl.tasks.sequences import VALUES as VALUES  # moved
+    from natsl.tasks.sequences import Batch as Batch  # moved
+
+TASKS: dict[str, type[Task[Any]]] = {task.name: task for task in (BytesTask, MqarTask, NeedleTask)}
+
+
+@dataclass
+class DataConfig:
+    """What the supernet is trained and judged on.
+
+    ``path``: a text file or a folder of them (null: the sources of Python's standard library). ``tasks``: weight of
+    each task (``bytes``, ``mqar``, ``needle``) in the training batches. ``keys``: how many different keys the recall
+    tasks have; beyond 64 each needs a token more in the vocabulary. ``search_sequences`` / ``test_sequences``: held-out
+    sequences per task for judging trials and for the report.
+    """
+
+    path: str | None = None
+    tasks: dict[str, float] = field(default_factory=lambda: {"mqar": 1.0})
+    seq_len: int = 384
+    keys: int = 64
+    search_sequences: int = 32
+    test_sequences: int = 64
+    mqar: MqarConfig = field(default_factory=MqarConfig)
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
+
+    def __post_init__(self) -> None:
+        check(
+            len(self.tasks) > 0 and any(w > 0 for w in self.tasks.values()),
+            "data.tasks",
+            self.tasks,
+            "at least one task needs a weight > 0",
+        )
+        for name, weight in self.tasks.items():
+            check(name in TASKS, "data.tasks", name, f"the tasks are {', '.join(TASKS)}")
+            check(math.isfinite(weight) and weight >= 0, f"data.tasks.{name}", weight, "it must be ≥ 0")
+        check_counts(2, {"data.seq_len": self.seq_len})
+        check_counts(1, {"data.keys": self.keys})
+        check_counts(
+            1,
+            {"data.search_sequences": self.search_sequences, "data.test_sequences": self.test_sequences},
+        )
+
+    def build(self, task: str) -> Task[Any]:
+        """A task with its options; ``ValueError`` for an unknown name."""
+        check(task in TASKS, "task", task, f"the tasks are {', '.join(TASKS)}")
+        return TASKS[task](getattr(self, task, None), self.seq_len, self.keys)
+
+
+def __getattr__(name: str) -> Any:  # moved: delete this function and TYPE_CHECKING above
+    from importlib import import_module
+
+    if name in ("BYTES", "IGNORED", "KEYS", "VALUES", "Batch", "TaskData"):
+        return getattr(import_module("natsl.data" if name == "TaskData" else "natsl.tasks.sequences"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

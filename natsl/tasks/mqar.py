@@ -1,0 +1,106 @@
+"""Multi-query associative recall inside real text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from natsl.space.check import check, check_counts
+from natsl.tasks.task import Request, Task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from natsl.tasks.sequences import Batch
+
+
+@dataclass
+class MqarConfig:
+    """Multi-query associative recall inside real text.
+
+    A sequence is cut into segments of ``segment`` tokens. The share ``pair_share`` of them, at random places, holds
+    ``segment / 2`` key–value pairs, the others hold text; the last ``query_segments`` ask for keys, each answered by
+    its value.
+    """
+
+    segment: int = 16
+    pair_share: float = 0.25
+    query_segments: int = 2
+    easy_share: float = 0.0
+    easy_pairs: list[int] = field(default_factory=lambda: [4, 8, 16])
+
+    def __post_init__(self) -> None:
+        check_counts(2, {"data.mqar.segment": self.segment})
+        check(self.segment % 2 == 0, "data.mqar.segment", self.segment, "it must be even and ≥ 2")
+        check(0 < self.pair_share < 1, "data.mqar.pair_share", self.pair_share, "it must lie in (0, 1)")
+        check_counts(1, {"data.mqar.query_segments": self.query_segments})
+        check(0 <= self.easy_share <= 1, "data.mqar.easy_share", self.easy_share, "it must lie in [0, 1]")
+        check(
+            all(type(n) is int and n >= 1 for n in self.easy_pairs) and (self.easy_share == 0 or bool(self.easy_pairs)),
+            "data.mqar.easy_pairs",
+            self.easy_pairs,
+            "counts ≥ 1, at least one if easy_share > 0",
+        )
+
+
+class MqarTask(Task[MqarConfig]):
+    """Segments of pairs between contiguous text, then segments of queried keys.
+
+    The keys of a sequence are distinct and so are its queries, while there are enough pairs. The number of pairs
+    follows from ``data.seq_len``, also in sequences of another length: these hold more or less text around them.
+    Easy training batches repeat a few pairs.
+    """
+
+    name = "mqar"
+    metric = "recall_error"
+    needs_pairs = True
+
+    def check(self, length: int) -> None:
+        """The length is whole segments with room for text; the keys suffice."""
+        segment, share = self.config.segment, self.config.pair_share
+        for name, value in (("data.seq_len", self.seq_len), ("length", length)):
+            check(value % segment == 0, name, value, f"mqar needs a multiple of data.mqar.segment = {segment}")
+        pairs, pair_segments = self._pairs()
+        check(
+            pairs <= self.keys,
+            "data.mqar.pair_share",
+            share,
+            f"it asks for {pairs} distinct pairs in data.seq_len = {self.seq_len}, there are {self.keys} keys "
+            "(data.keys)",
+        )
+        fewest = (pair_segments + self.config.query_segments + 1) * segment
+        name = "data.seq_len" if length == self.seq_len else "length"
+        check(length >= fewest, name, length, f"mqar needs at least {fewest}: pairs, queries and a segment of text")
+
+    def make(self, text: Tensor, request: Request, generator: torch.Generator) -> Batch:
+        """Sequences laid out segment by segment."""
+        import torch
+
+        from natsl.tasks.sequences import append_questions, draw_pairs, draw_uniform, interleave, shuffles
+
+        count, segment = request.count, self.config.segment
+        pairs, pair_segments = self._pairs()
+        queries = self.config.query_segments * segment
+        context = request.length - queries  # tokens before the queries
+        distinct = pairs
+        if request.training and draw_uniform(generator) < self.config.easy_share:
+            choice = int(draw_uniform(generator) * len(self.config.easy_pairs))
+            distinct = min(self.config.easy_pairs[choice], pairs)
+
+        place = shuffles(count, context // segment, generator)[:, :pair_segments]
+        holds_pairs = torch.zeros(count, context // segment, dtype=torch.bool).scatter_(1, place, True)
+        is_pair = holds_pairs.repeat_interleave(segment, dim=1)  # [B, context]
+
+        keys, values = draw_pairs(count, distinct, self.keys, generator)
+        which = shuffles(count, pairs, generator) % distinct  # equals a permutation unless the batch is easy
+        keys, values = keys.gather(1, which), values.gather(1, which)  # [B, pairs], in order of appearance
+        query = shuffles(count, pairs, generator)[:, torch.arange(queries) % pairs]  # [B, queries]
+        body = interleave(text, is_pair, torch.stack((keys, values), dim=-1).flatten(1), generator)
+        return append_questions(body, is_pair, keys.gather(1, query), values.gather(1, query))
+
+    def _pairs(self) -> tuple[int, int]:
+        """Pairs of a sequence and the segments that hold them."""
+        segments = max(1, math.floor(self.config.pair_share * (self.seq_len // self.config.segment) + 0.5))
+        return segments * self.config.segment // 2, segments
