@@ -51,7 +51,7 @@ def save(
 ) -> None:
     """Write the checkpoint of a step and remove all but the newest ``keep``; ``meta`` is JSON-ready.
 
-    Checkpoints of later steps do not count: a training that came here again has passed them over as damaged.
+    Checkpoints of later steps do not count: a resumed training skipped them as damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
@@ -72,19 +72,19 @@ def save(
     finally:
         temporary.unlink(missing_ok=True)
     write_text(info, json.dumps(record, indent=1))
-    for old in [found for found in steps(folder) if found <= step][:-keep]:
+    for old in [stored for stored in steps(folder) if stored <= step][:-keep]:
         (folder / f"step-{old:06d}.json").unlink(missing_ok=True)
         (folder / f"step-{old:06d}.safetensors").unlink(missing_ok=True)
 
 
 def read_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and record of the newest checkpoint that is whole; None if the folder has none at all.
+    """Tensors and record of the newest intact checkpoint; None if the folder has none at all.
 
-    A damaged one is passed over with a warning. Raises ``ValueError`` if all are damaged or of a newer format.
+    A damaged one is skipped with a warning. Raises ``ValueError`` if all are damaged or of a newer format.
     """
-    found = steps(folder)
+    stored = steps(folder)
     reason = ""
-    for step in reversed(found):
+    for step in reversed(stored):
         data, info = folder / f"step-{step:06d}.safetensors", folder / f"step-{step:06d}.json"
         try:
             record = json.loads(info.read_bytes())
@@ -98,7 +98,7 @@ def read_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             reason = str(error)
             warnings.warn(f"checkpoint {data} is passed over: {error}", stacklevel=2)
-    if found:
+    if stored:
         raise ValueError(f"no checkpoint in {folder} can be read ({reason}); move the folder away to train again")
     return None
 
@@ -130,17 +130,17 @@ def build_model(config: dict[str, Any], state: dict[str, Tensor]) -> RoutedLM:
 
 
 def load_model(folder: Path) -> tuple[RoutedLM, dict[str, Any]]:
-    """The model of the newest whole checkpoint, in eval mode on the CPU, and the checkpoint's record.
+    """The model of the newest intact checkpoint, in eval mode on the CPU, and the checkpoint's record.
 
     It computes in the precision that it was trained in.
     """
-    found = read_newest(folder)
-    if found is None:
+    newest = read_newest(folder)
+    if newest is None:
         raise ValueError(f"{folder} holds no checkpoint: train a supernet first")
-    tensors, record = found
+    tensors, record = newest
     state = {key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")}
     model = build_model(record["model"], state).eval()
     trained = record.get("train")
-    if isinstance(trained, dict) and "precision" in trained:  # older checkpoints do not tell it: float32
+    if isinstance(trained, dict) and "precision" in trained:  # older checkpoints do not have it: float32
         model.precision = check_choice("train.precision", trained["precision"], Precision)
     return model, record

@@ -51,7 +51,7 @@ class Precision(Enum):
     bfloat16 = "bfloat16"
 
 
-def check_precision(name: str, value: Any) -> Precision:
+def check_precision(name: str, value: Any) -> Precision:  # moved: check_choice(name, value, Precision)
     """A precision from itself or its name; ``ValueError`` for anything else."""
     return check_choice(name, value, Precision)
 
@@ -136,7 +136,7 @@ class SupernetConfig:
     """How one set of weights is trained under many policies (sandwich rule) and how the router gets its gradient.
 
     Budgets of the random policies lie in [``budget_min``, ``budget_max``]; ``anneal_steps`` widens the range from
-    ``budget_max`` downwards; the first ``dense_steps`` steps train the largest policy alone. ``route_temperature``
+    ``budget_max`` downwards; the first ``dense_steps`` steps train only the largest policy. ``route_temperature``
     is the straight-through τ in logits. ``gradient_clamp``: the gradient with respect to the routes is clamped at this
     many times its mean magnitude (0: no clamp).
     """

@@ -109,15 +109,15 @@ def _read_user(path: str) -> dict[str, bytes]:
 
 def _walk(root: Path, skipped: frozenset[str]) -> list[Path]:
     """Regular files below ``root`` in a fixed order, without hidden ones and caches."""
-    found: list[Path] = []
+    paths: list[Path] = []
 
     def fail(error: OSError) -> None:
         raise error
 
     for folder, folders, names in os.walk(root, onerror=fail):
         folders[:] = [f for f in folders if f not in skipped and f != "__pycache__" and not f.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted((p for p in found if p.is_file()), key=lambda p: p.relative_to(root).as_posix())
+        paths += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted((p for p in paths if p.is_file()), key=lambda p: p.relative_to(root).as_posix())
 
 
 def _read_all(root: Path, paths: list[Path], skip_undecodable: bool = False) -> dict[str, bytes]:

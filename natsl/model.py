@@ -91,11 +91,11 @@ class RoutedLM(nn.Module):
         tokens [B,T] int64. ``policy``: one for the whole batch, or several, each for an equal consecutive slice of
         it. ``attention_mask`` [B,T], true on real tokens, padding on the left, the right or both sides: real tokens
         get the logits of the unpadded sequence, logits of padding are unspecified. ``routes``: per layer None or
-        given routes [B,N,R] instead of the router's. ``training``: budgets are exact quantiles of the slice (not
-        causal: for training and calibration alone) and routes carry the router's gradient.
+        fixed routes [B,N,R] instead of the router's. ``training``: budgets are exact quantiles of the slice (not
+        causal: only for training and calibration) and routes carry the router's gradient.
 
         Raises ``ValueError`` if a policy does not fit the model, a token is not in the vocabulary, the batch does not
-        split, the mask has holes, or a budget is asked of a layer without calibration.
+        split, the mask has holes, or a layer without calibration gets a budget.
         """
         policies = self._check(tokens, policy, routes)
         lengths = order = None
@@ -135,12 +135,12 @@ class RoutedLM(nn.Module):
         routes: Sequence[Tensor | None] | None,
     ) -> list[RoutingPolicy]:
         if tokens.dim() != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int32, torch.int64):
-            found = f"{tokens.dtype} {tuple(tokens.shape)}"
-            raise ValueError(f"tokens must be integers [batch ≥ 1, tokens ≥ 1], found {found}")
+            form = f"{tokens.dtype} {tuple(tokens.shape)}"
+            raise ValueError(f"tokens must be integers [batch ≥ 1, tokens ≥ 1], found {form}")
         # only where looking costs no synchronisation; on a GPU the embedding's own assertion stops the kernel
         if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
-            found = f"{int(tokens.min())} to {int(tokens.max())}"
-            raise ValueError(f"tokens are {found}: they must lie in [0, {self.config.vocab_size})")
+            span = f"{int(tokens.min())} to {int(tokens.max())}"
+            raise ValueError(f"tokens are {span}: they must lie in [0, {self.config.vocab_size})")
         policies = [policy] if isinstance(policy, RoutingPolicy) else list(policy)
         if not policies or tokens.shape[0] % len(policies):
             raise ValueError(f"a batch of {tokens.shape[0]} does not split into {len(policies)} equal policies")
@@ -152,18 +152,18 @@ class RoutedLM(nn.Module):
 
     def _check_calibration(self, policies: Sequence[RoutingPolicy], routes: Sequence[Tensor | None] | None) -> None:
         """Refuse a budget for a layer without a table. The table is looked at once, unless it has changed."""
-        asked = [
+        budgeted = [
             i
             for i in range(len(self.kinds))
             if (routes is None or routes[i] is None) and any(0 < (p.layers[i].budget or 0) < 1 for p in policies)
         ]
-        if not asked:
+        if not budgeted:
             return
         table = self.calibration
         version = 0 if table.is_inference() else table._version  # an inference tensor has no version
         if self._calibrated is None or self._calibrated[0] is not table or self._calibrated[1] != version:
             self._calibrated = (table, version, (~table.isnan().any(2).any(1)).tolist())
-        if not all(self._calibrated[2][i] for i in asked):
+        if not all(self._calibrated[2][i] for i in budgeted):
             raise ValueError("the model is not calibrated: budgets need a calibration table, thresholds do not")
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:

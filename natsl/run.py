@@ -89,10 +89,10 @@ class Run:
         base = Path(root)
         if not base.is_dir():
             return []
-        found = [item for item in base.iterdir() if (item / "run.json").is_file()]
+        runs = [item for item in base.iterdir() if (item / "run.json").is_file()]
         return sorted(
             item.name
-            for item in found
+            for item in runs
             if any(file.name != "run.json" and not file.name.startswith(".") for file in item.iterdir())
         )
 
@@ -100,12 +100,12 @@ class Run:
         if not self.version.is_file():
             raise UserError(f"{self.path} is not a folder of a run (run.json is missing): choose another name")
         record = read_json(self.version)
-        found = record.get("format") if isinstance(record, dict) else None
-        if found != FORMAT:
-            needed = FORMAT_VERSIONS.get(found) if isinstance(found, int) else None
+        version = record.get("format") if isinstance(record, dict) else None
+        if version != FORMAT:
+            needed = FORMAT_VERSIONS.get(version) if isinstance(version, int) else None
             needed = needed or (record.get("natsl") if isinstance(record, dict) else None) or "unknown"
             raise UserError(
-                f"{self.path} has the format {found!r}, this version of natsl reads {FORMAT}: use natsl {needed}"
+                f"{self.path} has the format {version!r}, this version of natsl reads {FORMAT}: use natsl {needed}"
             )
 
     def write_json(self, path: Path, value: Any) -> None:
@@ -130,7 +130,7 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run; ``UserError`` if another process holds it. The lock ends with its process, come what may."""
+        """Hold the run; ``UserError`` if another process holds it. A process that ends releases it."""
         handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:

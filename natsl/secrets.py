@@ -45,12 +45,12 @@ def redact_text(text: str) -> str:
 
 def _secrets() -> list[str]:
     """Values of environment variables that look like secrets, longest first."""
-    found = {
+    values = {
         value
         for name, value in os.environ.items()
         if len(value) >= _SHORTEST_SECRET and _SECRET_VARIABLE.search(name) and not _NOT_SECRET_VARIABLE.search(name)
     }
-    return sorted(found, key=len, reverse=True)
+    return sorted(values, key=len, reverse=True)
 
 
 def _redact(value: Any, secrets: list[str]) -> Any:

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ from natsl.tasks.sequences import IGNORED, Batch
 DELTA_SHARE = 0.25
 CALIBRATION_POLICIES = 8
 
+N = TypeVar("N")  # a number: 0-dim tensor or float
+
 
 def seed_of(*parts: object) -> int:
     """A 63-bit seed from any parts: neighbouring seeds and steps have nothing in common, the same on every machine."""
@@ -41,14 +44,14 @@ def split_budget(total: float, shares: Sequence[float]) -> list[float]:
     for position, i in enumerate(open_layers):
         weight = sum(shares[j] for j in open_layers[position:])
         budgets[i] = min(1.0, rest * shares[i] / weight) if weight > 0 else rest / (len(shares) - position)
-        rest = max(0.0, rest - budgets[i])  # rounding must not leave less than nothing
+        rest = max(0.0, rest - budgets[i])  # rounding must not make it negative
     return budgets
 
 
 def random_policy(kinds: Sequence[Op], chunk_size: int, low: float, high: float, rng: random.Random) -> RoutingPolicy:
     """A policy whose budget, averaged over all layers with a router, is uniform in [low, high] and split at random."""
     routed = [i for i, kind in enumerate(kinds) if kind is Op.routed]
-    total = rng.uniform(low, high) * len(routed)  # in layers kept whole: at least so many must stay routed
+    total = rng.uniform(low, high) * len(routed)  # in fully kept layers: at least so many must stay routed
     shuffled = rng.sample(routed, len(routed))
     active = [i for n, i in enumerate(shuffled) if n < max(total, 1) or rng.random() >= DELTA_SHARE]
     budgets = split_budget(total / max(1, len(active)), [rng.expovariate(1.0) for _ in active])
@@ -74,19 +77,20 @@ def sandwich_policies(model: RoutedLM, config: SupernetConfig, seed: int, step: 
 
 
 @dataclass(frozen=True)
-class Loss:
+class Loss(Generic[N]):
     """Loss of one policy: ``total`` = text + recall, means over scored positions (nats); ``accuracy`` of recall.
 
-    All are 0-dim tensors; NaN in ``text``, ``recall`` and ``accuracy`` where nothing of the kind is scored.
+    0-dim tensors, or floats once they are on the host. NaN in ``text``, ``recall`` and ``accuracy`` where nothing of
+    the kind is scored.
     """
 
-    total: Tensor
-    text: Tensor
-    recall: Tensor
-    accuracy: Tensor
+    total: N
+    text: N
+    recall: N
+    accuracy: N
 
 
-def task_loss(tokens: TokenLosses, batch: Batch) -> Loss:
+def task_loss(tokens: TokenLosses, batch: Batch) -> Loss[Tensor]:
     """Mean loss over scored text plus mean loss over recall answers; ``tokens`` are the losses of the batch."""
     text = (batch.targets != IGNORED) & ~batch.recall
     parts, values = [], []
@@ -96,12 +100,12 @@ def task_loss(tokens: TokenLosses, batch: Batch) -> Loss:
         parts.append(mean)  # 0 where nothing is scored
         values.append(mean.detach().masked_fill(count == 0, math.nan))
     accuracy = (tokens.right & batch.recall).sum() / batch.recall.sum()  # 0 / 0 = NaN
-    return Loss(torch.stack(parts).sum(), values[0], values[1], accuracy)
+    return Loss(total=torch.stack(parts).sum(), text=values[0], recall=values[1], accuracy=accuracy)
 
 
 def sandwich_backward(
     model: RoutedLM, batch: Batch, policies: Sequence[RoutingPolicy], config: SupernetConfig
-) -> list[Loss]:
+) -> list[Loss[Tensor]]:
     """Accumulate the gradient of the mean loss over the policies; returns each policy's loss, in their order.
 
     ``groups``: every policy on its own equal slice of the batch, in one pass. ``accumulate``: every policy on the whole
@@ -137,7 +141,7 @@ def sandwich_backward(
 
 
 def losses_of(logits: Tensor, targets: Tensor) -> TokenLosses:
-    """Losses per token from logits [B,T,V] that are there anyway."""
+    """Losses per token from logits [B,T,V] that had to be computed anyway."""
     ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return TokenLosses(ce.view_as(targets), logits.detach().argmax(-1) == targets)
 
@@ -160,9 +164,9 @@ def calibrate(model: RoutedLM, data: TaskData, config: SupernetConfig, seed: int
     ]
     pooled: list[list[Tensor]] = [[] for _ in kinds]
     weights = data.config.tasks
-    whole = sum(weights[name] for name in data.tasks)
+    total = sum(weights[name] for name in data.tasks)
     for name in data.tasks:
-        share = config.calibration_sequences * weights[name] / whole / len(policies)
+        share = config.calibration_sequences * weights[name] / total / len(policies)
         batch = data.batch(name, Split.search, max(1, round(share)) * len(policies), seed=1).to(device)
         output = model(batch.tokens, policies, training=config)
         for i, layer in enumerate(output.layers):

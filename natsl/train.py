@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ from natsl.kernels.launch.parameters import warm_up
 from natsl.model import RoutedLM, count_parameters
 from natsl.progress import Progress
 from natsl.run import Run
-from natsl.supernet import Loss, calibrate, sandwich_backward, sandwich_policies, seed_of
+from natsl.supernet import Loss, N, calibrate, sandwich_backward, sandwich_policies, seed_of
 from natsl.tracking import Tracker, start_tracker
 
-# How often things are written and how long bad steps are borne: a resumed run may change these.
+# How often things are written and how many bad steps are tolerated: a resumed run may change these.
 _FREE_ON_RESUME = ("keep_checkpoints", "log_every", "checkpoint_every", "max_bad_steps")
 
 OnStep = Callable[[dict[str, float]], None]
@@ -72,22 +72,55 @@ def build_optimizer(model: RoutedLM, config: TrainConfig) -> torch.optim.AdamW:
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What a step gave: the loss of each policy, and the norms of the gradients before clipping, 0-dim tensors."""
+class StepResult(Generic[N]):
+    """The loss of each policy of a step, and the norms of the gradients before clipping.
 
-    losses: list[Loss]
-    grad_norm: Tensor
-    router_grad_norm: Tensor
+    0-dim tensors on the device, floats once they are on the host.
+    """
+
+    losses: list[Loss[N]]
+    grad_norm: N
+    router_grad_norm: N
+
+    def pack(self: StepResult[Tensor]) -> Tensor:
+        """All numbers as one float32 tensor [2 + 4 · policies]."""
+        numbers = [self.grad_norm, self.router_grad_norm]
+        for loss in self.losses:
+            numbers += [loss.total.detach(), loss.text, loss.recall, loss.accuracy]
+        return torch.stack(numbers).float()
+
+    @staticmethod
+    def unpack(values: Sequence[float]) -> StepResult[float]:
+        """The inverse of ``pack``, from the values of its tensor."""
+        grad_norm, router_grad_norm, *rest = values
+        losses = [
+            Loss(total=total, text=text, recall=recall, accuracy=accuracy)
+            for total, text, recall, accuracy in zip(rest[0::4], rest[1::4], rest[2::4], rest[3::4], strict=True)
+        ]
+        return StepResult(losses, grad_norm, router_grad_norm)
 
 
 @dataclass(frozen=True)
-class Health:
-    """Steps that were left out since the process began: now in a row, most in a row, in all; the last one (from 1)."""
+class Health(Generic[N]):
+    """Steps that were left out since the process began: now in a row, most in a row, in all; the last one (from 1).
 
-    in_a_row: int
-    longest: int
-    skipped: int
-    last: int
+    0-dim tensors on the device, ints once they are on the host.
+    """
+
+    in_a_row: N
+    longest: N
+    skipped: N
+    last: N
+
+    def pack(self: Health[Tensor]) -> Tensor:
+        """All numbers as one float32 tensor [4]."""
+        return torch.stack((self.in_a_row, self.longest, self.skipped, self.last))
+
+    @staticmethod
+    def unpack(values: Sequence[float]) -> Health[int]:
+        """The inverse of ``pack``, from the values of its tensor."""
+        in_a_row, longest, skipped, last = (int(value) for value in values)
+        return Health(in_a_row=in_a_row, longest=longest, skipped=skipped, last=last)
 
 
 class Trainer:
@@ -99,9 +132,10 @@ class Trainer:
         self.optimizer = build_optimizer(model, recipe.train)
         self.router = [p for n, p in model.named_parameters() if ".router." in n]
         self.rest = [p for n, p in model.named_parameters() if ".router." not in n]
-        self._health = torch.zeros(len(Health.__dataclass_fields__), device=self.device)
+        none = torch.zeros((), device=self.device)
+        self._health = Health(in_a_row=none, longest=none, skipped=none, last=none)
 
-    def step(self, step: int) -> StepResult:
+    def step(self, step: int) -> StepResult[Tensor]:
         """Take the step of this number (from 0), determined by it and the seed; no wait for the device on a GPU."""
         train, seed = self.recipe.train, self.recipe.seed
         torch.manual_seed(seed_of("step", seed, step))  # counterfactual sampling and route noise
@@ -113,15 +147,19 @@ class Trainer:
         norm, router_norm = self._clip(self.rest, train.clip), self._clip(self.router, train.router_clip)
         totals = torch.stack([loss.total.detach() for loss in losses])
         bad = 1.0 - (norm.isfinite() & router_norm.isfinite() & totals.isfinite().all()).float()
-        in_a_row, longest, skipped, last = self._health.unbind()
-        in_a_row = (in_a_row + 1) * bad
-        last = last * (1 - bad) + (step + 1) * bad
-        self._health = torch.stack((in_a_row, torch.maximum(longest, in_a_row), skipped + bad, last))
+        before = self._health
+        in_a_row = (before.in_a_row + 1) * bad
+        self._health = Health(
+            in_a_row=in_a_row,
+            longest=torch.maximum(before.longest, in_a_row),
+            skipped=before.skipped + bad,
+            last=before.last * (1 - bad) + (step + 1) * bad,
+        )
         rate = learning_rate(train, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.optimizer.defaults["fused"]:
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined] # as GradScaler tells it: a bad step is none
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined] # the way GradScaler skips a step
             self.optimizer.step()
         elif not bool(bad):
             self.optimizer.step()
@@ -132,12 +170,13 @@ class Trainer:
         """Whether ``read`` waits for nothing."""
         return self.device.type == "cpu"
 
-    def read(self, result: StepResult | None = None) -> tuple[Health, list[float]]:
-        """What has happened up to now, and the numbers of a step in the order of ``_numbers``: one transfer."""
-        numbers = [] if result is None else _numbers(result)
-        values = to_host(torch.cat((self._health, torch.stack(numbers).float())) if numbers else self._health)
-        size = len(self._health)
-        return Health(*(int(v) for v in values[:size])), values[size:]
+    def read(self, result: StepResult[Tensor] | None = None) -> tuple[Health[int], StepResult[float] | None]:
+        """What has happened up to now, and the numbers of a step, on the host: one transfer."""
+        health = self._health.pack()
+        if result is None:
+            return Health.unpack(to_host(health)), None
+        values = to_host(torch.cat((health, result.pack())))
+        return Health.unpack(values[: len(health)]), StepResult.unpack(values[len(health) :])
 
     def _clip(self, parameters: list[torch.nn.Parameter], bound: float) -> Tensor:
         if all(p.grad is None for p in parameters):  # torch would put its 0 on the CPU
@@ -155,12 +194,6 @@ def to_host(values: Tensor) -> list[float]:
         done.synchronize()
         values = pinned
     return values.tolist()
-
-
-def _numbers(result: StepResult) -> list[Tensor]:
-    """Everything of a step that is logged, as 0-dim tensors."""
-    parts = [(loss.total.detach(), loss.text, loss.recall, loss.accuracy) for loss in result.losses]
-    return [result.grad_norm, result.router_grad_norm, *(value for part in parts for value in part)]
 
 
 def train_supernet(
@@ -214,7 +247,7 @@ def train_supernet(
                 f"loss or gradient was not finite for {health.longest} steps in a row, the last one {health.last}: "
                 f"train again under another name with a lower train.lr{where}"
             )
-        if on_step is not None and logs:
+        if on_step is not None and numbers is not None:
             record = _record(numbers, step, train)
             speed = (done - start) / (time.monotonic() - began)
             record["skipped"] = float(health.skipped)
@@ -228,31 +261,31 @@ def train_supernet(
     store(train.steps, finished=True)
 
 
-def _record(numbers: Sequence[float], step: int, train: TrainConfig) -> dict[str, float]:
+def _record(result: StepResult[float], step: int, train: TrainConfig) -> dict[str, float]:
     """One line of the log: losses and recall per sandwich policy (the random ones averaged)."""
     record = {"step": step + 1.0, "steps": float(train.steps), "lr": learning_rate(train, step)}
-    record |= {"grad_norm": numbers[0], "router_grad_norm": numbers[1]}
-    losses = [numbers[i : i + 4] for i in range(2, len(numbers), 4)]  # total, text, recall, accuracy
-    record["loss"] = sum(loss[0] for loss in losses) / len(losses)
-    groups = {"softmax": losses[:1], "delta": losses[1:2], "random": losses[2:]}
-    for name, group in groups.items():
-        for key, place in (("loss", 0), ("text", 1), ("recall", 3)):
-            # a loss that is not finite is shown as it is; the others are NaN where the task is not in the batch
-            known = [loss[place] for loss in group if place == 0 or not math.isnan(loss[place])]
-            if known:
-                record[f"{key}_{name}"] = sum(known) / len(known)
+    record |= {"grad_norm": result.grad_norm, "router_grad_norm": result.router_grad_norm}
+    losses = result.losses
+    record["loss"] = sum(loss.total for loss in losses) / len(losses)
+    for name, group in (("softmax", losses[:1]), ("delta", losses[1:2]), ("random", losses[2:])):
+        columns = {
+            "loss": [loss.total for loss in group],  # shown also where it is not finite
+            "text": [loss.text for loss in group if not math.isnan(loss.text)],  # NaN: the batch has no such task
+            "recall": [loss.accuracy for loss in group if not math.isnan(loss.accuracy)],
+        }
+        record |= {f"{key}_{name}": sum(values) / len(values) for key, values in columns.items() if values}
     return record
 
 
 def _resume(folder: Path, model: RoutedLM, optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> tuple[int, bool]:
     """Load the newest checkpoint if there is one: (steps done, finished)."""
-    found = checkpoint.read_newest(folder)
-    if found is None:
+    newest = checkpoint.read_newest(folder)
+    if newest is None:
         return 0, False
-    tensors, record = found
+    tensors, record = newest
     for key, value in {**meta, "model": to_plain(model.config)}.items():
         old = record.get(key)
-        if key == "train" and isinstance(old, dict):  # older checkpoints do not tell it
+        if key == "train" and isinstance(old, dict):  # older checkpoints do not have it
             old = {"precision": Precision.float32.value, **old}
         if old == value:
             continue

@@ -27,7 +27,7 @@ from natsl.supernet import (
     split_budget,
     task_loss,
 )
-from natsl.tasks import IGNORED, Batch
+from natsl.tasks.sequences import IGNORED, Batch
 from tests.oracles import assert_near, tiny_config, tiny_data, tiny_model
 
 KINDS = [Op.routed, Op.delta, Op.routed, Op.softmax, Op.routed]

@@ -1,0 +1,140 @@
+"""Trainings that go on: the resumed run equals the unbroken one, another run is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from natsl import checkpoint
+from natsl.config import Precision, Sandwich, SupernetConfig
+from natsl.train import train_supernet
+from tests.oracles import tiny_data
+from tests.train_helpers import Killed, Record, assert_equal, kill_at, make_model, recipe
+
+
+@pytest.mark.parametrize("kind", ["plain", "noise"])
+@pytest.mark.parametrize("stops", [[1], [3], [4, 6], [7], [2, 3, 5, 7]], ids=str)
+def test_resumed_run_equals_an_unbroken_one(tmp_path: Path, stops: list[int], kind: str) -> None:
+    net = SupernetConfig(calibration_points=17, calibration_sequences=8)
+    if kind == "noise":  # everything that draws at random during a step
+        net = replace(net, route_noise=0.5, counterfactual_rate=0.5)
+    whole = make_model()
+    records: list[Record] = []
+    train_supernet(whole, tiny_data(), recipe(net=net), tmp_path / "whole", records.append)
+    folder = tmp_path / "broken"
+    for stop in stops:
+        with pytest.raises(Killed):  # once there is a checkpoint, the weights a run starts with no longer matter
+            train_supernet(
+                make_model(init=len(checkpoint.steps(folder))), tiny_data(), recipe(net=net), folder, kill_at(stop)
+            )
+    resumed = make_model(init=len(checkpoint.steps(folder)))
+    tail: list[Record] = []
+    train_supernet(resumed, tiny_data(), recipe(net=net), folder, tail.append)
+    assert_equal(whole, resumed)
+    done = max(0, (stops[-1] - 1) // 2 * 2)
+    assert [r["step"] for r in tail] == list(range(done + 1, 8))
+    assert [r["loss"] for r in tail] == [r["loss"] for r in records[done:]]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+
+
+def test_resume_from_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
+    whole = make_model()
+    train_supernet(whole, tiny_data(), recipe(), tmp_path / "whole")
+    with pytest.raises(Killed):
+        train_supernet(make_model(), tiny_data(), recipe(), tmp_path / "broken", kill_at(5))
+    assert checkpoint.steps(tmp_path / "broken") == [2, 4]
+    damaged = tmp_path / "broken" / "step-000004.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    resumed = make_model(init=9)
+    tail: list[Record] = []
+    with pytest.warns(UserWarning, match="step-000004.safetensors is passed over: checksum error"):
+        train_supernet(resumed, tiny_data(), recipe(), tmp_path / "broken", tail.append)
+    assert tail[0]["step"] == 3
+    assert_equal(whole, resumed)
+
+
+def test_a_finished_run_is_taken_as_it_is(tmp_path: Path) -> None:
+    whole = make_model()
+    train_supernet(whole, tiny_data(), recipe(), tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = make_model(init=5)
+    records: list[Record] = []
+    train_supernet(again, tiny_data(), recipe(), tmp_path, records.append)
+    assert_equal(whole, again)
+    assert not records
+    assert not again.training
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": recipe(seed=1)}, "seed: 0 then, 1 now"),
+        ({"recipe": recipe(lr=1e-3, steps=9)}, "train.lr: 0.006 then, 0.001 now, train.steps: 7 then, 9 now"),
+        (
+            {"recipe": recipe(net=SupernetConfig(budget_max=0.5, calibration_points=17))},
+            "supernet.budget_max: 0.6 then, 0.5",
+        ),
+        ({"data": tiny_data(tasks={"bytes": 1.0})}, "data: "),
+        ({"model": make_model("rd")}, "model.layers: \\['routed', 'routed'\\] then, \\['routed', 'delta'\\] now"),
+    ],
+    ids=["seed", "train", "supernet", "data", "model"],
+)
+def test_checkpoints_of_another_run_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(Killed):
+        train_supernet(make_model(), tiny_data(), recipe(), tmp_path, kill_at(3))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = change.get("model", make_model())
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"belong to another run \\({message}"):
+        train_supernet(model, change.get("data", tiny_data()), change.get("recipe", recipe()), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert all(torch.equal(t, weights[name]) or t.isnan().all() for name, t in model.state_dict().items())
+
+
+def test_how_often_to_log_and_how_many_to_keep_may_change(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train_supernet(make_model(), tiny_data(), recipe(), tmp_path, kill_at(5))
+    train_supernet(make_model(), tiny_data(), recipe(log_every=3, keep_checkpoints=1), tmp_path)
+    assert checkpoint.steps(tmp_path) == [7]
+
+
+@pytest.mark.parametrize("sandwich", Sandwich, ids=lambda s: s.value)
+def test_bfloat16_trains_resumes_and_is_remembered(tmp_path: Path, sandwich: Sandwich) -> None:
+    net = SupernetConfig(calibration_points=17, calibration_sequences=8, sandwich=sandwich)
+    options: dict[str, Any] = {"net": net, "precision": Precision.bfloat16, "steps": 8, "batch_size": 8}
+    whole = make_model()
+    records: list[Record] = []
+    train_supernet(whole, tiny_data(), recipe(**options), tmp_path / "whole", records.append)
+    assert records[-1]["loss"] < records[0]["loss"]
+    with pytest.raises(Killed):
+        train_supernet(make_model(), tiny_data(), recipe(**options), tmp_path / "broken", kill_at(5))
+    resumed = make_model(init=1)
+    train_supernet(resumed, tiny_data(), recipe(**options), tmp_path / "broken")
+    assert_equal(whole, resumed)
+    loaded, _ = checkpoint.load_model(tmp_path / "whole")
+    assert whole.precision is loaded.precision is Precision.bfloat16
+    assert {t.dtype for t in loaded.parameters()} == {torch.float32}
+    with pytest.raises(ValueError, match=r"train.precision: 'bfloat16' then, 'float32' now"):
+        train_supernet(
+            make_model(), tiny_data(), recipe(**{**options, "precision": Precision.float32}), tmp_path / "whole"
+        )
+
+
+def test_checkpoints_from_before_there_was_a_precision_are_float32(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train_supernet(make_model(), tiny_data(), recipe(), tmp_path, kill_at(5))
+    for path in tmp_path.glob("*.json"):
+        record = json.loads(path.read_text())
+        del record["train"]["precision"]
+        path.write_text(json.dumps(record))
+    assert checkpoint.load_model(tmp_path)[0].precision is Precision.float32
+    train_supernet(make_model(), tiny_data(), recipe(), tmp_path)
+    assert checkpoint.load_model(tmp_path)[1]["finished"] is True
