@@ -15,9 +15,9 @@ LINE_SECONDS = 10.0
 
 def duration(seconds: float) -> str:
     """Seconds as ``m:ss`` or ``h:mm:ss``."""
-    whole = max(0, round(seconds))
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+    total = max(0, round(seconds))
+    hours, minutes = total // 3600, total // 60 % 60
+    return f"{hours}:{minutes:02}:{total % 60:02}" if hours else f"{minutes}:{total % 60:02}"
 
 
 class Progress:

@@ -44,7 +44,10 @@ class LayerContext:
 
 
 class Router(nn.Linear):
-    """Scores of softmax and delta rule for every routing head, from the mean input of a chunk: [.., D] → [.., 2·R]."""
+    """Scores of the two memories for every routing head, from the mean input of a chunk: [.., D] → [.., 2·R].
+
+    For each head first the score of the delta rule, then that of softmax.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, 2 * heads, bias=False)

@@ -20,7 +20,7 @@ from natsl.space.check import check, check_choice, check_count, check_number, sh
 class Op(Enum):
     """What a layer is (its kind) and what a policy makes it do."""
 
-    delta = "delta"  # Gated DeltaNet alone: nothing is kept for softmax
+    delta = "delta"  # only Gated DeltaNet: nothing is kept for softmax
     softmax = "softmax"  # every chunk stays visible to softmax
     routed = "routed"  # the router decides per chunk and head
 
@@ -40,7 +40,7 @@ class LayerPolicy:
     budget: fraction of chunks that softmax may keep, in [0, 1]; the calibration table turns it into a threshold.
     threshold: margin in logits above which a chunk is kept (may be ±inf). ``routed`` takes either a budget or a
         threshold, the other ops neither.
-    cap, burst: hard causal limit, for ``routed`` alone: chunk n may be kept only if the number kept so far is
+    cap, burst: hard causal limit, only for ``routed``: chunk n may be kept only if the number kept so far is
         < ceil(cap·(n + 1)) + burst. cap in [0, 1], burst an integer ≥ 0 that needs a cap.
     mix_temperature: finite, > 0; divides the logits that weigh the outputs of the two branches.
 
@@ -196,7 +196,7 @@ class RoutingPolicy:
 
     @classmethod
     def all_delta(cls, kinds: Sequence[Op], chunk_size: int) -> RoutingPolicy:
-        """The smallest policy: every routed layer is Gated DeltaNet alone; the others do what their kind says."""
+        """The smallest policy: every routed layer is only Gated DeltaNet; the others do what their kind says."""
         return cls.fill(kinds, chunk_size, LayerPolicy(Op.delta))
 
     @classmethod

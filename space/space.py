@@ -123,7 +123,7 @@ class SearchSpace:
     def anchors(self, kinds: Sequence[Op], chunk_size: int) -> list[RoutingPolicy]:
         """Policies worth trying first, as far as this space can express them; each once, broad ones first.
 
-        All delta; all softmax; uniform budgets; each routed layer alone at a budget of .25, then all softmax, the
+        All delta; all softmax; uniform budgets; each single routed layer at a budget of .25, then all softmax, the
         others delta.
         """
         delta, softmax = self._fixed(Op.delta), self._fixed(Op.softmax)
@@ -226,7 +226,7 @@ class SearchSpace:
 
 
 class _FixedTrial:
-    """A trial that answers from given parameters and checks them against what is asked."""
+    """A trial that answers from fixed parameters and checks them against each suggestion."""
 
     def __init__(self, params: Mapping[str, Any]) -> None:
         self.params = params

@@ -292,7 +292,7 @@ def test_as_many_keys_as_before_there_was_a_choice_is_the_same_data() -> None:
     first, second = make_data(), make_data(keys=64)
     assert first.fingerprint == second.fingerprint
     assert first.fingerprint != make_data(keys=63).fingerprint
-    # checkpoints tell it: were it another, what was trained before could not be resumed
+    # checkpoints hold it: if it changed, older trainings could not be resumed
     assert first.fingerprint == "e44187fbfab5184be9001699a152cd50d668e0e7202b613c7404fd9d7b6dce5c"
 
 

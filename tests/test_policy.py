@@ -1,4 +1,4 @@
-"""Policies: what is legal, the canonical JSON and its digest, and what a bad one is told."""
+"""Policies: what is legal, the canonical JSON and its digest, and the errors of bad ones."""
 
 from __future__ import annotations
 

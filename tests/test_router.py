@@ -61,7 +61,7 @@ def test_straight_through_is_binary_forward_and_a_sigmoid_backward() -> None:
     theta = torch.tensor(0.2)
     hard = (margins.detach() > theta).float()
     route = straight_through(margins, theta, hard, 0.5)
-    assert torch.equal(route, hard), "exactly 0 or 1: the kernels tell kept from left out by it"
+    assert torch.equal(route, hard), "exactly 0 or 1: the kernels read whether a chunk is kept from it"
     upstream = torch.randn(500)
     (grad,) = torch.autograd.grad((route * upstream).sum(), margins)
     y = torch.sigmoid((margins.detach() - theta) / 0.5)

@@ -23,9 +23,9 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path: Path, stops: list[int], ki
     net = SupernetConfig(calibration_points=17, calibration_sequences=8)
     if kind == "noise":  # everything that draws at random during a step
         net = replace(net, route_noise=0.5, counterfactual_rate=0.5)
-    whole = make_model()
+    unbroken = make_model()
     records: list[Record] = []
-    train_supernet(whole, tiny_data(), recipe(net=net), tmp_path / "whole", records.append)
+    train_supernet(unbroken, tiny_data(), recipe(net=net), tmp_path / "unbroken", records.append)
     folder = tmp_path / "broken"
     for stop in stops:
         with pytest.raises(Killed):  # once there is a checkpoint, the weights a run starts with no longer matter
@@ -35,18 +35,18 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path: Path, stops: list[int], ki
     resumed = make_model(init=len(checkpoint.steps(folder)))
     tail: list[Record] = []
     train_supernet(resumed, tiny_data(), recipe(net=net), folder, tail.append)
-    assert_equal(whole, resumed)
+    assert_equal(unbroken, resumed)
     done = max(0, (stops[-1] - 1) // 2 * 2)
     assert [r["step"] for r in tail] == list(range(done + 1, 8))
     assert [r["loss"] for r in tail] == [r["loss"] for r in records[done:]]
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        path.name for path in (tmp_path / "whole").iterdir()
+        path.name for path in (tmp_path / "unbroken").iterdir()
     )
 
 
 def test_resume_from_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
-    whole = make_model()
-    train_supernet(whole, tiny_data(), recipe(), tmp_path / "whole")
+    unbroken = make_model()
+    train_supernet(unbroken, tiny_data(), recipe(), tmp_path / "unbroken")
     with pytest.raises(Killed):
         train_supernet(make_model(), tiny_data(), recipe(), tmp_path / "broken", kill_at(5))
     assert checkpoint.steps(tmp_path / "broken") == [2, 4]
@@ -57,17 +57,17 @@ def test_resume_from_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None
     with pytest.warns(UserWarning, match="step-000004.safetensors is passed over: checksum error"):
         train_supernet(resumed, tiny_data(), recipe(), tmp_path / "broken", tail.append)
     assert tail[0]["step"] == 3
-    assert_equal(whole, resumed)
+    assert_equal(unbroken, resumed)
 
 
 def test_a_finished_run_is_taken_as_it_is(tmp_path: Path) -> None:
-    whole = make_model()
-    train_supernet(whole, tiny_data(), recipe(), tmp_path)
+    unbroken = make_model()
+    train_supernet(unbroken, tiny_data(), recipe(), tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     again = make_model(init=5)
     records: list[Record] = []
     train_supernet(again, tiny_data(), recipe(), tmp_path, records.append)
-    assert_equal(whole, again)
+    assert_equal(unbroken, again)
     assert not records
     assert not again.training
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
@@ -110,21 +110,21 @@ def test_how_often_to_log_and_how_many_to_keep_may_change(tmp_path: Path) -> Non
 def test_bfloat16_trains_resumes_and_is_remembered(tmp_path: Path, sandwich: Sandwich) -> None:
     net = SupernetConfig(calibration_points=17, calibration_sequences=8, sandwich=sandwich)
     options: dict[str, Any] = {"net": net, "precision": Precision.bfloat16, "steps": 8, "batch_size": 8}
-    whole = make_model()
+    unbroken = make_model()
     records: list[Record] = []
-    train_supernet(whole, tiny_data(), recipe(**options), tmp_path / "whole", records.append)
+    train_supernet(unbroken, tiny_data(), recipe(**options), tmp_path / "unbroken", records.append)
     assert records[-1]["loss"] < records[0]["loss"]
     with pytest.raises(Killed):
         train_supernet(make_model(), tiny_data(), recipe(**options), tmp_path / "broken", kill_at(5))
     resumed = make_model(init=1)
     train_supernet(resumed, tiny_data(), recipe(**options), tmp_path / "broken")
-    assert_equal(whole, resumed)
-    loaded, _ = checkpoint.load_model(tmp_path / "whole")
-    assert whole.precision is loaded.precision is Precision.bfloat16
+    assert_equal(unbroken, resumed)
+    loaded, _ = checkpoint.load_model(tmp_path / "unbroken")
+    assert unbroken.precision is loaded.precision is Precision.bfloat16
     assert {t.dtype for t in loaded.parameters()} == {torch.float32}
     with pytest.raises(ValueError, match=r"train.precision: 'bfloat16' then, 'float32' now"):
         train_supernet(
-            make_model(), tiny_data(), recipe(**{**options, "precision": Precision.float32}), tmp_path / "whole"
+            make_model(), tiny_data(), recipe(**{**options, "precision": Precision.float32}), tmp_path / "unbroken"
         )
 
 

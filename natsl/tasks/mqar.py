@@ -58,7 +58,7 @@ class MqarTask(Task[MqarConfig]):
     needs_pairs = True
 
     def check(self, length: int) -> None:
-        """The length is whole segments with room for text; the keys suffice."""
+        """The length is a multiple of a segment with room for text, and there are enough keys."""
         segment, share = self.config.segment, self.config.pair_share
         for name, value in (("data.seq_len", self.seq_len), ("length", length)):
             check(value % segment == 0, name, value, f"mqar needs a multiple of data.mqar.segment = {segment}")
