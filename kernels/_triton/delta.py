@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from natsl.kernels._triton.delta_kernels import (
-    backward_finish_kernel,
-    backward_kernel,
-    backward_scan_kernel,
-    gaps_kernel,
-    output_kernel,
-    prepare_kernel,
-    scan_kernel,
+    delta_backward_finish_kernel,
+    delta_backward_kernel,
+    delta_backward_scan_kernel,
+    delta_gaps_kernel,
+    delta_output_kernel,
+    delta_prepare_kernel,
+    delta_scan_kernel,
 )
 from natsl.kernels._triton.routing import packed_blocks
 from natsl.kernels.dispatch import last_contiguous
@@ -153,33 +153,33 @@ def delta_forward(
     if B == 0:
         return results
     starts, ends, sequence, offset = _chunk_tables(cu_seqlens, C, N, T, count)
-    packed = cu_seqlens is not None
+    varlen = cu_seqlens is not None
 
     options = tuning.pick("delta_prepare", key, q.device, _column_blocks(q, C))
-    prepare_kernel[(N, B * R)](
+    delta_prepare_kernel[(N, B * R)](
         q, k, g, beta, starts, ends, w, qe, a, p, pa, cum, rq, rk, total, T, N, scale, *q.stride()[:3], *k.stride()[:3],
-        R=R, C=C, K=K, NORMALISE=normalise, PACKED=packed, PRECISION=precision, SOLVE=precision, **options,
+        R=R, C=C, K=K, NORMALISE=normalise, VARLEN=varlen, PRECISION=precision, SOLVE=precision, **options,
     )  # fmt: skip
-    gaps_kernel[(B * R,)](
+    delta_gaps_kernel[(B * R,)](
         route, total, sequence, written, count, gap, slot, N,
-        R=R, BLOCK=128 if N <= 128 else 1024, HAS_INITIAL=initial_state is not None, PACKED=packed,
+        R=R, BLOCK=128 if N <= 128 else 1024, HAS_INITIAL=initial_state is not None, VARLEN=varlen,
     )  # fmt: skip
     columns = _columns(q, C, 64)
     while columns > 16 and 96 * columns > S * R * V:  # few heads: more blocks, each with less to do
         columns //= 2
     default = {"BV": columns, "num_warps": 4, "num_stages": _stages(q, C)}
     options = tuning.pick("delta_scan", key, q.device, default)
-    scan_kernel[(-(-V // options["BV"]), S * R)](
+    delta_scan_kernel[(-(-V // options["BV"]), S * R)](
         k, v, w, a, beta, cum, rk, total, written, count, gap, starts, ends, offset,
         total if initial_state is None else initial_state, state, final, T, N, slots, *k.stride()[:3], *v.stride()[:3],
-        R=R, C=C, K=K, V=V, BK=BK, HAS_INITIAL=initial_state is not None, HAS_FINAL=want_final, PACKED=packed,
+        R=R, C=C, K=K, V=V, BK=BK, HAS_INITIAL=initial_state is not None, HAS_FINAL=want_final, VARLEN=varlen,
         PRECISION=precision, **options,
     )  # fmt: skip
     default = {"BV": _columns(q, C, 128), "num_warps": 4, "num_stages": 2}
     options = tuning.pick("delta_output", key, q.device, default)
-    output_kernel[(N * -(-V // options["BV"]), B * R)](
+    delta_output_kernel[(N * -(-V // options["BV"]), B * R)](
         v, qe, pa, beta, state, slot, gap, starts, ends, o, T, N, slots, *v.stride()[:3],
-        R=R, C=C, K=K, V=V, BK=BK, PACKED=packed, PRECISION=precision, **options,
+        R=R, C=C, K=K, V=V, BK=BK, VARLEN=varlen, PRECISION=precision, **options,
     )  # fmt: skip
     return results
 
@@ -213,15 +213,15 @@ def delta_backward(
     if B == 0:
         return grads
     starts, ends, _, offset = _chunk_tables(cu_seqlens, C, N, T, slot)
-    packed = cu_seqlens is not None
+    varlen = cu_seqlens is not None
     ds = q.new_empty(B, N, R, K, V)
 
     default = {"BV": _columns(q, C, 32), "num_warps": 4, "num_stages": _stages(q, C)}
     options = tuning.pick("delta_backward_scan", key, q.device, default)
-    backward_scan_kernel[(-(-V // options["BV"]), S * R)](
+    delta_backward_scan_kernel[(-(-V // options["BV"]), S * R)](
         k, do, w, qe, cum, rk, total, route, starts, ends, offset, total if dfinal is None else dfinal, ds, dinitial,
         T, N, *k.stride()[:3], *do.stride()[:3],
-        R=R, C=C, K=K, V=V, BK=BK, HAS_INITIAL=has_initial, HAS_FINAL=dfinal is not None, PACKED=packed,
+        R=R, C=C, K=K, V=V, BK=BK, HAS_INITIAL=has_initial, HAS_FINAL=dfinal is not None, VARLEN=varlen,
         PRECISION=precision, **options,
     )  # fmt: skip
     columns = _columns(q, C, 64)
@@ -234,18 +234,18 @@ def delta_backward(
     doo, vdv = torch.empty_like(rk), torch.empty_like(rk)
     vn, dvn = (slot, slot) if fused else (q.new_empty(B, N, R, C, V), q.new_empty(B, N, R, C, V))
     for stage in (0,) if fused else (1, 2):
-        backward_kernel[(N, B * R)](
+        delta_backward_kernel[(N, B * R)](
             k, v, o, do, beta, route, w, a, p, cum, rk, total, state, ds, slot, gap, starts, ends,
             vn, dvn, dp, da, dlast, doo, vdv, dqs, dw, dke, dv, droute, T, N, state.shape[2],
             *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-            R=R, C=C, K=K, V=V, BK=BK, STAGE=stage, RELOAD=q.element_size() == 4, PACKED=packed,
+            R=R, C=C, K=K, V=V, BK=BK, STAGE=stage, RELOAD=q.element_size() == 4, VARLEN=varlen,
             PRECISION=precision, **options,
         )  # fmt: skip
     options = tuning.pick("delta_backward_finish", key, q.device, _column_blocks(q, C))
-    backward_finish_kernel[(N, B * R)](
+    delta_backward_finish_kernel[(N, B * R)](
         q, k, g, beta, a, cum, rq, rk, total, starts, ends, dp, da, dlast, doo, vdv, dqs, dw, dke, dq, dk, dg, dbeta,
         T, N, scale, *q.stride()[:3], *k.stride()[:3],
-        R=R, C=C, K=K, NORMALISE=normalise, PACKED=packed, PRECISION=precision, **options,
+        R=R, C=C, K=K, NORMALISE=normalise, VARLEN=varlen, PRECISION=precision, **options,
     )  # fmt: skip
     return grads
 

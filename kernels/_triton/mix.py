@@ -26,100 +26,100 @@ from natsl.kernels.launch.parameters import pick
 
 
 @triton.jit
-def _row_offsets(b_row, T, H: tl.constexpr, s_b, s_t, s_h):
+def _row_offsets(o_row, T, Hs: tl.constexpr, s_x_b, s_x_t, s_x_h):
     """Offsets of the rows (b, t, head) of a strided tensor, in 64 bits."""
-    b_token = b_row // H
-    return (b_token // T).to(tl.int64) * s_b + (b_token % T).to(tl.int64) * s_t + (b_row % H).to(tl.int64) * s_h
+    o_token = o_row // Hs
+    return (o_token // T).to(tl.int64) * s_x_b + (o_token % T).to(tl.int64) * s_x_t + (o_row % Hs).to(tl.int64) * s_x_h
 
 
 @triton.jit
-def _load_rows(p, b_row, o_v, mask, T, H: tl.constexpr, s_b, s_t, s_h):
+def _load_rows(p_x, o_row, o_v, m_tile, T, Hs: tl.constexpr, s_x_b, s_x_t, s_x_h):
     """The rows of a strided tensor in float32, zeros where not ``mask``."""
-    o_element = _row_offsets(b_row, T, H, s_b, s_t, s_h)[:, None] + o_v[None, :]
-    return tl.load(p + o_element, mask=mask, other=0.0).to(tl.float32)
+    o_element = _row_offsets(o_row, T, Hs, s_x_b, s_x_t, s_x_h)[:, None] + o_v[None, :]
+    return tl.load(p_x + o_element, mask=m_tile, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_odds(p_logit, b_row, real, T, H: tl.constexpr, s_b, s_t, s_h):
+def _load_log_odds(p_logit, o_row, m_row, T, Hs: tl.constexpr, s_x_b, s_x_t, s_x_h):
     """Difference of the two logits of every row, in float32."""
-    o_logit = _row_offsets(b_row, T, H, s_b, s_t, s_h)
-    b_logit = tl.load(p_logit + o_logit, mask=real, other=0.0).to(tl.float32)
-    return b_logit - tl.load(p_logit + o_logit + 1, mask=real, other=0.0).to(tl.float32)
+    o_logit = _row_offsets(o_row, T, Hs, s_x_b, s_x_t, s_x_h)
+    b_logit = tl.load(p_logit + o_logit, mask=m_row, other=0.0).to(tl.float32)
+    return b_logit - tl.load(p_logit + o_logit + 1, mask=m_row, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _normalise(b_x, real, eps, V: tl.constexpr):
+def _normalise(b_x, m_row, eps, Vs: tl.constexpr):
     """RMS(x) and 1 / rms of rows that are 0 past V; rows behind the end stay finite at eps = 0 too."""
-    b_rstd = tl.rsqrt(tl.where(real, tl.sum(b_x * b_x, 1) * (1.0 / V) + eps, 1.0))
+    b_rstd = tl.rsqrt(tl.where(m_row, tl.sum(b_x * b_x, 1) * (1.0 / Vs) + eps, 1.0))
     return b_x * b_rstd[:, None], b_rstd
 
 
 @Launcher
 @triton.jit(do_not_specialize=["rows", "T"])
-def forward_kernel(
-    p_delta,  # [B, T, H, V], as o_softmax and gate
-    p_softmax,
+def mix_forward_kernel(
+    p_o_delta,  # [B, T, Hs, Vs], as o_softmax and gate
+    p_o_softmax,
     p_gate,
-    p_logit,  # [B, T, H, 2]
-    p_weight_delta,  # [V]
+    p_logit,  # [B, T, Hs, 2]
+    p_weight_delta,  # [Vs]
     p_weight_softmax,
-    p_y,  # [B, T, H, V], contiguous
+    p_y,  # [B, T, Hs, Vs], contiguous
     eps,
     rows,
     T,
-    s_delta_b,
-    s_delta_t,
-    s_delta_h,
-    s_softmax_b,
-    s_softmax_t,
-    s_softmax_h,
+    s_o_delta_b,
+    s_o_delta_t,
+    s_o_delta_h,
+    s_o_softmax_b,
+    s_o_softmax_t,
+    s_o_softmax_h,
     s_gate_b,
     s_gate_t,
     s_gate_h,
     s_logit_b,
     s_logit_t,
     s_logit_h,
-    H: tl.constexpr,
-    V: tl.constexpr,
+    Hs: tl.constexpr,
+    Vs: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BOTH: tl.constexpr,
 ):
-    b_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    o_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_v = tl.arange(0, BLOCK_V)
-    real = b_row < rows
-    mask = real[:, None] & (o_v < V)[None, :]
-    b_delta = _load_rows(p_delta, b_row, o_v, mask, T, H, s_delta_b, s_delta_t, s_delta_h)
-    b_gate = _load_rows(p_gate, b_row, o_v, mask, T, H, s_gate_b, s_gate_t, s_gate_h)
-    b_weight_delta = tl.load(p_weight_delta + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
+    m_row = o_row < rows
+    m_tile = m_row[:, None] & (o_v < Vs)[None, :]
+    b_o_delta = _load_rows(p_o_delta, o_row, o_v, m_tile, T, Hs, s_o_delta_b, s_o_delta_t, s_o_delta_h)
+    b_gate = _load_rows(p_gate, o_row, o_v, m_tile, T, Hs, s_gate_b, s_gate_t, s_gate_h)
+    b_weight_delta = tl.load(p_weight_delta + o_v, mask=o_v < Vs, other=0.0).to(tl.float32)[None, :]
     if BOTH:  # every load before the first sum, so that all are under way at once
-        b_softmax = _load_rows(p_softmax, b_row, o_v, mask, T, H, s_softmax_b, s_softmax_t, s_softmax_h)
-        b_logit = _load_odds(p_logit, b_row, real, T, H, s_logit_b, s_logit_t, s_logit_h)
-        b_weight_softmax = tl.load(p_weight_softmax + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
-    b_normed, _ = _normalise(b_delta, real, eps, V)
+        b_o_softmax = _load_rows(p_o_softmax, o_row, o_v, m_tile, T, Hs, s_o_softmax_b, s_o_softmax_t, s_o_softmax_h)
+        b_logit = _load_log_odds(p_logit, o_row, m_row, T, Hs, s_logit_b, s_logit_t, s_logit_h)
+        b_weight_softmax = tl.load(p_weight_softmax + o_v, mask=o_v < Vs, other=0.0).to(tl.float32)[None, :]
+    b_normed, _ = _normalise(b_o_delta, m_row, eps, Vs)
     b_mixed = b_normed * b_weight_delta
     if BOTH:
-        b_normed, _ = _normalise(b_softmax, real, eps, V)
+        b_normed, _ = _normalise(b_o_softmax, m_row, eps, Vs)
         b_mixed = b_mixed * tl.sigmoid(b_logit)[:, None] + b_normed * b_weight_softmax * tl.sigmoid(-b_logit)[:, None]
     b_y = b_gate * tl.sigmoid(b_gate) * b_mixed
-    tl.store(p_y + b_row.to(tl.int64)[:, None] * V + o_v[None, :], b_y.to(p_y.dtype.element_ty), mask=mask)
+    tl.store(p_y + o_row.to(tl.int64)[:, None] * Vs + o_v[None, :], b_y.to(p_y.dtype.element_ty), mask=m_tile)
 
 
 @Launcher
 @triton.jit(do_not_specialize=["rows", "T"])
-def backward_kernel(
-    p_dy,  # [B, T, H, V], as o_delta, o_softmax and gate
-    p_delta,
-    p_softmax,
+def mix_backward_kernel(
+    p_dy,  # [B, T, Hs, Vs], as o_delta, o_softmax and gate
+    p_o_delta,
+    p_o_softmax,
     p_gate,
-    p_logit,  # [B, T, H, 2]
-    p_weight_delta,  # [V]
+    p_logit,  # [B, T, Hs, 2]
+    p_weight_delta,  # [Vs]
     p_weight_softmax,
-    p_ddelta,  # gradients, contiguous
-    p_dsoftmax,
+    p_do_delta,  # gradients, contiguous
+    p_do_softmax,
     p_dgate,
     p_dlogit,
-    p_dweight_delta,  # [programs, V] float32
+    p_dweight_delta,  # [programs, Vs] float32
     p_dweight_softmax,
     eps,
     rows,
@@ -127,74 +127,76 @@ def backward_kernel(
     s_dy_b,
     s_dy_t,
     s_dy_h,
-    s_delta_b,
-    s_delta_t,
-    s_delta_h,
-    s_softmax_b,
-    s_softmax_t,
-    s_softmax_h,
+    s_o_delta_b,
+    s_o_delta_t,
+    s_o_delta_h,
+    s_o_softmax_b,
+    s_o_softmax_t,
+    s_o_softmax_h,
     s_gate_b,
     s_gate_t,
     s_gate_h,
     s_logit_b,
     s_logit_t,
     s_logit_h,
-    H: tl.constexpr,
-    V: tl.constexpr,
+    Hs: tl.constexpr,
+    Vs: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BOTH: tl.constexpr,
 ):
     """A program takes every programs-th block of rows and keeps its share of the weight gradients in registers."""
     i_program = tl.program_id(0)
-    programs = tl.num_programs(0)
+    n_programs = tl.num_programs(0)
     o_v = tl.arange(0, BLOCK_V)
-    b_weight_delta = tl.load(p_weight_delta + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
-    b_weight_softmax = tl.load(p_weight_softmax + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
+    b_weight_delta = tl.load(p_weight_delta + o_v, mask=o_v < Vs, other=0.0).to(tl.float32)[None, :]
+    b_weight_softmax = tl.load(p_weight_softmax + o_v, mask=o_v < Vs, other=0.0).to(tl.float32)[None, :]
     b_dweight_delta = tl.zeros((BLOCK_ROWS, BLOCK_V), tl.float32)
     b_dweight_softmax = tl.zeros((BLOCK_ROWS, BLOCK_V), tl.float32)
-    for i_block in range(i_program, tl.cdiv(rows, BLOCK_ROWS), programs):
-        b_row = i_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        real = b_row < rows
-        mask = real[:, None] & (o_v < V)[None, :]
-        o_out = b_row.to(tl.int64)[:, None] * V + o_v[None, :]
-        b_dy = _load_rows(p_dy, b_row, o_v, mask, T, H, s_dy_b, s_dy_t, s_dy_h)
-        b_delta = _load_rows(p_delta, b_row, o_v, mask, T, H, s_delta_b, s_delta_t, s_delta_h)
-        b_gate = _load_rows(p_gate, b_row, o_v, mask, T, H, s_gate_b, s_gate_t, s_gate_h)
+    for i_block in range(i_program, tl.cdiv(rows, BLOCK_ROWS), n_programs):
+        o_row = i_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        m_row = o_row < rows
+        m_tile = m_row[:, None] & (o_v < Vs)[None, :]
+        o_out = o_row.to(tl.int64)[:, None] * Vs + o_v[None, :]
+        b_dy = _load_rows(p_dy, o_row, o_v, m_tile, T, Hs, s_dy_b, s_dy_t, s_dy_h)
+        b_o_delta = _load_rows(p_o_delta, o_row, o_v, m_tile, T, Hs, s_o_delta_b, s_o_delta_t, s_o_delta_h)
+        b_gate = _load_rows(p_gate, o_row, o_v, m_tile, T, Hs, s_gate_b, s_gate_t, s_gate_h)
         if BOTH:  # every load before the first sum, so that all are under way at once
-            b_softmax = _load_rows(p_softmax, b_row, o_v, mask, T, H, s_softmax_b, s_softmax_t, s_softmax_h)
-            b_logit = _load_odds(p_logit, b_row, real, T, H, s_logit_b, s_logit_t, s_logit_h)
-        b_open = tl.sigmoid(b_gate)
-        b_u = b_dy * b_gate * b_open
-        b_normed, b_rstd = _normalise(b_delta, real, eps, V)
+            b_o_softmax = _load_rows(
+                p_o_softmax, o_row, o_v, m_tile, T, Hs, s_o_softmax_b, s_o_softmax_t, s_o_softmax_h
+            )
+            b_logit = _load_log_odds(p_logit, o_row, m_row, T, Hs, s_logit_b, s_logit_t, s_logit_h)
+        b_sigmoid = tl.sigmoid(b_gate)
+        b_u = b_dy * b_gate * b_sigmoid
+        b_normed, b_rstd = _normalise(b_o_delta, m_row, eps, Vs)
         b_product = b_u * b_normed
         b_p = tl.sum(b_product * b_weight_delta, 1)
-        b_ddelta = (b_u * b_weight_delta - b_normed * (b_p * (1.0 / V))[:, None]) * b_rstd[:, None]
+        b_do_delta = (b_u * b_weight_delta - b_normed * (b_p * (1.0 / Vs))[:, None]) * b_rstd[:, None]
         b_mixed = b_normed * b_weight_delta
         if BOTH:
             b_w0 = tl.sigmoid(b_logit)
             b_w1 = tl.sigmoid(-b_logit)
-            b_ddelta *= b_w0[:, None]
+            b_do_delta *= b_w0[:, None]
             b_product *= b_w0[:, None]
-            b_normed, b_rstd = _normalise(b_softmax, real, eps, V)
+            b_normed, b_rstd = _normalise(b_o_softmax, m_row, eps, Vs)
             b_other = b_u * b_normed
             b_q = tl.sum(b_other * b_weight_softmax, 1)
-            b_dsoftmax = (b_u * b_weight_softmax - b_normed * (b_q * (1.0 / V))[:, None]) * (b_rstd * b_w1)[:, None]
+            b_do_softmax = (b_u * b_weight_softmax - b_normed * (b_q * (1.0 / Vs))[:, None]) * (b_rstd * b_w1)[:, None]
             b_mixed = b_mixed * b_w0[:, None] + b_normed * b_weight_softmax * b_w1[:, None]
             b_dweight_softmax += b_other * b_w1[:, None]
-            tl.store(p_dsoftmax + o_out, b_dsoftmax.to(p_dsoftmax.dtype.element_ty), mask=mask)
+            tl.store(p_do_softmax + o_out, b_do_softmax.to(p_do_softmax.dtype.element_ty), mask=m_tile)
             b_dlogit = b_w0 * b_w1 * (b_p - b_q)
-            o_dlogit = b_row.to(tl.int64) * 2
-            tl.store(p_dlogit + o_dlogit, b_dlogit.to(p_dlogit.dtype.element_ty), mask=real)
-            tl.store(p_dlogit + o_dlogit + 1, (-b_dlogit).to(p_dlogit.dtype.element_ty), mask=real)
+            o_dlogit = o_row.to(tl.int64) * 2
+            tl.store(p_dlogit + o_dlogit, b_dlogit.to(p_dlogit.dtype.element_ty), mask=m_row)
+            tl.store(p_dlogit + o_dlogit + 1, (-b_dlogit).to(p_dlogit.dtype.element_ty), mask=m_row)
         b_dweight_delta += b_product
-        b_dgate = b_dy * b_mixed * b_open * (1.0 + b_gate * (1.0 - b_open))
-        tl.store(p_ddelta + o_out, b_ddelta.to(p_ddelta.dtype.element_ty), mask=mask)
-        tl.store(p_dgate + o_out, b_dgate.to(p_dgate.dtype.element_ty), mask=mask)
-    o_share = i_program.to(tl.int64) * V + o_v
-    tl.store(p_dweight_delta + o_share, tl.sum(b_dweight_delta, 0), mask=o_v < V)
+        b_dgate = b_dy * b_mixed * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
+        tl.store(p_do_delta + o_out, b_do_delta.to(p_do_delta.dtype.element_ty), mask=m_tile)
+        tl.store(p_dgate + o_out, b_dgate.to(p_dgate.dtype.element_ty), mask=m_tile)
+    o_share = i_program.to(tl.int64) * Vs + o_v
+    tl.store(p_dweight_delta + o_share, tl.sum(b_dweight_delta, 0), mask=o_v < Vs)
     if BOTH:
-        tl.store(p_dweight_softmax + o_share, tl.sum(b_dweight_softmax, 0), mask=o_v < V)
+        tl.store(p_dweight_softmax + o_share, tl.sum(b_dweight_softmax, 0), mask=o_v < Vs)
 
 
 def check_rows(op: str, x: Tensor) -> None:
@@ -227,12 +229,12 @@ def _forward(o_delta: Tensor, gate: Tensor, weight_delta: Tensor, eps: float, se
     (y,) = _like([o_delta])
     if y.numel() == 0:
         return y
-    B, T, H, V = y.shape
+    B, T, Hs, Vs = y.shape
     options = _launch("mix_forward", y, bool(second), 2048)
     o_delta, gate = last_contiguous(o_delta), last_contiguous(gate)
     o_softmax, logits, weight_softmax = second or (o_delta, gate, weight_delta)
     o_softmax, logits = last_contiguous(o_softmax), last_contiguous(logits)
-    forward_kernel[(triton.cdiv(B * T * H, options["BLOCK_ROWS"]),)](
+    mix_forward_kernel[(triton.cdiv(B * T * Hs, options["BLOCK_ROWS"]),)](
         o_delta,
         o_softmax,
         gate,
@@ -241,15 +243,15 @@ def _forward(o_delta: Tensor, gate: Tensor, weight_delta: Tensor, eps: float, se
         weight_softmax.contiguous(),
         y,
         eps,
-        B * T * H,
+        B * T * Hs,
         T,
         *o_delta.stride()[:3],
         *o_softmax.stride()[:3],
         *gate.stride()[:3],
         *logits.stride()[:3],
-        H=H,
-        V=V,
-        BLOCK_V=triton.next_power_of_2(V),
+        Hs=Hs,
+        Vs=Vs,
+        BLOCK_V=triton.next_power_of_2(Vs),
         BLOCK_ROWS=options["BLOCK_ROWS"],
         BOTH=bool(second),
         num_warps=options["num_warps"],
@@ -264,16 +266,16 @@ def _run_backward(
     """Gradients of o_delta and gate, of o_softmax and the logits if there are, and every program's share of those of
     the weights, [1 or 2, programs, V] float32."""
     grads = _like([o_delta, gate, *second[:2]])
-    B, T, H, V = o_delta.shape
+    B, T, Hs, Vs = o_delta.shape
     options = _launch("mix_backward", o_delta, bool(second), 1024)
     dy, o_delta, gate = last_contiguous(dy), last_contiguous(o_delta), last_contiguous(gate)
     o_softmax, logits, weight_softmax = second or (o_delta, gate, weight_delta)
     o_softmax, logits = last_contiguous(o_softmax), last_contiguous(logits)
     ddelta, dgate, dsoftmax, dlogits = grads if second else grads * 2
-    blocks = triton.cdiv(B * T * H, options["BLOCK_ROWS"])
+    blocks = triton.cdiv(B * T * Hs, options["BLOCK_ROWS"])
     programs = min(blocks, options["PROGRAMS"] * _multiprocessors(dy.device))
-    shares = torch.empty(1 + bool(second), programs, V, dtype=torch.float32, device=dy.device)
-    backward_kernel[(programs,)](
+    shares = torch.empty(1 + bool(second), programs, Vs, dtype=torch.float32, device=dy.device)
+    mix_backward_kernel[(programs,)](
         dy,
         o_delta,
         o_softmax,
@@ -288,16 +290,16 @@ def _run_backward(
         shares[0],
         shares[-1],
         eps,
-        B * T * H,
+        B * T * Hs,
         T,
         *dy.stride()[:3],
         *o_delta.stride()[:3],
         *o_softmax.stride()[:3],
         *gate.stride()[:3],
         *logits.stride()[:3],
-        H=H,
-        V=V,
-        BLOCK_V=triton.next_power_of_2(V),
+        Hs=Hs,
+        Vs=Vs,
+        BLOCK_V=triton.next_power_of_2(Vs),
         BLOCK_ROWS=options["BLOCK_ROWS"],
         BOTH=bool(second),
         num_warps=options["num_warps"],

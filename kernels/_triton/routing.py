@@ -23,8 +23,12 @@ def _minimum(a, b):
 
 
 @Launcher
-@triton.jit(do_not_specialize=["N", "R", "s_margin_b", "s_margin_n", "s_margin_r", "s_thr_b", "s_thr_n", "s_thr_r"])
-def capped_routes_kernel(
+@triton.jit(
+    do_not_specialize=[
+        "N", "R", "s_margin_b", "s_margin_n", "s_margin_r", "s_threshold_b", "s_threshold_n", "s_threshold_r"
+    ]
+)  # fmt: skip
+def routing_capped_routes_kernel(
     p_margin,  # [B, N, R]
     p_threshold,  # [B, N, R], expanded
     p_limit,  # [N] int32
@@ -34,40 +38,40 @@ def capped_routes_kernel(
     s_margin_b,
     s_margin_n,
     s_margin_r,
-    s_thr_b,
-    s_thr_n,
-    s_thr_r,
+    s_threshold_b,
+    s_threshold_n,
+    s_threshold_r,
     BLOCK: tl.constexpr,
 ):
     """One program per (b, r). Kept before chunk n: K = W + min(0, min over j < n of L_j − W_j), W the wanted so far."""
     i_b = (tl.program_id(0) // R).to(tl.int64)
     i_r = (tl.program_id(0) % R).to(tl.int64)
     p_margin += i_b * s_margin_b + i_r * s_margin_r
-    p_threshold += i_b * s_thr_b + i_r * s_thr_r
+    p_threshold += i_b * s_threshold_b + i_r * s_threshold_r
     p_route += i_b * N * R + i_r
-    wanted_before = tl.zeros((), tl.int32)
-    slack_before = tl.zeros((), tl.int32)  # min(0, min of L − W over the blocks that are done)
+    n_wanted = tl.zeros((), tl.int32)
+    slack = tl.zeros((), tl.int32)  # min(0, min of L − W over the blocks that are done)
     for i_block in range(0, N, BLOCK):
         o_n = (i_block + tl.arange(0, BLOCK)).to(tl.int64)
-        inside = o_n < N
-        b_threshold = tl.load(p_threshold + o_n * s_thr_n, mask=inside, other=0.0)
-        b_margin = tl.load(p_margin + o_n * s_margin_n, mask=inside, other=0.0).to(b_threshold.dtype)
-        b_wanted = ((b_margin > b_threshold) & inside).to(tl.int32)
-        b_total = wanted_before + tl.cumsum(b_wanted, 0)
-        b_limit = tl.load(p_limit + o_n, mask=inside, other=0)
-        b_previous_limit = tl.load(p_limit + o_n - 1, mask=inside & (o_n > 0), other=0)
+        m_n = o_n < N
+        b_threshold = tl.load(p_threshold + o_n * s_threshold_n, mask=m_n, other=0.0)
+        b_margin = tl.load(p_margin + o_n * s_margin_n, mask=m_n, other=0.0).to(b_threshold.dtype)
+        b_wanted = ((b_margin > b_threshold) & m_n).to(tl.int32)
+        b_total = n_wanted + tl.cumsum(b_wanted, 0)
+        b_limit = tl.load(p_limit + o_n, mask=m_n, other=0)
+        b_previous_limit = tl.load(p_limit + o_n - 1, mask=m_n & (o_n > 0), other=0)
         # L − W of the chunk before; there is none before chunk 0, and behind the end nothing may count
-        b_slack = tl.where(inside & (o_n > 0), b_previous_limit - (b_total - b_wanted), 0)
-        b_slack = tl.minimum(slack_before, tl.associative_scan(b_slack, 0, _minimum))
+        b_slack = tl.where(m_n & (o_n > 0), b_previous_limit - (b_total - b_wanted), 0)
+        b_slack = tl.minimum(slack, tl.associative_scan(b_slack, 0, _minimum))
         b_kept = (b_wanted > 0) & (b_total - 1 + b_slack < b_limit)
-        tl.store(p_route + o_n * R, b_kept.to(p_route.dtype.element_ty), mask=inside)
-        wanted_before += tl.sum(b_wanted, 0)
-        slack_before = tl.min(b_slack, 0)
+        tl.store(p_route + o_n * R, b_kept.to(p_route.dtype.element_ty), mask=m_n)
+        n_wanted += tl.sum(b_wanted, 0)
+        slack = tl.min(b_slack, 0)
 
 
 @Launcher
 @triton.jit(do_not_specialize=["N", "R", "s_route_b", "s_route_n", "s_route_r"])
-def kept_chunks_kernel(
+def routing_kept_chunks_kernel(
     p_route,  # [B, N, R]
     p_first,  # [N] int32, first token of each chunk; read only if PACKED
     p_starts,  # [B, R, N] int32, contiguous
@@ -77,8 +81,8 @@ def kept_chunks_kernel(
     s_route_b,
     s_route_n,
     s_route_r,
-    CHUNK: tl.constexpr,
-    PACKED: tl.constexpr,
+    C: tl.constexpr,
+    VARLEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per (b, r): the kept chunks move up to the front of the list, the others follow."""
@@ -86,25 +90,25 @@ def kept_chunks_kernel(
     p_route += (i_row // R) * s_route_b + (i_row % R) * s_route_r
     p_starts += i_row * N
     p_count += i_row * (N + 1)
-    total = tl.zeros((), tl.int32)
+    n_kept = tl.zeros((), tl.int32)
     for i_block in range(0, N, BLOCK):
         o_n = i_block + tl.arange(0, BLOCK)
         b_route = tl.load(p_route + o_n.to(tl.int64) * s_route_n, mask=o_n < N, other=0.0)
-        total += tl.sum((b_route > 0.5).to(tl.int32), 0)
-    kept_before = tl.zeros((), tl.int32)
+        n_kept += tl.sum((b_route > 0.5).to(tl.int32), 0)
+    n_before = tl.zeros((), tl.int32)
     for i_block in range(0, N, BLOCK):
         o_n = i_block + tl.arange(0, BLOCK)
-        inside = o_n < N
-        b_kept = (tl.load(p_route + o_n.to(tl.int64) * s_route_n, mask=inside, other=0.0) > 0.5).to(tl.int32)
-        b_before = kept_before + tl.cumsum(b_kept, 0) - b_kept
-        if PACKED:
-            b_first = tl.load(p_first + o_n, mask=inside, other=0)
+        m_n = o_n < N
+        b_kept = (tl.load(p_route + o_n.to(tl.int64) * s_route_n, mask=m_n, other=0.0) > 0.5).to(tl.int32)
+        b_before = n_before + tl.cumsum(b_kept, 0) - b_kept
+        if VARLEN:
+            b_first = tl.load(p_first + o_n, mask=m_n, other=0)
         else:
-            b_first = o_n * CHUNK
-        tl.store(p_count + o_n, b_before, mask=inside)
-        tl.store(p_starts + tl.where(b_kept > 0, b_before, total + o_n - b_before), b_first, mask=inside)
-        kept_before += tl.sum(b_kept, 0)
-    tl.store(p_count + N, total)
+            b_first = o_n * C
+        tl.store(p_count + o_n, b_before, mask=m_n)
+        tl.store(p_starts + tl.where(b_kept > 0, b_before, n_kept + o_n - b_before), b_first, mask=m_n)
+        n_before += tl.sum(b_kept, 0)
+    tl.store(p_count + N, n_kept)
 
 
 def _block(chunks: int) -> dict[str, int]:
@@ -144,9 +148,8 @@ def kept_chunks(route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, token
         sequence, start = packed_blocks(cu_seqlens, chunk_size, N)
         first = (cu_seqlens[sequence.clamp(min=0)] + start).clamp(max=tokens).to(torch.int32)
     if B * R:
-        packed = cu_seqlens is not None
-        kept_chunks_kernel[(B * R,)](
-            route, first, starts, count, N, R, *route.stride(), CHUNK=chunk_size, PACKED=packed, **_block(N)
+        routing_kept_chunks_kernel[(B * R,)](
+            route, first, starts, count, N, R, *route.stride(), C=chunk_size, VARLEN=cu_seqlens is not None, **_block(N)
         )
     return starts, count
 
@@ -159,7 +162,9 @@ def _run_capped_routes(margins: Tensor, threshold: Tensor, cap: float, burst: in
     # no row keeps more than N chunks, so a larger burst is the same and stays within 32 bits
     limits = cap_limits(N, cap, min(burst, N), margins.device).to(torch.int32)
     wide = threshold.to(torch.result_type(margins, threshold)).expand(B, N, R)  # what torch compares in
-    capped_routes_kernel[(B * R,)](margins, wide, limits, route, N, R, *margins.stride(), *wide.stride(), **_block(N))
+    routing_capped_routes_kernel[(B * R,)](
+        margins, wide, limits, route, N, R, *margins.stride(), *wide.stride(), **_block(N)
+    )
     return route
 
 

@@ -17,7 +17,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from natsl.kernels._triton.routing import kept_chunks, packed_blocks
-from natsl.kernels._triton.softmax_kernels import counterfactual_kernel, dkv_kernel, dq_kernel, forward_kernel
+from natsl.kernels._triton.softmax_kernels import (
+    softmax_counterfactual_kernel,
+    softmax_dkv_kernel,
+    softmax_dq_kernel,
+    softmax_forward_kernel,
+)
 from natsl.kernels.dispatch import last_contiguous
 from natsl.kernels.launch import parameters as tuning
 from natsl.kernels.launch.launcher import Repeated
@@ -48,8 +53,8 @@ def _shape_options(q: Tensor, v: Tensor, chunk_size: int, cu_seqlens: Tensor | N
 @cache
 def _constants(dtype: torch.dtype, Ks: int, Vs: int, chunk_size: int) -> dict[str, Any]:
     return {
-        "KS": Ks,
-        "VS": Vs,
+        "Ks": Ks,
+        "Vs": Vs,
         "BLOCK_K": max(16, triton.next_power_of_2(Ks)),
         "BLOCK_V": max(16, triton.next_power_of_2(Vs)),
         "C": chunk_size,
@@ -112,7 +117,7 @@ def softmax_forward(
     blocks = _blocks("softmax_forward", q, v, chunk_size)
     blocks["maxnreg"] = min(blocks["maxnreg"], 65536 // (32 * blocks["num_warps"]))  # what a multiprocessor has
     tiles, places = _tiles(cu_seqlens, chunk_size, blocks["BLOCK_M"], T, count)
-    forward_kernel[(tiles, Hq, B)](
+    softmax_forward_kernel[(tiles, Hq, B)](
         q, k, v, route, starts, count, o, lse, *places,
         scale * LOG2E, T, route.shape[1], R, Hq // Hs, Hs // R,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -147,7 +152,7 @@ def softmax_backward(
 
     blocks = _blocks("softmax_dq", q, v, chunk_size)
     tiles, places = _tiles(cu_seqlens, chunk_size, blocks["BLOCK_M"], T, count)
-    dq_kernel[(tiles, Hq, B)](
+    softmax_dq_kernel[(tiles, Hq, B)](
         q, k, v, do, o, lse, route, starts, count, dq, delta, *places,
         scale * LOG2E, scale, T, N, R, J, G, *strides, **options, **blocks,
     )  # fmt: skip
@@ -166,7 +171,7 @@ def softmax_backward(
         da.zero_()
     if wait is not None:
         wait()
-    dkv_kernel[(tiles, Hs, B)](
+    softmax_dkv_kernel[(tiles, Hs, B)](
         q, k, v, do, lse, delta, route, starts, count, dk, dv, da, *places,
         scale * LOG2E, scale, T, N, R, J, G, *strides, **options, **blocks, WANT_ROUTE=want_route, ADD=onto is not None,
     )  # fmt: skip
@@ -179,7 +184,7 @@ def softmax_backward(
         if cu_seqlens is None:
             starts, count = kept_chunks(sampled, None, chunk_size, T)  # the weights are 0 or ≥ 1
         tiles, places = _tiles(cu_seqlens, chunk_size, chunk_size, T, count)
-        counterfactual_kernel[(tiles, Hs, B)](
+        softmax_counterfactual_kernel[(tiles, Hs, B)](
             q, k, v, do, lse, delta, sampled, starts, count, da, *places,
             scale * LOG2E, T, N, R, J, G, *strides, **options, **blocks,
             PARTS=parts, MAX_SHIFT=MAX_EXPONENT * LOG2E, INSERTION=counterfactual == "insertion",
