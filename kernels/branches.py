@@ -72,13 +72,13 @@ def routed_branches(
         values = split_values(v, Hs)
         o_softmax = routed_softmax(q_softmax, k_softmax, values, route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
         return o_delta, o_softmax
-    from natsl.kernels._triton.branches import routed_branches as run_kernels
+    from natsl.kernels._triton import branches as branches_triton
 
     route = route.float().contiguous()
     sampled, written = _gradient_weights(route.detach(), counterfactual, counterfactual_rate)
-    return run_kernels(
-        q, k, v, q_softmax, k_softmax, g, beta, route, sampled, written, chunk_size, K**-0.5, Ks**-0.5, counterfactual
-    )
+    inputs = branches_triton.BranchInputs(q, k, v, q_softmax, k_softmax, g, beta, route)
+    settings = branches_triton.BranchOptions(chunk_size, K**-0.5, Ks**-0.5)
+    return branches_triton.routed_branches(inputs, sampled, written, settings, counterfactual)
 
 
 def _gradient_weights(route: Tensor, counterfactual: str, rate: float) -> tuple[Tensor, Tensor]:

@@ -84,13 +84,13 @@ def routed_delta_rule(
         check_packed_route(op, route, R, T, sequences, chunk_size)
 
     if on_kernels:
-        from natsl.kernels._triton.delta import routed_delta_rule as run_kernels
+        from natsl.kernels._triton import delta as delta_triton
 
         left = route.detach() > 0.5  # as the kernels read it
         weighted = reference.weighted_route(route.float(), left, counterfactual, counterfactual_rate)
-        return run_kernels(
-            q, k, v, g, beta, weighted, initial_state, cu_seqlens, chunk_size, scale, qk_l2norm, output_final_state
-        )
+        inputs = delta_triton.DeltaInputs(q, k, v, g, beta, weighted)
+        options = delta_triton.DeltaOptions(chunk_size, scale, qk_l2norm)
+        return delta_triton.routed_delta_rule(inputs, initial_state, cu_seqlens, options, output_final_state)
 
     run = partial(
         reference.routed_delta_rule,

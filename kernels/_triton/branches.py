@@ -3,84 +3,128 @@
 The scan of the delta rule keeps a few multiprocessors busy for long, the softmax branch all of them: side by side they
 take little more than the longer one. Both streams start after what the caller's stream has queued and the caller's
 stream goes on after both, so that no tensor is read too early or reused too soon.
+
+Shapes: B batch, T tokens, C chunk size, N chunks, R routing heads, K key width, V value width of the delta rule, Hs =
+R·G softmax heads, Ks key width, Vs = V/G value width.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from natsl.kernels._triton.delta import delta_backward, delta_forward
-from natsl.kernels._triton.delta import fake_forward as fake_delta
-from natsl.kernels._triton.softmax import fake_forward as fake_softmax
-from natsl.kernels._triton.softmax import softmax_backward, softmax_forward
+from natsl.kernels._triton import delta as delta_triton
+from natsl.kernels._triton import softmax as softmax_triton
+from natsl.kernels._triton.delta import DeltaInputs, DeltaOptions
+from natsl.kernels._triton.softmax import SoftmaxInputs, SoftmaxOptions, SoftmaxOutputs
 from natsl.kernels.dispatch import last_contiguous, split_values
 from natsl.kernels.launch.launcher import Repeated, side_by_side
 from natsl.kernels.launch.library import register
 
 
+class BranchInputs(NamedTuple):
+    """What the two branches read; all but g, beta and route, which are float32, of one dtype."""
+
+    q: Tensor  # [B,T,R,K]
+    k: Tensor  # [B,T,R,K]
+    v: Tensor  # [B,T,R,V]
+    q_softmax: Tensor  # [B,T,Hs,Ks]
+    k_softmax: Tensor  # [B,T,Hs,Ks]
+    g: Tensor  # [B,T,R]
+    beta: Tensor  # [B,T,R]
+    route: Tensor  # [B,N,R] of 0 and 1
+
+    def delta(self) -> DeltaInputs:
+        return DeltaInputs(self.q, self.k, self.v, self.g, self.beta, self.route)
+
+    def softmax(self) -> SoftmaxInputs:
+        values = split_values(self.v, self.q_softmax.shape[2])
+        return SoftmaxInputs(self.q_softmax, self.k_softmax, values, self.route)
+
+
+class BranchOptions(NamedTuple):
+    """How the branches are computed."""
+
+    chunk_size: int
+    scale: float  # of the delta rule
+    scale_softmax: float
+
+
 @Repeated
-def _run_forward(
+def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
     chunk_size: int, scale: float, scale_softmax: float,
 ) -> list[Tensor]:  # fmt: skip
-    v_softmax = split_values(v, q_softmax.shape[2])
-    (o_delta, _, saved), softmax = side_by_side(
+    """Output and saved tensors of softmax (``SoftmaxOutputs``), then output and saved buffer of the delta rule."""
+    x = BranchInputs(q, k, v, q_softmax, k_softmax, g, beta, route)
+    delta_options, softmax_options = DeltaOptions(chunk_size, scale, True), SoftmaxOptions(chunk_size, scale_softmax)
+    delta, softmax = side_by_side(
         q.device,
-        lambda: delta_forward(q, k, v, g, beta, route, None, None, chunk_size, scale, True, False),
-        lambda *_: softmax_forward(q_softmax, k_softmax, v_softmax, route, None, chunk_size, scale_softmax),
+        lambda: delta_triton.delta_forward(x.delta(), None, None, delta_options, False),
+        lambda *_: softmax_triton.softmax_forward(x.softmax(), None, softmax_options),
     )
-    return [*softmax, o_delta, saved]
+    return [*softmax, delta.o, delta.saved]
 
 
 def _fake_forward(
     q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
     chunk_size: int, scale: float, scale_softmax: float,
 ) -> list[Tensor]:  # fmt: skip
-    v_softmax = split_values(v, q_softmax.shape[2])
-    o_delta, _, saved = fake_delta(q, k, v, g, beta, route, None, None, chunk_size, scale, True, False)
-    return [*fake_softmax(q_softmax, k_softmax, v_softmax, route), o_delta, saved]
+    x = BranchInputs(q, k, v, q_softmax, k_softmax, g, beta, route)
+    delta = delta_triton.empty_outputs(x.delta(), None, chunk_size, False)
+    return [*softmax_triton.empty_outputs(x.softmax()), delta.o, delta.saved]
 
 
 @Repeated
 def _launch_backward(
-    do_delta: Tensor, do_softmax: Tensor, q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor,
-    g: Tensor, beta: Tensor, route: Tensor, sampled: Tensor, softmax: list[Tensor], o_delta: Tensor, saved: Tensor,
+    do_delta: Tensor, do_softmax: Tensor, inputs: list[Tensor], sampled: Tensor, softmax: list[Tensor],
+    o_delta: Tensor, saved: Tensor,
     chunk_size: int, scale: float, scale_softmax: float, counterfactual: str, want_route: bool,
 ) -> list[Tensor]:  # fmt: skip
     """All gradients but that of the route, of which both sides come last: that of softmax in parts to be summed."""
-    v_softmax = split_values(v, q_softmax.shape[2])
-    o, lse, starts, count = softmax
-    from_delta, (dq_softmax, dk_softmax, _, parts) = side_by_side(
-        q.device,
-        lambda: delta_backward(
-            do_delta, None, q, k, v, g, beta, route, False, None, o_delta, saved, chunk_size, scale, True
-        ),
-        lambda from_delta, wait: softmax_backward(
-            do_softmax, q_softmax, k_softmax, v_softmax, o, lse, route, starts, count, sampled, None, chunk_size,
-            scale_softmax, counterfactual, want_route, (from_delta[2].view(v_softmax.shape), wait),
+    x = BranchInputs(*inputs)
+    x_softmax = x.softmax()
+    delta_options = DeltaOptions(chunk_size, scale, True)
+    softmax_options = SoftmaxOptions(chunk_size, scale_softmax, counterfactual, want_route)
+    (dq, dk, dv, dg, dbeta, droute, _), (dq_softmax, dk_softmax, _, parts) = side_by_side(
+        x.q.device,
+        lambda: delta_triton.delta_backward(do_delta, None, x.delta(), False, None, o_delta, saved, delta_options),
+        lambda delta, wait: softmax_triton.softmax_backward(
+            do_softmax, x_softmax, SoftmaxOutputs(*softmax), sampled, None, softmax_options,
+            onto=(delta.dv.view(x_softmax.v.shape), wait),
         ),
     )  # fmt: skip
-    dq, dk, dv, dg, dbeta, droute, _ = from_delta
     return [dq, dk, dv, dq_softmax, dk_softmax, dg, dbeta, parts, droute]
 
 
-def _run_backward(written: Tensor, *arguments: Any) -> list[Tensor]:
-    want_route = arguments[-1]
-    *grads, parts, droute = _launch_backward(*arguments)
+def _run_backward(
+    written: Tensor, do_delta: Tensor, do_softmax: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
+    sampled: Tensor, softmax: list[Tensor], o_delta: Tensor, saved: Tensor,
+    chunk_size: int, scale: float, scale_softmax: float, counterfactual: str, want_route: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of the inputs, in their order; that of the route is unwritten unless ``want_route``."""
+    *grads, parts, droute = _launch_backward(
+        do_delta, do_softmax, [q, k, v, q_softmax, k_softmax, g, beta, route], sampled, softmax, o_delta, saved,
+        chunk_size, scale, scale_softmax, counterfactual, want_route,
+    )  # fmt: skip
     return [*grads, torch.addcmul(parts.sum(-1), droute, written) if want_route else droute]
 
 
-def _fake_backward(written: Tensor, do_delta: Tensor, do_softmax: Tensor, *inputs: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in inputs[:8]]
+def _fake_backward(
+    written: Tensor, do_delta: Tensor, do_softmax: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
+    *rest: Any,
+) -> list[Tensor]:  # fmt: skip
+    return [x.new_empty(x.shape) for x in (q, k, v, q_softmax, k_softmax, g, beta, route)]
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor q_softmax, Tensor k_softmax, Tensor g, Tensor beta, Tensor route"
 _OPTIONS = "int chunk_size, float scale, float scale_softmax"
-_forward_op = register("routed_branches", f"({_INPUTS}, {_OPTIONS}) -> Tensor[]", _run_forward, _fake_forward)
+_forward_op = register("routed_branches", f"({_INPUTS}, {_OPTIONS}) -> Tensor[]", _launch_forward, _fake_forward)
 _backward_op = register(
     "routed_branches_backward",
     f"(Tensor written, Tensor do_delta, Tensor do_softmax, {_INPUTS}, Tensor sampled, Tensor[] softmax, "
@@ -92,61 +136,51 @@ _backward_op = register(
 
 class _RoutedBranches(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        tensors, weights, options, counterfactual = inputs[:8], inputs[8:10], inputs[10:13], inputs[13]
-        results = _forward_op(*tensors, *options)
-        ctx.save_for_backward(*tensors, *weights, *results)
-        ctx.options = (*options, counterfactual)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor,
+        route: Tensor, sampled: Tensor, written: Tensor, options: BranchOptions, counterfactual: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        inputs = (q, k, v, q_softmax, k_softmax, g, beta, route)
+        o_softmax, lse, starts, count, o_delta, saved = _forward_op(*inputs, *options)
+        ctx.save_for_backward(*inputs, sampled, written, o_softmax, lse, starts, count, o_delta, saved)
+        ctx.options, ctx.counterfactual = options, counterfactual
         ctx.set_materialize_grads(False)
-        return results[4], results[0]
+        return o_delta, o_softmax
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        inputs, written, softmax, delta = tensors[:9], tensors[9], list(tensors[10:14]), tensors[14:]
-        do_delta, do_softmax = (
-            torch.zeros_like(o) if do is None else last_contiguous(do)
-            for do, o in zip(grads, (delta[0], softmax[0]), strict=True)
-        )
-        want_route = ctx.needs_input_grad[7]
-        results = _backward_op(written, do_delta, do_softmax, *inputs, softmax, *delta, *ctx.options, want_route)
-        if not want_route:
-            results[7] = None
-        return (*results, *[None] * 6)
+    def backward(ctx: Any, do_delta: Tensor | None, do_softmax: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, sampled, written, o_softmax, lse, starts, count, o_delta, saved = ctx.saved_tensors
+        do_delta = torch.zeros_like(o_delta) if do_delta is None else last_contiguous(do_delta)
+        do_softmax = torch.zeros_like(o_softmax) if do_softmax is None else last_contiguous(do_softmax)
+        _, _, _, _, _, _, _, want_route, *_ = ctx.needs_input_grad
+        *grads, droute = _backward_op(
+            written, do_delta, do_softmax, *inputs, sampled, [o_softmax, lse, starts, count], o_delta, saved,
+            *ctx.options, ctx.counterfactual, want_route,
+        )  # fmt: skip
+        return *grads, (droute if want_route else None), None, None, None, None
 
 
 def routed_branches(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_softmax: Tensor,
-    k_softmax: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    route: Tensor,
-    sampled: Tensor,
-    written: Tensor,
-    chunk_size: int,
-    scale: float,
-    scale_softmax: float,
-    counterfactual: str,
+    x: BranchInputs, sampled: Tensor, written: Tensor, options: BranchOptions, counterfactual: str
 ) -> tuple[Tensor, Tensor]:
-    """Both branches; arguments as in ``natsl.kernels.branches.routed_branches``, already checked.
+    """Both branches; arguments as in ``natsl.kernels.branches.routed_branches``, of any strides and already checked.
 
     ``sampled`` [B,N,R] float32 (not read in mode none) weighs the softmax side of the routes' gradient where a chunk
-    was left out, ``written`` [B,N,R] float32 or bool the delta side.
+    was left out, ``written`` [B,N,R] float32 or bool the delta side. Returns o_delta and o_softmax.
     """
     o_delta, o_softmax = _RoutedBranches.apply(  # type: ignore[no-untyped-call]
-        *(last_contiguous(x) for x in (q, k, v, q_softmax, k_softmax)),
-        g.float().contiguous(),
-        beta.float().contiguous(),
-        route,
+        last_contiguous(x.q),
+        last_contiguous(x.k),
+        last_contiguous(x.v),
+        last_contiguous(x.q_softmax),
+        last_contiguous(x.k_softmax),
+        x.g.float().contiguous(),
+        x.beta.float().contiguous(),
+        x.route,
         sampled,
         written,
-        chunk_size,
-        scale,
-        scale_softmax,
+        options,
         counterfactual,
     )
     return o_delta, o_softmax

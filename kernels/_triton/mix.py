@@ -1,17 +1,18 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Triton kernels of ``routed_mix`` and of its form for one memory, ``gated_norm``.
 
-Shapes: B batch, T tokens, H softmax heads, V value width; a row is one (b, t, head). With s = sigmoid(gate),
+Shapes: B batch, T tokens, Hs softmax heads, Vs value width; a row is one (b, t, head). With s = sigmoid(gate),
 n = RMS(o) and (w0, w1) = softmax(logits), a row gives y = gate·s·m with m = w0·γ0·n0 + w1·γ1·n1. Backward, with
 u = dy·gate·s and p_i = ⟨u, γ_i n_i⟩: dgate = dy·m·s(1 + gate(1 − s)), dlogit_0 = −dlogit_1 = w0·w1·(p_0 − p_1),
-do_i = w_i (γ_i u − n_i p_i / V) / rms_i, dγ_i = Σ over the rows of w_i u n_i.
+do_i = w_i (γ_i u − n_i p_i / Vs) / rms_i, dγ_i = Σ over the rows of w_i u n_i.
+Names: p_ pointer, s_ stride, i_ index or bound, n_ count, o_ offsets, b_ block in registers, m_ mask.
 Bound by memory: every tensor is read and written once, and the norms are computed again in the backward pass.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,14 +35,14 @@ def _row_offsets(o_row, T, Hs: tl.constexpr, s_x_b, s_x_t, s_x_h):
 
 @triton.jit
 def _load_rows(p_x, o_row, o_v, m_tile, T, Hs: tl.constexpr, s_x_b, s_x_t, s_x_h):
-    """The rows of a strided tensor in float32, zeros where not ``mask``."""
+    """The rows of a strided tensor in float32, zeros where not ``m_tile``."""
     o_element = _row_offsets(o_row, T, Hs, s_x_b, s_x_t, s_x_h)[:, None] + o_v[None, :]
     return tl.load(p_x + o_element, mask=m_tile, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _load_log_odds(p_logit, o_row, m_row, T, Hs: tl.constexpr, s_x_b, s_x_t, s_x_h):
-    """Difference of the two logits of every row, in float32."""
+    """Logit 0 − logit 1 of every row, the log odds of the first memory, in float32."""
     o_logit = _row_offsets(o_row, T, Hs, s_x_b, s_x_t, s_x_h)
     b_logit = tl.load(p_logit + o_logit, mask=m_row, other=0.0).to(tl.float32)
     return b_logit - tl.load(p_logit + o_logit + 1, mask=m_row, other=0.0).to(tl.float32)
@@ -49,7 +50,7 @@ def _load_log_odds(p_logit, o_row, m_row, T, Hs: tl.constexpr, s_x_b, s_x_t, s_x
 
 @triton.jit
 def _normalise(b_x, m_row, eps, Vs: tl.constexpr):
-    """RMS(x) and 1 / rms of rows that are 0 past V; rows behind the end stay finite at eps = 0 too."""
+    """RMS(x) and 1 / rms of rows that are 0 past Vs; rows past the end stay finite at eps = 0 too."""
     b_rstd = tl.rsqrt(tl.where(m_row, tl.sum(b_x * b_x, 1) * (1.0 / Vs) + eps, 1.0))
     return b_x * b_rstd[:, None], b_rstd
 
@@ -57,34 +58,17 @@ def _normalise(b_x, m_row, eps, Vs: tl.constexpr):
 @Launcher
 @triton.jit(do_not_specialize=["rows", "T"])
 def mix_forward_kernel(
-    p_o_delta,  # [B, T, Hs, Vs], as o_softmax and gate
-    p_o_softmax,
-    p_gate,
-    p_logit,  # [B, T, Hs, 2]
-    p_weight_delta,  # [Vs]
-    p_weight_softmax,
-    p_y,  # [B, T, Hs, Vs], contiguous
-    eps,
-    rows,
-    T,
-    s_o_delta_b,
-    s_o_delta_t,
-    s_o_delta_h,
-    s_o_softmax_b,
-    s_o_softmax_t,
-    s_o_softmax_h,
-    s_gate_b,
-    s_gate_t,
-    s_gate_h,
-    s_logit_b,
-    s_logit_t,
-    s_logit_h,
-    Hs: tl.constexpr,
-    Vs: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BOTH: tl.constexpr,
-):
+    p_o_delta, p_o_softmax, p_gate, p_logit, p_weight_delta, p_weight_softmax, p_y,
+    eps, rows, T,
+    s_o_delta_b, s_o_delta_t, s_o_delta_h, s_o_softmax_b, s_o_softmax_t, s_o_softmax_h,
+    s_gate_b, s_gate_t, s_gate_h, s_logit_b, s_logit_t, s_logit_h,
+    Hs: tl.constexpr, Vs: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr, BOTH: tl.constexpr,
+):  # fmt: skip
+    """y of BLOCK_ROWS rows, contiguous.
+
+    o_delta, o_softmax, gate, y [B,T,Hs,Vs], logits [B,T,Hs,2], weights [Vs]. Not BOTH: o_delta is the output of the
+    only memory, and what belongs to the other is not read.
+    """
     o_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_v = tl.arange(0, BLOCK_V)
     m_row = o_row < rows
@@ -108,44 +92,17 @@ def mix_forward_kernel(
 @Launcher
 @triton.jit(do_not_specialize=["rows", "T"])
 def mix_backward_kernel(
-    p_dy,  # [B, T, Hs, Vs], as o_delta, o_softmax and gate
-    p_o_delta,
-    p_o_softmax,
-    p_gate,
-    p_logit,  # [B, T, Hs, 2]
-    p_weight_delta,  # [Vs]
-    p_weight_softmax,
-    p_do_delta,  # gradients, contiguous
-    p_do_softmax,
-    p_dgate,
-    p_dlogit,
-    p_dweight_delta,  # [programs, Vs] float32
-    p_dweight_softmax,
-    eps,
-    rows,
-    T,
-    s_dy_b,
-    s_dy_t,
-    s_dy_h,
-    s_o_delta_b,
-    s_o_delta_t,
-    s_o_delta_h,
-    s_o_softmax_b,
-    s_o_softmax_t,
-    s_o_softmax_h,
-    s_gate_b,
-    s_gate_t,
-    s_gate_h,
-    s_logit_b,
-    s_logit_t,
-    s_logit_h,
-    Hs: tl.constexpr,
-    Vs: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BOTH: tl.constexpr,
-):
-    """A program takes every programs-th block of rows and keeps its share of the weight gradients in registers."""
+    p_dy, p_o_delta, p_o_softmax, p_gate, p_logit, p_weight_delta, p_weight_softmax,
+    p_do_delta, p_do_softmax, p_dgate, p_dlogit, p_dweight_delta, p_dweight_softmax,
+    eps, rows, T,
+    s_dy_b, s_dy_t, s_dy_h, s_o_delta_b, s_o_delta_t, s_o_delta_h, s_o_softmax_b, s_o_softmax_t, s_o_softmax_h,
+    s_gate_b, s_gate_t, s_gate_h, s_logit_b, s_logit_t, s_logit_h,
+    Hs: tl.constexpr, Vs: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr, BOTH: tl.constexpr,
+):  # fmt: skip
+    """Gradients, contiguous, of all inputs of the forward kernel; of the weights, shares [programs,Vs] float32.
+
+    A program takes every programs-th block of rows and keeps its shares of the weights' gradients in registers.
+    """
     i_program = tl.program_id(0)
     n_programs = tl.num_programs(0)
     o_v = tl.arange(0, BLOCK_V)
@@ -199,6 +156,14 @@ def mix_backward_kernel(
         tl.store(p_dweight_softmax + o_share, tl.sum(b_dweight_softmax, 0), mask=o_v < Vs)
 
 
+class _Second(NamedTuple):
+    """What belongs to the second memory."""
+
+    o: Tensor  # [B,T,Hs,Vs]
+    logits: Tensor  # [B,T,Hs,2]
+    weight: Tensor  # [Vs]
+
+
 def check_rows(op: str, x: Tensor) -> None:
     """Raise ``ValueError`` where x [B,T,Hs,Vs] has more rows than the kernels count."""
     if x.shape[:3].numel() >= 2**31 - 2**16:
@@ -215,7 +180,7 @@ def _like(inputs: list[Tensor]) -> list[Tensor]:
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
 
 
-def _launch(kernel: str, x: Tensor, both: bool, elements: int) -> dict[str, int]:
+def _parameters(kernel: str, x: Tensor, both: bool, elements: int) -> dict[str, int]:
     """Launch parameters; by default a program holds at most ``elements`` elements of each tensor at once."""
     width = triton.next_power_of_2(x.shape[3])
     default = {"BLOCK_ROWS": max(1, min(64, elements // width)), "num_warps": 4, "PROGRAMS": 4}
@@ -223,109 +188,82 @@ def _launch(kernel: str, x: Tensor, both: bool, elements: int) -> dict[str, int]
     return pick(kernel, key, x.device, default)
 
 
+def _row_major(x: Tensor, gate: Tensor, weight: Tensor, second: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, _Second]:
+    """The inputs as the kernels read them; without a second memory those of the first stand in for its own."""
+    x, gate, weight = last_contiguous(x), last_contiguous(gate), weight.contiguous()
+    if not second:
+        return x, gate, weight, _Second(x, gate, weight)
+    o, logits, weight_softmax = second
+    return x, gate, weight, _Second(last_contiguous(o), last_contiguous(logits), weight_softmax.contiguous())
+
+
 @Repeated
-def _forward(o_delta: Tensor, gate: Tensor, weight_delta: Tensor, eps: float, second: list[Tensor]) -> Tensor:
-    """y; ``second``: o_softmax, mix_logits and weight_softmax, or nothing."""
-    (y,) = _like([o_delta])
+def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, second: list[Tensor]) -> Tensor:
+    """y; ``second``: the tensors of ``_Second``, or none."""
+    (y,) = _like([x])
     if y.numel() == 0:
         return y
     B, T, Hs, Vs = y.shape
-    options = _launch("mix_forward", y, bool(second), 2048)
-    o_delta, gate = last_contiguous(o_delta), last_contiguous(gate)
-    o_softmax, logits, weight_softmax = second or (o_delta, gate, weight_delta)
-    o_softmax, logits = last_contiguous(o_softmax), last_contiguous(logits)
-    mix_forward_kernel[(triton.cdiv(B * T * Hs, options["BLOCK_ROWS"]),)](
-        o_delta,
-        o_softmax,
-        gate,
-        logits,
-        weight_delta.contiguous(),
-        weight_softmax.contiguous(),
-        y,
-        eps,
-        B * T * Hs,
-        T,
-        *o_delta.stride()[:3],
-        *o_softmax.stride()[:3],
-        *gate.stride()[:3],
-        *logits.stride()[:3],
-        Hs=Hs,
-        Vs=Vs,
-        BLOCK_V=triton.next_power_of_2(Vs),
-        BLOCK_ROWS=options["BLOCK_ROWS"],
-        BOTH=bool(second),
-        num_warps=options["num_warps"],
-    )
+    launch = _parameters("mix_forward", y, bool(second), 2048)
+    x, gate, weight, other = _row_major(x, gate, weight, second)
+    mix_forward_kernel[(triton.cdiv(B * T * Hs, launch["BLOCK_ROWS"]),)](
+        x, other.o, gate, other.logits, weight, other.weight, y,
+        eps, B * T * Hs, T,
+        *x.stride()[:3], *other.o.stride()[:3], *gate.stride()[:3], *other.logits.stride()[:3],
+        Hs=Hs, Vs=Vs, BLOCK_V=triton.next_power_of_2(Vs), BLOCK_ROWS=launch["BLOCK_ROWS"], BOTH=bool(second),
+        num_warps=launch["num_warps"],
+    )  # fmt: skip
     return y
 
 
 @Repeated
-def _run_backward(
-    dy: Tensor, o_delta: Tensor, gate: Tensor, weight_delta: Tensor, eps: float, second: list[Tensor]
+def _launch_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, second: list[Tensor]
 ) -> list[Tensor]:
-    """Gradients of o_delta and gate, of o_softmax and the logits if there are, and every program's share of those of
-    the weights, [1 or 2, programs, V] float32."""
-    grads = _like([o_delta, gate, *second[:2]])
-    B, T, Hs, Vs = o_delta.shape
-    options = _launch("mix_backward", o_delta, bool(second), 1024)
-    dy, o_delta, gate = last_contiguous(dy), last_contiguous(o_delta), last_contiguous(gate)
-    o_softmax, logits, weight_softmax = second or (o_delta, gate, weight_delta)
-    o_softmax, logits = last_contiguous(o_softmax), last_contiguous(logits)
-    ddelta, dgate, dsoftmax, dlogits = grads if second else grads * 2
-    blocks = triton.cdiv(B * T * Hs, options["BLOCK_ROWS"])
-    programs = min(blocks, options["PROGRAMS"] * _multiprocessors(dy.device))
+    """Gradients of x and gate, of the second memory's output and the logits if there is one, and every program's share
+    of those of the weights, [1 or 2, programs, Vs] float32."""
+    dx, dgate = grads = _like([x, gate])
+    B, T, Hs, Vs = x.shape
+    launch = _parameters("mix_backward", x, bool(second), 1024)
+    dy = last_contiguous(dy)
+    x, gate, weight, other = _row_major(x, gate, weight, second)
+    do_softmax, dlogits = dx, dgate  # not written
+    if second:
+        do_softmax, dlogits = grads_softmax = _like([other.o, other.logits])
+        grads = [*grads, *grads_softmax]
+    blocks = triton.cdiv(B * T * Hs, launch["BLOCK_ROWS"])
+    programs = min(blocks, launch["PROGRAMS"] * _multiprocessors(dy.device))
     shares = torch.empty(1 + bool(second), programs, Vs, dtype=torch.float32, device=dy.device)
     mix_backward_kernel[(programs,)](
-        dy,
-        o_delta,
-        o_softmax,
-        gate,
-        logits,
-        weight_delta.contiguous(),
-        weight_softmax.contiguous(),
-        ddelta,
-        dsoftmax,
-        dgate,
-        dlogits,
-        shares[0],
-        shares[-1],
-        eps,
-        B * T * Hs,
-        T,
-        *dy.stride()[:3],
-        *o_delta.stride()[:3],
-        *o_softmax.stride()[:3],
-        *gate.stride()[:3],
-        *logits.stride()[:3],
-        Hs=Hs,
-        Vs=Vs,
-        BLOCK_V=triton.next_power_of_2(Vs),
-        BLOCK_ROWS=options["BLOCK_ROWS"],
-        BOTH=bool(second),
-        num_warps=options["num_warps"],
-    )
+        dy, x, other.o, gate, other.logits, weight, other.weight,
+        dx, do_softmax, dgate, dlogits, shares[0], shares[-1],
+        eps, B * T * Hs, T,
+        *dy.stride()[:3], *x.stride()[:3], *other.o.stride()[:3], *gate.stride()[:3], *other.logits.stride()[:3],
+        Hs=Hs, Vs=Vs, BLOCK_V=triton.next_power_of_2(Vs), BLOCK_ROWS=launch["BLOCK_ROWS"], BOTH=bool(second),
+        num_warps=launch["num_warps"],
+    )  # fmt: skip
     return [*grads, shares]
 
 
-def _backward(
-    dy: Tensor, o_delta: Tensor, gate: Tensor, weight_delta: Tensor, eps: float, second: list[Tensor]
-) -> list[Tensor]:
-    """Gradients of o_delta, gate and weight_delta, then those of ``second``."""
-    if o_delta.numel() == 0:
-        return [x.zero_() for x in _like([o_delta, gate, weight_delta, *second])]
-    ddelta, dgate, *dsecond, shares = _run_backward(dy, o_delta, gate, weight_delta, eps, second)
-    like = [weight_delta, *second[2:]]
-    weights = [share.sum(0).to(x.dtype) for share, x in zip(shares, like, strict=True)]  # in a fixed order
-    return [ddelta, dgate, weights[0], *dsecond, *weights[1:]]
+def _backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, second: list[Tensor]) -> list[Tensor]:
+    """Gradients of x, gate and weight, then those of ``second``."""
+    if x.numel() == 0:
+        return [tensor.zero_() for tensor in _like([x, gate, weight, *second])]
+    dx, dgate, *dsecond, shares = _launch_backward(dy, x, gate, weight, eps, second)
+    dweight, *dweight_softmax = [share.sum(0) for share in shares]  # in a fixed order
+    grads = [dx, dgate, dweight.to(weight.dtype), *dsecond]
+    if second:
+        grads += [total.to(_Second(*second).weight.dtype) for total in dweight_softmax]
+    return grads
 
 
-# both ops take x (o_delta), gate, weight, eps and then, of the second branch, its output, the logits and its weight
+# both ops take the first memory's output x, gate, weight, eps and the tensors of ``_Second`` or none
 _INPUTS = "Tensor x, Tensor gate, Tensor weight, float eps, Tensor[] second"
 _forward_op = register("mix", f"({_INPUTS}) -> Tensor", _forward, lambda x, gate, weight, eps, second: _like([x])[0])
 _backward_op = register(
     "mix_backward",
     f"(Tensor dy, {_INPUTS}) -> Tensor[]",
-    lambda *arguments: list(_backward(*arguments)),
+    _backward,
     lambda dy, x, gate, weight, eps, second: _like([x, gate, weight, *second]),
 )
 

@@ -2,6 +2,7 @@
 """Routing on the device: capped routes, the lists of kept chunks and the tiles of packed sequences.
 
 Shapes: B batch, T tokens, C chunk size, N chunks, R routing heads, S packed sequences.
+Names: p_ pointer, s_ stride, i_ index or bound, n_ count, o_ offsets, b_ block in registers, m_ mask.
 Nothing here waits for the device: whatever depends on the routes stays in tensors.
 """
 
@@ -29,21 +30,16 @@ def _minimum(a, b):
     ]
 )  # fmt: skip
 def routing_capped_routes_kernel(
-    p_margin,  # [B, N, R]
-    p_threshold,  # [B, N, R], expanded
-    p_limit,  # [N] int32
-    p_route,  # [B, N, R], contiguous
-    N,
-    R,
-    s_margin_b,
-    s_margin_n,
-    s_margin_r,
-    s_threshold_b,
-    s_threshold_n,
-    s_threshold_r,
+    p_margin, p_threshold, p_limit, p_route,
+    N, R,
+    s_margin_b, s_margin_n, s_margin_r, s_threshold_b, s_threshold_n, s_threshold_r,
     BLOCK: tl.constexpr,
-):
-    """One program per (b, r). Kept before chunk n: K = W + min(0, min over j < n of L_j − W_j), W the wanted so far."""
+):  # fmt: skip
+    """Routes [B,N,R], contiguous, from margins and thresholds (expanded) [B,N,R] and limits [N] int32.
+
+    One program per (b, r). Kept before chunk n: K = W + min(0, min over j < n of L_j − W_j), W the number of chunks
+    wanted so far.
+    """
     i_b = (tl.program_id(0) // R).to(tl.int64)
     i_r = (tl.program_id(0) % R).to(tl.int64)
     p_margin += i_b * s_margin_b + i_r * s_margin_r
@@ -60,7 +56,7 @@ def routing_capped_routes_kernel(
         b_total = n_wanted + tl.cumsum(b_wanted, 0)
         b_limit = tl.load(p_limit + o_n, mask=m_n, other=0)
         b_previous_limit = tl.load(p_limit + o_n - 1, mask=m_n & (o_n > 0), other=0)
-        # L − W of the chunk before; there is none before chunk 0, and behind the end nothing may count
+        # L − W of the chunk before; there is none before chunk 0, and past the end nothing may count
         b_slack = tl.where(m_n & (o_n > 0), b_previous_limit - (b_total - b_wanted), 0)
         b_slack = tl.minimum(slack, tl.associative_scan(b_slack, 0, _minimum))
         b_kept = (b_wanted > 0) & (b_total - 1 + b_slack < b_limit)
@@ -72,20 +68,15 @@ def routing_capped_routes_kernel(
 @Launcher
 @triton.jit(do_not_specialize=["N", "R", "s_route_b", "s_route_n", "s_route_r"])
 def routing_kept_chunks_kernel(
-    p_route,  # [B, N, R]
-    p_first,  # [N] int32, first token of each chunk; read only if PACKED
-    p_starts,  # [B, R, N] int32, contiguous
-    p_count,  # [B, R, N + 1] int32, contiguous
-    N,
-    R,
-    s_route_b,
-    s_route_n,
-    s_route_r,
-    C: tl.constexpr,
-    VARLEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program per (b, r): the kept chunks move up to the front of the list, the others follow."""
+    p_route, p_first, p_starts, p_count,
+    N, R,
+    s_route_b, s_route_n, s_route_r,
+    C: tl.constexpr, VARLEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stable partition of the chunks into kept and other ones; outputs as ``kept_chunks`` returns them.
+
+    p_route [B,N,R]; p_first [N] int32, the first token of each chunk, is read only if VARLEN. One program per (b, r).
+    """
     i_row = tl.program_id(0).to(tl.int64)
     p_route += (i_row // R) * s_route_b + (i_row % R) * s_route_r
     p_starts += i_row * N
@@ -116,13 +107,24 @@ def _block(chunks: int) -> dict[str, int]:
     return {"BLOCK": 128, "num_warps": 1} if chunks <= 128 else {"BLOCK": 1024, "num_warps": 4}
 
 
+def chunk_counts(cu_seqlens: Tensor, size: int) -> Tensor:
+    """Number of chunks of ``size`` tokens, a partial one counted, of each packed sequence: [S+1] → [S]."""
+    return (cu_seqlens.diff() + (size - 1)) // size
+
+
+def first_chunks(cu_seqlens: Tensor, chunk_size: int) -> Tensor:
+    """Index of the first chunk of each packed sequence and, last, the number of all chunks: [S+1] → int32 [S+1]."""
+    counts = chunk_counts(cu_seqlens, chunk_size)
+    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+
 def packed_blocks(cu_seqlens: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
     """Tiles of ``size`` tokens that start anew at every packed sequence, empty sequences having none.
 
     cu_seqlens [S+1]; ``count``: upper bound of the number of tiles, for example T // size + S. Returns int32 [count]
     each: the sequence of the tile (−1 for the unused tiles at the end) and its first token inside the sequence.
     """
-    tiles = (cu_seqlens.diff() + (size - 1)) // size
+    tiles = chunk_counts(cu_seqlens, size)
     ends = tiles.cumsum(0)
     tile = torch.arange(count, device=cu_seqlens.device, dtype=ends.dtype)
     sequence = torch.searchsorted(ends, tile, right=True)
@@ -135,7 +137,7 @@ def kept_chunks(route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, token
     """Lists of the chunks that softmax keeps (route > 0.5) and then of the others, per batch element and routing head.
 
     route [B,N,R]; cu_seqlens [S+1] of sequences that are packed into B = 1, or None. Returns ``starts`` [B,R,N] int32,
-    the first tokens (positions in the row of ``tokens``) of the kept chunks in order and, behind them, of the others in
+    the first tokens (positions in the row of ``tokens``) of the kept chunks in order and, after them, of the others in
     order, and ``count`` [B,R,N+1] int32, the number of kept chunks before chunk n; its last entry is that of all.
     """
     B, N, R = route.shape
@@ -143,7 +145,7 @@ def kept_chunks(route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, token
     count = torch.empty(B, R, N + 1, device=route.device, dtype=torch.int32)
     first = starts
     if cu_seqlens is not None:
-        chunks = ((cu_seqlens.diff() + (chunk_size - 1)) // chunk_size).sum()
+        chunks = chunk_counts(cu_seqlens, chunk_size).sum()
         torch._assert_async((cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (chunks == N))
         sequence, start = packed_blocks(cu_seqlens, chunk_size, N)
         first = (cu_seqlens[sequence.clamp(min=0)] + start).clamp(max=tokens).to(torch.int32)

@@ -1,7 +1,7 @@
 """The softmax branch on Triton: launches of the kernels in ``softmax_kernels`` and the ops around them.
 
-B batch, T tokens, C chunk size, N chunks, R routing heads, Hs key heads, Hq query heads, J = Hq/Hs, G = Hs/R, Ks and Vs
-key and value width.
+Shapes: B batch, T tokens, C chunk size, N chunks, R routing heads, Hs key heads, Hq query heads, J = Hq/Hs query heads
+per key head, G = Hs/R key heads per routing head, Ks key width, Vs value width.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from natsl.kernels._triton.routing import kept_chunks, packed_blocks
+from natsl.kernels._triton.routing import first_chunks, kept_chunks, packed_blocks
 from natsl.kernels._triton.softmax_kernels import (
     softmax_counterfactual_kernel,
     softmax_dkv_kernel,
@@ -32,26 +32,52 @@ from natsl.kernels.reference import MAX_EXPONENT, sampling_weight
 LOG2E = math.log2(math.e)
 
 
+class SoftmaxInputs(NamedTuple):
+    """What the branch reads; q, k, v of one dtype, route of 0 and 1."""
+
+    q: Tensor  # [B,T,Hq,Ks]
+    k: Tensor  # [B,T,Hs,Ks]
+    v: Tensor  # [B,T,Hs,Vs]
+    route: Tensor  # [B,N,R]
+
+
+class SoftmaxOutputs(NamedTuple):
+    """The output and what the backward pass needs; ``softmax_kernels`` explains the last three."""
+
+    o: Tensor  # [B,T,Hq,Vs]
+    lse: Tensor  # [B,Hq,≥T] float32
+    starts: Tensor  # [B,R,N] int32
+    counts: Tensor  # [B,R,N+1] int32
+
+
+class SoftmaxOptions(NamedTuple):
+    """How the branch is computed."""
+
+    chunk_size: int
+    scale: float
+    counterfactual: str = "none"  # these two matter in the backward pass only
+    want_route: bool = False
+
+
 def _tiles(
-    cu_seqlens: Tensor | None, chunk_size: int, size: int, tokens: int, unused: Tensor
+    cu_seqlens: Tensor | None, chunk_size: int, size: int, tokens: int, placeholder: Tensor
 ) -> tuple[int, list[Tensor]]:
-    """Number of tiles of ``size`` tokens, and the pointers that say where each lies (``unused`` if nothing is packed):
-    cu_seqlens, the first chunk of every sequence, the sequence of every tile and its start inside it."""
+    """Number of tiles of ``size`` tokens, and the pointers that say where each begins (``placeholder`` if nothing is
+    packed): cu_seqlens, the first chunk of every sequence, the sequence of every tile and its start inside it."""
     if cu_seqlens is None:
-        return -(-tokens // size), [unused] * 4
-    number = tokens // size + cu_seqlens.shape[0] - 1
-    chunks = (cu_seqlens.diff() + (chunk_size - 1)) // chunk_size
-    first_chunk = torch.nn.functional.pad(chunks.cumsum(0, dtype=torch.int32), (1, 0))
-    return number, [cu_seqlens.to(torch.int32).contiguous(), first_chunk, *packed_blocks(cu_seqlens, size, number)]
+        return -(-tokens // size), [placeholder] * 4
+    count = tokens // size + cu_seqlens.shape[0] - 1
+    offsets = cu_seqlens.to(torch.int32).contiguous()
+    return count, [offsets, first_chunks(cu_seqlens, chunk_size), *packed_blocks(cu_seqlens, size, count)]
 
 
-def _shape_options(q: Tensor, v: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> dict[str, Any]:
+def _constants(x: SoftmaxInputs, chunk_size: int, cu_seqlens: Tensor | None) -> dict[str, Any]:
     """The constants that all kernels take."""
-    return dict(_constants(q.dtype, q.shape[3], v.shape[3], chunk_size), VARLEN=cu_seqlens is not None)
+    return dict(_shape_constants(x.q.dtype, x.q.shape[3], x.v.shape[3], chunk_size), VARLEN=cu_seqlens is not None)
 
 
 @cache
-def _constants(dtype: torch.dtype, Ks: int, Vs: int, chunk_size: int) -> dict[str, Any]:
+def _shape_constants(dtype: torch.dtype, Ks: int, Vs: int, chunk_size: int) -> dict[str, Any]:
     return {
         "Ks": Ks,
         "Vs": Vs,
@@ -62,10 +88,10 @@ def _constants(dtype: torch.dtype, Ks: int, Vs: int, chunk_size: int) -> dict[st
     }
 
 
-def _blocks(kernel: str, q: Tensor, v: Tensor, chunk_size: int) -> dict[str, int]:
+def _blocks(kernel: str, x: SoftmaxInputs, chunk_size: int) -> dict[str, int]:
     """Block sizes and launch options."""
-    key, default = _default_blocks(kernel, q.dtype, q.shape[3], v.shape[3], chunk_size)
-    return tuning.pick(kernel, key, q.device, default)
+    key, default = _default_blocks(kernel, x.q.dtype, x.q.shape[3], x.v.shape[3], chunk_size)
+    return tuning.pick(kernel, key, x.q.device, default)
 
 
 @cache
@@ -99,129 +125,158 @@ def _stats(q: Tensor) -> Tensor:
     return q.new_empty((B, Hq, -(-T // 16) * 16), dtype=torch.float32)
 
 
-def softmax_forward(
-    q: Tensor, k: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Forward of ``routed_softmax``: o [B,T,Hq,Vs], lse [B,Hq,≥T] (base 2), and the kept chunks, starts and count."""
+def softmax_forward(x: SoftmaxInputs, cu_seqlens: Tensor | None, options: SoftmaxOptions) -> SoftmaxOutputs:
+    """Forward pass of ``routed_softmax``."""
+    C, scale = options.chunk_size, options.scale
+    q, k, v, route = x = _row_major(x)
     B, T, Hq, _ = q.shape
-    Hs, Vs, R = k.shape[2], v.shape[3], route.shape[2]
-    q, k, v = map(last_contiguous, (q, k, v))
-    route = route.contiguous()
-    o = q.new_empty(B, T, Hq, Vs)
+    N, R = route.shape[1:]
+    Hs = k.shape[2]
+    o = q.new_empty(B, T, Hq, v.shape[3])
     lse = _stats(q)
-    if cu_seqlens is not None:  # no tile reaches behind the end of a sequence
+    if cu_seqlens is not None:  # no tile reaches past the end of a sequence
         lse.zero_()
-    starts, count = kept_chunks(route, cu_seqlens, chunk_size, T)
+    starts, count = kept_chunks(route, cu_seqlens, C, T)
+    outputs = SoftmaxOutputs(o, lse, starts, count)
     if B == 0:
-        return o, lse, starts, count
-    blocks = _blocks("softmax_forward", q, v, chunk_size)
+        return outputs
+    blocks = _blocks("softmax_forward", x, C)
     blocks["maxnreg"] = min(blocks["maxnreg"], 65536 // (32 * blocks["num_warps"]))  # what a multiprocessor has
-    tiles, places = _tiles(cu_seqlens, chunk_size, blocks["BLOCK_M"], T, count)
+    tiles, positions = _tiles(cu_seqlens, C, blocks["BLOCK_M"], T, count)
     softmax_forward_kernel[(tiles, Hq, B)](
-        q, k, v, route, starts, count, o, lse, *places,
-        scale * LOG2E, T, route.shape[1], R, Hq // Hs, Hs // R,
+        q, k, v, route, starts, count, o, lse, *positions,
+        scale * LOG2E, T, N, R, Hq // Hs, Hs // R,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        **_shape_options(q, v, chunk_size, cu_seqlens), **blocks,
+        **_constants(x, C, cu_seqlens), **blocks,
     )  # fmt: skip
-    return o, lse, starts, count
+    return outputs
 
 
 def softmax_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, route: Tensor, starts: Tensor, count: Tensor,
-    sampled: Tensor, cu_seqlens: Tensor | None, chunk_size: int, scale: float, counterfactual: str, want_route: bool,
-    onto: tuple[Tensor, Callable[[], None]] | None = None,
+    do: Tensor, x: SoftmaxInputs, outputs: SoftmaxOutputs, sampled: Tensor, cu_seqlens: Tensor | None,
+    options: SoftmaxOptions, onto: tuple[Tensor, Callable[[], None]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients dq, dk, dv (in the inputs' dtype) and the parts of droute [B,N,R,parts] float32, which is the sum of
     them (unwritten unless ``want_route``).
 
-    o, lse, starts, count as ``softmax_forward`` returns them; sampled [B,N,R] float32 as ``sample_unchosen`` does.
-    ``onto``: a contiguous tensor like v that dv is added to, in place, once the function has been called.
+    sampled [B,N,R] float32 as ``sample_unchosen`` returns it. ``onto``: a contiguous tensor like v that dv is added to,
+    in place, once the function has been called.
     """
+    C, scale, counterfactual, want_route = options
+    q, k, v, route = x = _row_major(x)
+    do, o = last_contiguous(do), outputs.o.contiguous()
+    lse, starts, count = outputs.lse, outputs.starts, outputs.counts
     B, T, Hq, _ = q.shape
-    Hs, N, R = k.shape[2], route.shape[1], route.shape[2]
+    N, R = route.shape[1:]
+    Hs = k.shape[2]
     J, G = Hq // Hs, Hs // R
-    do, q, k, v = map(last_contiguous, (do, q, k, v))
-    o, route = o.contiguous(), route.contiguous()
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     dv, wait = (v.new_empty(v.shape), None) if onto is None else onto
     if B == 0:
         return dq, dk, dv, lse.new_empty(B, N, R, G)
     delta = _stats(q)
-    options = _shape_options(q, v, chunk_size, cu_seqlens)
-    strides = [s for x in (q, k, v, do) for s in x.stride()[:3]]
+    constants = _constants(x, C, cu_seqlens)
+    strides = [s for tensor in (q, k, v, do) for s in tensor.stride()[:3]]
 
-    blocks = _blocks("softmax_dq", q, v, chunk_size)
-    tiles, places = _tiles(cu_seqlens, chunk_size, blocks["BLOCK_M"], T, count)
+    blocks = _blocks("softmax_dq", x, C)
+    tiles, positions = _tiles(cu_seqlens, C, blocks["BLOCK_M"], T, count)
     softmax_dq_kernel[(tiles, Hq, B)](
-        q, k, v, do, o, lse, route, starts, count, dq, delta, *places,
-        scale * LOG2E, scale, T, N, R, J, G, *strides, **options, **blocks,
+        q, k, v, do, o, lse, route, starts, count, dq, delta, *positions,
+        scale * LOG2E, scale, T, N, R, J, G, *strides, **constants, **blocks,
     )  # fmt: skip
 
-    blocks = _blocks("softmax_dkv", q, v, chunk_size)
-    covered = N * chunk_size + blocks["BLOCK_N"]  # tiles of two streams, the last of each not full
-    if cu_seqlens is not None:  # a tile lies inside a chunk
+    blocks = _blocks("softmax_dkv", x, C)
+    covered = N * C + blocks["BLOCK_N"]  # tiles of two streams, the last of each not full
+    if cu_seqlens is not None:  # a tile is inside a chunk
         covered = T
-        shrink = max(1, blocks["BLOCK_N"] // chunk_size)
+        shrink = max(1, blocks["BLOCK_N"] // C)
         for name, least in (("BLOCK_M", 16), ("BLOCK_N", 16), ("num_warps", 4)):
             blocks[name] = max(least, blocks[name] // shrink)
-    tiles, places = _tiles(cu_seqlens, chunk_size, blocks["BLOCK_N"], covered, count)
-    parts = max(1, chunk_size // blocks["BLOCK_N"])
+    tiles, positions = _tiles(cu_seqlens, C, blocks["BLOCK_N"], covered, count)
+    parts = max(1, C // blocks["BLOCK_N"])
     da = lse.new_empty(B, N, R, G * parts) if want_route else delta
-    if cu_seqlens is not None and want_route:  # no tile reaches behind the end of a sequence
+    if cu_seqlens is not None and want_route:  # no tile reaches past the end of a sequence
         da.zero_()
     if wait is not None:
         wait()
     softmax_dkv_kernel[(tiles, Hs, B)](
-        q, k, v, do, lse, delta, route, starts, count, dk, dv, da, *places,
-        scale * LOG2E, scale, T, N, R, J, G, *strides, **options, **blocks, WANT_ROUTE=want_route, ADD=onto is not None,
+        q, k, v, do, lse, delta, route, starts, count, dk, dv, da, *positions,
+        scale * LOG2E, scale, T, N, R, J, G, *strides, **constants, **blocks,
+        WANT_ROUTE=want_route, ADD=onto is not None,
     )  # fmt: skip
     if not want_route:
         return dq, dk, dv, lse.new_empty(B, N, R, 1)
 
     if counterfactual != "none":
-        blocks = _blocks("softmax_counterfactual", q, v, chunk_size)
-        blocks["BLOCK_N"] = min(blocks["BLOCK_N"], chunk_size)
+        blocks = _blocks("softmax_counterfactual", x, C)
+        blocks["BLOCK_N"] = min(blocks["BLOCK_N"], C)
         if cu_seqlens is None:
-            starts, count = kept_chunks(sampled, None, chunk_size, T)  # the weights are 0 or ≥ 1
-        tiles, places = _tiles(cu_seqlens, chunk_size, chunk_size, T, count)
+            starts, count = kept_chunks(sampled, None, C, T)  # the weights are 0 or ≥ 1
+        tiles, positions = _tiles(cu_seqlens, C, C, T, count)
         softmax_counterfactual_kernel[(tiles, Hs, B)](
-            q, k, v, do, lse, delta, sampled, starts, count, da, *places,
-            scale * LOG2E, T, N, R, J, G, *strides, **options, **blocks,
+            q, k, v, do, lse, delta, sampled, starts, count, da, *positions,
+            scale * LOG2E, T, N, R, J, G, *strides, **constants, **blocks,
             PARTS=parts, MAX_SHIFT=MAX_EXPONENT * LOG2E, INSERTION=counterfactual == "insertion",
         )  # fmt: skip
     return dq, dk, dv, da
 
 
+def _row_major(x: SoftmaxInputs) -> SoftmaxInputs:
+    """The inputs as the kernels read them: q, k, v with neighbouring columns, route contiguous."""
+    return SoftmaxInputs(last_contiguous(x.q), last_contiguous(x.k), last_contiguous(x.v), x.route.contiguous())
+
+
 def sample_unchosen(unchosen: Tensor, counterfactual: str, rate: float) -> Tensor:
     """Weight float32 of every chunk that was left out: 0 (mode none) or an unbiased sample; 0 where one was kept."""
-    left = unchosen.to(torch.float32).contiguous()
-    return sampling_weight(left, unchosen, counterfactual, rate) * left
+    weight = unchosen.to(torch.float32).contiguous()
+    return sampling_weight(weight, unchosen, counterfactual, rate) * weight
 
 
-def fake_forward(q: Tensor, k: Tensor, v: Tensor, route: Tensor, *unused: Any) -> list[Tensor]:
-    """Outputs of the forward op, unwritten."""
-    B, T, Hq, _ = q.shape
-    N, R = route.shape[1:]
-    return [
-        q.new_empty(B, T, Hq, v.shape[3]),
-        _stats(q),
-        q.new_empty(B, R, N, dtype=torch.int32),
-        q.new_empty(B, R, N + 1, dtype=torch.int32),
-    ]
+def empty_outputs(x: SoftmaxInputs) -> SoftmaxOutputs:
+    """Outputs of the forward pass, unwritten."""
+    B, T, Hq, _ = x.q.shape
+    N, R = x.route.shape[1:]
+    return SoftmaxOutputs(
+        x.q.new_empty(B, T, Hq, x.v.shape[3]),
+        _stats(x.q),
+        x.q.new_empty(B, R, N, dtype=torch.int32),
+        x.q.new_empty(B, R, N + 1, dtype=torch.int32),
+    )
 
 
-_launch_forward = Repeated(lambda *arguments: list(softmax_forward(*arguments)))
-_launch_backward = Repeated(lambda *arguments: list(softmax_backward(*arguments)))
+@Repeated
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, scale: float
+) -> list[Tensor]:
+    return list(softmax_forward(SoftmaxInputs(q, k, v, route), cu_seqlens, SoftmaxOptions(chunk_size, scale)))
 
 
-def _run_backward(*arguments: Any) -> list[Tensor]:
-    *grads, parts = _launch_backward(*arguments)
-    want_route = arguments[-1]
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, route: Tensor, *options: Any) -> list[Tensor]:
+    return list(empty_outputs(SoftmaxInputs(q, k, v, route)))
+
+
+@Repeated
+def _launch_backward(
+    do: Tensor, inputs: list[Tensor], outputs: list[Tensor], sampled: Tensor, cu_seqlens: Tensor | None,
+    chunk_size: int, scale: float, counterfactual: str, want_route: bool,
+) -> list[Tensor]:  # fmt: skip
+    options = SoftmaxOptions(chunk_size, scale, counterfactual, want_route)
+    return list(softmax_backward(do, SoftmaxInputs(*inputs), SoftmaxOutputs(*outputs), sampled, cu_seqlens, options))
+
+
+def _run_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, route: Tensor, starts: Tensor, count: Tensor,
+    sampled: Tensor, cu_seqlens: Tensor | None, chunk_size: int, scale: float, counterfactual: str, want_route: bool,
+) -> list[Tensor]:  # fmt: skip
+    inputs, outputs = [q, k, v, route], [o, lse, starts, count]
+    *grads, parts = _launch_backward(
+        do, inputs, outputs, sampled, cu_seqlens, chunk_size, scale, counterfactual, want_route
+    )
     return [*grads, parts.sum(-1) if want_route else parts.new_empty(parts.shape[:3])]
 
 
 def _fake_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, route: Tensor, *unused: Any
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, route: Tensor, *rest: Any
 ) -> list[Tensor]:
     droute = route.new_empty(route.shape, dtype=torch.float32)
     return [q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), droute]
@@ -231,7 +286,7 @@ _forward_op = register(
     "routed_softmax",
     "(Tensor q, Tensor k, Tensor v, Tensor route, Tensor? cu_seqlens, int chunk_size, float scale) -> Tensor[]",
     _launch_forward,
-    fake_forward,
+    _fake_forward,
 )
 _backward_op = register(
     "routed_softmax_backward",
@@ -244,21 +299,23 @@ _backward_op = register(
 
 class _RoutedSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        q, k, v, route, sampled, cu_seqlens, chunk_size, scale, counterfactual = inputs
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, route: Tensor, sampled: Tensor, cu_seqlens: Tensor | None,
+        chunk_size: int, scale: float, counterfactual: str,
+    ) -> Tensor:  # fmt: skip
         o: Tensor
         o, lse, starts, count = _forward_op(q, k, v, route, cu_seqlens, chunk_size, scale)
-        ctx.save_for_backward(q, k, v, o, lse, route, starts, count, sampled, cu_seqlens)
+        ctx.save_for_backward(q, k, v, o, lse, route, starts, count, sampled, cu_seqlens)  # as the op takes them
         ctx.options = (chunk_size, scale, counterfactual)
+        ctx.route_dtype = route.dtype
         return o
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        want_route = ctx.needs_input_grad[3]
-        dq, dk, dv, droute = _backward_op(grads[0], *tensors, *ctx.options, want_route)
-        return dq, dk, dv, (droute.to(tensors[5].dtype) if want_route else None), *[None] * 5
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        _, _, _, want_route, *_ = ctx.needs_input_grad
+        dq, dk, dv, droute = _backward_op(do, *ctx.saved_tensors, *ctx.options, want_route)
+        return dq, dk, dv, (droute.to(ctx.route_dtype) if want_route else None), None, None, None, None, None
 
 
 def routed_softmax(
@@ -266,7 +323,8 @@ def routed_softmax(
     chunk_size: int, scale: float, counterfactual: str, rate: float,
 ) -> Tensor:  # fmt: skip
     """Softmax branch on Triton; arguments as in ``natsl.kernels.softmax.routed_softmax``, route of 0 and 1."""
-    left = route.detach()  # mode none reads no weights
-    sampled = left if counterfactual == "none" else sample_unchosen(left <= 0.5, counterfactual, rate)
+    sampled = route.detach()  # mode none reads no weights
+    if counterfactual != "none":
+        sampled = sample_unchosen(sampled <= 0.5, counterfactual, rate)
     o: Tensor = _RoutedSoftmax.apply(q, k, v, route, sampled, cu_seqlens, chunk_size, scale, counterfactual)  # type: ignore[no-untyped-call]
     return o
