@@ -50,7 +50,7 @@ def test_equals_two_calls(backend: str, T: int, mode: str) -> None:
         assert_near(x, y, torch.float32)
 
 
-def test_one_output_alone_and_no_route_gradient() -> None:
+def test_only_one_output_and_no_route_gradient() -> None:
     ts = leaves(make(40, torch.float32))
     ts[7].requires_grad_(False)
     for i, unused in ((0, ts[3]), (1, ts[0])):

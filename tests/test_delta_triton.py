@@ -107,7 +107,7 @@ def test_two_passes_of_the_backward(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0], ids=["all-delta", "all-softmax"])
-def test_one_memory_alone(value: float) -> None:
+def test_only_one_memory(value: float) -> None:
     inputs = make(70, torch.float32)
     inputs[5].fill_(value)
     compare(inputs, 16)
@@ -129,7 +129,7 @@ def test_strided_inputs() -> None:
 
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no-state"])
 @pytest.mark.parametrize("lengths", [[40], [16, 32], [1, 0, 5, 37], [0, 33, 0]], ids=str)
-def test_packed_sequences_equal_running_alone(lengths: list[int], state: bool) -> None:
+def test_packed_sequences_equal_single_ones(lengths: list[int], state: bool) -> None:
     T, chunks = sum(lengths), [chunk_count(n, 16) for n in lengths]
     inputs = make(T, torch.float32)[:6]
     inputs[5] = (torch.rand(1, sum(chunks), 2, device=DEVICE) < 0.5).float()
@@ -207,8 +207,8 @@ def test_wrong_number_of_chunks_is_refused() -> None:
             routed_delta_rule(*inputs, chunk_size=16, cu_seqlens=borders, backend="triton")
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="memory that is only reserved costs nothing on a CPU alone")
-def test_heads_that_lie_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(DEVICE == "cuda", reason="memory that is only reserved costs nothing on a CPU")
+def test_heads_far_apart_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make(16, torch.float32, R=3)
     expected = run(inputs, 16, "triton")
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)

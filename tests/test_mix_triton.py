@@ -28,7 +28,7 @@ def mix_inputs(shape: tuple[int, ...], dtype: torch.dtype, parameters: torch.dty
 
 
 def check_mix(inputs: list[Tensor], eps: float = EPS) -> None:
-    """Values and gradients of ``routed_mix`` for the rounded inputs, as they lie in memory."""
+    """Values and gradients of ``routed_mix`` for the rounded inputs, with the strides they have."""
     ours = [x.detach().requires_grad_() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     y, expected = routed_mix(*ours, eps=eps, backend="triton"), routed_mix(*exact, eps=eps, backend="torch")
@@ -69,7 +69,7 @@ def test_logits_and_weights_in_float32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inputs_are_read_where_they_lie(dtype: torch.dtype) -> None:
+def test_strided_inputs(dtype: torch.dtype) -> None:
     B, T, H, V = 2, 7, 4, 12
     o_delta, o_softmax, gate, logits, *weights = mix_inputs((B, T, H, V), dtype)
     views = [
@@ -133,7 +133,7 @@ def test_rows_of_zeros() -> None:
     check_norm(inputs)
 
 
-def test_rows_behind_the_end_at_eps_0() -> None:
+def test_rows_past_the_end_at_eps_0() -> None:
     check_mix(mix_inputs((1, 3, 1, 5), torch.float32), eps=0.0)
 
 

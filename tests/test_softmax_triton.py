@@ -277,7 +277,7 @@ def test_scale_and_empty_batch() -> None:
     assert all(x.grad is not None and x.grad.shape == x.shape for x in ts)
 
 
-def test_only_the_gradients_that_are_asked_for() -> None:
+def test_only_the_requested_gradients() -> None:
     tensors = inputs(40, C=16)
     ts = leaves(tensors)
     wanted = torch.autograd.grad(run(ts, 16, "insertion", backend="triton").sum(), ts)
