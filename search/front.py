@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from optuna._hypervolume import compute_hypervolume
-
 from natsl.search.objective import OBJECTIVES
 from natsl.space.policy import RoutingPolicy
-
-Values = Mapping[str, float]  # objective → value, smaller is better
 
 # Measures of quality in the order in which a report prefers them; smaller is better in all.
 QUALITY = ("recall_error", "needle_error", "val_loss", "bits_per_byte")
@@ -171,81 +164,3 @@ class Front:
             row.append(" ".join(item.dominated_by) if isinstance(item, Point) else None)
             table.writerow([*row, "knee" if isinstance(item, Point) and item.id == self.knee else None])
         return text.getvalue()
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Maps objectives so that 0 is the better and 1 the worse of two reference policies (all-softmax and all-delta)."""
-
-    names: tuple[str, ...]
-    best: tuple[float, ...]
-    worst: tuple[float, ...]
-
-    @classmethod
-    def between(cls, names: Sequence[str], first: Values, second: Values) -> Scale:
-        """The scale whose ends are the two policies with these values."""
-        best = tuple(min(first[name], second[name]) for name in names)
-        return cls(tuple(names), best, tuple(max(first[name], second[name]) for name in names))
-
-    def apply(self, values: Sequence[Values]) -> npt.NDArray[np.float64]:
-        """Scaled values [policies, objectives].
-
-        Where the references agree both are the worse one, at 1: only what is better than both counts as a gain.
-        """
-        raw = np.array([[item[name] for name in self.names] for item in values], dtype=np.float64)
-        best, worst = np.array(self.best), np.array(self.worst)
-        span = np.where(worst > best, worst - best, 1.0)
-        scaled: npt.NDArray[np.float64] = (raw.reshape(len(values), len(self.names)) - best) / span
-        return scaled + (worst <= best)
-
-    def hypervolume(self, values: Sequence[Values]) -> float:
-        """Volume dominated by these policies, up to the worse of the two references in every objective.
-
-        1 is reached by a policy as good as the better reference in every objective at once.
-        """
-        scaled = self.apply(values)
-        scaled = scaled[(scaled < 1).all(axis=1)]
-        if len(scaled) == 0:
-            return 0.0
-        return float(compute_hypervolume(scaled, np.ones(len(self.names))))
-
-    def knee(self, values: Sequence[Values]) -> int | None:
-        """Index of the policy with the least sum of scaled objectives (null: there is none)."""
-        return int(np.argmin(self.apply(values).sum(axis=1))) if values else None
-
-
-class Volume:
-    """Hypervolume of what was added so far."""
-
-    def __init__(self, scale: Scale) -> None:
-        self._scale = scale
-        self._front: list[Values] = []
-        self.now = 0.0
-
-    def add(self, values: Values | None) -> float:
-        """The hypervolume after one more trial (null: one without a result, or that breaks a constraint)."""
-        names = self._scale.names
-        if values is not None and not any(covers(other, values, names) for other in self._front):
-            self._front = [other for other in self._front if not covers(values, other, names)] + [values]
-            self.now = self._scale.hypervolume(self._front)
-        return self.now
-
-
-def covers(first: Values, second: Values, names: Sequence[str]) -> bool:
-    """Whether the first is at least as good as the second in every objective."""
-    return all(first[name] <= second[name] for name in names)
-
-
-def dominates(first: Values, second: Values, names: Sequence[str]) -> bool:
-    """Whether the first is at least as good in every objective and better in one."""
-    return covers(first, second, names) and any(first[name] < second[name] for name in names)
-
-
-def non_dominated(values: Sequence[Values], names: Sequence[str]) -> list[int]:
-    """Indices of those that no other dominates, in order; of several with equal values the first alone."""
-    order = sorted(range(len(values)), key=lambda i: ([values[i][name] for name in names], i))
-    kept: list[int] = []  # whatever dominates an item is sorted before it
-    for i in order:
-        if not any(covers(values[j], values[i], names) for j in kept):
-            kept.append(i)
-    return sorted(kept)

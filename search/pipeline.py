@@ -18,12 +18,14 @@ from natsl.evaluate import Evaluation, RandomRouting, evaluate
 from natsl.model import RoutedLM
 from natsl.progress import Progress
 from natsl.run import Run, UserError, read_json, redact_text, write_bytes, write_text
-from natsl.search.baseline import Judge, Scorer, baselines, score, steps_to_score
+from natsl.search.baseline import baselines
 from natsl.search.config import SearchRunConfig
-from natsl.search.front import Front, Point, Scale, Volume
+from natsl.search.front import Front, Point
 from natsl.search.objective import OBJECTIVES, CostContext, find_objectives
-from natsl.search.plot import front_png
-from natsl.search.report import headline, render, show
+from natsl.search.pareto import Scale, Volume
+from natsl.search.report.html import headline, render, show
+from natsl.search.report.png import front_png
+from natsl.search.score import Judge, Scorer, score, steps_to_score
 from natsl.search.study import PolicyStudy, Problem, Record, first_policies, open_policy_study
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import TaskData

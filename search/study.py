@@ -20,8 +20,8 @@ from optuna.trial import FrozenTrial, TrialState
 from natsl.evaluate import Evaluation
 from natsl.run import UserError
 from natsl.search.config import Sampler, SearchConfig
-from natsl.search.front import Scale, non_dominated
 from natsl.search.objective import CostContext, Objective, measure
+from natsl.search.pareto import Scale, non_dominated
 from natsl.search.storage import FINGERPRINT, Identity, open_study
 from natsl.space.policy import Op, RoutingPolicy
 

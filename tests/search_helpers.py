@@ -11,9 +11,9 @@ from typing import Any
 from natsl.config import ModelConfig
 from natsl.evaluate import Evaluation
 from natsl.run import Run
-from natsl.search.baseline import Judge
 from natsl.search.config import SearchConfig
 from natsl.search.objective import CostContext, find_objectives
+from natsl.search.score import Judge
 from natsl.search.study import Problem, first_policies
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy

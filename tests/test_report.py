@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from natsl.search.baseline import Scorer, baselines, score
-from natsl.search.chart import Axis, Mark, Series, Shape, chart, dumbbells
+from natsl.search.baseline import baselines
 from natsl.search.config import SearchConfig
-from natsl.search.front import Front, Volume
-from natsl.search.plot import front_png
-from natsl.search.report import beats_random, headline, planes, render, show
+from natsl.search.front import Front
+from natsl.search.pareto import Volume
+from natsl.search.report.chart import Axis, Mark, Series, Shape, chart, dumbbells
+from natsl.search.report.html import beats_random, headline, planes, render, show
+from natsl.search.report.png import front_png
+from natsl.search.score import Scorer, score
 from natsl.search.study import PolicyStudy, open_policy_study
 from natsl.space.policy import Op
 from tests.search_helpers import ROUTED, problem, synthetic, synthetic_judge

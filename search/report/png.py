@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from natsl.search.chart import FRACTION_TICKS, Shape
 from natsl.search.front import Front
 from natsl.search.objective import OBJECTIVES
-from natsl.search.report import axis, planes, series
+from natsl.search.report.chart import FRACTION_TICKS, Shape
+from natsl.search.report.html import axis, planes, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

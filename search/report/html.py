@@ -7,10 +7,10 @@ from html import escape
 from itertools import combinations
 from typing import Any
 
-from natsl.search.chart import Axis, Mark, Series, Shape, chart, dumbbells, legend
 from natsl.search.front import QUALITY, Baseline, Front, Kind, Point
 from natsl.search.objective import OBJECTIVES
-from natsl.search.style import STYLE
+from natsl.search.report.chart import Axis, Mark, Series, Shape, chart, dumbbells, legend
+from natsl.search.report.style import STYLE
 from natsl.space.policy import Op
 
 _ROWS = 30  # rows of the comparison with random routing: more would not be read

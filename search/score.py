@@ -1,0 +1,181 @@
+"""Scoring a front and its baselines on the test split, and comparing them with each other."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from natsl.evaluate import Evaluation
+from natsl.search.baseline import Named
+from natsl.search.config import SearchConfig
+from natsl.search.front import QUALITY, Baseline, Kind, Point
+from natsl.search.objective import measure
+from natsl.search.pareto import Scale, dominates
+from natsl.search.study import Problem, Record, read_evaluation
+from natsl.space.policy import Op, RoutingPolicy
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Evaluates policies: on the search split, on the test split, and there with random routing.
+
+    ``random`` takes the policy, the fraction of chunks that each layer keeps, and a seed.
+    """
+
+    search: Callable[[RoutingPolicy], Evaluation]
+    test: Callable[[RoutingPolicy], Evaluation]
+    random: Callable[[RoutingPolicy, tuple[float, ...], int], Evaluation]
+
+
+class Scorer:
+    """Scores policies on both splits, each at most once."""
+
+    def __init__(
+        self, judge: Judge, problem: Problem, config: SearchConfig, seed: int, records: Sequence[Record] = ()
+    ) -> None:
+        self._judge = judge
+        self._problem = problem
+        self.names = tuple(item.name for item in problem.objectives)
+        self._bounds = config.constraints
+        self._seed = seed
+        self._draws = config.random_draws
+        self._search = {r.policy.digest(): r.evaluation for r in records if r.evaluation is not None}
+        self._test: dict[str, Evaluation] = {}
+        self.problems: list[str] = []  # policies that could not be scored, and why
+
+    def on_search(self, policy: RoutingPolicy) -> Evaluation:
+        """The policy on the search split."""
+        return _cached(self._search, policy, self._judge.search)
+
+    def scale(self) -> Scale:
+        """The scale from all-softmax to all-delta on the search split."""
+        kinds, chunk = self._problem.kinds, self._problem.chunk_size
+        ends = (RoutingPolicy.all_softmax(kinds, chunk), RoutingPolicy.all_delta(kinds, chunk))
+        first, second = (self._values(self.on_search(policy), policy) for policy in ends)
+        return Scale.between(self.names, first, second)
+
+    def point(self, record: Record) -> Point | None:
+        """A point of the front, without comparisons; None (and a problem noted) if its test score is not finite."""
+        assert record.values is not None, "a record without values is not on the front"
+        try:
+            tested = _cached(self._test, record.policy, self._judge.test)
+            values = self._values(tested, record.policy)
+        except FloatingPointError as error:
+            self.problems.append(f"{record.id}: {error} on the test split")
+            return None
+        return Point(record.id, record.policy, values, record.values, asdict(tested))
+
+    def baseline(self, named: Named) -> Baseline | None:
+        """A baseline on both splits; None (and a problem noted) if a score is not finite."""
+        try:
+            tested = _cached(self._test, named.policy, self._judge.test)
+            values = self._values(tested, named.policy)
+            searched = self._values(self.on_search(named.policy), named.policy)
+            feasible = self._feasible(tested, named.policy)
+        except FloatingPointError as error:
+            self.problems.append(f"{named.name}: {error}")
+            return None
+        return Baseline(named.name, named.kind, named.policy, values, asdict(tested), searched, feasible=feasible)
+
+    def random(self, of: Point | Baseline) -> Baseline | None:
+        """Random routing where this policy routes, at its kept fractions and costs; None if it routes nowhere."""
+        policy, name = of.policy, of.id if isinstance(of, Point) else of.name
+        if all(layer.op is not Op.routed for layer in policy.layers):
+            return None
+        model = read_evaluation(of.measured)
+        try:
+            seeds = [_seed(self._seed, policy, draw) for draw in range(self._draws)]
+            rows = [asdict(self._judge.random(policy, model.kept_by_layer, seed)) for seed in seeds]
+            mean = read_evaluation({key: _mean([row[key] for row in rows]) for key in rows[0]})
+            # equal by construction; taken over so that the order of additions decides no comparison
+            mean = replace(mean, kept_fraction=model.kept_fraction, kept_by_layer=model.kept_by_layer)
+            values, feasible = self._values(mean, policy), self._feasible(mean, policy)
+        except FloatingPointError as error:
+            self.problems.append(f"random@{name}: {error}")
+            return None
+        std = {key: statistics.stdev(row[key] for row in rows) for key in QUALITY if rows[0][key] is not None}
+        return Baseline(
+            f"random@{name}", Kind.random, policy, values, asdict(mean), None, std, self._draws, name, feasible
+        )
+
+    def _values(self, evaluation: Evaluation, policy: RoutingPolicy) -> dict[str, float]:
+        return measure(self.names, evaluation, policy, self._problem.costs)
+
+    def _feasible(self, evaluation: Evaluation, policy: RoutingPolicy) -> bool:
+        limited = measure(list(self._bounds), evaluation, policy, self._problem.costs)
+        return all(value <= self._bounds[name] for name, value in limited.items())
+
+
+def steps_to_score(records: Sequence[Record], fixed: Sequence[Named]) -> int:
+    """How often ``score`` calls ``on_step`` at most."""
+    return 2 * len(records) + len(fixed) + sum(item.kind is Kind.uniform for item in fixed)
+
+
+def score(
+    scorer: Scorer, records: Sequence[Record], fixed: Sequence[Named], on_step: Callable[[str], None]
+) -> tuple[tuple[Point, ...], tuple[Baseline, ...]]:
+    """The front and its baselines on the test split, compared with each other.
+
+    Random routing stands beside every point and every uniform budget. Points come in order of the fraction kept. What
+    cannot be scored is left out and noted in ``scorer.problems``.
+    """
+    points: list[Point] = []
+    others: list[Baseline] = []
+    controls: list[Baseline | None] = []
+    for named in fixed:
+        baseline = scorer.baseline(named)
+        on_step(named.name)
+        if baseline is not None:
+            others.append(baseline)
+            if named.kind is Kind.uniform:
+                controls.append(scorer.random(baseline))
+                on_step(f"random routing beside {named.name}")
+    for record in records:
+        point = scorer.point(record)
+        on_step(record.id)
+        if point is not None:
+            points.append(point)
+            controls.append(scorer.random(point))
+            on_step(f"random routing beside {record.id}")
+    others += [control for control in controls if control is not None]
+    points.sort(key=lambda point: (point.measured["kept_fraction"], point.id))
+    return tuple(_compared(point, others, scorer.names) for point in points), tuple(others)
+
+
+def _compared(point: Point, others: Sequence[Baseline], names: Sequence[str]) -> Point:
+    """The point with what dominates it and what it gains over random routing."""
+    better = tuple(item.name for item in others if item.feasible and dominates(item.values, point.values, names))
+    control = next((item for item in others if item.of == point.id), None)
+    gain = None if control is None else _gain(point.measured, control.measured)
+    return replace(point, dominated_by=better, gain_over_random=gain)
+
+
+def _gain(learned: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, float]:
+    names = [name for name in QUALITY if learned.get(name) is not None and control.get(name) is not None]
+    return {name: control[name] - learned[name] for name in names}
+
+
+def _cached(
+    cache: dict[str, Evaluation], policy: RoutingPolicy, evaluate: Callable[[RoutingPolicy], Evaluation]
+) -> Evaluation:
+    digest = policy.digest()
+    if digest not in cache:
+        cache[digest] = evaluate(policy)
+    return cache[digest]
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Mean of numbers, or of nested tuples of them, or None where there is none."""
+    first = values[0]
+    if first is None:
+        return None
+    if isinstance(first, tuple):
+        return tuple(_mean([value[i] for value in values]) for i in range(len(first)))
+    return statistics.fmean(values)
+
+
+def _seed(seed: int, policy: RoutingPolicy, draw: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{policy.digest()}:{draw}".encode()).digest()[:4], "big")

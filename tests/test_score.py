@@ -1,0 +1,170 @@
+"""Scores on the test split, what dominates what, and the control by random routing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from natsl.evaluate import Evaluation
+from natsl.search.baseline import baselines
+from natsl.search.config import SearchConfig
+from natsl.search.front import Kind
+from natsl.search.pareto import dominates
+from natsl.search.score import Judge, Scorer, score, steps_to_score
+from natsl.search.study import Record
+from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
+from natsl.space.space import SearchSpace
+from tests.search_helpers import CHUNK, ROUTED, problem, synthetic, synthetic_judge
+
+NAMES = ("recall_error", "kept_fraction")
+
+
+def records(policies: Sequence[RoutingPolicy]) -> list[Record]:
+    found = []
+    for i, policy in enumerate(policies):
+        evaluation = synthetic(policy)
+        values = {"recall_error": evaluation.recall_error or 0.0, "kept_fraction": evaluation.kept_fraction}
+        found.append(Record(i, i, policy, values, evaluation, True))
+    return found
+
+
+def scorer(judge: Judge | None = None, known: Sequence[Record] = (), config: SearchConfig | None = None) -> Scorer:
+    config = config or SearchConfig()
+    return Scorer(judge or synthetic_judge(), problem(config), config, 0, known)
+
+
+GOOD = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(budget=0.2), LayerPolicy(Op.delta)), CHUNK)
+WASTEFUL = RoutingPolicy((LayerPolicy(budget=0.9), LayerPolicy(Op.delta), LayerPolicy(Op.delta)), CHUNK)
+FIXED = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(Op.softmax), LayerPolicy(Op.delta)), CHUNK)
+
+
+def test_points_carry_both_splits_and_what_beats_them() -> None:
+    steps: list[str] = []
+    fixed = baselines(ROUTED, CHUNK, (0.1, 0.25), SearchSpace())
+    chosen = records([WASTEFUL, GOOD, FIXED])
+    points, others = score(scorer(), chosen, fixed, steps.append)
+    assert [point.id for point in points] == ["t0001", "t0000", "t0002"]  # by the fraction kept
+    good, wasteful, single = points
+    assert good.values == {
+        "recall_error": synthetic(GOOD, "test").recall_error,
+        "kept_fraction": pytest.approx(0.067, abs=0.01),
+    }
+    assert good.search_values == chosen[1].values != good.values
+    assert good.measured["val_loss"] == synthetic(GOOD, "test").val_loss
+    assert good.dominated_by == ()
+    assert "uniform-0.25" in wasteful.dominated_by
+    for point in points:
+        for item in others:
+            assert (item.name in point.dominated_by) == dominates(item.values, point.values, NAMES)
+    assert single.gain_over_random is None  # it routes nothing
+    assert len(steps) <= steps_to_score(chosen, fixed)
+
+
+def test_random_routing_stands_beside_every_routed_point_and_uniform_budget() -> None:
+    points, others = score(
+        scorer(), records([GOOD, FIXED]), baselines(ROUTED, CHUNK, (0.1, 0.25), SearchSpace()), lambda _: None
+    )
+    controls = {item.of: item for item in others if item.kind is Kind.random}
+    assert set(controls) == {"t0000", "uniform-0.1", "uniform-0.25"}
+    control = controls["t0000"]
+    assert control.draws == 5
+    assert control.search_values is None
+    assert 0 < control.std["recall_error"] < 0.05
+    assert control.measured["kept_by_layer"] == points[0].measured["kept_by_layer"]
+    gain = points[0].gain_over_random
+    assert gain is not None
+    assert gain["recall_error"] == pytest.approx(control.values["recall_error"] - points[0].values["recall_error"])
+    assert gain["recall_error"] > 0.5
+
+
+def test_random_routing_gets_the_measured_fractions_and_other_seeds() -> None:
+    calls: list[tuple[tuple[float, ...], int]] = []
+
+    def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
+        calls.append((fractions, seed))
+        return synthetic(policy, str(seed), useful=1.0)
+
+    judge = replace(synthetic_judge(), random=random)
+    points, _ = score(scorer(judge, config=SearchConfig(random_draws=3)), records([GOOD]), [], lambda _: None)
+    assert len(calls) == len({seed for _, seed in calls}) == 3
+    assert {fractions for fractions, _ in calls} == {points[0].measured["kept_by_layer"]}
+
+
+@pytest.mark.parametrize("better", [True, False], ids=["better", "worse"])
+@pytest.mark.parametrize("names", [["recall_error", "kept_fraction"], ["recall_error", "decode_bytes"]], ids="-".join)
+def test_random_routing_dominates_a_point_if_its_quality_is_better(names: list[str], better: bool) -> None:
+    """Whatever noise its own kept fractions have: its costs are those of the point."""
+
+    def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
+        found = synthetic(policy, "test")
+        noisy = tuple(fraction * (1 + 1e-9 * (seed % 5 + 1)) for fraction in fractions)
+        error = (found.recall_error or 0.0) + (-0.01 if better else 0.01)
+        return replace(found, recall_error=error, kept_by_layer=noisy, kept_fraction=found.kept_fraction + 1e-9)
+
+    config = SearchConfig(objectives=names)
+    chosen = [replace(item, values=dict.fromkeys(names, 0.5)) for item in records([GOOD])]
+    points, others = score(scorer(replace(synthetic_judge(), random=random), config=config), chosen, [], lambda _: None)
+    assert others[0].values[names[1]] == points[0].values[names[1]]
+    assert others[0].std.keys() == {"recall_error", "val_loss", "bits_per_byte"}
+    assert points[0].dominated_by == (("random@t0000",) if better else ())
+
+
+def test_a_baseline_that_breaks_a_constraint_dominates_nothing() -> None:
+    fixed = baselines(ROUTED, CHUNK, (0.25,), SearchSpace())
+    expensive = RoutingPolicy((LayerPolicy(budget=0.9), LayerPolicy(Op.delta), LayerPolicy(Op.delta)), CHUNK)
+    free, _ = score(scorer(), records([expensive]), fixed, lambda _: None)
+    assert "uniform-0.25" in free[0].dominated_by
+    loss = synthetic(RoutingPolicy.uniform(ROUTED, CHUNK, 0.25), "test").val_loss
+    assert loss is not None
+    config = SearchConfig(constraints={"val_loss": loss - 1e-6})
+    bound, others = score(scorer(config=config), records([expensive]), fixed, lambda _: None)
+    assert not next(item for item in others if item.name == "uniform-0.25").feasible
+    expected = {item.name for item in others if item.measured["val_loss"] <= loss - 1e-6}
+    assert set(bound[0].dominated_by) == set(free[0].dominated_by) & expected
+
+
+def test_nothing_is_evaluated_twice() -> None:
+    searched: list[str] = []
+    tested: list[str] = []
+
+    def search(policy: RoutingPolicy) -> Evaluation:
+        searched.append(policy.digest())
+        return synthetic(policy)
+
+    def test(policy: RoutingPolicy) -> Evaluation:
+        tested.append(policy.digest())
+        return synthetic(policy, "test")
+
+    judge = replace(synthetic_judge(), search=search, test=test)
+    known = records([RoutingPolicy.uniform(ROUTED, CHUNK, 0.25), FIXED])
+    subject = scorer(judge, known)
+    score(subject, known, baselines(ROUTED, CHUNK, (0.25,), SearchSpace()), lambda _: None)
+    assert len(tested) == len(set(tested))
+    assert len(searched) == len(set(searched))
+    assert not set(searched) & {record.policy.digest() for record in known}
+
+
+def test_the_scale_runs_from_all_softmax_to_all_delta() -> None:
+    scale = scorer().scale()
+    assert scale.names == NAMES
+    assert scale.best == (synthetic(RoutingPolicy.all_softmax(ROUTED, CHUNK)).recall_error, 0.0)
+    assert scale.worst == (synthetic(RoutingPolicy.all_delta(ROUTED, CHUNK)).recall_error, 1.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_what_is_not_finite_on_the_test_split_is_left_out_and_noted(bad: float) -> None:
+    def test(policy: RoutingPolicy) -> Evaluation:
+        found = synthetic(policy, "test")
+        return replace(found, recall_error=bad) if policy in (GOOD, RoutingPolicy.all_delta(ROUTED, CHUNK)) else found
+
+    subject = scorer(replace(synthetic_judge(), test=test))
+    points, others = score(subject, records([GOOD, FIXED]), baselines(ROUTED, CHUNK, (), SearchSpace()), lambda _: None)
+    assert [point.id for point in points] == ["t0001"]
+    assert "all-delta" not in [item.name for item in others]
+    assert subject.problems == [
+        f"all-delta: objective recall_error is {bad}",
+        f"t0000: objective recall_error is {bad} on the test split",
+    ]
