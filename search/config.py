@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
 
 from natsl.config import (
     DataConfig,
@@ -15,16 +14,8 @@ from natsl.config import (
     check,
     check_counts,
 )
+from natsl.search.samplers import Sampler
 from natsl.space.space import SearchSpace
-
-
-class Sampler(Enum):
-    """How the next policy is proposed."""
-
-    tpe = "tpe"  # multivariate, grouped tree-structured Parzen estimator
-    nsga2 = "nsga2"
-    nsga3 = "nsga3"
-    random = "random"
 
 
 @dataclass

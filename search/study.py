@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
-from random import Random
 from typing import Any
 
-import numpy as np
 import optuna
-from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from natsl.evaluate import Evaluation
 from natsl.run import UserError
-from natsl.search.config import Sampler, SearchConfig
+from natsl.search.config import SearchConfig
 from natsl.search.objective import CostContext, Objective, measure
-from natsl.search.pareto import Scale, non_dominated
+from natsl.search.pareto import non_dominated
+from natsl.search.samplers import make_sampler
 from natsl.search.storage import FINGERPRINT, Identity, open_study
 from natsl.space.policy import Op, RoutingPolicy
 
 # Trial attributes. A trial that failed has a reason; a failed trial without one was cut off and counts for nothing.
 POLICY, EVALUATION, REASON, KNOWN = "policy", "evaluation", "reason", "same_as"
-
-_POPULATION = 20
-_STARTUP = 16
-
-# Trials near the knee: how many points of the front they start from, the share of them that fill a gap between two
-# points, the chance to switch an op, and how far numbers move (powers of 10, as a share of their range).
-_PARENTS = 8
-_BETWEEN = 0.5
-_SWITCH = 0.1
-_STEP = (-2.3, -1.0)
 
 Evaluate = Callable[[RoutingPolicy], Evaluation]
 
@@ -125,13 +110,10 @@ class PolicyStudy:
     def propose(self) -> Proposal:
         """The next policy: one of the first ones, else what the sampler draws from (seed, index, results so far)."""
         index = len(self.records)
-        self._study.sampler = make_sampler(self.config.sampler, self.seed, index)
+        self._study.sampler = make_sampler(self.config.sampler, self.config.local_share, self.seed, index)
         # Outside an interrupted call nothing waits; what waits was put there for this very index.
-        if not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            if index < len(self.problem.first):
-                self._study.enqueue_trial(self.config.space.params(self.problem.first[index], self.problem.kinds))
-            elif int((index + 1) * self.config.local_share) > int(index * self.config.local_share):
-                self._study.enqueue_trial(self._near_knee(index))
+        if index < len(self.problem.first) and not self._study.get_trials(False, (TrialState.WAITING,)):
+            self._study.enqueue_trial(self.config.space.params(self.problem.first[index], self.problem.kinds))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             trial = self._study.ask()
@@ -202,33 +184,6 @@ class PolicyStudy:
                 f"the last one: {failed[-1].reason}"
             )
 
-    def _near_knee(self, index: int) -> dict[str, Any]:
-        """Parameters of a new policy near the knee: between two neighbours on the front, or beside one of its points.
-
-        A sampler spreads its trials over all of the front; most users want a policy from around the knee.
-        """
-        random = Random(_seed(self.seed, index))
-        values = [record.values for record in self.records if record.values is not None]
-        front = self.front()
-        if not front:
-            return {}
-        ends = [[f(item[name] for item in values) for name in self._names] for f in (min, max)]
-        scaled = Scale(tuple(self._names), tuple(ends[0]), tuple(ends[1])).apply([r.values or {} for r in front])
-        best = np.argsort(scaled.sum(axis=1), kind="stable")[:_PARENTS].tolist()
-        trials = self._study.get_trials(deepcopy=False)
-        parent = trials[front[random.choice(best)].number]
-        if random.random() < _BETWEEN:
-            order = np.argsort(scaled[:, random.randrange(len(self._names))], kind="stable").tolist()
-            pairs = [(i, j) for i, j in pairwise(order) if i in best or j in best]
-            gaps = [float(np.abs(scaled[i] - scaled[j]).sum()) for i, j in pairs]
-            if sum(gaps) > 0:
-                i, j = random.choices(pairs, gaps)[0]
-                first, second = (trials[front[k].number] for k in (i, j))
-                mixed = _between(first, second, random.random())
-                if mixed is not None:
-                    return mixed
-        return _beside(parent, random)
-
     def front(self) -> list[Record]:
         """Records that keep all constraints and that no other dominates, in order of their index."""
         good = [(record, record.result) for record in self.records if record.result is not None]
@@ -289,58 +244,6 @@ def first_policies(
         config.space.params(policy, kinds)
     policies = {policy.digest(): policy for policy in (*given, *config.space.anchors(kinds, chunk_size))}
     return tuple(policies.values())
-
-
-def make_sampler(sampler: Sampler, seed: int, index: int) -> BaseSampler:
-    """A sampler whose draws depend on (seed, index) and the results so far, never on how often it was resumed."""
-    number = _seed(seed, index)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        match sampler:
-            case Sampler.tpe:
-                return TPESampler(seed=number, multivariate=True, group=True, n_startup_trials=_STARTUP)
-            case Sampler.nsga2:
-                return NSGAIISampler(seed=number, population_size=_POPULATION)
-            case Sampler.nsga3:
-                return NSGAIIISampler(seed=number, population_size=_POPULATION)
-            case Sampler.random:
-                return RandomSampler(seed=number)
-
-
-def _between(first: FrozenTrial, second: FrozenTrial, share: float) -> dict[str, Any] | None:
-    """Parameters on the line from one trial to another; None unless they choose the same ops and differ in numbers."""
-    params = {}
-    if first.params.keys() != second.params.keys():
-        return None
-    for name, distribution in first.distributions.items():
-        a, b = first.params[name], second.params[name]
-        if isinstance(distribution, FloatDistribution):
-            params[name] = a + share * (b - a)
-        elif a == b:
-            params[name] = a
-        else:
-            return None
-    return params if params != first.params else None
-
-
-def _beside(parent: FrozenTrial, random: Random) -> dict[str, Any]:
-    """Parameters of a trial with some numbers moved a little, and now and then an op switched."""
-    numbers = {k: d for k, d in parent.distributions.items() if isinstance(d, FloatDistribution)}
-    choices = {k: d for k, d in parent.distributions.items() if isinstance(d, CategoricalDistribution)}
-    params = dict(parent.params)
-    if choices and (not numbers or random.random() < _SWITCH):
-        name = random.choice(sorted(choices))
-        params[name] = random.choice(choices[name].choices)
-    step = 10 ** random.uniform(*_STEP)
-    for name, d in numbers.items():
-        if random.random() < 0.5 or len(numbers) == 1:
-            moved = params[name] + random.gauss(0.0, step) * (d.high - d.low)
-            params[name] = min(max(moved, d.low), d.high)
-    return params
-
-
-def _seed(seed: int, index: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:4], "big")
 
 
 def read_evaluation(plain: Mapping[str, Any]) -> Evaluation:

@@ -15,8 +15,9 @@ import pytest
 
 from natsl.evaluate import Evaluation
 from natsl.run import UserError
-from natsl.search.config import Sampler, SearchConfig
+from natsl.search.config import SearchConfig
 from natsl.search.pareto import dominates
+from natsl.search.samplers import Sampler
 from natsl.search.study import PolicyStudy, Record, SearchFailedError, first_policies, open_policy_study
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace

@@ -1,0 +1,129 @@
+"""Local moves near the knee of the front, in front of any sampler.
+
+A sampler spreads its trials over all of the front; most users want a policy from around the knee.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from random import Random
+from typing import Any
+
+import numpy as np
+from optuna import Study
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from natsl.search.pareto import Scale, non_dominated
+
+# How many points of the front moves start from, the share of them that fill a gap between two points, the chance to
+# switch an op, and how far numbers move (powers of 10, as a share of their range).
+_PARENTS = 8
+_BETWEEN = 0.5
+_SWITCH = 0.1
+_STEP = (-2.3, -1.0)
+
+
+class NearKneeSampler(BaseSampler):
+    """Proposes a policy between two neighbours on the front near its knee, or beside one of its points.
+
+    Parameters that the move leaves open, such as the budget of a layer whose op it switched, are drawn by ``base``, and
+    so are all of them while there is no front. Makes one trial: a move is a function of the seed and the results.
+    """
+
+    def __init__(self, base: BaseSampler, seed: int) -> None:
+        self._base = base
+        self._seed = seed
+        self._move: dict[str, Any] = {}
+        self._drawn: dict[str, Any] | None = None  # relative parameters of the base
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        self._move, known = _propose(study, Random(self._seed))
+        self._drawn = None
+        return {name: known[name] for name in self._move}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._move
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        if self._drawn is None:
+            # Only when a parameter is open: an evolution counts whom it is asked for, and a whole move is no child.
+            space = self._base.infer_relative_search_space(study, trial)
+            self._drawn = self._base.sample_relative(study, trial, space)
+        if param_name in self._drawn:
+            value = self._drawn[param_name]
+            if param_distribution._contains(param_distribution.to_internal_repr(value)):  # as Optuna's trial does
+                return value
+        return self._base.sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._base.before_trial(study, trial)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self._base.after_trial(study, trial, state, values)
+
+    def reseed_rng(self) -> None:
+        self._base.reseed_rng()
+
+
+def _propose(study: Study, random: Random) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+    """A move and the distributions of its parameters; both empty while no trial keeps all constraints."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    names = tuple(str(i) for i in range(len(study.directions)))
+    values = {trial.number: dict(zip(names, trial.values, strict=True)) for trial in trials}
+    feasible = [trial for trial in trials if all(value <= 0 for value in trial.constraints.values())]
+    front = [feasible[i] for i in non_dominated([values[trial.number] for trial in feasible], names)]
+    if not front:
+        return {}, {}
+    ends = [tuple(end(item[name] for item in values.values()) for name in names) for end in (min, max)]
+    scaled = Scale(names, *ends).apply([values[trial.number] for trial in front])
+    best = np.argsort(scaled.sum(axis=1), kind="stable")[:_PARENTS].tolist()
+    parent = front[random.choice(best)]
+    if random.random() < _BETWEEN:
+        order = np.argsort(scaled[:, random.randrange(len(names))], kind="stable").tolist()
+        pairs = [(i, j) for i, j in pairwise(order) if i in best or j in best]
+        gaps = [float(np.abs(scaled[i] - scaled[j]).sum()) for i, j in pairs]
+        if sum(gaps) > 0:
+            i, j = random.choices(pairs, gaps)[0]
+            mixed = _between(front[i], front[j], random.random())
+            if mixed is not None:
+                return mixed, front[i].distributions
+    return _beside(parent, random), parent.distributions
+
+
+def _between(first: FrozenTrial, second: FrozenTrial, share: float) -> dict[str, Any] | None:
+    """Parameters on the line from one trial to another; None unless they choose the same ops and differ in numbers."""
+    params = {}
+    if first.params.keys() != second.params.keys():
+        return None
+    for name, distribution in first.distributions.items():
+        a, b = first.params[name], second.params[name]
+        if isinstance(distribution, FloatDistribution):
+            params[name] = a + share * (b - a)
+        elif a == b:
+            params[name] = a
+        else:
+            return None
+    return params if params != first.params else None
+
+
+def _beside(parent: FrozenTrial, random: Random) -> dict[str, Any]:
+    """Parameters of a trial with some numbers moved a little, and now and then an op switched."""
+    numbers = {k: d for k, d in parent.distributions.items() if isinstance(d, FloatDistribution)}
+    choices = {k: d for k, d in parent.distributions.items() if isinstance(d, CategoricalDistribution)}
+    params = dict(parent.params)
+    if choices and (not numbers or random.random() < _SWITCH):
+        name = random.choice(sorted(choices))
+        params[name] = random.choice(choices[name].choices)
+    step = 10 ** random.uniform(*_STEP)
+    for name, d in numbers.items():
+        if random.random() < 0.5 or len(numbers) == 1:
+            moved = params[name] + random.gauss(0.0, step) * (d.high - d.low)
+            params[name] = min(max(moved, d.low), d.high)
+    return params
