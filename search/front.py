@@ -8,11 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from natsl.search.objective import OBJECTIVES
+from natsl.search.objective import OBJECTIVES, QUALITY
 from natsl.space.policy import RoutingPolicy
-
-# Measures of quality in the order in which a report prefers them; smaller is better in all.
-QUALITY = ("recall_error", "needle_error", "val_loss", "bits_per_byte")
 
 
 class Kind(Enum):
@@ -74,6 +71,11 @@ class Point:
     dominated_by: tuple[str, ...] = ()
     gain_over_random: dict[str, float] | None = None
 
+    @property
+    def name(self) -> str:
+        """The id, under the name that baselines have."""
+        return self.id
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         return {
@@ -86,6 +88,12 @@ class Point:
             "dominated_by": list(self.dominated_by),
             "gain_over_random": self.gain_over_random,
         }
+
+
+def amount(item: Point | Baseline, name: str) -> float | None:
+    """A measure of a point or baseline on the test split, be it an objective or not."""
+    value = item.values.get(name, item.measured.get(name))
+    return None if value is None else float(value)
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ class Front:
     def quality(self) -> str:
         """The measure of quality that comparisons use: the first among the objectives, else the first measured."""
         named = [name for name in self.objectives if name in QUALITY]
-        measured = [name for name in QUALITY if self.rows and self.rows[0].measured.get(name) is not None]
+        measured = [name for name in QUALITY if self.rows and amount(self.rows[0], name) is not None]
         return (named or measured or [QUALITY[0]])[0]
 
     @property
@@ -131,6 +139,18 @@ class Front:
     def random_of(self, name: str) -> Baseline | None:
         """Random routing at the kept fractions of the point or baseline of this name."""
         return next((item for item in self.baselines if item.of == name), None)
+
+    def beats_random(self, point: Point) -> bool | None:
+        """Whether a point is better than random routing by more than the spread of its draws (null: no comparison)."""
+        control = self.random_of(point.id)
+        if control is None or point.gain_over_random is None or self.quality not in point.gain_over_random:
+            return None
+        return point.gain_over_random[self.quality] > control.std.get(self.quality, 0.0)
+
+    @property
+    def measures(self) -> list[str]:
+        """What a table of a front shows: the objectives, the fraction kept, the measure of quality."""
+        return list(dict.fromkeys([*self.objectives, "kept_fraction", self.quality]))
 
     def to_dict(self) -> dict[str, Any]:
         """``front.json``."""
@@ -156,9 +176,9 @@ class Front:
         table.writerow([*head, "dominated_by", "knee"])
         for item in self.rows:
             std = {} if isinstance(item, Point) else item.std
-            row: list[Any] = [item.id, "front"] if isinstance(item, Point) else [item.name, item.kind.value]
+            row: list[Any] = [item.name, "front" if isinstance(item, Point) else item.kind.value]
             row += [item.policy.digest(), item.policy.describe()]
-            row += [item.values.get(name, item.measured.get(name)) for name in measures]
+            row += [amount(item, name) for name in measures]
             row += [(item.search_values or {}).get(name) for name in self.objectives]
             row += [std.get(name) for name in measures]
             row.append(" ".join(item.dominated_by) if isinstance(item, Point) else None)

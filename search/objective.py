@@ -1,7 +1,8 @@
 """What a search can be asked to minimise: a registry of objectives by name. Imports no torch.
 
 Every objective is a number of one evaluated policy, smaller is better. Quality comes from the evaluation on held-out
-data; costs are analytic (``natsl.space.cost``), from the fractions of chunks that were measured to be kept.
+data; costs are analytic (``natsl.space.cost``), from the fractions of chunks that were measured to be kept. An
+objective also says how it is shown, so an entry of ``OBJECTIVES`` is all that files, charts and report need.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Literal
 
 from natsl.space import cost
@@ -30,16 +32,68 @@ class CostContext:
     context: int
 
 
+class Role(Enum):
+    """What an objective measures."""
+
+    quality = "quality"
+    cost = "cost"
+
+
 @dataclass(frozen=True)
+class Format:
+    """How values are written: ``show`` in text, ``tick`` at an axis. ``bare``: ticks do not carry the unit."""
+
+    show: Callable[[float], str]
+    tick: Callable[[float], str]
+    bare: bool = False
+
+
+def _prefixed(unit: str) -> Format:
+    """Three digits, a decimal prefix and the unit."""
+
+    def show(value: float) -> str:
+        for prefix in ("", "k", "M", "G", "T"):
+            if abs(value) < 1000:
+                return f"{value:.3g}\N{NO-BREAK SPACE}{prefix}{unit}"
+            value /= 1000
+        return f"{value:.3g}\N{NO-BREAK SPACE}P{unit}"
+
+    return Format(show, show)
+
+
+NUMBER = Format(lambda value: f"{value:.3f}", lambda value: f"{value:.4g}", bare=True)
+PERCENT = Format(lambda value: f"{100 * value:.1f}\N{NO-BREAK SPACE}%", lambda value: f"{100 * value:.3g} %")
+BYTES = _prefixed("B")
+FLOP = _prefixed("FLOP")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Objective:
-    """One number to minimise. ``task``: the task that must be part of the data for it to exist (null: any)."""
+    """One number to minimise, and how it is shown.
+
+    ``task``: the task that must be part of the data for it to exist (null: any). On an axis, ``zero`` is always in
+    sight, and with ``root`` the square root of the value is what is linear, which spreads small fractions.
+    """
 
     name: str
     label: str
     unit: str
+    role: Role
     value: Callable[[Evaluation, RoutingPolicy, CostContext], float | None]
+    format: Format = NUMBER
+    zero: bool = False
+    root: bool = False
     task: str | None = None
     direction: Direction = "minimize"
+
+    def show(self, value: float | None) -> str:
+        """A value as text, with its unit where the format has one."""
+        return "–" if value is None else self.format.show(value)
+
+    @property
+    def axis_label(self) -> str:
+        """The label of an axis: with the unit if ticks do not carry it."""
+        return f"{self.label} ({self.unit})" if self.format.bare else self.label
 
 
 def _kv_bytes(evaluation: Evaluation, policy: RoutingPolicy, at: CostContext) -> float:
@@ -57,16 +111,80 @@ def _prefill_flops(evaluation: Evaluation, policy: RoutingPolicy, at: CostContex
 OBJECTIVES: dict[str, Objective] = {
     item.name: item
     for item in (
-        Objective("val_loss", "loss on held-out text", "nats/token", lambda e, p, c: e.val_loss),
-        Objective("bits_per_byte", "bits per byte of held-out text", "bits", lambda e, p, c: e.bits_per_byte),
-        Objective("recall_error", "recall error", "1 − accuracy", lambda e, p, c: e.recall_error, task="mqar"),
-        Objective("needle_error", "needle error", "1 − accuracy", lambda e, p, c: e.needle_error, task="needle"),
-        Objective("kept_fraction", "chunks kept for softmax", "fraction", lambda e, p, c: e.kept_fraction),
-        Objective("kv_bytes_per_token", "KV cache", "bytes/token", _kv_bytes),
-        Objective("decode_bytes", "memory read per decoded token", "bytes", _decode_bytes),
-        Objective("prefill_flops", "compute of a prefill", "FLOP", _prefill_flops),
+        Objective(
+            name="val_loss",
+            label="loss on held-out text",
+            unit="nats/token",
+            role=Role.quality,
+            value=lambda evaluation, policy, at: evaluation.val_loss,
+        ),
+        Objective(
+            name="bits_per_byte",
+            label="bits per byte of held-out text",
+            unit="bits",
+            role=Role.quality,
+            value=lambda evaluation, policy, at: evaluation.bits_per_byte,
+        ),
+        Objective(
+            name="recall_error",
+            label="recall error",
+            unit="1 − accuracy",
+            role=Role.quality,
+            value=lambda evaluation, policy, at: evaluation.recall_error,
+            format=PERCENT,
+            zero=True,
+            task="mqar",
+        ),
+        Objective(
+            name="needle_error",
+            label="needle error",
+            unit="1 − accuracy",
+            role=Role.quality,
+            value=lambda evaluation, policy, at: evaluation.needle_error,
+            format=PERCENT,
+            zero=True,
+            task="needle",
+        ),
+        Objective(
+            name="kept_fraction",
+            label="chunks kept for softmax",
+            unit="fraction",
+            role=Role.cost,
+            value=lambda evaluation, policy, at: evaluation.kept_fraction,
+            format=PERCENT,
+            zero=True,
+            root=True,
+        ),
+        Objective(
+            name="kv_bytes_per_token",
+            label="KV cache",
+            unit="bytes/token",
+            role=Role.cost,
+            value=_kv_bytes,
+            format=BYTES,
+        ),
+        Objective(
+            name="decode_bytes",
+            label="memory read per decoded token",
+            unit="bytes",
+            role=Role.cost,
+            value=_decode_bytes,
+            format=BYTES,
+        ),
+        Objective(
+            name="prefill_flops",
+            label="compute of a prefill",
+            unit="FLOP",
+            role=Role.cost,
+            value=_prefill_flops,
+            format=FLOP,
+        ),
     )
 }
+
+_QUALITIES = [item for item in OBJECTIVES.values() if item.role is Role.quality]
+# In the order in which a report prefers them: a task separates policies that the loss on text does not.
+QUALITY = tuple(item.name for item in sorted(_QUALITIES, key=lambda item: item.task is None))
 
 
 def find_objectives(

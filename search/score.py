@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from natsl.evaluate import Evaluation
 from natsl.search.baseline import Named
 from natsl.search.config import SearchConfig
-from natsl.search.front import QUALITY, Baseline, Kind, Point
-from natsl.search.objective import measure
+from natsl.search.front import Baseline, Kind, Point, amount
+from natsl.search.objective import OBJECTIVES, QUALITY, measure
 from natsl.search.pareto import Scale, dominates
 from natsl.search.study import Problem, Record, read_evaluation
 from natsl.space.policy import Op, RoutingPolicy
@@ -82,13 +82,14 @@ class Scorer:
 
     def random(self, of: Point | Baseline) -> Baseline | None:
         """Random routing where this policy routes, at its kept fractions and costs; None if it routes nowhere."""
-        policy, name = of.policy, of.id if isinstance(of, Point) else of.name
+        policy, name = of.policy, of.name
         if all(layer.op is not Op.routed for layer in policy.layers):
             return None
         model = read_evaluation(of.measured)
         try:
             seeds = [_seed(self._seed, policy, draw) for draw in range(self._draws)]
-            rows = [asdict(self._judge.random(policy, model.kept_by_layer, seed)) for seed in seeds]
+            draws = [self._judge.random(policy, model.kept_by_layer, seed) for seed in seeds]
+            rows = [asdict(evaluation) for evaluation in draws]
             mean = read_evaluation({key: _mean([row[key] for row in rows]) for key in rows[0]})
             # equal by construction; taken over so that the order of additions decides no comparison
             mean = replace(mean, kept_fraction=model.kept_fraction, kept_by_layer=model.kept_by_layer)
@@ -96,10 +97,27 @@ class Scorer:
         except FloatingPointError as error:
             self.problems.append(f"random@{name}: {error}")
             return None
-        std = {key: statistics.stdev(row[key] for row in rows) for key in QUALITY if rows[0][key] is not None}
         return Baseline(
-            f"random@{name}", Kind.random, policy, values, asdict(mean), None, std, self._draws, name, feasible
+            name=f"random@{name}",
+            kind=Kind.random,
+            policy=policy,
+            values=values,
+            measured=asdict(mean),
+            std=self._spread(draws, policy),
+            draws=self._draws,
+            of=name,
+            feasible=feasible,
         )
+
+    def _spread(self, draws: Sequence[Evaluation], policy: RoutingPolicy) -> dict[str, float]:
+        """The standard deviation of every measure of quality that the draws have."""
+        spread = {}
+        for name in QUALITY:
+            values = [OBJECTIVES[name].value(evaluation, policy, self._problem.costs) for evaluation in draws]
+            numbers = [value for value in values if value is not None]
+            if numbers:
+                spread[name] = statistics.stdev(numbers)
+        return spread
 
     def _values(self, evaluation: Evaluation, policy: RoutingPolicy) -> dict[str, float]:
         return measure(self.names, evaluation, policy, self._problem.costs)
@@ -149,13 +167,14 @@ def _compared(point: Point, others: Sequence[Baseline], names: Sequence[str]) ->
     """The point with what dominates it and what it gains over random routing."""
     better = tuple(item.name for item in others if item.feasible and dominates(item.values, point.values, names))
     control = next((item for item in others if item.of == point.id), None)
-    gain = None if control is None else _gain(point.measured, control.measured)
+    gain = None if control is None else _gain(point, control)
     return replace(point, dominated_by=better, gain_over_random=gain)
 
 
-def _gain(learned: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, float]:
-    names = [name for name in QUALITY if learned.get(name) is not None and control.get(name) is not None]
-    return {name: control[name] - learned[name] for name in names}
+def _gain(learned: Point, control: Baseline) -> dict[str, float]:
+    """By how much the control is worse, in every measure of quality that both have."""
+    pairs = {name: (amount(learned, name), amount(control, name)) for name in QUALITY}
+    return {name: theirs - ours for name, (ours, theirs) in pairs.items() if ours is not None and theirs is not None}
 
 
 def _cached(

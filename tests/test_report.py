@@ -14,8 +14,10 @@ from natsl.search.baseline import baselines
 from natsl.search.config import SearchConfig
 from natsl.search.front import Front
 from natsl.search.pareto import Volume
-from natsl.search.report.chart import Axis, Mark, Series, Shape, chart, dumbbells
-from natsl.search.report.html import beats_random, headline, planes, render, show
+from natsl.search.report.chart import Axis, Mark, Marker, Series, chart, dumbbells
+from natsl.search.report.headline import headline
+from natsl.search.report.html import render
+from natsl.search.report.plane import planes, show
 from natsl.search.report.png import front_png
 from natsl.search.score import Scorer, score
 from natsl.search.study import PolicyStudy, open_policy_study
@@ -117,7 +119,7 @@ def test_the_headline_compares_with_random_routing_and_baselines(front: Front) -
     lines = headline(front)
     assert "random routing at the same fractions" in lines[0][0]
     routed = [point for point in front.points if point.gain_over_random is not None]
-    wins = sum(beats_random(point, front) is True for point in routed)
+    wins = sum(front.beats_random(point) is True for point in routed)
     assert lines[1] == (f"Points at which learned routing beats random routing: {wins} of {len(routed)}.", True)
     assert wins > len(routed) / 2
 
@@ -236,7 +238,7 @@ AXIS = Axis("value", lambda value: f"{value:.3g}")
 )
 @pytest.mark.parametrize("root", [False, True], ids=["linear", "root"])
 def test_charts_stay_inside_their_frame(marks: tuple[tuple[float, float], ...], root: bool) -> None:
-    series = Series("s", "front", tuple(Mark(x, y, "here", 0.1) for x, y in marks), Shape.dot, line=True)
+    series = Series("s", "front", tuple(Mark(x, y, "here", 0.1) for x, y in marks), Marker.dot, line=True)
     drawn = chart("a chart", [series], replace(AXIS, root=root), AXIS)
     Page(drawn)
     for x, y in re.findall(r'cx="([-\d.]+)" cy="([-\d.]+)"', drawn):

@@ -13,7 +13,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 24.0, 12.0, 50.0
 FRACTION_TICKS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 
-class Shape(Enum):
+class Marker(Enum):
     """How a mark is drawn."""
 
     dot = "dot"
@@ -41,7 +41,7 @@ class Series:
     label: str
     style: str
     marks: tuple[Mark, ...]
-    shape: Shape = Shape.dot
+    marker: Marker = Marker.dot
     line: bool = False
     step: bool = False
     size: float = 4.5
@@ -96,7 +96,7 @@ def legend(series: Sequence[Series]) -> str:
     for item in series:
         if item.marks:
             line = '<path class="line" d="M1 8H27"/>' if item.line else ""
-            mark = _mark(replace(item, size=3.2 if item.shape is Shape.ring else 4.0), Mark(0, 0), 14, 8)
+            mark = _mark(replace(item, size=3.2 if item.marker is Marker.ring else 4.0), Mark(0, 0), 14, 8)
             picture = f'<svg viewBox="0 0 28 16" class="key {item.style}" aria-hidden="true">{line}{mark}</svg>'
             items.append(f"<li>{picture}{escape(item.label)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
@@ -123,7 +123,7 @@ def dumbbells(name: str, rows: Sequence[tuple[str, Mark, Mark, bool]], x: Axis) 
         parts.append(f'<text x="{_LEFT - 10:g}" y="{at + 4:.1f}" text-anchor="end">{escape(label)}</text>')
         parts.append(f'<path class="gap {"good" if better else "bad"}" d="M{a:.1f} {at:.1f}H{b:.1f}"/>')
         parts.append(f'<path class="random error" d="M{low:.1f} {at:.1f}H{high:.1f}"/>')
-        for style, shape, mark, place in (("random", Shape.diamond, theirs, b), ("front", Shape.dot, ours, a)):
+        for style, shape, mark, place in (("random", Marker.diamond, theirs, b), ("front", Marker.dot, ours, a)):
             parts.append(f'<g class="{style}">{_mark(Series("", style, (), shape), mark, place, at)}</g>')
     return "\n".join([*parts, "</svg>"])
 
@@ -193,15 +193,15 @@ def _draw(series: Series, x: _Scale, y: _Scale) -> list[str]:
 def _mark(series: Series, mark: Mark, a: float, b: float) -> str:
     s = series.size
     title = f"<title>{escape(mark.text)}</title>" if mark.text else ""
-    match series.shape:
-        case Shape.none:
+    match series.marker:
+        case Marker.none:
             return ""
-        case Shape.dot | Shape.ring:
-            size = s if series.shape is Shape.dot else s * 1.9
-            drawn = f'<circle class="{series.shape.value}" cx="{a:.1f}" cy="{b:.1f}" r="{size:g}">{title}</circle>'
-        case Shape.square:
+        case Marker.dot | Marker.ring:
+            size = s if series.marker is Marker.dot else s * 1.9
+            drawn = f'<circle class="{series.marker.value}" cx="{a:.1f}" cy="{b:.1f}" r="{size:g}">{title}</circle>'
+        case Marker.square:
             drawn = f'<path class="dot" d="M{a - s:.1f} {b - s:.1f}h{2 * s:g}v{2 * s:g}h{-2 * s:g}z">{title}</path>'
-        case Shape.diamond:
+        case Marker.diamond:
             t = s * 1.25
             drawn = f'<path class="dot" d="M{a:.1f} {b - t:.1f}l{t:g} {t:g}l{-t:g} {t:g}l{-t:g} {-t:g}z">{title}</path>'
     return f'<a href="{escape(mark.link)}">{drawn}</a>' if mark.link else drawn

@@ -4,101 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from itertools import combinations
 from typing import Any
 
-from natsl.search.front import QUALITY, Baseline, Front, Kind, Point
+from natsl.search.front import Front, Kind, amount
 from natsl.search.objective import OBJECTIVES
-from natsl.search.report.chart import Axis, Mark, Series, Shape, chart, dumbbells, legend
+from natsl.search.report.chart import Axis, Mark, Marker, Series, chart, dumbbells, legend
+from natsl.search.report.headline import headline
+from natsl.search.report.plane import axis, planes, series, show
 from natsl.search.report.style import STYLE
 from natsl.space.policy import Op
 
 _ROWS = 30  # rows of the comparison with random routing: more would not be read
-_FRACTIONS = ("recall_error", "needle_error", "kept_fraction")
-_BYTES = ("kv_bytes_per_token", "decode_bytes")
-_KINDS = {
-    Kind.uniform: ("same budget in every layer (learned router)", Shape.dot),
-    Kind.depth: ("schedule over depth", Shape.square),
-    Kind.single: ("one layer all-softmax, others delta", Shape.diamond),
-    Kind.extreme: ("all-softmax, all-delta", Shape.square),
-}
-
-
-def show(name: str, value: float | None) -> str:
-    """A measure as text: fractions and errors in per cent, bytes and FLOP with a prefix, losses with three digits."""
-    if value is None:
-        return "–"
-    if name in _FRACTIONS:
-        return f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
-    if name in _BYTES or name == "prefill_flops":
-        unit = "B" if name in _BYTES else "FLOP"
-        for prefix in ("", "k", "M", "G", "T", "P"):
-            if abs(value) < 1000 or prefix == "P":
-                return f"{value:.3g}\N{NO-BREAK SPACE}{prefix}{unit}"
-            value /= 1000
-    return f"{value:.3f}"
-
-
-def axis(name: str) -> Axis:
-    """The axis on which a measure is drawn."""
-    item = OBJECTIVES[name]
-    if name in _FRACTIONS:
-        root = name == "kept_fraction"
-        return Axis(item.label, lambda v: f"{100 * v:.3g} %", root=root, include=(0.0,))
-    if name in _BYTES or name == "prefill_flops":
-        return Axis(item.label, lambda v: show(name, v))
-    return Axis(f"{item.label} ({item.unit})", lambda v: f"{v:.4g}")
-
-
-def amount(item: Point | Baseline, name: str) -> float | None:
-    """A measure of a point or baseline on the test split, be it an objective or not."""
-    value = item.values.get(name, item.measured.get(name))
-    return None if value is None else float(value)
-
-
-def beats_random(point: Point, front: Front) -> bool | None:
-    """Whether the point is better than random routing by more than the spread of its draws (None: no comparison)."""
-    control = front.random_of(point.id)
-    if control is None or point.gain_over_random is None or front.quality not in point.gain_over_random:
-        return None
-    return point.gain_over_random[front.quality] > control.std.get(front.quality, 0.0)
-
-
-def planes(front: Front) -> list[tuple[str, str]]:
-    """Pairs of measures (across, up) in which the front is drawn: every pair of objectives, costs across."""
-    names = sorted(front.objectives, key=lambda name: name in QUALITY)
-    if len(names) == 1:
-        return [(front.cost, names[0]) if names[0] in QUALITY else (names[0], front.quality)]
-    return list(combinations(names, 2))
-
-
-def series(front: Front, across: str, up: str) -> list[Series]:
-    """The front, its knee, every kind of baseline and random routing in one plane, from the test split."""
-
-    def marks(items: Sequence[Point | Baseline], link: bool = False) -> tuple[Mark, ...]:
-        found = []
-        for item in items:
-            a, b = amount(item, across), amount(item, up)
-            if a is not None and b is not None:
-                name = item.id if isinstance(item, Point) else item.name
-                spread = item.std.get(up, 0.0) if isinstance(item, Baseline) else 0.0
-                text = f"{name}: {show(across, a)}, {show(up, b)}" + (f" ± {show(up, spread)}" if spread else "")
-                text += f"\n{item.policy.describe()}" if len(item.policy.layers) <= 24 else ""
-                found.append(Mark(a, b, text, spread, f"#{item.id}" if isinstance(item, Point) and link else ""))
-        return tuple(sorted(found, key=lambda mark: (mark.x, mark.y)))
-
-    of = {kind: [item for item in front.baselines if item.kind is kind] for kind in Kind}
-    drawn = [
-        Series(label, kind.value, marks(of[kind]), shape, line=kind is Kind.uniform, size=4)
-        for kind, (label, shape) in _KINDS.items()
-    ]
-    drawn.append(
-        Series("random routing, equal kept fractions", "random", marks(of[Kind.random]), Shape.diamond, size=3.5)
-    )
-    step = set(front.objectives) <= {across, up}  # a staircase means something only where both are objectives
-    drawn.append(Series("front (learned)", "front", marks(front.points, True), line=step, step=True))
-    knee = [point for point in front.points if point.id == front.knee]
-    return [*drawn, Series("knee", "knee", marks(knee), Shape.ring)]
 
 
 def render(front: Front) -> str:
@@ -125,32 +41,6 @@ def render(front: Front) -> str:
             "</main>\n</body>\n</html>\n",
         ]
     )
-
-
-def headline(front: Front) -> list[tuple[str, bool | None]]:
-    """What the search found, as sentences; the flag says whether it is good news (None: neutral)."""
-    lines: list[tuple[str, bool | None]] = []
-    if not front.points:
-        return [("No trial gave a result that keeps the constraints: there is no front and nothing to export.", False)]
-    quality, cost = front.quality, front.cost
-    label = OBJECTIVES[quality].label
-    knee = front.point(front.knee) if front.knee else front.points[0]
-    ends = {item.name: item for item in front.baselines if item.kind is Kind.extreme}
-    text = f"At the knee ({knee.id}): {OBJECTIVES[cost].label} {show(cost, amount(knee, cost))}, "
-    text += f"{label} {show(quality, amount(knee, quality))}"
-    control = front.random_of(knee.id)
-    others = [f"random routing at the same fractions {show(quality, amount(control, quality))}"] if control else []
-    others += [f"{name} {show(quality, amount(item, quality))}" for name, item in ends.items()]
-    lines.append((text + (f" ({', '.join(others)})." if others else "."), None))
-    verdicts = [beats_random(point, front) for point in front.points]
-    compared = [verdict for verdict in verdicts if verdict is not None]
-    if compared:
-        wins = sum(compared)
-        text = f"Points at which learned routing beats random routing: {wins} of {len(compared)}."
-        lines.append((text, wins * 2 > len(compared)))
-    free, whole = sum(not point.dominated_by for point in front.points), len(front.points)
-    lines.append((f"Points that no baseline dominates on the test split: {free} of {whole}.", free * 2 > whole))
-    return lines
 
 
 def _summary(front: Front) -> str:
@@ -191,7 +81,7 @@ def _random(front: Front) -> str:
     rows = []
     for point in front.points:
         control = front.random_of(point.id)
-        ours, verdict = amount(point, quality), beats_random(point, front)
+        ours, verdict = amount(point, quality), front.beats_random(point)
         theirs = None if control is None else amount(control, quality)
         if control is None or ours is None or theirs is None:
             continue
@@ -206,7 +96,7 @@ def _random(front: Front) -> str:
     key = legend(
         [
             Series("learned", "front", (Mark(0, 0),)),
-            Series("random routing, mean and spread of its draws", "random", (Mark(0, 0),), Shape.diamond),
+            Series("random routing, mean and spread of its draws", "random", (Mark(0, 0),), Marker.diamond),
         ]
     )
     picture = dumbbells("learned against random routing", shown, axis(quality))
@@ -229,8 +119,8 @@ def _budgets(front: Front) -> str:
     for name in dict.fromkeys(measures):
         drawn = []
         for label, style, items, shape in (
-            ("learned, same budget in every layer", "front", uniform, Shape.dot),
-            ("random routing", "random", random, Shape.diamond),
+            ("learned, same budget in every layer", "front", uniform, Marker.dot),
+            ("random routing", "random", random, Marker.diamond),
         ):
             marks = []
             for item in items:
@@ -308,7 +198,7 @@ def _points(front: Front) -> str:
             cells.append("<td>–</td>")
         else:
             spread = show(quality, control.std.get(quality, 0.0))
-            style = "good" if beats_random(point, front) else "bad"
+            style = "good" if front.beats_random(point) else "bad"
             cells.append(f'<td class="{style}">{show(quality, amount(control, quality))}<small>± {spread}</small></td>')
         cells.append(f'<td class="names">{escape(", ".join(point.dominated_by)) or "–"}</td>')
         command = f"python -m natsl.export {front.facts.get('select', f'run={front.run}')} pick={point.id}"
@@ -341,7 +231,7 @@ def _volume(front: Front) -> str:
     marks = tuple(Mark(i + 1, value, f"trial {i}: {value:.4f}") for i, value in enumerate(front.history))
     if len(marks) > 400:
         marks = tuple(marks[i * (len(marks) - 1) // 399] for i in range(400))
-    drawn = [Series("hypervolume", "front", marks, Shape.none, line=True, step=True)]
+    drawn = [Series("hypervolume", "front", marks, Marker.none, line=True, step=True)]
     x = Axis("trials", lambda v: f"{v:g}")
     picture = chart("hypervolume over trials", drawn, x, Axis("hypervolume", lambda v: f"{v:.4g}"))
     note = (

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from natsl.search.front import Front
 from natsl.search.objective import OBJECTIVES
-from natsl.search.report.chart import FRACTION_TICKS, Shape
-from natsl.search.report.html import axis, planes, series
+from natsl.search.report.chart import FRACTION_TICKS, Marker
+from natsl.search.report.plane import axis, planes, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ COLOURS = {
     "extreme": "#4b5563",
     "knee": "#14171a",
 }
-_MARKERS = {Shape.dot: "o", Shape.ring: "o", Shape.square: "s", Shape.diamond: "D", Shape.none: ""}
+_MARKERS = {Marker.dot: "o", Marker.ring: "o", Marker.square: "s", Marker.diamond: "D", Marker.none: ""}
 
 
 def front_png(front: Front) -> bytes:
@@ -58,7 +58,7 @@ def _draw(place: Axes, front: Front, across: str, up: str) -> None:
             continue
         xs, ys = [mark.x for mark in item.marks], [mark.y for mark in item.marks]
         colour = COLOURS[item.style]
-        hollow = item.shape is Shape.ring
+        hollow = item.marker is Marker.ring
         if item.line and len(xs) > 1:
             drawn = ("steps-post", "-") if item.step else ("default", "--")
             place.plot(xs, ys, color=colour, linewidth=1.4, zorder=order + 2, drawstyle=drawn[0], linestyle=drawn[1])
@@ -66,7 +66,7 @@ def _draw(place: Axes, front: Front, across: str, up: str) -> None:
             xs,
             ys,
             yerr=[mark.error for mark in item.marks] if any(mark.error for mark in item.marks) else None,
-            fmt=_MARKERS[item.shape],
+            fmt=_MARKERS[item.marker],
             color=colour,
             markerfacecolor="none" if hollow else colour,
             markeredgecolor=colour if hollow else "white",
@@ -88,7 +88,7 @@ def _draw(place: Axes, front: Front, across: str, up: str) -> None:
     place.yaxis.set_major_formatter(lambda value, _: y.show(value))
     place.grid(alpha=0.25, linewidth=0.7)
     place.spines[["top", "right"]].set_visible(False)
-    if up in ("recall_error", "needle_error"):
-        place.set_ylim(bottom=-0.02)
+    if y.include and not y.root:
+        place.set_ylim(bottom=-0.02)  # marks at zero are seen whole
     if OBJECTIVES[up].task is None and across == "kept_fraction":
         place.set_title("quality on plain text", fontsize=10)
