@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,33 +13,33 @@ import torch
 from natsl import __version__, checkpoint
 from natsl.cli import resolve_device
 from natsl.config import check_batch, to_plain
-from natsl.data import Split, load_text
-from natsl.evaluate import Evaluation, RandomRouting, evaluate
-from natsl.model import RoutedLM
+from natsl.data import load_text
 from natsl.progress import Progress
 from natsl.run import Run, UserError, read_json, redact_text, write_bytes, write_text
 from natsl.search.baseline import baselines
 from natsl.search.config import SearchRunConfig
-from natsl.search.front import Front, Point
-from natsl.search.objective import OBJECTIVES, CostContext, find_objectives
+from natsl.search.front import Front
+from natsl.search.journal import Journal
+from natsl.search.objective import CostContext, find_objectives
 from natsl.search.pareto import Scale, Volume
-from natsl.search.report.html import headline, render, show
+from natsl.search.report.html import render
 from natsl.search.report.png import front_png
-from natsl.search.score import Judge, Scorer, score, steps_to_score
+from natsl.search.report.terminal import print_front, print_nothing_to_do
+from natsl.search.score import Scorer, make_judge, score, steps_to_score
+from natsl.search.source import obtain_supernet
 from natsl.search.study import PolicyStudy, Problem, Record, first_policies, open_policy_study
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import TaskData
 from natsl.tracking import Tracker, start_tracker
-from natsl.train import TrainRecipe, fit
 
-_TABLE_ROWS = 14  # of the table at the end
+_LOG = logging.getLogger(__name__)
 
 
 def run_search(config: SearchRunConfig, command: str = "") -> Front | None:
     """Run or resume a search and return its front (None: everything was done before).
 
-    ``command``: how it was called, told in the report. Raises ``ValueError`` (``UserError``) for what the user has to
-    mend, before anything is trained wherever it can be known.
+    ``command``: how it was called, for the report. Raises ``ValueError`` (``UserError``) for what the user has to fix,
+    before anything is trained wherever it can be known.
     """
     device = resolve_device(config.device)
     source = None
@@ -112,10 +112,12 @@ def read_policy(path: Path) -> RoutingPolicy:
         raise UserError(f"search.policies: {path}: {error}") from None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Search:
+    """The stages of one search, in order; each finds what an interrupted call has left."""
+
     config: SearchRunConfig
-    run_folder: Run
+    folder: Run
     data: TaskData
     problem: Problem
     tracker: Tracker
@@ -124,51 +126,39 @@ class _Search:
     command: str
 
     def run(self, source: Run | None, finished: bool) -> Front | None:
-        run, settings = self.run_folder, self.config.search
-        model = self._supernet(source).to(self.device)
-        record = checkpoint.read_newest(run.supernet)
-        assert record is not None, "the supernet was stored or copied above"
+        folder, settings = self.folder, self.config.search
+        model = obtain_supernet(self.config, folder, source, self.data, self.device, self.tracker)
+        study = self._study()
+        if finished:
+            print_nothing_to_do(folder, trials_reported(folder))
+            if self.config.export:
+                export_knee(folder)  # it is missing if the search was cut off after its report
+            return None
+        folder.write_config(self.config)
+        judge = make_judge(model.to(self.device), self.data, settings.batch_size)
+        scorer = Scorer(judge, self.problem, settings, self.config.seed, study.records)
+        journal = Journal(folder, self.tracker)
+        scale = self._trials(study, scorer, journal)
+        front = self._score(study, scorer, scale)
+        self._write(front)
+        journal.front(front)
+        exported = export_knee(folder) if self.config.export else None
+        print_front(front, folder, self._select, exported)
+        return front
+
+    def _study(self) -> PolicyStudy:
+        record = checkpoint.read_newest(self.folder.supernet)
+        assert record is not None, "the supernet was stored or copied before"
         made_from = {
             "natsl": __version__,
             "model": to_plain(self.config.model),
             "data": self.data.fingerprint,
             "supernet": record[1]["sha256"],
         }
-        study = open_policy_study(run.study_db, run.name, settings, self.problem, self.config.seed, made_from)
-        if finished:
-            print(f"nothing to do: all {trials_reported(run)} trials of {run.name!r} are made; see {run.report}")
-            if self.config.export:
-                export_knee(run)  # it is missing if the search was cut off after its report
-            return None
-        run.write_config(self.config)
-        scorer = Scorer(
-            make_judge(model, self.data, settings.batch_size), self.problem, settings, self.config.seed, study.records
-        )
-        scale = self._trials(study, scorer)
-        front = self._score(study, scorer, scale)
-        self._write(front)
-        self._finish(front)
-        return front
+        path, name = self.folder.study_db, self.folder.name
+        return open_policy_study(path, name, self.config.search, self.problem, self.config.seed, made_from)
 
-    def _supernet(self, source: Run | None) -> RoutedLM:
-        """The supernet of this run: trained, resumed, or copied from another run."""
-        config, run = self.config, self.run_folder
-        if source is None:
-            recipe = TrainRecipe(config.train, config.supernet, config.seed)
-            return fit(run, config.model, self.data, recipe, self.device, self.tracker)
-        copied = bool(checkpoint.steps(run.supernet))
-        model, record = checkpoint.load_model((run if copied else source).supernet)
-        if not record.get("finished"):
-            raise UserError(f"the supernet of run {source.name!r} is not trained to its end: resume that run first")
-        if record.get("data") != self.data.fingerprint:
-            print(f"note: the supernet of {source.name!r} was trained on other data")
-        if source.calibration.exists():
-            write_bytes(run.calibration, source.calibration.read_bytes())
-        if not copied:
-            copy_checkpoint(source.supernet, run.supernet, record["step"])
-        return model
-
-    def _trials(self, study: PolicyStudy, scorer: Scorer) -> Scale:
+    def _trials(self, study: PolicyStudy, scorer: Scorer, journal: Journal) -> Scale:
         try:
             scale = scorer.scale()
         except FloatingPointError as error:
@@ -177,27 +167,18 @@ class _Search:
         for record in study.records:
             volume.add(record.result)
         if study.cut_off:
-            print(f"note: {study.cut_off} trials were cut off before; they are made again")
+            _LOG.info("%d trials were cut off before; they are made again", study.cut_off)
         with Progress("search", self.config.search.n_trials, len(study.records)) as progress:
 
             def on_record(record: Record) -> None:
                 volume.add(record.result)
-                self._log_trial(record, volume.now)
+                journal.trial(record, volume.now)
                 failed = sum(item.reason is not None for item in study.records)
                 text = f"hypervolume {volume.now:.4f}" + (f", {failed} failed" if failed else "")
                 progress.update(len(study.records), text)
 
             study.run(scorer.on_search, on_record)
         return scale
-
-    def _log_trial(self, record: Record, hypervolume: float) -> None:
-        numbers: dict[str, Any] = {"hypervolume": hypervolume, **(record.values or {})}
-        if record.evaluation is not None:
-            numbers |= {f"kept_layer_{i}": kept for i, kept in enumerate(record.evaluation.kept_by_layer)}
-        self.tracker.log({f"search/{key}": value for key, value in numbers.items()}, step=record.index)
-        row = {"event": "trial", "trial": record.id, "policy": record.policy.describe(), **numbers}
-        reason = {} if record.reason is None else {"failed": record.reason}
-        self.run_folder.log(row | reason | ({} if record.same_as is None else {"same_as": record.same_as}))
 
     def _score(self, study: PolicyStudy, scorer: Scorer, scale: Scale) -> Front:
         """Front and baselines on the test split, and what else the report tells."""
@@ -211,7 +192,7 @@ class _Search:
         failed = [record for record in study.records if record.reason is not None]
         problems = [f"{len(failed)} trials failed, the last one: {failed[-1].reason}"] if failed else []
         return Front(
-            run=self.run_folder.name,
+            run=self.folder.name,
             objectives=scorer.names,
             points=points,
             baselines=others,
@@ -222,7 +203,7 @@ class _Search:
             facts={
                 "counts": {"trials": len(study.records)} | ({"trials failed": len(failed)} if failed else {}),
                 "problems": problems + scorer.problems,
-                "select": self.select,
+                "select": self._select,
                 "commands": self._commands(),
                 "setting": self._setting(),
             },
@@ -242,99 +223,19 @@ class _Search:
         }
 
     def _commands(self) -> list[str]:
-        again = redact_text(self.command) or f"natsl-search {self.select.replace('run=', 'name=', 1)}"
-        return [again, *(f"python -m natsl.{verb} {self.select} pick=knee" for verb in ("export", "generate"))]
+        again = redact_text(self.command) or f"natsl-search {self._select.replace('run=', 'name=', 1)}"
+        return [again, *(f"python -m natsl.{verb} {self._select} pick=knee" for verb in ("export", "generate"))]
 
     @property
-    def select(self) -> str:
+    def _select(self) -> str:
         """How other commands name this run."""
         root = "" if self.config.root == "runs" else f" root={shlex.quote(self.config.root)}"
-        return f"run={self.run_folder.name}{root}"
+        return f"run={self.folder.name}{root}"
 
     def _write(self, front: Front) -> None:
-        run, tracker = self.run_folder, self.tracker
+        run = self.folder
         run.report.unlink(missing_ok=True)  # its presence says that all files belong together
         run.write_json(run.front_json, front.to_dict())
         write_text(run.front_csv, redact_text(front.to_csv()))
         write_bytes(run.front_png, front_png(front))
         write_text(run.report, redact_text(render(front)))
-        tracker.summary({"hypervolume": front.hypervolume, "points": len(front.points), "knee": front.knee})
-        measures = list(dict.fromkeys([*front.objectives, "kept_fraction", front.quality]))
-        rows = [
-            [
-                item.id if isinstance(item, Point) else item.name,
-                "front" if isinstance(item, Point) else item.kind.value,
-                item.policy.describe(),
-                *(item.values.get(name, item.measured.get(name)) for name in measures),
-            ]
-            for item in front.rows
-        ]
-        tracker.table("front", ["name", "kind", "policy", *measures], rows)
-        tracker.image("front_plot", run.front_png)
-        tracker.html("report", run.report)
-        tracker.file(f"{run.name}-front", run.front_json)
-
-    def _finish(self, front: Front) -> None:
-        """Export the knee and say what was found and what can be done next."""
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-
-        run, console = self.run_folder, Console()
-        exported = export_knee(run) if self.config.export else None
-        names = list(dict.fromkeys([*front.objectives, "kept_fraction", front.quality]))
-        table = Table(title=f"front of {escape(run.name)}, test split", title_justify="left")
-        labels = [OBJECTIVES[name].label for name in names]
-        for title in ("point", "policy", *labels, "random routing", "dominated by"):
-            table.add_column(title)
-        shown = front.points
-        if len(shown) > _TABLE_ROWS:
-            places = {i * (len(shown) - 1) // (_TABLE_ROWS - 2) for i in range(_TABLE_ROWS - 1)}
-            shown = tuple(point for i, point in enumerate(shown) if i in places or point.id == front.knee)
-        for point in shown:
-            control = front.random_of(point.id)
-            random = None if control is None else control.measured.get(front.quality)
-            values = [show(name, point.values.get(name, point.measured.get(name))) for name in names]
-            mark = " knee" if point.id == front.knee else ""
-            cells = [point.id + mark, point.policy.describe(), *values, show(front.quality, random)]
-            table.add_row(*map(escape, cells), escape(", ".join(point.dominated_by) or "–"))
-        if shown:
-            console.print(table)
-        if len(shown) < len(front.points):
-            console.print(
-                f"{len(shown)} of {len(front.points)} points; all of them are in {run.front_csv}", markup=False
-            )
-        lines = [text for text, _ in headline(front)]
-        lines += [f"report  {run.report}", f"picture {run.front_png}"]
-        lines += [f"export  {exported}"] if exported is not None else []
-        if front.points:
-            lines.append(f"next    python -m natsl.generate {self.select} pick=knee")
-        for line in lines:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def copy_checkpoint(source: Path, target: Path, step: int) -> None:
-    """Copy one checkpoint; the folder ``target``, which holds no checkpoint yet, appears whole or not at all."""
-    temporary = target.with_name(f".{target.name}.new")
-    for folder in (temporary, target):
-        if folder.exists():  # what an interrupted copy or training has left
-            shutil.rmtree(folder)
-    temporary.mkdir()
-    for ending in ("safetensors", "json"):
-        name = f"step-{step:06d}.{ending}"
-        shutil.copyfile(source / name, temporary / name)
-    temporary.rename(target)
-
-
-def make_judge(model: RoutedLM, data: TaskData, batch_size: int) -> Judge:
-    """A judge of a supernet's policies. Random routing sees the same test sequences in every draw."""
-    search, test = data.eval_sets(Split.search), data.eval_sets(Split.test)
-
-    def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
-        return evaluate(model, policy, test, random_routing=RandomRouting(seed, fractions), batch_size=batch_size)
-
-    return Judge(
-        lambda policy: evaluate(model, policy, search, batch_size=batch_size),
-        lambda policy: evaluate(model, policy, test, batch_size=batch_size),
-        random,
-    )

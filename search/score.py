@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from natsl.evaluate import Evaluation
+from natsl.data import Split
+from natsl.evaluate import Evaluation, RandomRouting, evaluate
+from natsl.model import RoutedLM
 from natsl.search.baseline import Named
 from natsl.search.config import SearchConfig
 from natsl.search.front import Baseline, Kind, Point, amount
@@ -16,6 +18,7 @@ from natsl.search.objective import OBJECTIVES, QUALITY, measure
 from natsl.search.pareto import Scale, dominates
 from natsl.search.study import Problem, Record, read_evaluation
 from natsl.space.policy import Op, RoutingPolicy
+from natsl.tasks import TaskData
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,20 @@ class Judge:
     search: Callable[[RoutingPolicy], Evaluation]
     test: Callable[[RoutingPolicy], Evaluation]
     random: Callable[[RoutingPolicy, tuple[float, ...], int], Evaluation]
+
+
+def make_judge(model: RoutedLM, data: TaskData, batch_size: int) -> Judge:
+    """A judge of a supernet's policies. Random routing sees the same test sequences in every draw."""
+    search, test = data.eval_sets(Split.search), data.eval_sets(Split.test)
+
+    def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
+        return evaluate(model, policy, test, random_routing=RandomRouting(seed, fractions), batch_size=batch_size)
+
+    return Judge(
+        lambda policy: evaluate(model, policy, search, batch_size=batch_size),
+        lambda policy: evaluate(model, policy, test, batch_size=batch_size),
+        random,
+    )
 
 
 class Scorer:

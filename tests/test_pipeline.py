@@ -20,10 +20,11 @@ from natsl.config import DataConfig, ModelConfig, MqarConfig, SupernetConfig, Tr
 from natsl.data import load_text
 from natsl.evaluate import Evaluation, evaluate
 from natsl.run import Run, UserError
-from natsl.search import pipeline
+from natsl.search import pipeline, score, source
 from natsl.search.config import SearchConfig, SearchRunConfig
 from natsl.search.front import Front
-from natsl.search.pipeline import make_judge, run_search
+from natsl.search.pipeline import run_search
+from natsl.search.score import make_judge
 from natsl.search.study import SearchFailedError
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.tasks import TaskData
@@ -137,7 +138,7 @@ def interrupting(at: int) -> Callable[..., Evaluation]:
 def test_an_interrupted_search_ends_as_a_straight_one(
     at: int, done: tuple[Run, Front], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "evaluate", interrupting(at))
+    monkeypatch.setattr(score, "evaluate", interrupting(at))
     with pytest.raises(KeyboardInterrupt):
         run_search(tiny(tmp_path, text))
     monkeypatch.undo()
@@ -315,7 +316,7 @@ def test_mistakes_are_told_before_training(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pipeline, "fit", refuse_training)
+    monkeypatch.setattr(source, "fit", refuse_training)
     config = tiny(tmp_path, text)
     change(config)
     with pytest.raises(ValueError, match=error) as caught:
@@ -336,7 +337,7 @@ def test_mistakes_are_told_before_training(
 def test_a_policy_of_the_users_that_cannot_be_tried_is_rejected(
     policy: dict[str, Any], error: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "fit", refuse_training)
+    monkeypatch.setattr(source, "fit", refuse_training)
     path = tmp_path / "policy.json"
     path.write_text(json.dumps(policy))
     with pytest.raises(ValueError, match=error):
@@ -376,7 +377,7 @@ def test_a_model_that_gives_nan_ends_the_search(
         fails = bad == "all" or any(layer.op is Op.routed for layer in policy.layers)
         return replace(found, recall_error=math.nan) if fails else found
 
-    monkeypatch.setattr(pipeline, "evaluate", broken)
+    monkeypatch.setattr(score, "evaluate", broken)
     with pytest.raises(UserError, match=error) as caught:
         run_search(tiny(tmp_path, text))
     assert isinstance(caught.value, SearchFailedError) == (bad == "routed")

@@ -1,0 +1,46 @@
+"""What a search leaves in the log of its run and shows in the tracker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from natsl.run import Run
+from natsl.search.front import Front, Point, amount
+from natsl.search.study import Record
+from natsl.tracking import Tracker
+
+
+class Journal:
+    """Records the trials of a search and its outcome."""
+
+    def __init__(self, run: Run, tracker: Tracker) -> None:
+        self._run = run
+        self._tracker = tracker
+
+    def trial(self, record: Record, hypervolume: float) -> None:
+        """One finished trial, and the hypervolume after it."""
+        numbers: dict[str, Any] = {"hypervolume": hypervolume, **(record.values or {})}
+        if record.evaluation is not None:
+            numbers |= {f"kept_layer_{i}": kept for i, kept in enumerate(record.evaluation.kept_by_layer)}
+        self._tracker.log({f"search/{key}": value for key, value in numbers.items()}, step=record.index)
+        row = {"event": "trial", "trial": record.id, "policy": record.policy.describe(), **numbers}
+        reason = {} if record.reason is None else {"failed": record.reason}
+        self._run.log(row | reason | ({} if record.same_as is None else {"same_as": record.same_as}))
+
+    def front(self, front: Front) -> None:
+        """The front, whose files are written."""
+        run, tracker = self._run, self._tracker
+        tracker.summary({"hypervolume": front.hypervolume, "points": len(front.points), "knee": front.knee})
+        rows = [
+            [
+                item.name,
+                "front" if isinstance(item, Point) else item.kind.value,
+                item.policy.describe(),
+                *(amount(item, name) for name in front.measures),
+            ]
+            for item in front.rows
+        ]
+        tracker.table("front", ["name", "kind", "policy", *front.measures], rows)
+        tracker.image("front_plot", run.front_png)
+        tracker.html("report", run.report)
+        tracker.file(f"{run.name}-front", run.front_json)

@@ -1,0 +1,66 @@
+"""What the terminal shows at the end of a search: a table of the front, the headline, and what can be done next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from natsl.run import Run
+from natsl.search.front import Front, Point, amount
+from natsl.search.objective import OBJECTIVES
+from natsl.search.report.headline import headline
+from natsl.search.report.plane import show
+
+_ROWS = 14  # of the table
+
+
+def print_front(front: Front, run: Run, select: str, exported: Path | None) -> None:
+    """Print a front whose files are written.
+
+    ``select``: how other commands name the run. ``exported``: the folder of the exported knee, if there is one.
+    """
+    console = Console()
+    points = _shown(front)
+    if points:
+        console.print(_table(front, points))
+    if len(points) < len(front.points):
+        console.print(f"{len(points)} of {len(front.points)} points; all of them are in {run.front_csv}", markup=False)
+    lines = [text for text, _ in headline(front)]
+    lines += [f"report  {run.report}", f"picture {run.front_png}"]
+    lines += [f"export  {exported}"] if exported is not None else []
+    if front.points:
+        lines.append(f"next    python -m natsl.generate {select} pick=knee")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_nothing_to_do(run: Run, trials: int) -> None:
+    """Print that all trials of a run were made before."""
+    print(f"nothing to do: all {trials} trials of {run.name!r} are made; see {run.report}")
+
+
+def _shown(front: Front) -> list[Point]:
+    """The points that the table has room for: evenly spread ones and the knee."""
+    points = front.points
+    if len(points) <= _ROWS:
+        return list(points)
+    places = {i * (len(points) - 1) // (_ROWS - 2) for i in range(_ROWS - 1)}
+    return [point for i, point in enumerate(points) if i in places or point.id == front.knee]
+
+
+def _table(front: Front, points: list[Point]) -> Table:
+    table = Table(title=f"front of {escape(front.run)}, test split", title_justify="left")
+    labels = [OBJECTIVES[name].label for name in front.measures]
+    for title in ("point", "policy", *labels, "random routing", "dominated by"):
+        table.add_column(title)
+    for point in points:
+        control = front.random_of(point.id)
+        random = None if control is None else amount(control, front.quality)
+        values = [show(name, amount(point, name)) for name in front.measures]
+        mark = " knee" if point.id == front.knee else ""
+        cells = [point.id + mark, point.policy.describe(), *values, show(front.quality, random)]
+        table.add_row(*map(escape, cells), escape(", ".join(point.dominated_by) or "–"))
+    return table
