@@ -1,0 +1,190 @@
+"""What every sampler promises; one that is listed in the registry is tested here without another line."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from natsl.evaluate import Evaluation
+from natsl.search import samplers
+from natsl.search.config import SearchConfig
+from natsl.search.samplers import Sampler, make_sampler
+from natsl.search.samplers.near_knee import NearKneeSampler
+from natsl.search.study import PolicyStudy, Record, open_policy_study
+from natsl.space.policy import RoutingPolicy
+from natsl.space.space import Control, SearchSpace
+from tests.search_helpers import CHUNK, ROUTED, problem, synthetic
+
+ANCHORS = len(SearchSpace().anchors(ROUTED, CHUNK))
+TRIALS = ANCHORS + 9
+
+# SHA-256 of the digests of the first 80 policies of seed 1, with spaces between. They were made by the code from before
+# samplers had modules of their own, when moves near the knee were enqueued: the sequence is the same.
+PINNED = {
+    Sampler.tpe: "bf64cd1a63975ef2",
+    Sampler.nsga2: "bed55c51572f09f7",
+    Sampler.nsga3: "bc74e24e047fbc1f",
+    Sampler.random: "92f4b39ce51d3867",
+}
+
+
+def opened(folder: Path, config: SearchConfig, seed: int = 0) -> PolicyStudy:
+    folder.mkdir(exist_ok=True)
+    return open_policy_study(folder / "study.db", "s", config, problem(config), seed, {})
+
+
+def outcome(records: Sequence[Record]) -> list[tuple[object, ...]]:
+    return [(r.index, r.policy.digest(), r.values, r.reason, r.same_as, r.feasible) for r in records]
+
+
+def unlucky(policy: RoutingPolicy) -> Evaluation:
+    """The synthetic evaluation; one policy in five has none."""
+    if int(policy.digest(), 16) % 5 == 0:
+        raise RuntimeError("unlucky")
+    return synthetic(policy)
+
+
+@pytest.mark.skipif(optuna.__version__ != "5.0.0", reason="another version of Optuna may draw otherwise")
+@pytest.mark.parametrize("sampler", PINNED)
+def test_the_sequence_of_policies_is_the_pinned_one(sampler: Sampler, tmp_path: Path) -> None:
+    study = opened(tmp_path, SearchConfig(n_trials=80, sampler=sampler), seed=1)
+    study.run(synthetic)
+    text = " ".join(record.policy.digest() for record in study.records)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == PINNED[sampler]
+
+
+def test_every_module_is_registered() -> None:
+    names = {path.stem for path in Path(samplers.__file__).parent.glob("*.py")}
+    assert names - {"__init__", "near_knee"} == {sampler.value for sampler in Sampler}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "one objective": {"objectives": ["recall_error"]},
+    "two objectives": {},
+    "three objectives under a constraint": {
+        "objectives": ["val_loss", "decode_bytes", "recall_error"],
+        "constraints": {"recall_error": 0.6},
+    },
+    "constraint that nothing keeps": {"constraints": {"recall_error": -1.0}},
+    "thresholds and mix": {
+        "space": SearchSpace(control=Control.threshold, mix_temperature_min=0.25, mix_temperature_max=4.0)
+    },
+    "narrow budgets under a cap": {"space": SearchSpace(budget_min=0.1, budget_max=0.3, cap=0.5, burst=1)},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("sampler", Sampler)
+def test_proposals_are_policies_of_the_space(sampler: Sampler, case: str, tmp_path: Path) -> None:
+    config = SearchConfig(n_trials=TRIALS, sampler=sampler, max_failure_rate=1.0, **CASES[case])
+    study = opened(tmp_path, config)
+    study.run(unlucky)
+    assert len(study.records) == TRIALS
+    for record in study.records:
+        record.policy.check(ROUTED, CHUNK)
+        again = config.space.from_params(config.space.params(record.policy, ROUTED), ROUTED, CHUNK)
+        assert again == record.policy
+    fresh = {record.policy.digest() for record in study.records[ANCHORS:]}
+    assert len(fresh) > 1
+
+
+@pytest.mark.parametrize("case", ["one objective", "three objectives under a constraint"])
+@pytest.mark.parametrize("sampler", Sampler)
+def test_a_search_that_stops_after_every_trial_equals_a_straight_one(
+    sampler: Sampler, case: str, tmp_path: Path
+) -> None:
+    """Proposals depend on (seed, index) and the results so far, so nothing of a sampler may live between trials."""
+    config = SearchConfig(n_trials=TRIALS, sampler=sampler, max_failure_rate=1.0, **CASES[case])
+    straight = opened(tmp_path / "straight", config)
+    straight.run(unlucky)
+    assert any(record.reason is not None for record in straight.records)
+    for n_trials in (1, *range(ANCHORS, TRIALS + 1)):
+        study = opened(tmp_path / "stopped", replace(config, n_trials=n_trials))
+        study.run(unlucky)
+    assert outcome(study.records) == outcome(straight.records)
+
+
+@pytest.mark.parametrize("sampler", Sampler)
+def test_another_seed_draws_otherwise(sampler: Sampler, tmp_path: Path) -> None:
+    config = SearchConfig(n_trials=TRIALS, sampler=sampler, local_share=0.0)
+    both = []
+    for seed in (0, 1):
+        study = opened(tmp_path / str(seed), config, seed)
+        study.run(synthetic)
+        both.append([record.policy.digest() for record in study.records[ANCHORS:]])
+    assert both[0] != both[1]
+
+
+def test_the_share_of_moves_is_spread_evenly() -> None:
+    kinds = [type(make_sampler(Sampler.random, 0.35, 0, index)) for index in range(100)]
+    places = [i for i, kind in enumerate(kinds) if kind is NearKneeSampler]
+    assert len(places) == 35
+    assert {b - a for a, b in pairwise(places)} == {2, 3}
+    assert all(type(make_sampler(Sampler.random, 0.0, 0, index)) is RandomSampler for index in range(10))
+    assert all(type(make_sampler(Sampler.random, 1.0, 0, index)) is NearKneeSampler for index in range(10))
+
+
+class Fixed(BaseSampler):
+    """Draws 0.5 for every number it is asked for, and counts how often it is asked for all that go together."""
+
+    def __init__(self) -> None:
+        self.relative = 0
+        self.independent: list[str] = []
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: object) -> dict[str, Any]:
+        self.relative += 1
+        return {"z": 0.75, "far": 7.0}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        self.independent.append(param_name)
+        return 0.5
+
+
+def test_moves_leave_open_parameters_to_the_wrapped_sampler() -> None:
+    base, study = Fixed(), optuna.create_study(directions=["minimize", "minimize"])
+    study.sampler = NearKneeSampler(base, 0)
+    trial = study.ask()
+    assert trial.suggest_float("x", 0, 1) == 0.5  # there is no front yet
+    study.tell(trial, (0.0, 0.0))
+    assert (base.relative, base.independent) == (1, ["x"])
+    study.sampler = NearKneeSampler(base, 1)
+    trial = study.ask()
+    moved = trial.suggest_float("x", 0, 1)
+    assert 0 < abs(moved - 0.5) < 0.5
+    assert (base.relative, base.independent) == (1, ["x"]), "a whole move asks for nothing"
+    assert trial.suggest_float("y", 0, 1) == 0.5
+    assert trial.suggest_float("z", 0, 1) == 0.75
+    assert trial.suggest_float("far", 0, 1) == 0.5, "what is out of range is drawn again"
+    assert (base.relative, base.independent) == (2, ["x", "y", "far"])
+
+
+@pytest.mark.parametrize("sampler", Sampler)
+def test_a_move_that_was_enqueued_by_an_older_version_is_made(sampler: Sampler, tmp_path: Path) -> None:
+    """Older versions enqueued the parameters of a move before they asked; a search cut off between is the same."""
+    config = SearchConfig(n_trials=TRIALS, sampler=sampler, local_share=1.0)
+    straight = opened(tmp_path / "straight", config)
+    straight.run(synthetic)
+    at = TRIALS - 3
+    opened(tmp_path / "old", replace(config, n_trials=at)).run(synthetic)
+    trials = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/straight/study.db").trials
+    old = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/old/study.db")
+    old.enqueue_trial(trials[at].params)
+    assert old.trials[at].state is TrialState.WAITING
+    study = opened(tmp_path / "old", config)
+    study.run(synthetic)
+    assert outcome(study.records) == outcome(straight.records)
