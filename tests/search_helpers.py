@@ -6,15 +6,20 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from natsl.config import ModelConfig
 from natsl.evaluate import Evaluation
 from natsl.run import Run
+from natsl.search.baseline import baselines
 from natsl.search.config import SearchConfig
+from natsl.search.front import Front
 from natsl.search.objective import CostContext, find_objectives
-from natsl.search.score import Judge
-from natsl.search.study import Problem, first_policies
+from natsl.search.pareto import Volume
+from natsl.search.score import Judge, Scorer, score
+from natsl.search.study import PolicyStudy, Problem, first_policies, open_policy_study
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy
 
@@ -69,3 +74,30 @@ def problem(config: SearchConfig, kinds: Sequence[Op] = ROUTED) -> Problem:
 def read_log(run: Run) -> list[dict[str, Any]]:
     """Records of a run's log in order."""
     return [json.loads(line) for line in run.log_file.read_text().splitlines()]
+
+
+def searched(folder: Path, config: SearchConfig, kinds: Sequence[Op] = ROUTED) -> PolicyStudy:
+    """The study of a synthetic search that has made its trials."""
+    study = open_policy_study(folder / "study.db", "first", config, problem(config, kinds), 0, {"model": "m"})
+    study.run(synthetic)
+    return study
+
+
+def built(study: PolicyStudy, name: str = "first") -> Front:
+    """The front of a study, with its baselines."""
+    asked, config = study.problem, replace(study.config, random_draws=3)
+    scorer = Scorer(synthetic_judge(), asked, config, 0, study.records)
+    fixed = baselines(asked.kinds, asked.chunk_size, config.uniform_budgets, config.space)
+    points, others = score(scorer, study.front(), fixed, lambda _: None)
+    scale = scorer.scale()
+    knee = scale.knee([point.search_values for point in points])
+    volume = Volume(scale)
+    history = tuple(volume.add(record.result) for record in study.records)
+    facts = {"counts": {"trials": len(study.records)}, "commands": ["python -m search name=first"]}
+    chosen = None if knee is None else points[knee].id
+    return Front(name, scorer.names, points, others, chosen, volume.now, history, study.fingerprint, facts)
+
+
+def is_png(data: bytes) -> bool:
+    """Whether these are the bytes of a picture with something in it."""
+    return data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 10_000

@@ -1,23 +1,67 @@
-"""The registry of objectives: values, what is refused, and that none of them needs torch."""
+"""What every objective promises, what is refused, and that none of them needs torch.
+
+An objective that is listed in ``OBJECTIVES`` is tested here without another line.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
+from natsl.evaluate import Evaluation
+from natsl.search.baseline import baselines
 from natsl.search.config import SearchConfig
-from natsl.search.objective import OBJECTIVES, CostContext, find_objectives, measure
+from natsl.search.front import Front, amount
+from natsl.search.objective import OBJECTIVES, QUALITY, CostContext, Objective, Role, find_objectives, measure
+from natsl.search.report.chart import Mark, Series, chart
+from natsl.search.report.html import render
+from natsl.search.report.plane import axis, planes, show
+from natsl.search.report.png import front_png
+from natsl.search.score import Judge, Scorer, score
+from natsl.search.study import Problem, Record
 from natsl.space import cost
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
-from tests.search_helpers import CHUNK, ROUTED, shapes, synthetic
+from natsl.space.space import SearchSpace
+from tests.search_helpers import CHUNK, ROUTED, is_png, shapes, synthetic, synthetic_judge
 
 AT = CostContext(shapes(ROUTED), 4096)
 MIXED = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(Op.softmax), LayerPolicy(budget=0.25)), CHUNK)
+LESS = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(budget=0.1), LayerPolicy(Op.delta)), CHUNK)
 TASKS = {"mqar", "needle"}
+
+
+def complete(evaluation: Evaluation) -> Evaluation:
+    """The evaluation with an error for every task."""
+    return replace(evaluation, needle_error=evaluation.recall_error)
+
+
+def front_of(names: list[str]) -> Front:
+    """A front over these objectives: three policies, every baseline, random routing."""
+    config = SearchConfig(objectives=names, random_draws=2, uniform_budgets=[0.25])
+    asked = Problem(ROUTED, CHUNK, AT, find_objectives(names, TASKS, {}), ())
+    records = []
+    for i, budget in enumerate((0.05, 0.2, 0.4)):
+        policy = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(budget=budget), LayerPolicy(Op.delta)), CHUNK)
+        evaluation = complete(synthetic(policy))
+        records.append(Record(i, i, policy, measure(names, evaluation, policy, AT), evaluation, True))
+    plain = synthetic_judge()
+    judge = Judge(
+        lambda policy: complete(plain.search(policy)),
+        lambda policy: complete(plain.test(policy)),
+        lambda policy, fractions, seed: complete(plain.random(policy, fractions, seed)),
+    )
+    scorer = Scorer(judge, asked, config, 0, records)
+    points, others = score(scorer, records, baselines(ROUTED, CHUNK, [0.25], SearchSpace()), lambda _: None)
+    assert scorer.problems == []
+    return Front("first", scorer.names, points, others, points[0].id, 0.5, (0.25, 0.5), {})
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -31,6 +75,85 @@ def test_every_objective_is_a_finite_number_to_minimise(name: str) -> None:
     assert item.direction == "minimize"
     assert item.label
     assert item.unit
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_is_missing_exactly_where_its_task_is(name: str) -> None:
+    without = replace(synthetic(MIXED), recall_error=None, needle_error=None)
+    value = OBJECTIVES[name].value(without, MIXED, AT)
+    assert (value is None) == (OBJECTIVES[name].task is not None)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.0314, 0.5, 1.0, 96.0, 123456.0, 5.5e16], ids=str)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_is_shown_can_be_read_back(name: str, value: float) -> None:
+    text = OBJECTIVES[name].show(value)
+    number = re.fullmatch(r"([-\d.e+]+)(?:\N{NO-BREAK SPACE}([kMGTP]?)(%|B|FLOP))?", text)
+    assert number is not None
+    factor = {None: 1.0, "": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}[number[2]]
+    factor = 0.01 if number[3] == "%" else factor
+    assert float(number[1]) * factor == pytest.approx(value, rel=5e-3, abs=6e-4)
+    assert OBJECTIVES[name].show(None) == "–"
+    assert show(name, value) == text
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_an_axis(name: str) -> None:
+    item = OBJECTIVES[name]
+    values = [measure([name], complete(synthetic(policy)), policy, AT)[name] for policy in (MIXED, LESS)]
+    marks = tuple(Mark(value, value) for value in values)
+    drawn = chart(name, [Series(name, "front", marks)], axis(name), axis(name))
+    assert drawn.count("<circle") == len(marks)
+    assert item.label in axis(name).label
+    ticks = re.findall(r'text-anchor="end">([^<]*)</text>', drawn)
+    assert len(ticks) == len(set(ticks)) > 1
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_is_in_the_files_and_the_report(name: str) -> None:
+    front = front_of([name])
+    item = OBJECTIVES[name]
+    plain = json.loads(json.dumps(front.to_dict(), allow_nan=False))
+    assert plain["objectives"] == [{"name": name, "direction": item.direction}]
+    rows = list(csv.DictReader(io.StringIO(front.to_csv())))
+    assert [float(row[name]) for row in rows] == [amount(each, name) for each in front.rows]
+    assert all(row[f"search_{name}"] for row in rows if row["kind"] != "random")
+    assert item.label in render(front)
+    assert show(name, front.points[0].values[name]) in render(front)
+    assert is_png(front_png(front))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_is_compared_as_its_role_says(name: str) -> None:
+    front = front_of([name])
+    quality = OBJECTIVES[name].role is Role.quality
+    assert (front.quality == name, front.cost == name) == (quality, not quality)
+    assert [name in pair for pair in planes(front)] == [True]
+    gains = [point.gain_over_random for point in front.points]
+    assert all(gain is not None and (name in gain) == quality for gain in gains)
+    spreads = [item.std for item in front.baselines if item.of is not None]
+    assert all((name in std) == quality for std in spreads)
+
+
+def test_measures_of_quality_are_preferred_by_task() -> None:
+    assert QUALITY == ("recall_error", "needle_error", "val_loss", "bits_per_byte")
+
+
+def test_an_entry_is_all_that_a_new_objective_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = Objective(
+        name="layers_kept",
+        label="layers that keep anything",
+        unit="layers",
+        role=Role.cost,
+        value=lambda evaluation, policy, at: float(sum(kept > 0 for kept in evaluation.kept_by_layer)),
+    )
+    monkeypatch.setitem(OBJECTIVES, entry.name, entry)
+    front = front_of(["recall_error", "layers_kept"])
+    assert (front.quality, front.cost) == ("recall_error", "layers_kept")
+    assert planes(front) == [("layers_kept", "recall_error")]
+    assert "layers that keep anything (layers)" in render(front)
+    assert "layers_kept" in front.to_csv().splitlines()[0]
+    assert is_png(front_png(front))
 
 
 @pytest.mark.parametrize("name", ["kept_fraction", "kv_bytes_per_token", "decode_bytes", "prefill_flops"])

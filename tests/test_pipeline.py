@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -136,13 +137,21 @@ def interrupting(at: int) -> Callable[..., Evaluation]:
 
 @pytest.mark.parametrize("at", [1, 5, 14], ids=["before the first trial", "in a trial", "while testing"])
 def test_an_interrupted_search_ends_as_a_straight_one(
-    at: int, done: tuple[Run, Front], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: int,
+    done: tuple[Run, Front],
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(score, "evaluate", interrupting(at))
     with pytest.raises(KeyboardInterrupt):
         run_search(tiny(tmp_path, text))
     monkeypatch.undo()
-    assert run_search(tiny(tmp_path, text)) is not None
+    with caplog.at_level(logging.INFO, "natsl.search"):
+        assert run_search(tiny(tmp_path, text)) is not None
+    cut_off = [record.getMessage() for record in caplog.records if record.name == "natsl.search.pipeline"]
+    assert cut_off == (["1 trials were cut off before; they are made again"] if at == 5 else [])
     assert results(Run.open("first", tmp_path, create=False)) == results(done[0])
 
 
@@ -242,6 +251,16 @@ def test_the_supernet_of_another_run_is_searched(done: tuple[Run, Front], text: 
     assert [point.values for point in front.points] == [point.values for point in first.points]
     with pytest.raises(UserError, match=r"there is no run 'thrid' .* known: first, second"):
         run_search(replace(config, name="third", supernet_from="thrid"))
+
+
+def test_a_supernet_of_other_data_is_noted(
+    done: tuple[Run, Front], text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(tiny(done[0].path.parent, text, n_trials=1), name="elsewhere", supernet_from="first")
+    config.data = replace(config.data, seq_len=80)
+    with caplog.at_level(logging.INFO, "natsl.search"):
+        assert run_search(config) is not None
+    assert "the supernet of 'first' was trained on other data" in caplog.messages
 
 
 def test_an_unfinished_supernet_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,28 +1,23 @@
-"""The report and the picture: complete for every kind of front, one file without a network, everything escaped."""
+"""The report: complete for every kind of front, one file without a network, everything escaped."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from natsl.search.baseline import baselines
 from natsl.search.config import SearchConfig
 from natsl.search.front import Front
-from natsl.search.pareto import Volume
 from natsl.search.report.chart import Axis, Mark, Marker, Series, chart, dumbbells
 from natsl.search.report.headline import headline
 from natsl.search.report.html import render
 from natsl.search.report.plane import planes, show
 from natsl.search.report.png import front_png
-from natsl.search.score import Scorer, score
-from natsl.search.study import PolicyStudy, open_policy_study
 from natsl.space.policy import Op
-from tests.search_helpers import ROUTED, problem, synthetic, synthetic_judge
+from tests.search_helpers import built, is_png, searched
 
 HOSTILE = "<script>alert('&')</script>$x_1$"
 
@@ -61,34 +56,10 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def searched(folder: Path, config: SearchConfig, kinds: Sequence[Op] = ROUTED) -> PolicyStudy:
-    study = open_policy_study(folder / "study.db", "first", config, problem(config, kinds), 0, {"model": "m"})
-    study.run(synthetic)
-    return study
-
-
-def built(study: PolicyStudy, name: str = "first") -> Front:
-    asked, config = study.problem, replace(study.config, random_draws=3)
-    scorer = Scorer(synthetic_judge(), asked, config, 0, study.records)
-    fixed = baselines(asked.kinds, asked.chunk_size, config.uniform_budgets, config.space)
-    points, others = score(scorer, study.front(), fixed, lambda _: None)
-    scale = scorer.scale()
-    knee = scale.knee([point.search_values for point in points])
-    volume = Volume(scale)
-    history = tuple(volume.add(record.result) for record in study.records)
-    facts = {"counts": {"trials": len(study.records)}, "commands": ["python -m search name=first"]}
-    chosen = None if knee is None else points[knee].id
-    return Front(name, scorer.names, points, others, chosen, volume.now, history, study.fingerprint, facts)
-
-
 @pytest.fixture(scope="module")
 def front(tmp_path_factory: pytest.TempPathFactory) -> Front:
     """A front of two objectives."""
     return built(searched(tmp_path_factory.mktemp("front"), SearchConfig(n_trials=20)))
-
-
-def is_png(data: bytes) -> bool:
-    return data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 10_000
 
 
 def test_a_report_is_one_file_without_network_or_scripts(front: Front) -> None:
@@ -143,11 +114,6 @@ def test_what_comes_from_outside_is_escaped(front: Front) -> None:
     html = render(hostile)
     assert "<script" not in html
     assert HOSTILE in "".join(Page(html).text)
-
-
-def test_the_picture_is_a_png(front: Front) -> None:
-    assert is_png(front_png(front))
-    assert is_png(front_png(replace(front, run="costs 3$ or 4$ {\\alpha}")))
 
 
 @pytest.mark.parametrize(

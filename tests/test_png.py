@@ -1,0 +1,23 @@
+"""The picture of a front. Fronts of every kind are drawn in the tests of the report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from natsl.search.config import SearchConfig
+from natsl.search.front import Front
+from natsl.search.report.png import front_png
+from tests.search_helpers import built, is_png, searched
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Front:
+    """A front of two objectives."""
+    return built(searched(tmp_path_factory.mktemp("front"), SearchConfig(n_trials=20)))
+
+
+def test_the_picture_is_a_png(front: Front) -> None:
+    assert is_png(front_png(front))
+    assert is_png(front_png(replace(front, run="costs 3$ or 4$ {\\alpha}")))
