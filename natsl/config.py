@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from functools import partial  # moved
 
 from natsl.files import to_plain as to_plain  # moved
 from natsl.space.check import check, check_at_least, check_choice, check_counts
@@ -51,11 +51,7 @@ class Precision(Enum):
     bfloat16 = "bfloat16"
 
 
-def check_precision(name: str, value: Any) -> Precision:  # moved: check_choice(name, value, Precision)
-    """A precision from itself or its name; ``ValueError`` for anything else."""
-    return check_choice(name, value, Precision)
-
-
+check_precision = partial(check_choice, choices=Precision)  # moved
 CHUNK_SIZES = (8, 16, 32, 64, 128)
 
 

@@ -16,7 +16,7 @@ from natsl.tasks.mqar import MqarConfig, MqarTask
 from natsl.tasks.needle import NeedleConfig, NeedleTask
 from natsl.tasks.task import Task
 
-if TYPE_CHECKING:  # moved, with __getattr__ at the end of this file
+if TYPE_CHECKING:  # moved
     from natsl.data import TaskData as TaskData  # moved
     from natsl.tasks.sequences import BYTES as BYTES  # moved
     from natsl.tasks.sequences import IGNORED as IGNORED  # moved
@@ -69,9 +69,9 @@ class DataConfig:
         return TASKS[task](getattr(self, task, None), self.seq_len, self.keys)
 
 
-def __getattr__(name: str) -> Any:  # moved: delete this function and TYPE_CHECKING above
-    from importlib import import_module
+def __getattr__(name: str) -> Any:  # moved
+    from importlib import import_module  # moved
 
-    if name in ("BYTES", "IGNORED", "KEYS", "VALUES", "Batch", "TaskData"):
-        return getattr(import_module("natsl.data" if name == "TaskData" else "natsl.tasks.sequences"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in ("BYTES", "IGNORED", "KEYS", "VALUES", "Batch", "TaskData"):  # moved
+        return getattr(import_module("natsl.data" if name == "TaskData" else "natsl.tasks.sequences"), name)  # moved
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")  # moved
