@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from natsl.cli import resolve_device, run_main, user_line
+from natsl.cli.main import resolve_device, run_main, user_line
 from natsl.config import ExportConfig, Sandwich, TrainRunConfig
 from natsl.model import RoutedLM, count_parameters
 from natsl.run import UserError

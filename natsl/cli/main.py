@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
     from omegaconf import DictConfig
 
-    from natsl.options import Loader
+    from natsl.cli.options import Loader
 
 C = TypeVar("C")
 # Failures of the machine that one line explains better than a traceback.
@@ -133,7 +133,7 @@ def _main(config_name: str, config_class: type[C], function: Callable[[C], int |
     config_name = args.config_name or config_name
     loader = _loader(config_class, args.config_dir)
     if args.help:
-        from natsl.options import help_text
+        from natsl.cli.options import help_text
 
         print(help_text(loader, _compose(loader, config_name, args.overrides), command_name()), end="")
         return 0
@@ -160,7 +160,7 @@ def _loader(config_class: type, config_dir: str | None) -> Loader:
     from hydra._internal.utils import create_config_search_path
     from hydra.core.config_search_path import SearchPathQuery
 
-    from natsl.options import Loader
+    from natsl.cli.options import Loader
 
     hydra.version.setbase("1.3")
     search_path = create_config_search_path("pkg://natsl.conf")  # Hydra imports it, which registers the classes
@@ -243,7 +243,7 @@ def _show_one(hydra: Hydra, config_name: str, args: argparse.Namespace, parser: 
 
 
 def _note_ignored(overrides: list[str]) -> None:
-    from natsl.options import IGNORED_HYDRA
+    from natsl.cli.options import IGNORED_HYDRA
 
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
