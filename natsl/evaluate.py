@@ -14,7 +14,7 @@ from torch import Tensor
 from natsl.cli import resolve_device, run_main
 from natsl.config import DataConfig, EvaluateRunConfig
 from natsl.data import Split, load_text
-from natsl.export import load_choice, stored_data
+from natsl.load import load_choice, stored_data
 from natsl.model import RoutedLM
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import IGNORED, Batch, TaskData

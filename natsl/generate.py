@@ -129,7 +129,7 @@ def main() -> None:
 
 def _generate(config: GenerateConfig) -> None:
     device = resolve_device(config.device)
-    from natsl.export import load_choice
+    from natsl.load import load_choice
 
     model, policy = load_choice(config.run, config.root, config.pick, config.export)
     prompt = encode(config.prompt, model.config.vocab_size)

@@ -14,7 +14,8 @@ from natsl.checkpoint import file_sha256
 from natsl.config import Precision
 from natsl.data import Split
 from natsl.evaluate import RandomRouting, evaluate
-from natsl.export import _write, load_exported
+from natsl.export import _write
+from natsl.load import load_exported
 from natsl.model import RoutedLM
 from natsl.run import UserError, write_json
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy

@@ -19,7 +19,8 @@ import torch
 from natsl import checkpoint
 from natsl.checkpoint import file_sha256
 from natsl.config import DataConfig, ModelConfig, TrainRunConfig
-from natsl.export import FILES, export_point, load_choice, load_exported, read_point, stored_data, verify
+from natsl.export import export_point, verify
+from natsl.load import EXPORT_FILES, load_choice, load_exported, read_point, stored_data
 from natsl.model import RoutedLM
 from natsl.run import Run, UserError, read_json, write_json
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
@@ -91,7 +92,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_export_and_reload(run: Run) -> None:
     folder = export_point(run, "knee")
     assert folder == run.path / "export" / "t0002"
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "manifest.json"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*EXPORT_FILES, "manifest.json"])
     assert [path.name for path in folder.parent.iterdir()] == ["t0002"]
     model, policy = load_exported(folder)
     assert policy == BUDGET
@@ -107,7 +108,7 @@ def test_export_and_reload(run: Run) -> None:
 
 def test_a_fresh_process_elsewhere_gives_the_same_logits(run: Run, tmp_path: Path) -> None:
     folder = export_point(run, "t0002").rename(tmp_path / "moved")
-    code = "import sys, torch; from natsl.export import load_exported; m, p = load_exported(sys.argv[1]);"
+    code = "import sys, torch; from natsl.load import load_exported; m, p = load_exported(sys.argv[1]);"
     code += "t = torch.randint(384, (2, 27), generator=torch.Generator().manual_seed(5));"
     code += "torch.set_num_threads(int(sys.argv[2])); torch.save(m(t, p).logits.detach(), sys.argv[3])"
     arguments = [str(folder), str(torch.get_num_threads()), str(tmp_path / "logits.pt")]
@@ -327,7 +328,7 @@ def test_a_model_that_cannot_be_loaded_is_not_exported(run: Run, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("fast")
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", EXPORT_FILES)
 def test_a_flipped_bit(name: str, run: Run) -> None:
     path = export_point(run) / name
     data = bytearray(path.read_bytes())
@@ -340,7 +341,7 @@ def test_a_flipped_bit(name: str, run: Run) -> None:
 def seal(folder: Path) -> None:
     """Make the manifest fit what lies in the folder, as somebody who means harm would."""
     manifest = read_json(folder / "manifest.json")
-    manifest["files"] = {name: file_sha256(folder / name) for name in FILES}
+    manifest["files"] = {name: file_sha256(folder / name) for name in EXPORT_FILES}
     write_json(folder / "manifest.json", manifest)
 
 
