@@ -4,19 +4,8 @@ from __future__ import annotations
 
 from hydra.core.config_store import ConfigStore
 
-from natsl.config import EvaluateRunConfig, ExportConfig, GenerateConfig, ThroughputConfig, TrainRunConfig
-from natsl.search.ablation import AblationConfig
-from natsl.search.config import SearchRunConfig
+from natsl.cli.main import VERBS, load
 
-SCHEMAS = {
-    "search": SearchRunConfig,
-    "ablation": AblationConfig,
-    "train": TrainRunConfig,
-    "evaluate": EvaluateRunConfig,
-    "export": ExportConfig,
-    "generate": GenerateConfig,
-    "throughput": ThroughputConfig,
-}
-
-for _name, _schema in SCHEMAS.items():
-    ConfigStore.instance().store(name=f"{_name}_schema", node=_schema)
+for _verb in VERBS.values():
+    if _verb.config is not None:
+        ConfigStore.instance().store(name=f"{_verb.name}_schema", node=load(_verb.config))

@@ -10,16 +10,22 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial  # moved
+from typing import TYPE_CHECKING, Any  # moved
 
 from natsl.files import to_plain as to_plain  # moved
 from natsl.space.check import check, check_at_least, check_choice, check_counts
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op
-from natsl.tasks import DataConfig
+from natsl.tasks import DataConfig as DataConfig  # moved
 from natsl.tasks.mqar import MqarConfig as MqarConfig  # moved
 from natsl.tasks.needle import NeedleConfig as NeedleConfig  # moved
+from natsl.tracking import TrackingConfig as TrackingConfig  # moved
+from natsl.tracking import TrackingMode as TrackingMode  # moved
 
-__all__ = ("DataConfig", "check", "check_at_least", "check_counts")  # moved
+if TYPE_CHECKING:  # moved
+    from natsl.cli.commands import TrainRunConfig as TrainRunConfig  # moved
+
+__all__ = ("check", "check_at_least", "check_counts")  # moved
 
 
 class Counterfactual(Enum):
@@ -237,142 +243,9 @@ def check_batch(kinds: list[Op], train: TrainConfig, supernet: SupernetConfig) -
         )
 
 
-class TrackingMode(Enum):
-    """Where Weights & Biases sends what it is told."""
+def __getattr__(name: str) -> Any:  # moved
+    if name != "TrainRunConfig":  # moved
+        raise AttributeError(name)  # moved
+    from natsl.cli import commands  # moved
 
-    disabled = "disabled"
-    offline = "offline"  # into the run's folder; no account, no network
-    online = "online"
-
-
-@dataclass
-class TrackingConfig:
-    """Weights & Biases: ``mode``, and the project, group and tags under which a run is listed."""
-
-    mode: TrackingMode = TrackingMode.offline
-    project: str = "natsl"
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        check(len(self.project) > 0, "tracking.project", self.project, "it must not be empty")
-
-
-@dataclass
-class TrainRunConfig:
-    """Train one supernet into ``root/name``; a run that exists is resumed. ``device``: auto, cpu, cuda or cuda:<n>."""
-
-    name: str = "train"
-    root: str = "runs"
-    seed: int = 0
-    device: str = "auto"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    supernet: SupernetConfig = field(default_factory=SupernetConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-    def __post_init__(self) -> None:
-        check_counts(0, {"seed": self.seed})
-
-
-@dataclass
-class ThroughputConfig:
-    """Time whole training steps of a model and of the same model with dense softmax attention in all layers.
-
-    ``batch_size`` sequences of ``tokens`` random tokens; every routed layer keeps ``budget`` of its chunks.
-    ``counterfactual_rate``: share of the chunks left out that the router's gradient samples. ``compile``: torch.compile
-    of each block. ``steps`` are timed; results go to ``out``/throughput.json. ``device`` as for training.
-    """
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    batch_size: int = 8
-    tokens: int = 4096
-    budget: float = 0.3
-    counterfactual_rate: float = 0.1
-    precision: Precision = Precision.bfloat16
-    compile: bool = False
-    steps: int = 10
-    device: str = "auto"
-    out: str = "runs/throughput"
-
-    def __post_init__(self) -> None:
-        self.precision = check_precision("precision", self.precision)
-        check_counts(1, {name: getattr(self, name) for name in ("batch_size", "tokens", "steps")})
-        check(0 <= self.budget <= 1, "budget", self.budget, "it must lie in [0, 1]")
-        check(
-            0 < self.counterfactual_rate <= 1, "counterfactual_rate", self.counterfactual_rate, "it must lie in (0, 1]"
-        )
-
-
-@dataclass
-class EvaluateRunConfig:
-    """Score a point of a run's front, or an exported model, again on held-out data.
-
-    Either ``run`` (below ``root``) with ``pick`` (``knee``, an id of the front or its beginning) or ``export`` (a
-    folder made by natsl.export). ``budget``: the same budget in every routed layer instead of a pick. ``split``: search
-    or test.
-    """
-
-    run: str | None = None
-    root: str = "runs"
-    pick: str = "knee"
-    export: str | None = None
-    budget: float | None = None
-    split: str = "test"
-    device: str = "auto"
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        _check_source(self.run, self.export)
-        check(self.split in ("search", "test"), "split", self.split, "it must be search or test")
-        check(self.budget is None or 0 <= self.budget <= 1, "budget", self.budget, "it must lie in [0, 1]")
-        check_counts(1, {"batch_size": self.batch_size})
-
-
-@dataclass
-class ExportConfig:
-    """Write one point of a run's front as a model of its own and verify it in a fresh process.
-
-    ``run``: a run below ``root``. ``pick``: ``knee``, an id of the front, or the beginning of an id or of a policy's
-    digest. ``name``: of the folder below ``root/run/export`` (null: the point's id). ``overwrite`` replaces a folder
-    that exists.
-    """
-
-    run: str = "???"  # must be given
-    root: str = "runs"
-    pick: str = "knee"
-    name: str | None = None
-    overwrite: bool = False
-
-
-@dataclass
-class GenerateConfig:
-    """Continue a prompt with a point of a run's front or with an exported model.
-
-    Either ``run`` (below ``root``) with ``pick`` or ``export`` (a folder made by natsl.export). ``prompt`` is text;
-    ``⟨k3⟩`` and ``⟨v3⟩`` in it stand for the fourth key and value of the recall tasks. ``temperature`` 0 takes the most
-    likely token; ``top_k`` 0 keeps all.
-    """
-
-    run: str | None = None
-    root: str = "runs"
-    pick: str = "knee"
-    export: str | None = None
-    prompt: str = "def "
-    max_new_tokens: int = 64
-    temperature: float = 0.8
-    top_k: int = 0
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        _check_source(self.run, self.export)
-        check(len(self.prompt) > 0, "prompt", self.prompt, "it must not be empty")
-        check_counts(1, {"max_new_tokens": self.max_new_tokens})
-        check_at_least(0, {"temperature": self.temperature})
-        check_counts(0, {"top_k": self.top_k, "seed": self.seed})
-
-
-def _check_source(run: str | None, export: str | None) -> None:
-    check((run is None) != (export is None), "run, export", (run, export), "give either run=<name> or export=<folder>")
+    return commands.TrainRunConfig  # moved

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natsl.cli import resolve_device, run_main
-from natsl.config import DataConfig, EvaluateRunConfig
-from natsl.data import Split, load_text
-from natsl.load import load_choice, stored_data
 from natsl.model import RoutedLM
 from natsl.space.policy import Op, RoutingPolicy
-from natsl.tasks import IGNORED, Batch, TaskData
+from natsl.tasks.sequences import IGNORED, Batch
 
 
 @dataclass(frozen=True)
@@ -131,19 +126,7 @@ def _random_routes(
     return routes
 
 
-def evaluate_choice(config: EvaluateRunConfig) -> Evaluation:
-    """Score what the configuration names on its own held-out data; see ``EvaluateRunConfig``."""
-    model, policy = load_choice(config.run, config.root, config.pick, config.export, config.budget)
-    settings: DataConfig = stored_data(config.run, config.root, config.export)
-    data = TaskData(settings, load_text(settings.path), model.config.vocab_size)
-    model.to(resolve_device(config.device))
-    return evaluate(model, policy, data.eval_sets(Split(config.split)), batch_size=config.batch_size)
-
-
-def main() -> None:
-    """Entry point of ``natsl-evaluate`` and ``python -m natsl.evaluate``: prints the values as JSON."""
-    run_main("evaluate", EvaluateRunConfig, lambda config: print(json.dumps(asdict(evaluate_choice(config)), indent=1)))
-
-
 if __name__ == "__main__":
-    main()
+    from natsl.cli.main import run_verb
+
+    run_verb("evaluate")

@@ -1,4 +1,4 @@
-"""One point of a front as a model of its own: weights, policy, provenance, checksums; verified in a fresh process.
+"""A supernet and one policy as a model of its own: weights, provenance, checksums; verified in a fresh process.
 
 ``root/run/export/<id>/`` holds ``config.json`` (shape, precision), ``model.safetensors`` (weights, calibration table),
 ``policy.json``, ``calibration.json`` (the table to read), ``provenance.json`` and ``manifest.json`` (sha256 of all).
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from natsl import __version__
-from natsl.cli import run_main
-from natsl.config import ExportConfig, to_plain
-from natsl.load import EXPORT_FILES, EXPORT_FORMAT, load_point
+from natsl.errors import UserError
+from natsl.files import check_name, child_folder, read_config, sync_folder, to_plain, write_json
+from natsl.load import EXPORT_FILES, EXPORT_FORMAT, Choice, load_choice
 from natsl.load import load_exported as load_exported  # moved
 from natsl.load import read_point as read_point  # moved
-from natsl.run import Run, UserError, check_name, child_folder, read_config, sync_folder, write_json
+from natsl.run import Run
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
     from torch import Tensor
@@ -35,15 +35,24 @@ TOLERANCE = 1e-5  # of logits between two processes on one machine, absolute and
 
 
 def export_point(run: Run, pick: str = "knee", name: str | None = None, overwrite: bool = False) -> Path:
-    """Write a point of a run's front to ``run/export/<name>`` and return that folder.
+    """``export_choice`` of a point of a run's front; pick: see ``read_point``."""
+    return export_choice(Choice(run.name, str(run.path.parent), pick=pick), name, overwrite)
 
-    pick: see ``read_point``. name: of the folder (None: the point's id). The folder appears whole and verified, or not
-    at all. ``UserError`` for a bad name, a folder that exists (without ``overwrite``), or a model that cannot be used.
+
+def export_choice(choice: Choice, name: str | None = None, overwrite: bool = False) -> Path:
+    """Write the model and the policy that a choice takes from a run to ``run/export/<name>`` and return that folder.
+
+    name: of the folder (None: the point's id or ``policy-<digest>``, and the name of a calibration that is not
+    training's). The folder appears whole and verified, or not at all. ``UserError`` for a bad name, a folder that
+    exists (without ``overwrite``), or a model that cannot be used.
     """
     if name is not None:
         check_name(name, "name")
-    model, policy, point = load_point(run, pick)
-    name = name or check_name(str(point["id"]), "the point's id")
+    model, policy, record = load_choice(choice)
+    run = Run.open(str(choice.run), choice.root, create=False)
+    if name is None:
+        made_of = check_name(str(record.get("id", f"policy-{policy.digest()[:8]}")), "the point's id")
+        name = made_of if choice.calibration is None else check_name(f"{made_of}-{choice.calibration}", "name")
     parent = child_folder(run.path, "export", "export")
     target = child_folder(parent, name, "name")
     if target.exists() and not overwrite:
@@ -53,7 +62,8 @@ def export_point(run: Run, pick: str = "knee", name: str | None = None, overwrit
     parent.mkdir(exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
     try:
-        made_from = {"run": run.name, "pick": pick, "data": read_config(run.config).get("data"), **point}
+        pick = {} if choice.policy is not None else {"pick": "knee" if choice.pick is None else choice.pick}
+        made_from = {"run": run.name, **pick, "data": read_config(run.config).get("data"), **record}
         _write(temporary, model, policy, made_from)
         verify(temporary, model, policy)
         temporary.chmod(0o755)
@@ -160,17 +170,7 @@ def answer(folder: str, probe: str, threads: int) -> None:
     print(json.dumps({"difference": float((logits - expected["logits"]).abs().max())}))
 
 
-def main() -> None:
-    """``python -m natsl.export run=<name> pick=knee``."""
-    run_main("export", ExportConfig, _export)
-
-
-def _export(config: ExportConfig) -> None:
-    run = Run.open(config.run, config.root, create=False)
-    folder = export_point(run, config.pick, config.name, config.overwrite)
-    print(f"exported to {folder}; a fresh process gave the supernet's logits")
-    print(f"try it: python -m natsl.generate export={folder} prompt='def '")
-
-
 if __name__ == "__main__":
-    main()
+    from natsl.cli.main import run_verb
+
+    run_verb("export")

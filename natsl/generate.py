@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import codecs
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from natsl.cli import resolve_device, run_main
-from natsl.config import GenerateConfig, check, check_at_least, check_counts
-from natsl.run import UserError
+from natsl.errors import UserError
+from natsl.space.check import check, check_at_least, check_counts
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
     from natsl.model import RoutedLM
@@ -39,7 +37,7 @@ def encode(text: str, vocab_size: int) -> list[int]:
     Keys beyond the 64 of the smallest vocabulary (``data.keys``) go by their ids, from ``⟨384⟩`` on.
     ``ValueError`` for an empty prompt and for ids outside the vocabulary.
     """
-    from natsl.tasks import KEYS, VALUES
+    from natsl.tasks.sequences import KEYS, VALUES
 
     check(len(text) > 0, "prompt", text, "it must not be empty")
     tokens: list[int] = []
@@ -63,7 +61,7 @@ def decode(tokens: Sequence[int]) -> str:
 
 def stream(tokens: Iterator[int] | Sequence[int]) -> Iterator[str]:
     """``decode`` piece by piece: a character appears once its last byte is there."""
-    from natsl.tasks import BYTES, KEYS, VALUES
+    from natsl.tasks.sequences import BYTES, KEYS, VALUES
 
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
@@ -122,24 +120,7 @@ def _tokens(
         yield token
 
 
-def main() -> None:
-    """``python -m natsl.generate run=<name> prompt=...``."""
-    run_main("generate", GenerateConfig, _generate)
-
-
-def _generate(config: GenerateConfig) -> None:
-    device = resolve_device(config.device)
-    from natsl.load import load_choice
-
-    model, policy = load_choice(config.run, config.root, config.pick, config.export)
-    prompt = encode(config.prompt, model.config.vocab_size)
-    sampling = Sampling(config.temperature, config.top_k, config.seed)
-    print(config.prompt, end="", flush=True)
-    for piece in stream(generate(model.to(device), policy, prompt, config.max_new_tokens, sampling)):
-        print(piece, end="", flush=True)
-    print()
-    sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    main()
+    from natsl.cli.main import run_verb
+
+    run_verb("generate")

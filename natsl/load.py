@@ -1,4 +1,4 @@
-"""What a command names, read from disk: a point of a run's front, an exported folder, the data it was judged on.
+"""Models and policies from disk: points of a front, policy files, exported folders, calibration tables.
 
 torch is imported where it is used, so that importing this module stays fast.
 """
@@ -6,19 +6,56 @@ torch is imported where it is used, so that importing this module stays fast.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from natsl.config import DataConfig, Precision, check_precision
-from natsl.run import Run, UserError, read_config, read_json
+from natsl.config import Precision
+from natsl.errors import UserError
+from natsl.files import check_name, child_folder, read_config, read_json
+from natsl.run import Run
+from natsl.space.check import check, check_choice
 from natsl.space.policy import Op, RoutingPolicy
+from natsl.tasks import DataConfig
 
 if TYPE_CHECKING:
     from natsl.model import RoutedLM
 
 EXPORT_FORMAT = 1
 EXPORT_FILES = ("config.json", "model.safetensors", "policy.json", "calibration.json", "provenance.json")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a command works on: the supernet of ``run`` below ``root``, or the folder ``export``; and a policy for it.
+
+    Of a run, one of ``pick`` (see ``read_point``; the default is the knee), ``policy`` (a JSON file) and ``budget`` (in
+    [0, 1], the same in every routed layer). Of an export, the policy that it holds, unless ``policy`` or ``budget``
+    replaces it. ``calibration``: name of a table in the run that replaces training's. ``ValueError`` for options that
+    exclude each other.
+    """
+
+    run: str | None = None
+    root: str = "runs"
+    export: str | None = None
+    pick: str | None = None
+    policy: str | None = None
+    budget: float | None = None
+    calibration: str | None = None
+
+    def __post_init__(self) -> None:
+        sources = (self.run, self.export)
+        check(sources.count(None) == 1, "run, export", sources, "give either run=<name> or export=<folder>")
+        check(self.budget is None or 0 <= self.budget <= 1, "budget", self.budget, "it must lie in [0, 1]")
+        options = {"pick": self.pick, "policy": self.policy, "budget": self.budget}
+        options = {name: value for name, value in options.items() if value is not None}
+        check(len(options) < 2, ", ".join(options), tuple(options.values()), "give only one of them")
+        if self.calibration is not None:
+            check(
+                self.export is None, "calibration", self.calibration, "an export has its own: it goes with run=<name>"
+            )
 
 
 def read_point(run: Run, pick: str) -> dict[str, Any]:
@@ -39,15 +76,15 @@ def read_point(run: Run, pick: str) -> dict[str, Any]:
     exact = [point for point in points if point["id"] == wanted]
     if pick == "knee" and not exact:
         raise UserError(f"the front of run {run.name!r} has no knee: pick one of {_ids(points)}")
-    found = exact or [
+    matches = exact or [
         point
         for point in points
         if pick and (str(point["id"]).startswith(pick) or str(point.get("digest", "")).startswith(pick))
     ]
-    if len(found) != 1:
-        what = "fits several points" if found else "is not on the front"
-        raise UserError(f"pick = {pick!r} {what}: pick knee or one of {_ids(found or points)}")
-    return {**found[0], "fingerprint": front.get("fingerprint")}
+    if len(matches) != 1:
+        what = "fits several points" if matches else "is not on the front"
+        raise UserError(f"pick = {pick!r} {what}: pick knee or one of {_ids(matches or points)}")
+    return {**matches[0], "fingerprint": front.get("fingerprint")}
 
 
 def _ids(points: list[dict[str, Any]]) -> str:
@@ -116,7 +153,7 @@ def load_exported(path: str | Path) -> tuple[RoutedLM, RoutingPolicy]:
     try:
         shape = read_json(folder / "config.json")
         model = build_model(shape["model"], load_file(folder / "model.safetensors"))
-        model.precision = check_precision("precision", shape.get("precision", Precision.float32))
+        model.precision = check_choice("precision", shape.get("precision", Precision.float32), Precision)
         policy = RoutingPolicy.from_dict(read_json(folder / "policy.json"))
         check_model(model, policy)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -124,27 +161,86 @@ def load_exported(path: str | Path) -> tuple[RoutedLM, RoutingPolicy]:
     return model.eval(), policy
 
 
-def load_choice(
-    run: str | None, root: str, pick: str, export: str | None, budget: float | None = None
-) -> tuple[RoutedLM, RoutingPolicy]:
-    """The model and policy that a command names: a point of a run, or else an exported folder.
+def load_choice(choice: Choice) -> tuple[RoutedLM, RoutingPolicy, dict[str, Any]]:
+    """The model (eval mode, CPU) and the policy that a command names, and a record of where they are from (JSON-ready).
 
-    With ``budget`` the policy is that budget in every routed layer, and the run needs no front.
+    A run needs a front for a pick only. ``UserError`` for files that cannot be read, a policy that does not fit the
+    model, and a budget without calibration.
     """
     from natsl import checkpoint
 
-    if export is not None:
-        model, policy = load_exported(export)
-    elif run is None:
-        raise UserError("give either run=<name> or export=<folder>")
-    elif budget is None:
-        model, policy, _ = load_point(Run.open(run, root, create=False), pick)
+    policy = None if choice.policy is None else read_policy(Path(choice.policy))
+    record: dict[str, Any] = {}
+    if choice.export is not None:
+        model, stored = load_exported(choice.export)
+        policy = policy or stored
     else:
-        model, _ = checkpoint.load_model(Run.open(run, root, create=False).supernet)
-    if budget is not None:
-        policy = RoutingPolicy.uniform(model.kinds, model.config.chunk_size, budget)
-        check_model(model, policy)
-    return model, policy
+        run = Run.open(str(choice.run), choice.root, create=False)
+        if policy is None and choice.budget is None:
+            model, policy, record = load_point(run, "knee" if choice.pick is None else choice.pick)
+        else:
+            model, made_from = checkpoint.load_model(run.supernet)
+            record = {"checkpoint": {"step": made_from.get("step"), "sha256": made_from.get("sha256")}}
+        if choice.calibration is not None:
+            record["calibration"] = use_calibration(model, run, choice.calibration, record["checkpoint"]["sha256"])
+    if choice.budget is not None:
+        policy = RoutingPolicy.uniform(model.kinds, model.config.chunk_size, choice.budget)
+    assert policy is not None, "one of the four sources has given it"
+    if choice.policy is not None:
+        record |= {"policy_file": Path(choice.policy).name, "digest": policy.digest(), "policy": policy.to_dict()}
+        try:
+            policy.check(model.kinds, model.config.chunk_size)
+        except ValueError as error:
+            raise UserError(f"policy: {choice.policy} does not fit the model: {error}") from None
+    check_model(model, policy)
+    return model, policy, record
+
+
+def read_policy(path: Path, option: str = "policy") -> RoutingPolicy:
+    """A policy from a JSON file; ``UserError`` naming ``option`` and the file if it cannot be read."""
+    try:
+        return RoutingPolicy.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{option}: {path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{option}: {path}: {error}") from None
+
+
+def calibration_path(run: Run, name: str, option: str = "calibration") -> Path:
+    """The file of a run's calibration table ``name``; ``UserError`` for a name or a link that leads elsewhere."""
+    folder = child_folder(run.path, "calibrations", option)
+    return child_folder(folder, check_name(name, option) + ".json", option)
+
+
+def use_calibration(model: RoutedLM, run: Run, name: str, sha256: str) -> dict[str, Any]:
+    """Replace the model's calibration table by one that ``natsl calibrate`` has stored in its run.
+
+    sha256: of the model's checkpoint. Returns name, date, data and seed of the table. ``UserError`` if there is none of
+    that name, it belongs to another checkpoint, or it does not fit the model.
+    """
+    import torch
+
+    path = calibration_path(run, name)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("[!.]*.json"))) or "none"
+        raise UserError(f"run {run.name!r} has no calibration {name!r}; known: {known}")
+    record = read_json(path)
+    try:
+        made_for = record["checkpoint"]["sha256"]
+        rows = [[[math.nan if v is None else float(v) for v in row] for row in layer] for layer in record["margins"]]
+        table = torch.tensor(rows)
+        facts = {"name": name, **{key: record[key] for key in ("date", "data", "sequences", "seed")}}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is not a calibration table written by natsl") from None
+    if made_for != sha256:
+        raise UserError(
+            f"calibration = {name!r} was made for another supernet than the one in run {run.name!r}: calibrate again"
+        )
+    routed = [i for i, kind in enumerate(model.kinds) if kind is Op.routed]
+    if table.shape != model.calibration.shape or not bool(table[routed].isfinite().all()):
+        raise UserError(f"{path} is not a calibration table of this model")
+    model.calibration.copy_(table)
+    return facts
 
 
 def stored_data(run: str | None, root: str, export: str | None) -> DataConfig:
@@ -154,14 +250,14 @@ def stored_data(run: str | None, root: str, export: str | None) -> DataConfig:
 
     if export is not None:
         path = Path(export) / "provenance.json"
-        found = read_json(path).get("data")
+        settings = read_json(path).get("data")
     else:
         path = Run.open(str(run), root, create=False).config
-        found = read_config(path).get("data")
-    if "${" in json.dumps(found, default=str):  # stored settings are resolved; these could expand without end
+        settings = read_config(path).get("data")
+    if "${" in json.dumps(settings, default=str):  # stored settings are resolved; these could expand without end
         raise UserError(f"{path} holds no data settings: interpolations are not allowed")
     try:
-        result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), found))
+        result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), settings))
     except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{path} holds no data settings: {error}") from None
     assert isinstance(result, DataConfig)

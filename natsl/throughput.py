@@ -7,18 +7,17 @@ model's attention is torch's SDPA (cuDNN on CUDA). Times are medians over single
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from natsl.cli import resolve_device, run_main
-from natsl.config import ModelConfig, Precision, SupernetConfig, ThroughputConfig, TrainConfig, to_plain
-from natsl.kernels.bench.roofline import Case, Shape, op_work
+from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig
+from natsl.kernels.bench.roofline import op_work
+from natsl.kernels.shape import Case, Shape
+from natsl.space.check import check, check_choice, check_counts
 from natsl.space.policy import Op, RoutingPolicy
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
@@ -26,6 +25,35 @@ if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fa
 
 PEAK = {"H100 80GB HBM3": 989e12}  # bfloat16 operations per second, dense, as the vendor states them
 WARM_UP = 3  # steps that are not timed
+
+
+@dataclass
+class ThroughputConfig:
+    """Time whole training steps of a model and of the same model with dense softmax attention in all layers.
+
+    ``batch_size`` sequences of ``tokens`` random tokens; every routed layer keeps ``budget`` of its chunks.
+    ``counterfactual_rate``: share of the chunks left out that the router's gradient samples. ``compile``: torch.compile
+    of each block. ``steps`` are timed; results go to ``out``/throughput.json. ``device`` as for training.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch_size: int = 8
+    tokens: int = 4096
+    budget: float = 0.3
+    counterfactual_rate: float = 0.1
+    precision: Precision = Precision.bfloat16
+    compile: bool = False
+    steps: int = 10
+    device: str = "auto"
+    out: str = "runs/throughput"
+
+    def __post_init__(self) -> None:
+        self.precision = check_choice("precision", self.precision, Precision)
+        check_counts(1, {name: getattr(self, name) for name in ("batch_size", "tokens", "steps")})
+        check(0 <= self.budget <= 1, "budget", self.budget, "it must lie in [0, 1]")
+        check(
+            0 < self.counterfactual_rate <= 1, "counterfactual_rate", self.counterfactual_rate, "it must lie in (0, 1]"
+        )
 
 
 @dataclass(frozen=True)
@@ -136,41 +164,7 @@ def _median_seconds(step: Callable[[], None], count: int, device: torch.device) 
     return statistics.median(times)
 
 
-def run_throughput(config: ThroughputConfig) -> None:
-    """The command ``natsl.throughput``: a table, and ``throughput.json`` in the folder ``out``."""
-    import torch
-
-    device = resolve_device(config.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}; {config.batch_size} × {config.tokens} tokens, {config.precision.value}")
-    print(f"{'model':<22} {'parameters':>12} {'step ms':>9} {'tokens/s':>10} {'TFLOP/s':>8} {'of peak':>8} {'GiB':>6}")
-    rows = []
-    for row in measure(config, device):
-        rows.append(row)
-        share = "–" if row.share_of_peak is None else f"{100 * row.share_of_peak:.0f}%"
-        memory = "–" if row.peak_gib is None else f"{row.peak_gib:.1f}"
-        print(
-            f"{row.model:<22} {row.parameters:>12,} {row.step_ms:>9.1f} {row.tokens_per_second:>10,.0f} "
-            f"{row.flops_per_second / 1e12:>8.1f} {share:>8} {memory:>6}",
-            flush=True,
-        )
-    path = Path(config.out) / "throughput.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "device": name,
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "config": to_plain(config),
-        "rows": [asdict(row) for row in rows],
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"Written: {path}")
-
-
-def main() -> None:
-    """Entry point of ``python -m natsl.throughput``."""
-    run_main("throughput", ThroughputConfig, run_throughput)
-
-
 if __name__ == "__main__":
-    main()
+    from natsl.cli.main import run_verb
+
+    run_verb("throughput")

@@ -12,15 +12,40 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from natsl.config import TrackingConfig, TrackingMode
-from natsl.run import Run, plain, redact
+from natsl.files import to_plain
+from natsl.run import Run
+from natsl.secrets import redact
+from natsl.space.check import check
 
 _INIT_SECONDS = 20  # how long a start may wait for the network
 _FINISH_SECONDS = 60  # how long the end may wait for uploads
+
+
+class TrackingMode(Enum):
+    """Where Weights & Biases keeps its records."""
+
+    disabled = "disabled"
+    offline = "offline"  # in the run's folder; no account, no network
+    online = "online"
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases: ``mode``, and the project, group and tags under which a run is listed."""
+
+    mode: TrackingMode = TrackingMode.offline
+    project: str = "natsl"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check(len(self.project) > 0, "tracking.project", self.project, "it must not be empty")
 
 
 class Tracker:
@@ -92,7 +117,7 @@ class WandbTracker(Tracker):
             name=run.name,
             dir=str(run.path),
             mode=config.mode.value,
-            config=plain(redact(plain(settings))),
+            config=redact(to_plain(settings)),
             settings=wandb.Settings(
                 silent=True,
                 # Not the terminal, which may show a key, nor command line and git remote, which may hold a password.
@@ -109,11 +134,11 @@ class WandbTracker(Tracker):
         self._try(lambda: self._log(values, step))
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        self._try(lambda: self._run.summary.update(plain(redact(plain(values)))))
+        self._try(lambda: self._run.summary.update(redact(to_plain(values))))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         def send() -> None:
-            cells = [plain(redact(plain(row))) for row in rows]
+            cells = [redact(to_plain(row)) for row in rows]
             # Cells of a column may be text in one row and missing or a number in the next.
             self._run.log({name: self._wandb.Table(columns=list(columns), data=cells, allow_mixed_types=True)})
 
@@ -141,7 +166,7 @@ class WandbTracker(Tracker):
         self._run = None
 
     def _log(self, values: Mapping[str, Any], step: int | None) -> None:
-        record = dict(plain(redact(plain(values))))
+        record = dict(redact(to_plain(values)))
         if step is not None:
             # Each stage counts its own steps; wandb's one counter must never go back.
             for stage in dict.fromkeys(name.rpartition("/")[0] for name in values):

@@ -17,20 +17,19 @@ import torch
 from torch import Tensor
 
 from natsl import checkpoint
-from natsl.cli import run_main
-from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, TrainRunConfig, check_batch
-from natsl.data import TaskData, load_text
-from natsl.device import resolve_device
+from natsl.cli.commands import run_training as run_training  # moved
+from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, check_batch
+from natsl.data import TaskData
 from natsl.errors import UserError
 from natsl.files import to_plain
 from natsl.kernels.bench.roofline import Shape
 from natsl.kernels.dispatch import kernel_limit
 from natsl.kernels.launch.parameters import warm_up
-from natsl.model import RoutedLM, count_parameters
+from natsl.model import RoutedLM
 from natsl.progress import Progress
 from natsl.run import Run
 from natsl.supernet import Loss, N, calibrate, sandwich_backward, sandwich_policies, seed_of
-from natsl.tracking import Tracker, start_tracker
+from natsl.tracking import Tracker
 
 # How often things are written and how many bad steps are tolerated: a resumed run may change these.
 _FREE_ON_RESUME = ("keep_checkpoints", "log_every", "checkpoint_every", "max_bad_steps")
@@ -344,29 +343,7 @@ def fit(
     return net
 
 
-def run_training(config: TrainRunConfig) -> None:
-    """The command ``natsl.train``: a supernet in ``runs/<name>/supernet``."""
-    device = resolve_device(config.device)
-    check_batch(config.model.layers, config.train, config.supernet)
-    data = TaskData(config.data, load_text(config.data.path), config.model.vocab_size)
-    run = Run.open(config.name, config.root)
-    with run.lock():
-        if run.study_db.exists():
-            raise UserError(f"name = {config.name!r} is a search, which trains its own supernet: choose another name")
-        if not run.config.exists():
-            run.write_config(config)
-        recipe = TrainRecipe(config.train, config.supernet, config.seed)
-        with start_tracker(config.tracking, run, to_plain(config)) as tracker:
-            net = fit(run, config.model, data, recipe, device, tracker)
-        run.write_config(config)  # only now is it known that the checkpoints belong to this configuration
-    print(f"supernet of {count_parameters(net):,} parameters in {run.supernet}")
-    print(f"search its policies: natsl-search name={config.name}-search supernet_from={config.name}")
-
-
-def main() -> None:
-    """Entry point of ``natsl-train`` and ``python -m natsl.train``."""
-    run_main("train", TrainRunConfig, run_training)
-
-
 if __name__ == "__main__":
-    main()
+    from natsl.cli.main import run_verb
+
+    run_verb("train")

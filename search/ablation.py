@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from natsl.cli import resolve_device, run_main
+from natsl.cli import resolve_device
 from natsl.config import (
     DataConfig,
     ModelConfig,
@@ -192,13 +192,7 @@ def run_ablation(config: AblationConfig) -> None:
     print(table(results, config))
 
 
-def main() -> None:
-    """Entry point of ``python -m search.ablation``."""
-    run_main("ablation", AblationConfig, run_ablation)
-
-
 if __name__ == "__main__":
-    # under its import name, so that the classes here are those that the schema and the worker processes know
-    from natsl.search import ablation
+    from natsl.cli.main import run_verb
 
-    ablation.main()
+    run_verb("ablation")

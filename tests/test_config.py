@@ -9,14 +9,15 @@ from typing import Any, get_type_hints
 import pytest
 
 from natsl import config
+from natsl.cli.commands import EvaluateRunConfig, GenerateConfig, TrainRunConfig
 
 CLASSES: list[Any] = [
     config.ModelConfig,
     config.SupernetConfig,
     config.TrainConfig,
-    config.TrainRunConfig,
-    lambda **options: config.EvaluateRunConfig(run="x", **options),
-    lambda **options: config.GenerateConfig(run="x", **options),
+    TrainRunConfig,
+    lambda **options: EvaluateRunConfig(run="x", **options),
+    lambda **options: GenerateConfig(run="x", **options),
 ]
 COUNTS = [(make, name) for make in CLASSES for name, kind in get_type_hints(type(make())).items() if kind is int]
 
@@ -43,4 +44,4 @@ def test_precisions(value: Any) -> None:
 
 
 def test_evaluation_has_no_seed() -> None:
-    assert "seed" not in {item.name for item in dataclasses.fields(config.EvaluateRunConfig)}
+    assert "seed" not in {item.name for item in dataclasses.fields(EvaluateRunConfig)}

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from natsl.checkpoint import file_sha256
 from natsl.config import Precision
 from natsl.data import Split
+from natsl.errors import UserError
 from natsl.evaluate import RandomRouting, evaluate
 from natsl.export import _write
+from natsl.files import write_json
 from natsl.load import load_exported
 from natsl.model import RoutedLM
-from natsl.run import UserError, write_json
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
-from natsl.tasks import IGNORED, Batch
+from natsl.tasks.sequences import IGNORED, Batch
 from tests.oracles import fill_calibration, tiny_data, tiny_model
 
 ROUTED = LayerPolicy(budget=0.4)

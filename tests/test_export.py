@@ -3,76 +3,32 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from natsl import checkpoint
-from natsl.checkpoint import file_sha256
-from natsl.config import DataConfig, ModelConfig, TrainRunConfig
-from natsl.export import export_point, verify
-from natsl.load import EXPORT_FILES, load_choice, load_exported, read_point, stored_data
+from natsl.errors import UserError
+from natsl.export import export_choice, export_point, verify
+from natsl.files import read_json
+from natsl.load import EXPORT_FILES, Choice, load_exported
 from natsl.model import RoutedLM
-from natsl.run import Run, UserError, read_json, write_json
+from natsl.run import Run
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
+from tests.run_helpers import BUDGET, KINDS, SOFTMAX, make_model, make_run, point, save, write_front
 
 ROOT = Path(__file__).parents[1]
-KINDS = [Op.routed, Op.delta, Op.routed]
-BUDGET = RoutingPolicy((LayerPolicy(budget=0.3), LayerPolicy(Op.delta), LayerPolicy(budget=0.6, cap=0.5)), 8)
-SOFTMAX = RoutingPolicy.all_softmax(KINDS, 8)
-
-
-def make_model() -> RoutedLM:
-    """A calibrated model whose routers keep some chunks and drop others."""
-    torch.manual_seed(1)
-    model = RoutedLM(ModelConfig(layers=KINDS, width=16, mlp_width=16, key_dim=8, value_dim=8, chunk_size=8))
-    with torch.no_grad():
-        model.calibration[[0, 2]] = torch.linspace(-0.02, 0.02, model.calibration.shape[2])
-    return model.eval()
-
-
-def save(run: Run, model: RoutedLM) -> None:
-    optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint.save(run.supernet, 3, model, optimizer, {"finished": True}, keep=1)
-
-
-def point(name: str, policy: RoutingPolicy) -> dict[str, Any]:
-    plain = {"id": name, "digest": policy.digest(), "policy": policy.to_dict()}
-    return plain | {"values": {"recall_error": 0.5}, "measured": {"kept_fraction": 0.3}}
-
-
-def write_front(run: Run, points: list[dict[str, Any]], knee: str | None, **more: Any) -> None:
-    front = {"run": run.name, "objectives": [{"name": "recall_error", "direction": "minimize"}], "points": points}
-    run.write_json(
-        run.front_json, front | {"baselines": [], "hypervolume": 0.5, "fingerprint": {}, "knee": knee} | more
-    )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with the finished run ``r``."""
-    root = tmp_path_factory.mktemp("runs")
-    run = Run.open("r", root)
-    run.write_config(TrainRunConfig(data=DataConfig(seq_len=96)))
-    save(run, make_model())
-    write_front(run, [point("t0002", BUDGET), point("t0013", SOFTMAX)], "t0002")
-    return root
 
 
 @pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Run:
-    """A copy of the finished run that a test may damage."""
-    shutil.copytree(finished, tmp_path / "runs")
-    return Run.open("r", tmp_path / "runs", create=False)
+def run(tmp_path: Path) -> Run:
+    """A finished run that a test may damage."""
+    (tmp_path / "runs").mkdir()
+    return make_run(tmp_path / "runs")
 
 
 @pytest.fixture
@@ -120,15 +76,6 @@ def test_a_fresh_process_elsewhere_gives_the_same_logits(run: Run, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("pick", "name"),
-    [("knee", "t0002"), ("t0013", "t0013"), ("t001", "t0013"), (SOFTMAX.digest()[:5], "t0013")],
-    ids=["knee", "id", "beginning of an id", "beginning of a digest"],
-)
-def test_picks(pick: str, name: str, run: Run) -> None:
-    assert read_point(run, pick)["id"] == name
-
-
-@pytest.mark.parametrize(
     ("pick", "message"),
     [
         ("t00", "fits several points: pick knee or one of t0002, t0013"),
@@ -142,13 +89,6 @@ def test_picks_that_name_no_point(pick: str, message: str, run: Run) -> None:
     with pytest.raises(UserError, match=message):
         export_point(run, pick)
     assert not run.exports.exists()
-
-
-def test_an_exact_id_wins_over_a_beginning(run: Run) -> None:
-    write_front(run, [point("t1", BUDGET), point("t10", SOFTMAX)], None)
-    assert read_point(run, "t1")["id"] == "t1"
-    with pytest.raises(UserError, match="has no knee: pick one of t1, t10"):
-        read_point(run, "knee")
 
 
 def test_fronts_that_cannot_be_used(run: Run) -> None:
@@ -327,78 +267,6 @@ def test_a_model_that_cannot_be_loaded_is_not_exported(run: Run, tmp_path: Path)
         verify(tmp_path / "empty", make_model(), BUDGET)
 
 
-@pytest.mark.usefixtures("fast")
-@pytest.mark.parametrize("name", EXPORT_FILES)
-def test_a_flipped_bit(name: str, run: Run) -> None:
-    path = export_point(run) / name
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=f"checksum error: .*{name} has changed"):
-        load_exported(path.parent)
-
-
-def seal(folder: Path) -> None:
-    """Make the manifest fit what lies in the folder, as somebody who means harm would."""
-    manifest = read_json(folder / "manifest.json")
-    manifest["files"] = {name: file_sha256(folder / name) for name in EXPORT_FILES}
-    write_json(folder / "manifest.json", manifest)
-
-
-class Trap:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.usefixtures("fast")
-def test_a_pickle_posing_as_weights_is_never_executed(run: Run, tmp_path: Path) -> None:
-    folder = export_point(run)
-    for write in (pickle.dump, torch.save):
-        with (folder / "model.safetensors").open("wb") as file:
-            write(Trap(tmp_path / "executed"), file)
-        seal(folder)
-        with pytest.raises(UserError, match="cannot be used"):
-            load_exported(folder)
-    assert not (tmp_path / "executed").exists()
-
-
-DAMAGES: dict[str, tuple[str, str, str]] = {
-    "no policy": ("policy.json", "{}", "policy has no"),
-    "other policy": ("policy.json", json.dumps(MISFITS["kind"][0].to_dict()), "of kind delta"),
-    "no shape": ("config.json", "{}", "model"),
-    "unknown shape": ("config.json", '{"model": {"foo": 1}}', "foo"),
-    "bad shape": ("config.json", '{"model": {"chunk_size": 48}}', "chunk_size = 48"),
-    "other shape": ("config.json", '{"model": {"width": 8}}', "do not fit"),
-}
-
-
-@pytest.mark.usefixtures("fast")
-@pytest.mark.parametrize(("name", "content", "message"), DAMAGES.values(), ids=DAMAGES.keys())
-def test_sealed_nonsense(name: str, content: str, message: str, run: Run) -> None:
-    folder = export_point(run)
-    (folder / name).write_text(content)
-    seal(folder)
-    with pytest.raises(UserError, match=f"cannot be used: .*{message}"):
-        load_exported(folder)
-
-
-@pytest.mark.usefixtures("fast")
-def test_folders_that_are_no_exports(run: Run, tmp_path: Path) -> None:
-    folder = export_point(run)
-    (folder / "policy.json").unlink()
-    with pytest.raises(UserError, match=r"is incomplete: policy\.json is missing"):
-        load_exported(folder)
-    write_json(folder / "manifest.json", {"format": 2, "natsl": "9.0"})
-    with pytest.raises(UserError, match=r"the export format 2, this natsl reads 1: use natsl 9\.0"):
-        load_exported(folder)
-    for path in (tmp_path / "missing", tmp_path):
-        with pytest.raises(UserError, match="is not an exported model"):
-            load_exported(path)
-
-
 def test_no_secret_is_exported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("natsl.export.verify", lambda folder, model, policy: 0.0)
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
@@ -407,16 +275,6 @@ def test_no_secret_is_exported(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     everything = b"".join(contents(export_point(run)).values())
     assert b"0123456789abcdef" not in everything
     assert b"hunter2" not in everything
-
-
-@pytest.mark.usefixtures("fast")
-def test_choices_of_other_commands(run: Run) -> None:
-    folder = export_point(run, "t0013")
-    root = str(run.path.parent)
-    assert load_choice("r", root, "knee", None)[1] == BUDGET
-    assert load_choice(None, root, "knee", str(folder))[1] == SOFTMAX
-    with pytest.raises(UserError, match="there is no run 'x'"):
-        load_choice("x", root, "knee", None)
 
 
 def test_the_command(run: Run) -> None:
@@ -434,16 +292,27 @@ def test_the_command(run: Run) -> None:
     assert again.stderr == "error: runs/r/export/t0013 exists: choose another name or give overwrite=true\n"
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ("{seq_len: 2.5}", "holds no data settings"),
-        ("{mqar: {easy_pairs: ['${data.mqar.easy_pairs}']}}", "interpolations are not allowed"),
-        ("&a [*a]", "alias to itself"),
-    ],
-    ids=["value", "interpolation", "alias"],
-)
-def test_stored_data_settings_that_cannot_be_used(data: str, message: str, run: Run) -> None:
-    run.config.write_text(f"data: {data}\n")
-    with pytest.raises(UserError, match=message):
-        stored_data(run.name, str(run.path.parent), None)
+@pytest.mark.usefixtures("fast")
+def test_a_policy_that_is_not_on_the_front(run: Run, tmp_path: Path) -> None:
+    policy = RoutingPolicy((LayerPolicy(threshold=0.5), LayerPolicy(Op.delta), LayerPolicy(budget=0.2)), 8)
+    (tmp_path / "mine.json").write_text(policy.to_json())
+    run.front_json.unlink()
+    choice = Choice("r", str(run.path.parent), policy=str(tmp_path / "mine.json"))
+    folder = export_choice(choice)
+    assert folder == run.exports / f"policy-{policy.digest()[:8]}"
+    assert load_exported(folder)[1] == policy
+    provenance = read_json(folder / "provenance.json")
+    assert (provenance["policy_file"], provenance["digest"]) == ("mine.json", policy.digest())
+    assert provenance["checkpoint"] == {"step": 3, "sha256": read_json(run.supernet / "step-000003.json")["sha256"]}
+    assert "pick" not in provenance
+    with pytest.raises(UserError, match="exists: choose another name"):
+        export_choice(choice)
+    assert export_choice(choice, "other") == run.exports / "other"
+
+
+def test_a_policy_is_verified_in_a_fresh_process(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.json").write_text(SOFTMAX.to_json())
+    monkeypatch.setattr("natsl.export.TOLERANCE", -1.0)
+    with pytest.raises(UserError, match="nothing was exported"):
+        export_choice(Choice("r", str(run.path.parent), policy=str(tmp_path / "mine.json")))
+    assert list(run.exports.iterdir()) == []

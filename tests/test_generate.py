@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from natsl import checkpoint
+from natsl.cli.main import run_verb
 from natsl.config import ModelConfig
-from natsl.generate import Sampling, decode, encode, generate, main, stream
+from natsl.errors import UserError
+from natsl.generate import Sampling, decode, encode, generate, stream
 from natsl.model import RoutedLM
-from natsl.run import Run, UserError
+from natsl.run import Run
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 
 ROOT = Path(__file__).parents[1]
@@ -174,6 +176,6 @@ def test_a_prompt_that_needs_quotes(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["natsl-generate", "run=x", f"prompt={prompt}"])
     with pytest.raises(SystemExit) as exit_info:
-        main()
+        run_verb("generate")
     assert exit_info.value.code == 2
     assert f"prompt={prompt} cannot be read: put a value with spaces or symbols in quotes" in capsys.readouterr().err

@@ -7,20 +7,21 @@ import os
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import pytest
 
+from natsl.cli.main import VERBS
+
 ROOT = Path(__file__).parents[1]
 LINKED = ("kernels", "space", "search", "conf")
 
-# Which parts of natsl each folder may import; of natsl and search, entry modules alone read conf (a test of its own).
+# Which parts of natsl each folder may import; of natsl, only command lines read search (a test of its own).
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "space": {"space"},
-    "natsl": {"natsl", "kernels", "space", "conf"},
-    "search": {"natsl", "kernels", "space", "search", "conf"},
+    "natsl": {"natsl", "kernels", "space", "search"},
+    "search": {"natsl", "kernels", "space", "search"},
     "conf": {"natsl", "kernels", "space", "search", "conf"},
 }
 MAY_USE = {"kernels": {"torch", "triton", "matplotlib"}, "space": set()}
@@ -64,16 +65,9 @@ def part_of(name: str) -> str | None:
     return rest[0] if rest and rest[0] in LINKED else "natsl"
 
 
-def entry_modules() -> set[str]:
-    """Modules that are commands: those with a ``__main__`` guard and those that pyproject.toml makes scripts of."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    entries = {target.partition(":")[0] for target in project["scripts"].values()}
-    for folder in ("kernels", "natsl", "search"):
-        for path in sources(folder):
-            guards = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.If)]
-            if path.name == "__main__.py" or any("__name__" in ast.dump(guard.test) for guard in guards):
-                entries.add(module_name(path))
-    return entries
+def is_entry(path: Path) -> bool:
+    """Whether a file is part of a command line: ``natsl/cli/`` and what ``python -m`` runs of a package."""
+    return path.is_relative_to(ROOT / "natsl" / "cli") or path.name == "__main__.py"
 
 
 def describe(path: Path, line: int, name: str) -> str:
@@ -93,16 +87,41 @@ def test_direction(folder: str) -> None:
     assert wrong == []
 
 
-def test_conf_is_read_by_entry_modules() -> None:
-    entries = entry_modules()
+def test_only_command_lines_of_natsl_read_search() -> None:
     wrong = [
         describe(path, line, name)
-        for folder in ("natsl", "search")
-        for path in sources(folder)
+        for path in sources("natsl")
         for line, name in imported(path)
-        if part_of(name) == "conf" and module_name(path) not in entries
+        if part_of(name) == "search" and not is_entry(path)
     ]
     assert wrong == []
+
+
+def test_libraries_import_no_command_line() -> None:
+    wrong = [
+        describe(path, line, name)
+        for folder in ("kernels", "space", "natsl", "search")
+        for path in sources(folder)
+        if not is_entry(path)
+        for line, name in import_names(import_nodes(path, functions=True))
+        if f"{name}.".startswith(("natsl.cli.", "natsl.conf."))
+    ]
+    wrong = [line for line in wrong if not line.endswith(" natsl.cli.resolve_device")]  # moved
+    assert wrong == []
+
+
+def test_libraries_that_are_commands_only_call_their_verb() -> None:
+    seen = set()
+    for folder in ("natsl", "search"):
+        for path in sources(folder):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) and not is_entry(path):
+                    source, call = (ast.unparse(line) for line in node.body)
+                    assert source == "from natsl.cli.main import run_verb"
+                    assert call in {f"run_verb({verb!r})" for verb in VERBS}
+                    seen.add(module_name(path))
+    commands = ("train", "evaluate", "export", "generate", "throughput", "search.ablation")
+    assert seen == {f"natsl.{name}" for name in commands}
 
 
 @pytest.mark.parametrize("folder", MAY_USE)
@@ -155,6 +174,11 @@ LIGHT = [
     ("natsl.config", ["torch", "optuna", "wandb"]),
     ("natsl.space", ["torch", "numpy", "optuna", "hydra", "wandb"]),
     ("natsl.search.config", ["torch", "optuna", "wandb"]),
+    ("natsl.cli.main", ["torch", "optuna", "hydra", "wandb"]),
+    ("natsl.cli.commands", ["torch", "optuna", "wandb"]),
+    ("natsl.load", ["torch", "optuna", "wandb"]),
+    ("natsl.tracking", ["torch", "optuna", "wandb"]),
+    ("natsl.throughput", ["torch", "optuna", "wandb"]),
     ("natsl.conf", ["torch", "optuna", "wandb"]),
 ]
 
@@ -173,8 +197,9 @@ def test_space_loads_within_a_fifth_of_a_second() -> None:
     assert min(seconds) <= 0.2
 
 
-def test_help_answers_within_a_second() -> None:
-    runs = [fresh("-m", "natsl.search", "--help") for _ in range(5)]  # the best counts: other tests run beside it
+@pytest.mark.parametrize("command", [["natsl.search"], ["natsl", "search"]], ids=" ".join)
+def test_help_answers_within_a_second(command: list[str]) -> None:
+    runs = [fresh("-m", *command, "--help") for _ in range(5)]  # the best counts: other tests run beside it
     for _, result in runs:
         assert result.returncode == 0, result.stderr
         assert "n_trials" in result.stdout

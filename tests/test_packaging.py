@@ -105,7 +105,7 @@ def test_installed_copy_is_the_one_imported(installed: Path, tmp_path: Path) -> 
     assert Path(result.stdout.strip()) == installed / "natsl" / "__init__.py"
 
 
-MODULES = ("natsl.search", "natsl.train", "natsl.export", "natsl.generate", "natsl.evaluate")
+MODULES = ("natsl", "natsl.search", "natsl.train", "natsl.export", "natsl.generate", "natsl.evaluate")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -116,8 +116,10 @@ def test_installed_command_gives_help_in_another_folder(module: str, installed: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_installed_script_runs_in_another_folder(installed: Path, tmp_path: Path) -> None:
-    result = run(sys.executable, str(installed / "bin" / "natsl-search"), "--help", cwd=tmp_path, path=installed)
+@pytest.mark.parametrize("script", ["natsl-search", "natsl search"])
+def test_installed_script_runs_in_another_folder(script: str, installed: Path, tmp_path: Path) -> None:
+    name, *verb = script.split()
+    result = run(sys.executable, str(installed / "bin" / name), *verb, "--help", cwd=tmp_path, path=installed)
     assert result.returncode == 0, result.stderr
     module = run(sys.executable, "-m", "natsl.search", "--help", cwd=tmp_path, path=installed).stdout
-    assert result.stdout == module.replace("python -m natsl.search", "natsl-search")
+    assert result.stdout == module.replace("python -m natsl.search", script)

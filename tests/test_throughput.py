@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from natsl.config import ModelConfig, ThroughputConfig
+from natsl.cli.commands import run_throughput
+from natsl.config import ModelConfig
 from natsl.model import RoutedLM
 from natsl.space.policy import Op, RoutingPolicy
-from natsl.throughput import run_throughput, step_flops
+from natsl.throughput import ThroughputConfig, step_flops
 
 
 def config(**options: object) -> ThroughputConfig:

@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from natsl.config import TrackingConfig, TrackingMode
 from natsl.run import Run
-from natsl.tracking import Tracker, WandbTracker, start_tracker
+from natsl.tracking import Tracker, TrackingConfig, TrackingMode, WandbTracker, start_tracker
 
 ROOT = Path(__file__).parents[1]
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -77,9 +76,8 @@ import sys, warnings
 sys.path.insert(0, {tests!r})
 warnings.simplefilter("error", UserWarning)
 from pathlib import Path
-from natsl.config import TrackingConfig
 from natsl.run import Run
-from natsl.tracking import WandbTracker, start_tracker
+from natsl.tracking import TrackingConfig, WandbTracker, start_tracker
 from test_tracking import use_everything
 run = Run.open("r", sys.argv[1])
 (run.path / "data").mkdir()
@@ -251,9 +249,8 @@ def test_the_end_tells_success_from_failure() -> None:
 
 KILLED = """
 import os, sys, subprocess, json
-from natsl.config import TrackingConfig
 from natsl.run import Run
-from natsl.tracking import start_tracker
+from natsl.tracking import TrackingConfig, start_tracker
 tracker = start_tracker(TrackingConfig(), Run.open("r", sys.argv[1]), {})
 print("ready", flush=True)
 input()

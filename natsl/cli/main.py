@@ -1,4 +1,4 @@
-"""What all commands share: options by Hydra, one line for a user's mistake, exit codes, the choice of the device.
+"""``natsl <verb>``: the verbs, options by Hydra, one line for a user's mistake, notes on stderr, exit codes.
 
 Exit codes: 0 done, 2 a mistake of the user, 1 a failure, 130 Ctrl-C. Hydra makes no folder, changes no directory and
 configures no logging here. Nothing heavy is imported before a command runs.
@@ -7,45 +7,175 @@ configures no logging here. Nothing heavy is imported before a command runs.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
+import importlib
 import io
+import logging
 import os
 import re
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from natsl.run import UserError, redact_text
+from natsl import __version__
+from natsl.errors import UserError
+from natsl.secrets import redact_text
 
 if TYPE_CHECKING:
     import argparse
 
-    import torch
     from hydra._internal.hydra import Hydra
     from omegaconf import DictConfig
 
     from natsl.cli.options import Loader
 
 C = TypeVar("C")
+_log = logging.getLogger(__name__)
 # Failures of the machine that one line explains better than a traceback.
 _PLAIN_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
 
 
-def run_main(config_name: str, config_class: type[C], function: Callable[[C], int | None]) -> None:
+@dataclass(frozen=True)
+class Verb:
+    """One command; ``config`` and ``function`` are ``module:name``, imported when they are needed.
+
+    With a ``config`` class the function takes an object of it, composed from ``conf/<name>.yaml``. Without one it takes
+    the arguments as they are.
+    """
+
+    name: str
+    summary: str
+    function: str
+    config: str | None = None
+
+
+VERBS = {
+    verb.name: verb
+    for verb in (
+        Verb(
+            "search",
+            "train a supernet, search its policies, report the front",
+            "natsl.cli.commands:run_search",
+            "natsl.search.config:SearchRunConfig",
+        ),
+        Verb(
+            "train",
+            "train a supernet only",
+            "natsl.cli.commands:run_training",
+            "natsl.cli.commands:TrainRunConfig",
+        ),
+        Verb(
+            "export",
+            "write a point of a front, or any policy, as a model of its own",
+            "natsl.cli.commands:run_export",
+            "natsl.cli.commands:ExportConfig",
+        ),
+        Verb(
+            "generate",
+            "continue a prompt",
+            "natsl.cli.commands:run_generation",
+            "natsl.cli.commands:GenerateConfig",
+        ),
+        Verb(
+            "evaluate",
+            "score a point, a policy, a budget or an export on held-out data",
+            "natsl.cli.commands:run_evaluation",
+            "natsl.cli.commands:EvaluateRunConfig",
+        ),
+        Verb(
+            "bench",
+            "time the kernels against dense attention",
+            "natsl.kernels.bench.__main__:main",
+        ),
+        Verb(
+            "throughput",
+            "time training steps against a model with dense attention",
+            "natsl.cli.commands:run_throughput",
+            "natsl.throughput:ThroughputConfig",
+        ),
+        Verb(
+            "ablation",
+            "train variants of a supernet and compare their routers",
+            "natsl.search.ablation:run_ablation",
+            "natsl.search.ablation:AblationConfig",
+        ),
+    )
+}
+
+
+def load(path: str) -> Any:
+    """What ``module:name`` names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def main() -> None:
+    """Entry point of ``natsl`` and ``python -m natsl``: the first argument is the verb."""
+    program, arguments = command_name(), sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        _guard(lambda: print(_overview(program)))
+    elif arguments[0] == "--version":
+        _guard(lambda: print(f"natsl {__version__}"))
+    elif arguments[0] in ("-sc", "--shell-completion"):
+        _complete(arguments)
+    else:
+        run_verb(arguments[0], arguments[1:], f"{program} {arguments[0]}")
+
+
+def script() -> None:
+    """Entry point of ``natsl-train`` and its like: the verb is the end of the script's name."""
+    run_verb(Path(sys.argv[0]).name.removeprefix("natsl-"))
+
+
+def run_verb(name: str, arguments: Sequence[str] | None = None, command: str | None = None) -> None:
+    """Run one verb; ``arguments`` and ``command``, how it was called, are those of the process unless given.
+
+    Returns if all went well and exits otherwise.
+    """
+    verb = VERBS.get(name)
+    if verb is None:
+        close = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        _say(f"error: unknown command {name!r}{hint} (natsl --help lists all)")
+        sys.exit(2)
+    if verb.config is not None:
+        run_main(name, load(verb.config), lambda config: load(verb.function)(config), arguments, command)
+        return
+    if arguments is not None:
+        sys.argv[1:] = arguments  # which this function reads by itself
+    _guard(lambda: load(verb.function)())
+
+
+def run_main(
+    config_name: str,
+    config_class: type[C],
+    function: Callable[[C], int | None],
+    arguments: Sequence[str] | None = None,
+    command: str | None = None,
+) -> None:
     """Compose ``conf/<config_name>.yaml`` with the command line, then call ``function`` with a ``config_class``.
 
     Returns if all went well and exits otherwise. ``-m`` runs one job after another, after all of them were checked.
     """
+    argv = sys.argv[1:] if arguments is None else list(arguments)
+    _guard(lambda: _main(config_name, config_class, function, argv, command or command_name()))
+
+
+def _guard(action: Callable[[], int | None]) -> None:
+    """Do what a command does; what goes wrong becomes one line and an exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
     warnings.showwarning = _show_warning
+    _show_log()
     try:
-        code = _main(config_name, config_class, function, sys.argv[1:])
+        code = action()
     except KeyboardInterrupt:
         _say("interrupted")
         code = 130
@@ -62,6 +192,36 @@ def run_main(config_name: str, config_class: type[C], function: Callable[[C], in
             code = 1 if isinstance(error, OSError) and error.errno else 2
     if code:
         sys.exit(code)
+
+
+def _overview(program: str) -> str:
+    """What ``natsl --help`` shows: a line for every verb."""
+    width = max(map(len, VERBS)) + 2
+    lines = [f"  {verb.name:<{width}}{verb.summary}" for verb in VERBS.values()]
+    return "\n".join(
+        [
+            "Neural attention search: models whose layers route each chunk to softmax or to linear attention.",
+            f"\nUsage: {program} <command> [flags] [option=value ...]",
+            "\nCommands:",
+            *lines,
+            f"\n{program} <command> --help shows the options of a command and their values.",
+        ]
+    )
+
+
+def _complete(arguments: list[str]) -> None:
+    """Shell completion of ``natsl`` itself: of the verb, and then, as if the verb were the program, of its options."""
+    verb = "search"  # what is installed is the same for all
+    line = re.fullmatch(r"\s*(\S+)\s*(\S*)(.*)", os.environ.get("COMP_LINE", ""), re.DOTALL)
+    if any(argument.startswith("query=") for argument in arguments) and line is not None:
+        program, verb, rest = line.groups()
+        if not rest:
+            print(" ".join(name for name in VERBS if name.startswith(verb)))
+            return
+        if verb not in VERBS or VERBS[verb].config is None:
+            return
+        os.environ["COMP_LINE"] = program + rest
+    run_verb(verb, arguments, "natsl")
 
 
 def user_line(error: Exception) -> str | None:
@@ -113,16 +273,16 @@ def _hydra_text(error: Exception) -> str | None:
     return f"{found[1]}{found[3]}: {found[2]}" if found else text
 
 
-def _main(config_name: str, config_class: type[C], function: Callable[[C], int | None], argv: list[str]) -> int:
+def _main(
+    config_name: str, config_class: type[C], function: Callable[[C], int | None], argv: list[str], command: str
+) -> int:
     if "--version" in argv:
-        from natsl import __version__
-
         print(f"natsl {__version__}")
         return 0
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
-    parser.prog = command_name()
+    parser.prog = command
     args = parser.parse_args(argv)
     if args.experimental_rerun is not None:
         raise UserError("--experimental-rerun is not allowed: it would execute a pickle")
@@ -135,7 +295,7 @@ def _main(config_name: str, config_class: type[C], function: Callable[[C], int |
     if args.help:
         from natsl.cli.options import help_text
 
-        print(help_text(loader, _compose(loader, config_name, args.overrides), command_name()), end="")
+        print(help_text(loader, _compose(loader, config_name, args.overrides), command), end="")
         return 0
     if args.hydra_help or args.cfg or args.shell_completion or args.info:
         return _show(loader, config_name, args, parser)
@@ -248,39 +408,15 @@ def _note_ignored(overrides: list[str]) -> None:
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key in IGNORED_HYDRA:
-            _say(f"note: {key} has no effect: everything is written to the run's folder, root/name")
+            _log.info("%s has no effect: everything is written to the run's folder, root/name", key)
 
 
 def command_name() -> str:
-    """How the running command was called: ``natsl-search`` or ``python -m natsl.train``."""
+    """How the running program was called: ``natsl``, ``natsl-search`` or ``python -m natsl.train``."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.name:
         return f"python -m {spec.name.removesuffix('.__main__')}"
     return Path(sys.argv[0]).name or "natsl"
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:<n>``; ``auto`` without a GPU is the CPU, with a notice.
-
-    Raises ``UserError`` for another name and for a GPU that is not there.
-    """
-    kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (":" in name and not (kind == "cuda" and index.isdecimal())):
-        raise UserError(f"device = {name!r} is not allowed: it must be auto, cpu, cuda or cuda:<number>")
-    import torch
-
-    if kind == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "auto":
-        if count == 0:
-            _say("note: no GPU found, running on the CPU (device=cpu silences this)")
-        return torch.device("cuda" if count else "cpu")
-    if count <= int(index or 0):
-        raise UserError(f"device = {name!r} is not there: this machine has {count} usable GPUs; use device=auto or cpu")
-    if index:
-        torch.cuda.set_device(int(index))  # kernels are launched on the current device
-    return torch.device(name)
 
 
 def _show_warning(
@@ -296,6 +432,21 @@ def _show_warning(
     else:
         text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
     print(redact_text(text), file=file or sys.stderr, flush=True)
+
+
+class _Notes(logging.Handler):
+    """Prints what libraries log, a line for each record, to whatever stderr is at the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "note" if record.levelno < logging.WARNING else record.levelname.lower()
+        _say(redact_text(f"{level}: {record.getMessage()}"))
+
+
+def _show_log() -> None:
+    logger = logging.getLogger("natsl")
+    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes(logging.INFO))
+    logger.setLevel(logging.INFO)
 
 
 def _say(line: str) -> None:

@@ -29,7 +29,8 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from natsl.run import UserError, read_yaml
+from natsl.errors import UserError
+from natsl.files import read_yaml
 
 # Settings of Hydra that do no harm, since nothing reads them: Hydra makes no folder, no log and launches nothing here.
 IGNORED_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.chdir")

@@ -1,0 +1,241 @@
+"""The commands: what each one may be told, and what it does. Anything heavy is imported when a command runs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch
+from natsl.device import resolve_device
+from natsl.errors import UserError
+from natsl.files import to_plain
+from natsl.load import Choice, load_choice, stored_data
+from natsl.run import Run
+from natsl.space.check import check, check_at_least, check_counts
+from natsl.tasks import DataConfig
+from natsl.tracking import TrackingConfig, start_tracker
+
+if TYPE_CHECKING:
+    from natsl.evaluate import Evaluation
+    from natsl.search.config import SearchRunConfig
+    from natsl.throughput import ThroughputConfig
+
+
+@dataclass
+class TrainRunConfig:
+    """Train one supernet into ``root/name``; a run that exists is resumed. ``device``: auto, cpu, cuda or cuda:<n>."""
+
+    name: str = "train"
+    root: str = "runs"
+    seed: int = 0
+    device: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    supernet: SupernetConfig = field(default_factory=SupernetConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        check_counts(0, {"seed": self.seed})
+
+
+@dataclass
+class EvaluateRunConfig:
+    """Score a point of a run's front, any other policy, or an exported model on held-out data.
+
+    Either ``run`` (below ``root``) or ``export`` (a folder made by natsl export). Of a run: ``pick`` (``knee``, an id
+    of the front or its beginning; null: the knee), or else ``policy`` (a JSON file) or ``budget`` (the same in every
+    routed layer), which need no front; of an export, these two replace the policy that it holds. ``calibration``: a
+    table made by natsl calibrate instead of the run's own. ``split``: search or test.
+    """
+
+    run: str | None = None
+    root: str = "runs"
+    pick: str | None = None
+    export: str | None = None
+    policy: str | None = None
+    budget: float | None = None
+    calibration: str | None = None
+    split: str = "test"
+    device: str = "auto"
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        self.choice()
+        check(self.split in ("search", "test"), "split", self.split, "it must be search or test")
+        check_counts(1, {"batch_size": self.batch_size})
+
+    def choice(self) -> Choice:
+        """Model and policy; ``ValueError`` for options that exclude each other."""
+        return Choice(self.run, self.root, self.export, self.pick, self.policy, self.budget, self.calibration)
+
+
+@dataclass
+class ExportConfig:
+    """Write one point of a run's front, or any other policy, as a model of its own; verify it in a fresh process.
+
+    ``run``: a run below ``root``. ``pick``: ``knee``, an id of the front, or the beginning of an id or of a policy's
+    digest (null: the knee). ``policy``: a JSON file instead, which needs no front. ``calibration``: a table made by
+    natsl calibrate instead of the run's own. ``name``: of the folder below ``root/run/export`` (null: the point's id or
+    ``policy-<digest>``, and the calibration's name). ``overwrite`` replaces a folder that exists.
+    """
+
+    run: str = "???"  # must be given
+    root: str = "runs"
+    pick: str | None = None
+    policy: str | None = None
+    calibration: str | None = None
+    name: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        self.choice()
+
+    def choice(self) -> Choice:
+        """Model and policy; ``ValueError`` for options that exclude each other."""
+        return Choice(self.run, self.root, pick=self.pick, policy=self.policy, calibration=self.calibration)
+
+
+@dataclass
+class GenerateConfig:
+    """Continue a prompt with a point of a run's front, any other policy, or an exported model.
+
+    Either ``run`` (below ``root``) with ``pick`` (null: the knee) or ``policy`` (a JSON file, which needs no front), or
+    ``export`` (a folder made by natsl export), whose policy ``policy`` replaces. ``calibration``: a table made by natsl
+    calibrate instead of the run's own. ``prompt`` is text; ``⟨k3⟩`` and ``⟨v3⟩`` in it stand for the fourth key and
+    value of the recall tasks. ``temperature`` 0 takes the most likely token; ``top_k`` 0 keeps all.
+    """
+
+    run: str | None = None
+    root: str = "runs"
+    pick: str | None = None
+    export: str | None = None
+    policy: str | None = None
+    calibration: str | None = None
+    prompt: str = "def "
+    max_new_tokens: int = 64
+    temperature: float = 0.8
+    top_k: int = 0
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        self.choice()
+        check(len(self.prompt) > 0, "prompt", self.prompt, "it must not be empty")
+        check_counts(1, {"max_new_tokens": self.max_new_tokens})
+        check_at_least(0, {"temperature": self.temperature})
+        check_counts(0, {"top_k": self.top_k, "seed": self.seed})
+
+    def choice(self) -> Choice:
+        """Model and policy; ``ValueError`` for options that exclude each other."""
+        return Choice(self.run, self.root, self.export, self.pick, self.policy, calibration=self.calibration)
+
+
+def run_search(config: SearchRunConfig) -> None:
+    """Train a supernet, search its policies and report the front; see ``natsl.search.pipeline``."""
+    from natsl.cli.main import command_name
+    from natsl.search import pipeline
+
+    pipeline.run_search(config, shlex.join([*command_name().split(), *sys.argv[1:]]))
+
+
+def run_training(config: TrainRunConfig) -> None:
+    """Train a supernet, or resume it, in ``root/name/supernet``."""
+    device = resolve_device(config.device)
+    from natsl.data import TaskData, load_text
+    from natsl.model import count_parameters
+    from natsl.train import TrainRecipe, fit
+
+    check_batch(config.model.layers, config.train, config.supernet)
+    data = TaskData(config.data, load_text(config.data.path), config.model.vocab_size)
+    run = Run.open(config.name, config.root)
+    with run.lock():
+        if run.study_db.exists():
+            raise UserError(f"name = {config.name!r} is a search, which trains its own supernet: choose another name")
+        if not run.config.exists():
+            run.write_config(config)
+        recipe = TrainRecipe(config.train, config.supernet, config.seed)
+        with start_tracker(config.tracking, run, to_plain(config)) as tracker:
+            net = fit(run, config.model, data, recipe, device, tracker)
+        run.write_config(config)  # only now is it known that the checkpoints belong to this configuration
+    print(f"supernet of {count_parameters(net):,} parameters in {run.supernet}")
+    print(f"search its policies: natsl search name={config.name}-search supernet_from={config.name}")
+
+
+def evaluate_choice(config: EvaluateRunConfig) -> Evaluation:
+    """Score what the configuration names on the held-out data of its run; see ``EvaluateRunConfig``."""
+    from natsl.data import Split, TaskData, load_text
+    from natsl.evaluate import evaluate
+
+    model, policy, _ = load_choice(config.choice())
+    settings = stored_data(config.run, config.root, config.export)
+    data = TaskData(settings, load_text(settings.path), model.config.vocab_size)
+    model.to(resolve_device(config.device))
+    return evaluate(model, policy, data.eval_sets(Split(config.split)), batch_size=config.batch_size)
+
+
+def run_evaluation(config: EvaluateRunConfig) -> None:
+    """Print the values of ``evaluate_choice`` as JSON."""
+    print(json.dumps(asdict(evaluate_choice(config)), indent=1))
+
+
+def run_export(config: ExportConfig) -> None:
+    """Export a point or a policy, and say where it went."""
+    from natsl.export import export_choice
+
+    folder = export_choice(config.choice(), config.name, config.overwrite)
+    print(f"exported to {folder}; a fresh process gave the supernet's logits")
+    print(f"try it: natsl generate export={folder} prompt='def '")
+
+
+def run_generation(config: GenerateConfig) -> None:
+    """Print a prompt and its continuation as it is drawn."""
+    device = resolve_device(config.device)
+    from natsl.generate import Sampling, encode, generate, stream
+
+    model, policy, _ = load_choice(config.choice())
+    prompt = encode(config.prompt, model.config.vocab_size)
+    sampling = Sampling(config.temperature, config.top_k, config.seed)
+    print(config.prompt, end="", flush=True)
+    for piece in stream(generate(model.to(device), policy, prompt, config.max_new_tokens, sampling)):
+        print(piece, end="", flush=True)
+    print()
+    sys.stdout.flush()
+
+
+def run_throughput(config: ThroughputConfig) -> None:
+    """Print the table of ``natsl.throughput.measure`` and write ``throughput.json`` into the folder ``out``."""
+    import torch
+
+    from natsl.throughput import measure
+
+    device = resolve_device(config.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}; {config.batch_size} × {config.tokens} tokens, {config.precision.value}")
+    print(f"{'model':<22} {'parameters':>12} {'step ms':>9} {'tokens/s':>10} {'TFLOP/s':>8} {'of peak':>8} {'GiB':>6}")
+    rows = []
+    for row in measure(config, device):
+        rows.append(row)
+        share = "–" if row.share_of_peak is None else f"{100 * row.share_of_peak:.0f}%"
+        memory = "–" if row.peak_gib is None else f"{row.peak_gib:.1f}"
+        print(
+            f"{row.model:<22} {row.parameters:>12,} {row.step_ms:>9.1f} {row.tokens_per_second:>10,.0f} "
+            f"{row.flops_per_second / 1e12:>8.1f} {share:>8} {memory:>6}",
+            flush=True,
+        )
+    path = Path(config.out) / "throughput.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "device": name,
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "config": to_plain(config),
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"Written: {path}")

@@ -1,0 +1,206 @@
+"""What commands read: points of a front, policy files, exported folders, data settings, and all that is refused."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from natsl.checkpoint import file_sha256
+from natsl.errors import UserError
+from natsl.export import export_point
+from natsl.files import read_json, write_json
+from natsl.load import EXPORT_FILES, Choice, load_choice, load_exported, read_point, stored_data
+from natsl.run import Run
+from natsl.space.policy import Op, RoutingPolicy
+from tests.run_helpers import BUDGET, KINDS, SOFTMAX, make_model, make_run, point, save, write_front
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A finished run that a test may damage."""
+    (tmp_path / "runs").mkdir()
+    return make_run(tmp_path / "runs")
+
+
+@pytest.fixture
+def exported(run: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An export of its point t0013, without the fresh process."""
+    monkeypatch.setattr("natsl.export.verify", lambda folder, model, policy: 0.0)
+    return export_point(run, "t0013")
+
+
+@pytest.mark.parametrize(
+    ("pick", "name"),
+    [("knee", "t0002"), ("t0013", "t0013"), ("t001", "t0013"), (SOFTMAX.digest()[:5], "t0013")],
+    ids=["knee", "id", "beginning of an id", "beginning of a digest"],
+)
+def test_picks(pick: str, name: str, run: Run) -> None:
+    assert read_point(run, pick)["id"] == name
+
+
+def test_an_exact_id_wins_over_a_beginning(run: Run) -> None:
+    write_front(run, [point("t1", BUDGET), point("t10", SOFTMAX)], None)
+    assert read_point(run, "t1")["id"] == "t1"
+    with pytest.raises(UserError, match="has no knee: pick one of t1, t10"):
+        read_point(run, "knee")
+
+
+@pytest.mark.parametrize("name", EXPORT_FILES)
+def test_a_flipped_bit(name: str, exported: Path) -> None:
+    path = exported / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"checksum error: .*{name} has changed"):
+        load_exported(exported)
+
+
+def seal(folder: Path) -> None:
+    """Make the manifest fit what lies in the folder, as somebody who means harm would."""
+    manifest = read_json(folder / "manifest.json")
+    manifest["files"] = {name: file_sha256(folder / name) for name in EXPORT_FILES}
+    write_json(folder / "manifest.json", manifest)
+
+
+class Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_posing_as_weights_is_never_executed(exported: Path, tmp_path: Path) -> None:
+    folder = exported
+    for write in (pickle.dump, torch.save):
+        with (folder / "model.safetensors").open("wb") as file:
+            write(Trap(tmp_path / "executed"), file)
+        seal(folder)
+        with pytest.raises(UserError, match="cannot be used"):
+            load_exported(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+DAMAGES: dict[str, tuple[str, str, str]] = {
+    "no policy": ("policy.json", "{}", "policy has no"),
+    "other policy": ("policy.json", RoutingPolicy.all_softmax([Op.routed] * 3, 8).to_json(), "of kind delta"),
+    "no shape": ("config.json", "{}", "model"),
+    "unknown shape": ("config.json", '{"model": {"foo": 1}}', "foo"),
+    "bad shape": ("config.json", '{"model": {"chunk_size": 48}}', "chunk_size = 48"),
+    "other shape": ("config.json", '{"model": {"width": 8}}', "do not fit"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_sealed_nonsense(name: str, content: str, message: str, exported: Path) -> None:
+    folder = exported
+    (folder / name).write_text(content)
+    seal(folder)
+    with pytest.raises(UserError, match=f"cannot be used: .*{message}"):
+        load_exported(folder)
+
+
+def test_folders_that_are_no_exports(exported: Path, tmp_path: Path) -> None:
+    folder = exported
+    (folder / "policy.json").unlink()
+    with pytest.raises(UserError, match=r"is incomplete: policy\.json is missing"):
+        load_exported(folder)
+    write_json(folder / "manifest.json", {"format": 2, "natsl": "9.0"})
+    with pytest.raises(UserError, match=r"the export format 2, this natsl reads 1: use natsl 9\.0"):
+        load_exported(folder)
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(UserError, match="is not an exported model"):
+            load_exported(path)
+
+
+def test_choices(run: Run, exported: Path) -> None:
+    root = str(run.path.parent)
+    assert load_choice(Choice("r", root))[1] == BUDGET
+    assert load_choice(Choice("r", root, pick="t0013"))[1] == SOFTMAX
+    assert load_choice(Choice(export=str(exported)))[1] == SOFTMAX
+    uniform = RoutingPolicy.uniform(KINDS, 8, 0.25)
+    assert load_choice(Choice("r", root, budget=0.25))[1] == uniform
+    assert load_choice(Choice(export=str(exported), budget=0.25))[1] == uniform
+    with pytest.raises(UserError, match="there is no run 'x'"):
+        load_choice(Choice("x", root))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "run, export = (None, None) is not allowed: give either run=<name> or export=<folder>"),
+        ({"run": "r", "export": "x"}, "run, export = ('r', 'x') is not allowed"),
+        ({"run": "r", "pick": "knee", "policy": "p"}, "pick, policy = ('knee', 'p') is not allowed: give only one"),
+        ({"run": "r", "policy": "p", "budget": 0.5}, "policy, budget = ('p', 0.5) is not allowed: give only one"),
+        ({"run": "r", "pick": "t1", "budget": 0.0}, "pick, budget = ('t1', 0.0) is not allowed: give only one"),
+        ({"run": "r", "budget": 1.5}, "budget = 1.5 is not allowed: it must lie in [0, 1]"),
+        ({"export": "x", "calibration": "c"}, "calibration = 'c' is not allowed: an export has its own"),
+    ],
+    ids=["no source", "two sources", "pick and policy", "policy and budget", "pick and budget", "range", "calibration"],
+)
+def test_options_that_exclude_each_other(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Choice(**options)
+
+
+def test_a_policy_file_needs_no_front(run: Run, exported: Path, tmp_path: Path) -> None:
+    run.front_json.unlink()
+    policy = RoutingPolicy.uniform(KINDS, 8, 0.25)
+    (tmp_path / "p.json").write_text(policy.to_json())
+    model, loaded, record = load_choice(Choice("r", str(run.path.parent), policy=str(tmp_path / "p.json")))
+    assert loaded == policy
+    assert record["digest"] == policy.digest()
+    other, loaded, _ = load_choice(Choice(export=str(exported), policy=str(tmp_path / "p.json")))
+    assert loaded == policy
+    assert model.state_dict().keys() == other.state_dict().keys()
+
+
+POLICIES = {
+    "missing": (None, "cannot be read: No such file or directory"),
+    "not JSON": ("{", "policy JSON '{' cannot be read"),
+    "not UTF-8": ("\udcff", "can't decode byte 0xff"),
+    "not a policy": ('{"points": []}', "unknown key 'points' in the policy"),
+    "wrong value": ('{"chunk_size": 8, "layers": [{"op": "routed", "budget": 2}]}', "budget = 2 is not allowed"),
+    "layers": (RoutingPolicy.all_softmax(KINDS[:2], 8).to_json(), "does not fit the model: .*the model has 3 layers"),
+    "chunk size": (RoutingPolicy.all_softmax(KINDS, 16).to_json(), "does not fit the model: .*chunk size is 8"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), POLICIES.values(), ids=POLICIES.keys())
+def test_policy_files_that_cannot_be_used(text: str | None, message: str, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    if text is not None:
+        path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=rf"policy: .*p\.json.*{message}"):
+        load_choice(Choice("r", str(run.path.parent), policy=str(path)))
+
+
+def test_a_policy_with_budgets_needs_calibration(run: Run, tmp_path: Path) -> None:
+    model = make_model()
+    model.calibration.fill_(float("nan"))
+    save(run, model)
+    (tmp_path / "p.json").write_text(BUDGET.to_json())
+    with pytest.raises(UserError, match="layer 0 has a budget, but the model is not calibrated"):
+        load_choice(Choice("r", str(run.path.parent), policy=str(tmp_path / "p.json")))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("{seq_len: 2.5}", "holds no data settings"),
+        ("{mqar: {easy_pairs: ['${data.mqar.easy_pairs}']}}", "interpolations are not allowed"),
+        ("&a [*a]", "alias to itself"),
+    ],
+    ids=["value", "interpolation", "alias"],
+)
+def test_stored_data_settings_that_cannot_be_used(data: str, message: str, run: Run) -> None:
+    run.config.write_text(f"data: {data}\n")
+    with pytest.raises(UserError, match=message):
+        stored_data(run.name, str(run.path.parent), None)
