@@ -257,7 +257,10 @@ def stored_data(run: str | None, root: str, export: str | None) -> DataConfig:
     if "${" in json.dumps(settings, default=str):  # stored settings are resolved; these could expand without end
         raise UserError(f"{path} holds no data settings: interpolations are not allowed")
     try:
-        result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), settings))
+        schema = OmegaConf.structured(DataConfig)
+        if isinstance(settings, Mapping) and "tasks" in settings:
+            schema.tasks = {}  # else the default task would be added to those of the run
+        result = OmegaConf.to_object(OmegaConf.merge(schema, settings))
     except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{path} holds no data settings: {error}") from None
     assert isinstance(result, DataConfig)

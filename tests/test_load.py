@@ -191,6 +191,13 @@ def test_a_policy_with_budgets_needs_calibration(run: Run, tmp_path: Path) -> No
         load_choice(Choice("r", str(run.path.parent), policy=str(tmp_path / "p.json")))
 
 
+def test_stored_data_settings_are_those_of_the_run(run: Run, exported: Path) -> None:
+    root = str(run.path.parent)
+    for settings in (stored_data("r", root, None), stored_data(None, root, str(exported))):
+        assert settings.tasks == {"bytes": 1.0}  # and not the default one too
+        assert (settings.seq_len, settings.search_sequences) == (44, 8)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
