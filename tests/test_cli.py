@@ -438,7 +438,7 @@ def test_the_version_of_natsl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("word", "hint"),
-    [("serach", "; did you mean search?"), ("name=x", ""), ("", "")],
+    [("serach", "; did you mean search?"), ("calibration", "; did you mean calibrate?"), ("name=x", ""), ("", "")],
 )
 def test_unknown_verbs(
     word: str, hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -6,17 +6,19 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from natsl import __version__
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch
 from natsl.device import resolve_device
 from natsl.errors import UserError
-from natsl.files import to_plain
-from natsl.load import Choice, load_choice, stored_data
+from natsl.files import check_name, to_plain, write_json
+from natsl.load import Choice, calibration_path, load_choice, stored_data
 from natsl.run import Run
 from natsl.space.check import check, check_at_least, check_counts
+from natsl.space.policy import RoutingPolicy
 from natsl.tasks import DataConfig
 from natsl.tracking import TrackingConfig, start_tracker
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from natsl.evaluate import Evaluation
     from natsl.search.config import SearchRunConfig
     from natsl.throughput import ThroughputConfig
+
+CHECKED_BUDGETS = (0.05, 0.1, 0.25, 0.5)  # what a new calibration table is measured at
 
 
 @dataclass
@@ -136,6 +140,48 @@ class GenerateConfig:
         return Choice(self.run, self.root, self.export, self.pick, self.policy, calibration=self.calibration)
 
 
+@dataclass
+class CalibrationDataConfig:
+    """What to calibrate on.
+
+    ``path``: a text file or a folder of them (null: the run's own text), of which the part for the search is used.
+    ``tasks``: weight of each task ({}: those of the run). All else is as in the run.
+    """
+
+    path: str | None = None
+    tasks: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class CalibrateConfig:
+    """Make a calibration table of a run's supernet on other text: what turns a budget into a threshold of the router.
+
+    The table that training made turns a budget into the fraction of chunks kept on training's kind of text; other text
+    needs another table to be kept at the same fraction. ``run``: a run below ``root`` whose supernet is trained to its
+    end. ``name``: the table goes to ``root/run/calibrations/<name>.json``, beside training's own, which stays as it is;
+    ``calibration=<name>`` makes evaluate, generate and export use it. ``sequences``: how many to calibrate on, over all
+    tasks; ``seed`` of the policies that the margins are pooled over (null for either: as in training). ``overwrite``
+    replaces a table of that name.
+    """
+
+    run: str = "???"  # must be given
+    name: str = "???"  # must be given
+    root: str = "runs"
+    data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig)
+    sequences: int | None = None
+    seed: int | None = None
+    device: str = "auto"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name != "???":
+            check_name(self.name, "name")
+        if self.sequences is not None:
+            check_counts(1, {"sequences": self.sequences})
+        if self.seed is not None:
+            check_counts(0, {"seed": self.seed})
+
+
 def run_search(config: SearchRunConfig) -> None:
     """Train a supernet, search its policies and report the front; see ``natsl.search.pipeline``."""
     from natsl.cli.main import command_name
@@ -206,6 +252,59 @@ def run_generation(config: GenerateConfig) -> None:
         print(piece, end="", flush=True)
     print()
     sys.stdout.flush()
+
+
+def run_calibration(config: CalibrateConfig) -> None:
+    """Store a calibration table beside that of training, and print what budgets keep under it."""
+    run = Run.open(config.run, config.root, create=False)
+    path = calibration_path(run, config.name, "name")
+    if path.exists() and not config.overwrite:
+        raise UserError(f"{path} exists: choose another name or give overwrite=true")
+    device = resolve_device(config.device)
+    import torch
+
+    from natsl import checkpoint
+    from natsl.data import Split, TaskData, load_text
+    from natsl.evaluate import evaluate
+    from natsl.supernet import calibrate, seed_of
+
+    model, record = checkpoint.load_model(run.supernet)
+    if not record.get("finished"):
+        raise UserError(f"the supernet of run {run.name!r} is not trained to its end: resume that run first")
+    try:
+        supernet = SupernetConfig(**record["supernet"])
+    except (KeyError, TypeError):
+        raise UserError(f"the checkpoint in {run.supernet} does not say how it was trained") from None
+    sequences = supernet.calibration_sequences if config.sequences is None else config.sequences
+    seed = int(record["seed"]) if config.seed is None else config.seed
+    own = stored_data(config.run, config.root, None)
+    settings = replace(own, path=config.data.path or own.path, tasks=config.data.tasks or own.tasks)
+    text = load_text(settings.path)
+    data = TaskData(settings, text, model.config.vocab_size)
+    model.to(device)
+    torch.manual_seed(seed_of("calibration", seed))  # route noise, if the supernet has any
+    calibrate(model, data, replace(supernet, calibration_sequences=sequences), seed)
+    points = model.calibration.shape[-1]
+    made = {
+        "natsl": __version__,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "checkpoint": {"step": record.get("step"), "sha256": record.get("sha256")},
+        "data": {"fingerprint": data.fingerprint, "text": text.description, "settings": settings},
+        "sequences": sequences,
+        "seed": seed,
+        "quantiles": [i / (points - 1) for i in range(points)],
+        "margins": model.calibration.tolist(),
+    }
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, made)
+    print(f"{path}: calibrated on {text.description}")
+    print("budget   kept")
+    sets = data.eval_sets(Split.search)
+    for budget in CHECKED_BUDGETS:
+        policy = RoutingPolicy.uniform(model.kinds, model.config.chunk_size, budget)
+        print(f"{budget:6.2f} {evaluate(model, policy, sets).kept_fraction:6.3f}")
+    root = "" if config.root == "runs" else f" root={shlex.quote(config.root)}"
+    print(f"try it: natsl evaluate run={run.name}{root} calibration={config.name} budget=0.1")
 
 
 def run_throughput(config: ThroughputConfig) -> None:

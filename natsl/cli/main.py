@@ -89,6 +89,12 @@ VERBS = {
             "natsl.cli.commands:EvaluateRunConfig",
         ),
         Verb(
+            "calibrate",
+            "make the table that turns budgets into thresholds on other text",
+            "natsl.cli.commands:run_calibration",
+            "natsl.cli.commands:CalibrateConfig",
+        ),
+        Verb(
             "bench",
             "time the kernels against dense attention",
             "natsl.kernels.bench.__main__:main",
