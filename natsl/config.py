@@ -9,23 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial  # moved
-from typing import TYPE_CHECKING, Any  # moved
 
-from natsl.files import to_plain as to_plain  # moved
 from natsl.space.check import check, check_at_least, check_choice, check_counts
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op
-from natsl.tasks import DataConfig as DataConfig  # moved
-from natsl.tasks.mqar import MqarConfig as MqarConfig  # moved
-from natsl.tasks.needle import NeedleConfig as NeedleConfig  # moved
-from natsl.tracking import TrackingConfig as TrackingConfig  # moved
-from natsl.tracking import TrackingMode as TrackingMode  # moved
-
-if TYPE_CHECKING:  # moved
-    from natsl.cli.commands import TrainRunConfig as TrainRunConfig  # moved
-
-__all__ = ("check", "check_at_least", "check_counts")  # moved
 
 
 class Counterfactual(Enum):
@@ -57,7 +44,6 @@ class Precision(Enum):
     bfloat16 = "bfloat16"
 
 
-check_precision = partial(check_choice, choices=Precision)  # moved
 CHUNK_SIZES = (8, 16, 32, 64, 128)
 
 
@@ -241,11 +227,3 @@ def check_batch(kinds: list[Op], train: TrainConfig, supernet: SupernetConfig) -
             train.batch_size,
             f"it must be a multiple of the {policies} policies of a step (2 + supernet.random_policies)",
         )
-
-
-def __getattr__(name: str) -> Any:  # moved
-    if name != "TrainRunConfig":  # moved
-        raise AttributeError(name)  # moved
-    from natsl.cli import commands  # moved
-
-    return commands.TrainRunConfig  # moved

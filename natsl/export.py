@@ -20,9 +20,7 @@ from typing import TYPE_CHECKING, Any
 from natsl import __version__
 from natsl.errors import UserError
 from natsl.files import check_name, child_folder, read_config, sync_folder, to_plain, write_json
-from natsl.load import EXPORT_FILES, EXPORT_FORMAT, Choice, load_choice
-from natsl.load import load_exported as load_exported  # moved
-from natsl.load import read_point as read_point  # moved
+from natsl.load import EXPORT_FILES, EXPORT_FORMAT, Choice, load_choice, load_exported
 from natsl.run import Run
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast

@@ -17,18 +17,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from natsl.errors import UserError
-from natsl.files import check_name as check_name  # moved
 from natsl.files import child_folder, read_json, to_plain, write_json, write_text
-from natsl.files import read_config as read_config  # moved
-from natsl.files import read_yaml as read_yaml  # moved
-from natsl.files import sync_folder as sync_folder  # moved
-from natsl.files import write_bytes as write_bytes  # moved
-from natsl.secrets import MASK as MASK  # moved
 from natsl.secrets import redact
-from natsl.secrets import redact_text as redact_text  # moved
-
-__all__ = ("UserError", "child_folder", "plain", "read_json", "redact", "write_json", "write_text")  # moved
-plain = to_plain  # moved
 
 FORMAT = 1  # of the run folder; raise it when a reader of older folders would go wrong
 FORMAT_VERSIONS = {1: "0.1"}  # format → first natsl version that writes it

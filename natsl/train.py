@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from natsl import checkpoint
-from natsl.cli.commands import run_training as run_training  # moved
 from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, check_batch
 from natsl.data import TaskData
 from natsl.errors import UserError
 from natsl.files import to_plain
-from natsl.kernels.bench.roofline import Shape
 from natsl.kernels.dispatch import kernel_limit
-from natsl.kernels.launch.parameters import warm_up
+from natsl.kernels.shape import Shape
+from natsl.kernels.warmup import warm_up
 from natsl.model import RoutedLM
 from natsl.progress import Progress
 from natsl.run import Run

@@ -17,19 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from natsl.cli import resolve_device
-from natsl.config import (
-    DataConfig,
-    ModelConfig,
-    SupernetConfig,
-    TrainConfig,
-    check,
-    check_batch,
-    check_counts,
-    to_plain,
-)
+from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch
+from natsl.device import resolve_device
+from natsl.files import read_json, to_plain, write_json
 from natsl.progress import Progress
-from natsl.run import Run, read_json, write_json
+from natsl.run import Run
+from natsl.space.check import check, check_counts
+from natsl.tasks import DataConfig
 
 
 @dataclass
@@ -95,11 +89,10 @@ def run_job(job: Job) -> dict[str, Any]:
 
     import torch
 
-    from natsl.data import Split, load_text
+    from natsl.data import Split, TaskData, load_text
     from natsl.evaluate import RandomRouting, evaluate
     from natsl.model import RoutedLM
     from natsl.space.policy import RoutingPolicy
-    from natsl.tasks import TaskData
     from natsl.train import TrainRecipe, train_supernet
 
     torch.set_num_threads(1)

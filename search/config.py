@@ -5,17 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from natsl.config import (
-    DataConfig,
-    ModelConfig,
-    SupernetConfig,
-    TrackingConfig,
-    TrainConfig,
-    check,
-    check_counts,
-)
+from natsl.config import ModelConfig, SupernetConfig, TrainConfig
 from natsl.search.samplers import Sampler
+from natsl.space.check import check, check_counts
 from natsl.space.space import SearchSpace
+from natsl.tasks import DataConfig
+from natsl.tracking import TrackingConfig
 
 
 @dataclass

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from natsl import __version__, checkpoint
-from natsl.cli import resolve_device
-from natsl.config import check_batch, to_plain
-from natsl.data import load_text
+from natsl.config import check_batch
+from natsl.data import TaskData, load_text
+from natsl.device import resolve_device
+from natsl.errors import UserError
+from natsl.files import read_json, to_plain, write_bytes, write_text
 from natsl.progress import Progress
-from natsl.run import Run, UserError, read_json, redact_text, write_bytes, write_text
+from natsl.run import Run
 from natsl.search.baseline import baselines
 from natsl.search.config import SearchRunConfig
 from natsl.search.front import Front
@@ -28,8 +30,8 @@ from natsl.search.report.terminal import print_front, print_nothing_to_do
 from natsl.search.score import Scorer, make_judge, score, steps_to_score
 from natsl.search.source import obtain_supernet
 from natsl.search.study import PolicyStudy, Problem, Record, first_policies, open_policy_study
+from natsl.secrets import redact_text
 from natsl.space.policy import Op, RoutingPolicy
-from natsl.tasks import TaskData
 from natsl.tracking import Tracker, start_tracker
 
 _LOG = logging.getLogger(__name__)
@@ -87,7 +89,8 @@ def export_knee(run: Run) -> Path | None:
 
     ``UserError`` if what is there is damaged or another model: it is left as it is.
     """
-    from natsl.export import export_point, load_exported, read_point
+    from natsl.export import export_point
+    from natsl.load import load_exported, read_point
 
     if read_json(run.front_json)["knee"] is None:
         return None

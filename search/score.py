@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from natsl.data import Split
+from natsl.data import Split, TaskData
 from natsl.evaluate import Evaluation, RandomRouting, evaluate
 from natsl.model import RoutedLM
 from natsl.search.baseline import Named
@@ -18,7 +18,6 @@ from natsl.search.objective import OBJECTIVES, QUALITY, measure
 from natsl.search.pareto import Scale, dominates
 from natsl.search.study import Problem, Record, read_evaluation
 from natsl.space.policy import Op, RoutingPolicy
-from natsl.tasks import TaskData
 
 
 @dataclass(frozen=True)

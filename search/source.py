@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 
 from natsl import checkpoint
+from natsl.data import TaskData
+from natsl.errors import UserError
+from natsl.files import write_bytes
 from natsl.model import RoutedLM
-from natsl.run import Run, UserError, write_bytes
+from natsl.run import Run
 from natsl.search.config import SearchRunConfig
-from natsl.tasks import TaskData
 from natsl.tracking import Tracker
 from natsl.train import TrainRecipe, fit
 

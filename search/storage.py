@@ -13,8 +13,9 @@ from typing import Any
 import optuna
 from optuna.storages import RDBStorage
 
-from natsl.run import UserError, redact_text
+from natsl.errors import UserError
 from natsl.search.objective import Direction
+from natsl.secrets import redact_text
 
 FINGERPRINT = "natsl_fingerprint"  # study attribute: what the trials belong to
 _BUSY_SECONDS = 60.0

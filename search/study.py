@@ -11,8 +11,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from natsl.errors import UserError
 from natsl.evaluate import Evaluation
-from natsl.run import UserError
 from natsl.search.config import SearchConfig
 from natsl.search.objective import CostContext, Objective, measure
 from natsl.search.pareto import non_dominated

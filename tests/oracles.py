@@ -10,12 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from natsl.config import DataConfig, ModelConfig
-from natsl.data import Corpus
+from natsl.config import ModelConfig
+from natsl.data import Corpus, TaskData
 from natsl.mixer import RoutedMixer
 from natsl.model import Block, RoutedLM
 from natsl.space.policy import Op
-from natsl.tasks import TaskData
+from natsl.tasks import DataConfig
 
 # Largest error, relative to the largest entry of the expected tensor, by dtype; the same in every test.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from natsl.config import Counterfactual, DataConfig, ModelConfig, SupernetConfig, TrainConfig
+from natsl.config import Counterfactual, ModelConfig, SupernetConfig, TrainConfig
 from natsl.run import Run
 from natsl.search import ablation
 from natsl.search.ablation import AblationConfig, run_ablation, table
+from natsl.tasks import DataConfig
 
 
 def config(root: Path, variants: dict[str, dict[str, object]] | None = None) -> AblationConfig:

@@ -106,7 +106,6 @@ def test_libraries_import_no_command_line() -> None:
         for line, name in import_names(import_nodes(path, functions=True))
         if f"{name}.".startswith(("natsl.cli.", "natsl.conf."))
     ]
-    wrong = [line for line in wrong if not line.endswith(" natsl.cli.resolve_device")]  # moved
     assert wrong == []
 
 
@@ -243,7 +242,6 @@ def import_nodes(path: Path, *, functions: bool) -> list[ast.Import | ast.Import
                 blocks += node.orelse
             elif functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                 blocks.append(node)
-    nodes[:] = [node for node in nodes if "# moved" not in text.splitlines()[node.lineno - 1]]  # moved
     return nodes
 
 

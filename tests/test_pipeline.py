@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 
 from natsl.checkpoint import load_model
-from natsl.config import DataConfig, ModelConfig, MqarConfig, SupernetConfig, TrackingConfig, TrackingMode, TrainConfig
-from natsl.data import load_text
+from natsl.config import ModelConfig, SupernetConfig, TrainConfig
+from natsl.data import TaskData, load_text
+from natsl.errors import UserError
 from natsl.evaluate import Evaluation, evaluate
-from natsl.run import Run, UserError
+from natsl.run import Run
 from natsl.search import pipeline, score, source
 from natsl.search.config import SearchConfig, SearchRunConfig
 from natsl.search.front import Front
@@ -28,8 +29,9 @@ from natsl.search.pipeline import run_search
 from natsl.search.score import make_judge
 from natsl.search.study import SearchFailedError
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
-from natsl.tasks import TaskData
-from natsl.tracking import Tracker
+from natsl.tasks import DataConfig
+from natsl.tasks.mqar import MqarConfig
+from natsl.tracking import Tracker, TrackingConfig, TrackingMode
 from tests.search_helpers import read_log
 
 KEY = "sk-0123456789abcdef"

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from natsl.config import TrackingConfig, TrainRunConfig
+from natsl.cli.commands import TrainRunConfig
 from natsl.errors import UserError
 from natsl.files import read_config, read_json, to_plain
 from natsl.run import FORMAT, Run
+from natsl.tracking import TrackingConfig
 
 BAD_NAMES = {
     "empty": "",

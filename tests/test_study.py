@@ -13,8 +13,8 @@ from pathlib import Path
 import optuna
 import pytest
 
+from natsl.errors import UserError
 from natsl.evaluate import Evaluation
-from natsl.run import UserError
 from natsl.search.config import SearchConfig
 from natsl.search.pareto import dominates
 from natsl.search.samplers import Sampler

@@ -16,17 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from natsl import checkpoint, supernet
-from natsl.config import (
-    Counterfactual,
-    Precision,
-    Sandwich,
-    SupernetConfig,
-    TrackingConfig,
-    TrackingMode,
-    TrainConfig,
-    TrainRunConfig,
-    check_batch,
-)
+from natsl.cli.commands import TrainRunConfig, run_training
+from natsl.config import Counterfactual, Precision, Sandwich, SupernetConfig, TrainConfig, check_batch
 from natsl.data import TaskData
 from natsl.errors import UserError
 from natsl.model import TokenLosses
@@ -35,6 +26,7 @@ from natsl.space.policy import RoutingPolicy
 from natsl.supernet import Loss, task_loss
 from natsl.tasks import DataConfig
 from natsl.tasks.sequences import Batch
+from natsl.tracking import TrackingConfig, TrackingMode
 from natsl.train import (
     Health,
     StepResult,
@@ -42,7 +34,6 @@ from natsl.train import (
     TrainingDivergedError,
     build_optimizer,
     learning_rate,
-    run_training,
     train_supernet,
 )
 from tests.oracles import mixer_of, tiny_config, tiny_data

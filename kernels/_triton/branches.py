@@ -21,8 +21,8 @@ from natsl.kernels._triton import softmax as softmax_triton
 from natsl.kernels._triton.delta import DeltaInputs, DeltaOptions
 from natsl.kernels._triton.softmax import SoftmaxInputs, SoftmaxOptions, SoftmaxOutputs
 from natsl.kernels.dispatch import last_contiguous, split_values
-from natsl.kernels.launch.launcher import Repeated, side_by_side
 from natsl.kernels.launch.library import register
+from natsl.kernels.launch.replay import Replayed, side_by_side
 
 
 class BranchInputs(NamedTuple):
@@ -53,7 +53,7 @@ class BranchOptions(NamedTuple):
     scale_softmax: float
 
 
-@Repeated
+@Replayed
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
     chunk_size: int, scale: float, scale_softmax: float,
@@ -78,7 +78,7 @@ def _fake_forward(
     return [*softmax_triton.empty_outputs(x.softmax()), delta.o, delta.saved]
 
 
-@Repeated
+@Replayed
 def _launch_backward(
     do_delta: Tensor, do_softmax: Tensor, inputs: list[Tensor], sampled: Tensor, softmax: list[Tensor],
     o_delta: Tensor, saved: Tensor,

@@ -25,8 +25,9 @@ from natsl.kernels._triton.delta_kernels import (
 from natsl.kernels._triton.routing import first_chunks, packed_blocks
 from natsl.kernels.dispatch import last_contiguous
 from natsl.kernels.launch import parameters as tuning
-from natsl.kernels.launch.launcher import Layout, Repeated
+from natsl.kernels.launch.layout import Layout
 from natsl.kernels.launch.library import register
+from natsl.kernels.launch.replay import Replayed
 
 
 class DeltaInputs(NamedTuple):
@@ -284,7 +285,7 @@ def delta_backward(
     return grads
 
 
-@Repeated
+@Replayed
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, route: Tensor, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, chunk_size: int, scale: float, normalise: bool, want_final: bool,
@@ -300,7 +301,7 @@ def _fake_forward(
     return list(empty_outputs(DeltaInputs(q, k, v, g, beta, route), cu_seqlens, chunk_size, want_final))
 
 
-@Repeated
+@Replayed
 def _launch_backward(
     do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, route: Tensor,
     has_initial: bool, cu_seqlens: Tensor | None, o: Tensor, saved: Tensor, chunk_size: int, scale: float,

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from natsl.kernels.dispatch import last_contiguous
-from natsl.kernels.launch.launcher import Launcher, Repeated
+from natsl.kernels.launch.launcher import Launcher
 from natsl.kernels.launch.library import register
 from natsl.kernels.launch.parameters import pick
+from natsl.kernels.launch.replay import Replayed
 
 
 @triton.jit
@@ -197,7 +198,7 @@ def _row_major(x: Tensor, gate: Tensor, weight: Tensor, second: list[Tensor]) ->
     return x, gate, weight, _Second(last_contiguous(o), last_contiguous(logits), weight_softmax.contiguous())
 
 
-@Repeated
+@Replayed
 def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, second: list[Tensor]) -> Tensor:
     """y; ``second``: the tensors of ``_Second``, or none."""
     (y,) = _like([x])
@@ -216,7 +217,7 @@ def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, second: list[T
     return y
 
 
-@Repeated
+@Replayed
 def _launch_backward(
     dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, second: list[Tensor]
 ) -> list[Tensor]:

@@ -25,8 +25,8 @@ from natsl.kernels._triton.softmax_kernels import (
 )
 from natsl.kernels.dispatch import last_contiguous
 from natsl.kernels.launch import parameters as tuning
-from natsl.kernels.launch.launcher import Repeated
 from natsl.kernels.launch.library import register
+from natsl.kernels.launch.replay import Replayed
 from natsl.kernels.reference import MAX_EXPONENT, sampling_weight
 
 LOG2E = math.log2(math.e)
@@ -244,7 +244,7 @@ def empty_outputs(x: SoftmaxInputs) -> SoftmaxOutputs:
     )
 
 
-@Repeated
+@Replayed
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, scale: float
 ) -> list[Tensor]:
@@ -255,7 +255,7 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, route: Tensor, *options: Any)
     return list(empty_outputs(SoftmaxInputs(q, k, v, route)))
 
 
-@Repeated
+@Replayed
 def _launch_backward(
     do: Tensor, inputs: list[Tensor], outputs: list[Tensor], sampled: Tensor, cu_seqlens: Tensor | None,
     chunk_size: int, scale: float, counterfactual: str, want_route: bool,

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from natsl.kernels.shape import Case, Shape, Work, delta_work, softmax_work
 
-__all__ = ["Case", "Shape"]  # moved
-
 
 @dataclass(frozen=True)
 class Ceilings:

@@ -10,13 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natsl.kernels.launch import replay as _replay  # moved
 from natsl.kernels.launch.compilation import collecting
-from natsl.kernels.launch.layout import Layout as Layout  # moved
 from natsl.kernels.launch.replay import recorder, run
-from natsl.kernels.launch.replay import side_by_side as side_by_side  # moved
-
-Repeated = _replay.Replayed  # moved
 
 
 class Launcher:

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from natsl.kernels.launch.compilation import collecting
-from natsl.kernels.warmup import warm_up as warm_up  # moved
 
 Table = dict[str, dict[str, dict[str, dict[str, int]]]]  # device name → kernel → key → parameters
 

@@ -8,21 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from natsl.space.check import check, check_counts
 from natsl.tasks.bytes import BytesTask
 from natsl.tasks.mqar import MqarConfig, MqarTask
 from natsl.tasks.needle import NeedleConfig, NeedleTask
 from natsl.tasks.task import Task
-
-if TYPE_CHECKING:  # moved
-    from natsl.data import TaskData as TaskData  # moved
-    from natsl.tasks.sequences import BYTES as BYTES  # moved
-    from natsl.tasks.sequences import IGNORED as IGNORED  # moved
-    from natsl.tasks.sequences import KEYS as KEYS  # moved
-    from natsl.tasks.sequences import VALUES as VALUES  # moved
-    from natsl.tasks.sequences import Batch as Batch  # moved
 
 TASKS: dict[str, type[Task[Any]]] = {task.name: task for task in (BytesTask, MqarTask, NeedleTask)}
 
@@ -67,11 +59,3 @@ class DataConfig:
         """A task with its options; ``ValueError`` for an unknown name."""
         check(task in TASKS, "task", task, f"the tasks are {', '.join(TASKS)}")
         return TASKS[task](getattr(self, task, None), self.seq_len, self.keys)
-
-
-def __getattr__(name: str) -> Any:  # moved
-    from importlib import import_module  # moved
-
-    if name in ("BYTES", "IGNORED", "KEYS", "VALUES", "Batch", "TaskData"):  # moved
-        return getattr(import_module("natsl.data" if name == "TaskData" else "natsl.tasks.sequences"), name)  # moved
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")  # moved
