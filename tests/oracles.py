@@ -32,6 +32,13 @@ def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = No
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=bound)
 
 
+def where_kernels_run(arguments: dict[str, object]) -> dict[str, object]:
+    """The arguments with their tensors on the GPU if there is one: without Triton's interpreter kernels need it."""
+    if not torch.cuda.is_available():
+        return arguments
+    return {name: x.cuda() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+
+
 def chunk_count(tokens: int, chunk_size: int) -> int:
     return -(-tokens // chunk_size)
 

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from natsl.kernels import reference
 from natsl.kernels.softmax import routed_softmax
-from tests.oracles import DTYPES, assert_near, chunk_count, dense_softmax, leaves, softmax_inputs, visible
+from tests.oracles import (
+    DTYPES,
+    assert_near,
+    chunk_count,
+    dense_softmax,
+    leaves,
+    softmax_inputs,
+    visible,
+    where_kernels_run,
+)
 
 C = 4
 
@@ -332,6 +341,8 @@ def test_empty_batch() -> None:
 def test_mistakes_name_the_argument(change: dict[str, object], message: str) -> None:
     q, k, v, route = softmax_inputs(9)
     arguments: dict[str, object] = {"q": q, "k": k, "v": v, "route": route, "chunk_size": C, **change}
+    if change.get("backend") == "triton":
+        arguments = where_kernels_run(arguments)
     with pytest.raises(ValueError, match=message):
         routed_softmax(**arguments)  # type: ignore[arg-type]
 
