@@ -18,7 +18,7 @@ help:
 	@echo "make search   train a small supernet and search its routing policies (ARGS=... passes overrides)"
 	@echo "make test     run the tests (ARGS=... is passed to pytest)"
 	@echo "make lint     check format, lint and types"
-	@echo "make format   format the code and mend what the linter can"
+	@echo "make format   format the code and fix what the linter can"
 
 # The editable install is repeated when what it depends on has changed; the stamp is written last.
 $(READY): pyproject.toml constraints.txt
