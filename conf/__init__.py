@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hydra.core.config_store import ConfigStore
 
-from natsl.cli.main import VERBS, load
+from natsl.cli.verbs import VERBS, load
 
 for _verb in VERBS.values():
     if _verb.config is not None:

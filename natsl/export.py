@@ -34,7 +34,7 @@ TOLERANCE = 1e-5  # of logits between two processes on one machine, absolute and
 
 def export_point(run: Run, pick: str = "knee", name: str | None = None, overwrite: bool = False) -> Path:
     """``export_choice`` of a point of a run's front; pick: see ``read_point``."""
-    return export_choice(Choice(run.name, str(run.path.parent), pick=pick), name, overwrite)
+    return export_choice(Choice(run=run.name, root=str(run.path.parent), pick=pick), name, overwrite)
 
 
 def export_choice(choice: Choice, name: str | None = None, overwrite: bool = False) -> Path:
@@ -46,6 +46,8 @@ def export_choice(choice: Choice, name: str | None = None, overwrite: bool = Fal
     """
     if name is not None:
         check_name(name, "name")
+    if choice.run is None:
+        raise UserError(f"export = {choice.export!r} is an export already: give run=<name>")
     model, policy, record = load_choice(choice)
     run = Run.open(str(choice.run), choice.root, create=False)
     if name is None:
@@ -60,7 +62,7 @@ def export_choice(choice: Choice, name: str | None = None, overwrite: bool = Fal
     parent.mkdir(exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
     try:
-        pick = {} if choice.policy is not None else {"pick": "knee" if choice.pick is None else choice.pick}
+        pick = {"pick": choice.pick or "knee"} if "id" in record else {}
         made_from = {"run": run.name, **pick, "data": read_config(run.config).get("data"), **record}
         _write(temporary, model, policy, made_from)
         verify(temporary, model, policy)

@@ -24,17 +24,18 @@ if TYPE_CHECKING:
     from natsl.model import RoutedLM
 
 EXPORT_FORMAT = 1
+_SCORES = ("values", "search_values", "measured", "dominated_by", "gain_over_random")  # of a point of a front
 EXPORT_FILES = ("config.json", "model.safetensors", "policy.json", "calibration.json", "provenance.json")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """What a command works on: the supernet of ``run`` below ``root``, or the folder ``export``; and a policy for it.
 
     Of a run, one of ``pick`` (see ``read_point``; the default is the knee), ``policy`` (a JSON file) and ``budget`` (in
     [0, 1], the same in every routed layer). Of an export, the policy that it holds, unless ``policy`` or ``budget``
-    replaces it. ``calibration``: name of a table in the run that replaces training's. ``ValueError`` for options that
-    exclude each other.
+    replaces it; ``pick="knee"``, the default, may stand beside a budget or an export. ``calibration``: name of a table
+    in the run that replaces training's. ``ValueError`` for options that exclude each other.
     """
 
     run: str | None = None
@@ -49,13 +50,12 @@ class Choice:
         sources = (self.run, self.export)
         check(sources.count(None) == 1, "run, export", sources, "give either run=<name> or export=<folder>")
         check(self.budget is None or 0 <= self.budget <= 1, "budget", self.budget, "it must lie in [0, 1]")
-        options = {"pick": self.pick, "policy": self.policy, "budget": self.budget}
+        pick = None if self.pick == "knee" and self.policy is None else self.pick
+        options = {"pick": pick, "policy": self.policy, "budget": self.budget}
         options = {name: value for name, value in options.items() if value is not None}
         check(len(options) < 2, ", ".join(options), tuple(options.values()), "give only one of them")
-        if self.calibration is not None:
-            check(
-                self.export is None, "calibration", self.calibration, "an export has its own: it goes with run=<name>"
-            )
+        for name, value in (("pick", pick), ("calibration", self.calibration)):
+            check(self.export is None or value is None, name, value, "an export has its own: it goes with run=<name>")
 
 
 def read_point(run: Run, pick: str) -> dict[str, Any]:
@@ -183,9 +183,16 @@ def load_choice(choice: Choice) -> tuple[RoutedLM, RoutingPolicy, dict[str, Any]
             record = {"checkpoint": {"step": made_from.get("step"), "sha256": made_from.get("sha256")}}
         if choice.calibration is not None:
             record["calibration"] = use_calibration(model, run, choice.calibration, record["checkpoint"]["sha256"])
+            # what was measured under training's table does not hold under this one
+            scores = {key: record.pop(key) for key in _SCORES if key in record}
+            if scores:
+                record["searched"] = scores
     if choice.budget is not None:
         policy = RoutingPolicy.uniform(model.kinds, model.config.chunk_size, choice.budget)
+        record |= {"budget": choice.budget, "digest": policy.digest(), "policy": policy.to_dict()}
     assert policy is not None, "one of the four sources has given it"
+    if choice.calibration is not None and not any(0 < (layer.budget or 0) < 1 for layer in policy.layers):
+        raise UserError(f"calibration = {choice.calibration!r} has no effect: no budget of the policy is in (0, 1)")
     if choice.policy is not None:
         record |= {"policy_file": Path(choice.policy).name, "digest": policy.digest(), "policy": policy.to_dict()}
         try:

@@ -1,6 +1,6 @@
 """Train the same supernet with one change at a time, over seeds, and compare what its router learned.
 
-``python -m search.ablation`` writes ``runs/<name>/ablation.json`` and prints a Markdown table. A job that is done is
+``natsl ablation`` writes ``runs/<name>/ablation.json`` and prints a Markdown table. A job that is done is
 kept: the same command again runs what is missing. No torch at import.
 """
 

@@ -23,7 +23,7 @@ def dominates(first: Values, second: Values, names: Sequence[str]) -> bool:
 
 
 def non_dominated(values: Sequence[Values], names: Sequence[str]) -> list[int]:
-    """Indices of those that no other dominates, in order; of several with equal values the first alone."""
+    """Indices of those that no other dominates, in order; of several with equal values only the first."""
     order = sorted(range(len(values)), key=lambda i: ([values[i][name] for name in names], i))
     kept: list[int] = []  # whatever dominates an item is sorted before it
     for i in order:

@@ -16,6 +16,7 @@ from natsl.data import TaskData, load_text
 from natsl.device import resolve_device
 from natsl.errors import UserError
 from natsl.files import read_json, to_plain, write_bytes, write_text
+from natsl.load import read_policy
 from natsl.progress import Progress
 from natsl.run import Run
 from natsl.search.baseline import baselines
@@ -72,7 +73,7 @@ def make_problem(config: SearchRunConfig) -> Problem:
         raise UserError(f"model.layers = [{names}] is not allowed: a search needs at least one routed layer")
     tasks = {name for name, weight in config.data.tasks.items() if weight > 0}
     objectives = find_objectives(config.search.objectives, tasks, config.search.constraints)
-    given = [read_policy(Path(path)) for path in config.search.policies]
+    given = [read_policy(Path(path), "search.policies") for path in config.search.policies]
     first = first_policies(config.search, kinds, model.chunk_size, given)
     costs = CostContext(model.layer_shapes(), config.search.context)
     return Problem(kinds, model.chunk_size, costs, objectives, first)
@@ -99,20 +100,11 @@ def export_knee(run: Run) -> Path | None:
     if not folder.exists():
         return export_point(run, "knee")
     _, policy = load_exported(folder)
-    made_from = read_json(folder / "provenance.json").get("checkpoint", {}).get("sha256")
-    if policy != RoutingPolicy.from_dict(point["policy"]) or made_from != point["fingerprint"]["supernet"]:
+    made_from = read_json(folder / "provenance.json")
+    same = made_from.get("checkpoint", {}).get("sha256") == point["fingerprint"]["supernet"]
+    if policy != RoutingPolicy.from_dict(point["policy"]) or not same or "calibration" in made_from:
         raise UserError(f"{folder} holds another model than the knee of this run: move it away")
     return folder
-
-
-def read_policy(path: Path) -> RoutingPolicy:
-    """A policy from a JSON file; ``UserError`` naming the file if it cannot be read."""
-    try:
-        return RoutingPolicy.from_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"search.policies: {path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"search.policies: {path}: {error}") from None
 
 
 @dataclass(frozen=True)

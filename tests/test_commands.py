@@ -112,7 +112,7 @@ def test_odd_names(name: str, run: Run) -> None:
     with pytest.raises(UserError, match="is not allowed: 1 to 64 letters"):
         options(run, name)
     with pytest.raises(UserError, match="is not allowed: 1 to 64 letters"):
-        load_choice(Choice("r", str(run.path.parent), calibration=name))
+        load_choice(Choice(run="r", root=str(run.path.parent), calibration=name))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,8 @@ def test_evaluation_uses_the_table_that_is_named(calibrated: Run) -> None:
 
     assert len({kept(budget=0.3), kept(budget=0.3, calibration="own"), kept(budget=0.3, calibration="other")}) == 3
     assert kept() != kept(calibration="own")
-    assert kept(pick="t0013", calibration="own") == kept(pick="t0013")  # it has no budget
+    with pytest.raises(UserError, match="calibration = 'own' has no effect: no budget of the policy"):
+        kept(pick="t0013", calibration="own")
     own = kept(budget=0.3, calibration="own")
     assert all(abs(own[layer] - 0.3) < 0.2 for layer in (0, 2))
 
@@ -173,13 +174,17 @@ def test_an_export_holds_the_table_that_is_named(calibrated: Run, monkeypatch: p
     assert own.calibration[0].tolist() == expected
     assert read_json(folders[0] / "calibration.json")["quantiles_of_margins"][0] == expected
     assert torch.equal(stored.calibration[0], make_model().calibration[0])
-    assert read_json(folders[0] / "provenance.json")["calibration"]["name"] == "own"
+    made_from = read_json(folders[0] / "provenance.json")
+    assert made_from["calibration"]["name"] == "own"
+    # the scores of the search were measured under training's table
+    assert "values" not in made_from
+    assert made_from["searched"]["values"] == read_json(folders[1] / "provenance.json")["values"]
     assert "calibration" not in read_json(folders[1] / "provenance.json")
 
 
 def refused(run: Run, name: str) -> str:
     with pytest.raises(UserError) as error:
-        load_choice(Choice("r", str(run.path.parent), budget=0.3, calibration=name))
+        load_choice(Choice(run="r", root=str(run.path.parent), budget=0.3, calibration=name))
     return str(error.value)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from natsl.kernels.delta import routed_delta_rule
 from natsl.kernels.dispatch import kernel_limit
-from natsl.kernels.launch import parameters as tuning
+from natsl.kernels.launch import parameters
 from tests.oracles import assert_compiles, assert_near, chunk_count, delta_inputs, leaves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,7 +102,7 @@ def test_every_shape_compiles_right(C: int, K: int, V: int, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_passes_of_the_backward(dtype: torch.dtype) -> None:
-    with tuning.forced({"delta_backward": {"FUSED": 0, "BV": 16}}):
+    with parameters.forced({"delta_backward": {"FUSED": 0, "BV": 16}}):
         compare(make(70, dtype, C=32, K=16, V=40), 32)
 
 

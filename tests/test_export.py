@@ -297,7 +297,7 @@ def test_a_policy_that_is_not_on_the_front(run: Run, tmp_path: Path) -> None:
     policy = RoutingPolicy((LayerPolicy(threshold=0.5), LayerPolicy(Op.delta), LayerPolicy(budget=0.2)), 8)
     (tmp_path / "mine.json").write_text(policy.to_json())
     run.front_json.unlink()
-    choice = Choice("r", str(run.path.parent), policy=str(tmp_path / "mine.json"))
+    choice = Choice(run="r", root=str(run.path.parent), policy=str(tmp_path / "mine.json"))
     folder = export_choice(choice)
     assert folder == run.exports / f"policy-{policy.digest()[:8]}"
     assert load_exported(folder)[1] == policy
@@ -310,9 +310,20 @@ def test_a_policy_that_is_not_on_the_front(run: Run, tmp_path: Path) -> None:
     assert export_choice(choice, "other") == run.exports / "other"
 
 
+@pytest.mark.usefixtures("fast")
+def test_a_budget_says_so_in_its_provenance(run: Run) -> None:
+    provenance = read_json(export_choice(Choice(run="r", root=str(run.path.parent), budget=0.25)) / "provenance.json")
+    assert (provenance["budget"], "pick" in provenance, "values" in provenance) == (0.25, False, False)
+
+
+def test_an_export_is_not_exported_again() -> None:
+    with pytest.raises(UserError, match="is an export already: give run=<name>"):
+        export_choice(Choice(export="runs/r/export/t0013"))
+
+
 def test_a_policy_is_verified_in_a_fresh_process(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.json").write_text(SOFTMAX.to_json())
     monkeypatch.setattr("natsl.export.TOLERANCE", -1.0)
     with pytest.raises(UserError, match="nothing was exported"):
-        export_choice(Choice("r", str(run.path.parent), policy=str(tmp_path / "mine.json")))
+        export_choice(Choice(run="r", root=str(run.path.parent), policy=str(tmp_path / "mine.json")))
     assert list(run.exports.iterdir()) == []

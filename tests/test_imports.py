@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from natsl.cli.main import VERBS
+from natsl.cli.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
 LINKED = ("kernels", "space", "search", "conf")

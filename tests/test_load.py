@@ -122,14 +122,14 @@ def test_folders_that_are_no_exports(exported: Path, tmp_path: Path) -> None:
 
 def test_choices(run: Run, exported: Path) -> None:
     root = str(run.path.parent)
-    assert load_choice(Choice("r", root))[1] == BUDGET
-    assert load_choice(Choice("r", root, pick="t0013"))[1] == SOFTMAX
+    assert load_choice(Choice(run="r", root=root))[1] == BUDGET
+    assert load_choice(Choice(run="r", root=root, pick="t0013"))[1] == SOFTMAX
     assert load_choice(Choice(export=str(exported)))[1] == SOFTMAX
     uniform = RoutingPolicy.uniform(KINDS, 8, 0.25)
-    assert load_choice(Choice("r", root, budget=0.25))[1] == uniform
+    assert load_choice(Choice(run="r", root=root, budget=0.25))[1] == uniform
     assert load_choice(Choice(export=str(exported), budget=0.25))[1] == uniform
     with pytest.raises(UserError, match="there is no run 'x'"):
-        load_choice(Choice("x", root))
+        load_choice(Choice(run="x", root=root))
 
 
 @pytest.mark.parametrize(
@@ -142,19 +142,34 @@ def test_choices(run: Run, exported: Path) -> None:
         ({"run": "r", "pick": "t1", "budget": 0.0}, "pick, budget = ('t1', 0.0) is not allowed: give only one"),
         ({"run": "r", "budget": 1.5}, "budget = 1.5 is not allowed: it must lie in [0, 1]"),
         ({"export": "x", "calibration": "c"}, "calibration = 'c' is not allowed: an export has its own"),
+        ({"export": "x", "pick": "t1"}, "pick = 't1' is not allowed: an export has its own"),
     ],
-    ids=["no source", "two sources", "pick and policy", "policy and budget", "pick and budget", "range", "calibration"],
+    ids=[
+        "no source",
+        "two sources",
+        "pick and policy",
+        "policy and budget",
+        "pick and budget",
+        "range",
+        "calibration",
+        "pick and export",
+    ],
 )
 def test_options_that_exclude_each_other(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Choice(**options)
 
 
+@pytest.mark.parametrize("options", [{"run": "r", "budget": 0.5}, {"export": "x"}], ids=["budget", "export"])
+def test_the_default_pick_may_be_written_out(options: dict[str, Any]) -> None:
+    assert Choice(pick="knee", **options).pick == "knee"
+
+
 def test_a_policy_file_needs_no_front(run: Run, exported: Path, tmp_path: Path) -> None:
     run.front_json.unlink()
     policy = RoutingPolicy.uniform(KINDS, 8, 0.25)
     (tmp_path / "p.json").write_text(policy.to_json())
-    model, loaded, record = load_choice(Choice("r", str(run.path.parent), policy=str(tmp_path / "p.json")))
+    model, loaded, record = load_choice(Choice(run="r", root=str(run.path.parent), policy=str(tmp_path / "p.json")))
     assert loaded == policy
     assert record["digest"] == policy.digest()
     other, loaded, _ = load_choice(Choice(export=str(exported), policy=str(tmp_path / "p.json")))
@@ -179,7 +194,7 @@ def test_policy_files_that_cannot_be_used(text: str | None, message: str, run: R
     if text is not None:
         path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=rf"policy: .*p\.json.*{message}"):
-        load_choice(Choice("r", str(run.path.parent), policy=str(path)))
+        load_choice(Choice(run="r", root=str(run.path.parent), policy=str(path)))
 
 
 def test_a_policy_with_budgets_needs_calibration(run: Run, tmp_path: Path) -> None:
@@ -188,7 +203,7 @@ def test_a_policy_with_budgets_needs_calibration(run: Run, tmp_path: Path) -> No
     save(run, model)
     (tmp_path / "p.json").write_text(BUDGET.to_json())
     with pytest.raises(UserError, match="layer 0 has a budget, but the model is not calibrated"):
-        load_choice(Choice("r", str(run.path.parent), policy=str(tmp_path / "p.json")))
+        load_choice(Choice(run="r", root=str(run.path.parent), policy=str(tmp_path / "p.json")))
 
 
 def test_stored_data_settings_are_those_of_the_run(run: Run, exported: Path) -> None:

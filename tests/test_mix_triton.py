@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from natsl.kernels import reference
-from natsl.kernels.launch import parameters as tuning
+from natsl.kernels.launch import parameters
 from natsl.kernels.mix import gated_norm, routed_mix
 from tests.oracles import assert_near
 
@@ -150,7 +150,7 @@ def test_repeats_are_equal_bit_by_bit() -> None:
 @pytest.mark.parametrize("rows", [1, 4, 64])
 def test_launch_parameters_change_nothing(rows: int) -> None:
     options = {"BLOCK_ROWS": rows, "num_warps": 2, "PROGRAMS": 3}
-    with tuning.forced({"mix_forward": options, "mix_backward": options}):
+    with parameters.forced({"mix_forward": options, "mix_backward": options}):
         check_mix(mix_inputs((1, 11, 3, 33), torch.float32))
         check_norm(mix_inputs((1, 11, 3, 33), torch.float32))
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 from natsl.kernels._triton import delta_kernels, mix, routing, softmax_kernels
-from natsl.kernels.launch import parameters as tuning
+from natsl.kernels.launch import parameters
 from natsl.kernels.launch.launcher import Launcher
 
 PREFIXES = {softmax_kernels: "softmax", delta_kernels: "delta", mix: "mix", routing: "routing"}
@@ -35,7 +35,7 @@ def test_every_kernel_is_named_after_its_op() -> None:
 
 
 def test_launch_parameters_are_those_of_a_kernel() -> None:
-    for table in tuning.read_table(tuning.SHIPPED).values():
+    for table in parameters.read_table(parameters.SHIPPED).values():
         assert {f"{name}_kernel" for name in table} <= set(KERNELS)
 
 
@@ -50,6 +50,6 @@ def test_arguments_are_pointers_then_numbers_then_constants(name: str) -> None:
         elif re.fullmatch(r"s_[a-z_]+_[bthnr]", argument):  # a stride may be a constant
             kinds.append("number")
         else:
-            assert constant == (re.fullmatch(r"[A-Z][A-Z_]*|[HKV]s", argument) is not None) or argument in "TNMRJG"
+            assert constant == (re.fullmatch(r"[A-Z][A-Z_]*|[HKV]s", argument) is not None) or argument in set("TNMRJG")
             kinds.append("constant" if constant else "number")
     assert kinds == sorted(kinds, key=["pointer", "number", "constant"].index)

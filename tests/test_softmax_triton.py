@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from natsl.kernels._triton import softmax as softmax_triton
 from natsl.kernels._triton import softmax_kernels
-from natsl.kernels.launch import parameters as tuning
+from natsl.kernels.launch import parameters
 from natsl.kernels.softmax import routed_softmax
 from tests.oracles import assert_near, chunk_count, leaves
 
@@ -113,7 +113,7 @@ def test_block_sizes(C: int, size: int) -> None:
         blocks = {name: {"BLOCK_M": size, "BLOCK_N": partner} for name in ("softmax_forward", "softmax_dq")}
         blocks["softmax_dkv"] = {"BLOCK_M": partner, "BLOCK_N": size}
         blocks["softmax_counterfactual"] = {"BLOCK_M": size, "BLOCK_N": partner}
-        with tuning.forced(blocks):
+        with parameters.forced(blocks):
             compare(tensors, C, "insertion")
 
 
@@ -221,7 +221,7 @@ def test_tiles_start_again_only_where_they_must(monkeypatch: pytest.MonkeyPatch)
         q[..., 0], k[..., 0], k[:, 0, :, 0] = 4, 0, far
         route, packed = torch.ones(1, N, 1), None if borders is None else torch.tensor(borders)
         blocks = {"BLOCK_M": 32, "BLOCK_N": 16}
-        with tuning.forced({"softmax_forward": blocks}):
+        with parameters.forced({"softmax_forward": blocks}):
             o = run([q, k, v * value, route], 16, "none", borders=packed, backend="triton")
         exact = run([x.double() for x in (q, k, v * value, route)], 16, "none", borders=packed, backend="torch")
         assert_near(o / value, exact / value, torch.float32)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from natsl.cli.main import VERBS, Verb, load, main
+from natsl.cli.main import main
+from natsl.cli.verbs import VERBS, Verb, load
 
 ROOT = Path(__file__).parents[1]
 

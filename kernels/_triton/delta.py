@@ -24,7 +24,7 @@ from natsl.kernels._triton.delta_kernels import (
 )
 from natsl.kernels._triton.routing import first_chunks, packed_blocks
 from natsl.kernels.dispatch import last_contiguous
-from natsl.kernels.launch import parameters as tuning
+from natsl.kernels.launch import parameters
 from natsl.kernels.launch.layout import Layout
 from natsl.kernels.launch.library import register
 from natsl.kernels.launch.replay import Replayed
@@ -189,7 +189,7 @@ def delta_forward(
     C, scale, normalise = options
     B, T, R, K = q.shape
     V, N = v.shape[3], route.shape[1]
-    BK, precision, key = _power(K), _precision(q.dtype), tuning.shape_key(q.dtype, C, K, V)
+    BK, precision, key = _power(K), _precision(q.dtype), parameters.shape_key(q.dtype, C, K, V)
     outputs = empty_outputs(x, cu_seqlens, C, want_final)
     saved = _Saved(*_saved_layout(x, cu_seqlens, C).split(outputs.saved))
     w, qe, a, p, cum, rq, rk, total, gap, slot, state = saved
@@ -200,7 +200,7 @@ def delta_forward(
     starts, ends, sequence, offset = _chunk_tables(cu_seqlens, C, N, T, count)
     varlen = cu_seqlens is not None
 
-    launch = tuning.pick("delta_prepare", key, q.device, _column_blocks(q, C))
+    launch = parameters.pick("delta_prepare", key, q.device, _column_blocks(q, C))
     delta_prepare_kernel[(N, B * R)](
         q, k, g, beta, starts, ends, w, qe, a, p, pa, cum, rq, rk, total, T, N, scale, *q.stride()[:3], *k.stride()[:3],
         R=R, C=C, K=K, NORMALISE=normalise, VARLEN=varlen, PRECISION=precision, SOLVE=precision, **launch,
@@ -213,7 +213,7 @@ def delta_forward(
     while columns > 16 and 96 * columns > S * R * V:  # few heads: more blocks, each with less to do
         columns //= 2
     default = {"BV": columns, "num_warps": 4, "num_stages": _stages(q, C)}
-    launch = tuning.pick("delta_scan", key, q.device, default)
+    launch = parameters.pick("delta_scan", key, q.device, default)
     delta_scan_kernel[(-(-V // launch["BV"]), S * R)](
         k, v, w, a, beta, cum, rk, total, written, count, gap, starts, ends, offset,
         total if initial_state is None else initial_state, state, outputs.final, T, N, M,
@@ -222,7 +222,7 @@ def delta_forward(
         PRECISION=precision, **launch,
     )  # fmt: skip
     default = {"BV": _columns(q, C, 128), "num_warps": 4, "num_stages": 2}
-    launch = tuning.pick("delta_output", key, q.device, default)
+    launch = parameters.pick("delta_output", key, q.device, default)
     delta_output_kernel[(N * -(-V // launch["BV"]), B * R)](
         v, qe, pa, beta, state, slot, gap, starts, ends, outputs.o, T, N, M, *v.stride()[:3],
         R=R, C=C, K=K, V=V, BK=BK, VARLEN=varlen, PRECISION=precision, **launch,
@@ -240,7 +240,7 @@ def delta_backward(
     B, T, R, K = q.shape
     V, N = v.shape[3], route.shape[1]
     S, BK = _sequences(q, cu_seqlens), _power(K)
-    precision, key = _precision(q.dtype), tuning.shape_key(q.dtype, C, K, V)
+    precision, key = _precision(q.dtype), parameters.shape_key(q.dtype, C, K, V)
     saved = _Saved(*_saved_layout(x, cu_seqlens, C).split(buffer))
     w, qe, a, p, cum, rq, rk, total, gap, slot, state = saved
     grads = _empty_grads(q, v, route, cu_seqlens, has_initial)
@@ -252,7 +252,7 @@ def delta_backward(
     ds = q.new_empty(B, N, R, K, V)
 
     default = {"BV": _columns(q, C, 32), "num_warps": 4, "num_stages": _stages(q, C)}
-    launch = tuning.pick("delta_backward_scan", key, q.device, default)
+    launch = parameters.pick("delta_backward_scan", key, q.device, default)
     delta_backward_scan_kernel[(-(-V // launch["BV"]), S * R)](
         k, do, w, qe, cum, rk, total, route, starts, ends, offset, total if dfinal is None else dfinal, ds, dinitial,
         T, N, *k.stride()[:3], *do.stride()[:3],
@@ -262,7 +262,7 @@ def delta_backward(
     columns = _columns(q, C, 64)
     default = {"BV": columns, "num_warps": _warps(q, C), "num_stages": 1}
     default["FUSED"] = int(C * BK * q.element_size() <= 64 * 128 * 2)
-    launch = tuning.pick("delta_backward", key, q.device, default)
+    launch = parameters.pick("delta_backward", key, q.device, default)
     fused = bool(launch.pop("FUSED"))
     dp, da, dlast = torch.empty_like(p), torch.empty_like(p), torch.empty_like(droute)
     dqs, dw, dke = (torch.empty_like(w) for _ in range(3))
@@ -276,7 +276,7 @@ def delta_backward(
             R=R, C=C, K=K, V=V, BK=BK, STAGE=stage, RELOAD=q.element_size() == 4, VARLEN=varlen,
             PRECISION=precision, **launch,
         )  # fmt: skip
-    launch = tuning.pick("delta_backward_finish", key, q.device, _column_blocks(q, C))
+    launch = parameters.pick("delta_backward_finish", key, q.device, _column_blocks(q, C))
     delta_backward_finish_kernel[(N, B * R)](
         q, k, g, beta, a, cum, rq, rk, total, starts, ends, dp, da, dlast, doo, vdv, dqs, dw, dke, dq, dk, dg, dbeta,
         T, N, scale, *q.stride()[:3], *k.stride()[:3],

@@ -24,7 +24,7 @@ from natsl.kernels._triton.softmax_kernels import (
     softmax_forward_kernel,
 )
 from natsl.kernels.dispatch import last_contiguous
-from natsl.kernels.launch import parameters as tuning
+from natsl.kernels.launch import parameters
 from natsl.kernels.launch.library import register
 from natsl.kernels.launch.replay import Replayed
 from natsl.kernels.reference import MAX_EXPONENT, sampling_weight
@@ -91,7 +91,7 @@ def _shape_constants(dtype: torch.dtype, Ks: int, Vs: int, chunk_size: int) -> d
 def _blocks(kernel: str, x: SoftmaxInputs, chunk_size: int) -> dict[str, int]:
     """Block sizes and launch options."""
     key, default = _default_blocks(kernel, x.q.dtype, x.q.shape[3], x.v.shape[3], chunk_size)
-    return tuning.pick(kernel, key, x.q.device, default)
+    return parameters.pick(kernel, key, x.q.device, default)
 
 
 @cache
@@ -103,7 +103,7 @@ def _default_blocks(kernel: str, dtype: torch.dtype, Ks: int, Vs: int, chunk_siz
     default = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     if kernel == "softmax_forward":  # all that a thread may have; with fewer, more programs share a multiprocessor
         default["maxnreg"] = 255
-    return tuning.shape_key(dtype, chunk_size, Ks, Vs), default
+    return parameters.shape_key(dtype, chunk_size, Ks, Vs), default
 
 
 # (kernel, float32) → BLOCK_M, BLOCK_N, warps, stages for value widths up to 128, 256 and 512

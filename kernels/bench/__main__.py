@@ -147,12 +147,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _without_cuda(args: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET") != "1":
-        print("No CUDA device: there is nothing to time (TRITON_INTERPRET=1 runs the checks alone)", file=sys.stderr)
+        print("No CUDA device: there is nothing to time (TRITON_INTERPRET=1 only runs the checks)", file=sys.stderr)
         return 2
     if args.tune or args.first_call or args.first_call_child:
-        print(
-            "No CUDA device: --tune and --first-call need one; the interpreter runs the checks alone", file=sys.stderr
-        )
+        print("No CUDA device: --tune and --first-call need one; the interpreter only runs the checks", file=sys.stderr)
         return 2
     import torch
 

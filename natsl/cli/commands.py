@@ -1,4 +1,4 @@
-"""The commands: what each one may be told, and what it does. Anything heavy is imported when a command runs."""
+"""The commands: their options and what they do. Anything heavy is imported when a command runs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,15 @@ class EvaluateRunConfig:
 
     def choice(self) -> Choice:
         """Model and policy; ``ValueError`` for options that exclude each other."""
-        return Choice(self.run, self.root, self.export, self.pick, self.policy, self.budget, self.calibration)
+        return Choice(
+            run=self.run,
+            root=self.root,
+            export=self.export,
+            pick=self.pick,
+            policy=self.policy,
+            budget=self.budget,
+            calibration=self.calibration,
+        )
 
 
 @dataclass
@@ -102,7 +110,7 @@ class ExportConfig:
 
     def choice(self) -> Choice:
         """Model and policy; ``ValueError`` for options that exclude each other."""
-        return Choice(self.run, self.root, pick=self.pick, policy=self.policy, calibration=self.calibration)
+        return Choice(run=self.run, root=self.root, pick=self.pick, policy=self.policy, calibration=self.calibration)
 
 
 @dataclass
@@ -137,7 +145,14 @@ class GenerateConfig:
 
     def choice(self) -> Choice:
         """Model and policy; ``ValueError`` for options that exclude each other."""
-        return Choice(self.run, self.root, self.export, self.pick, self.policy, calibration=self.calibration)
+        return Choice(
+            run=self.run,
+            root=self.root,
+            export=self.export,
+            pick=self.pick,
+            policy=self.policy,
+            calibration=self.calibration,
+        )
 
 
 @dataclass
@@ -273,10 +288,10 @@ def run_calibration(config: CalibrateConfig) -> None:
         raise UserError(f"the supernet of run {run.name!r} is not trained to its end: resume that run first")
     try:
         supernet = SupernetConfig(**record["supernet"])
+        seed = int(record["seed"]) if config.seed is None else config.seed
     except (KeyError, TypeError):
         raise UserError(f"the checkpoint in {run.supernet} does not say how it was trained") from None
     sequences = supernet.calibration_sequences if config.sequences is None else config.sequences
-    seed = int(record["seed"]) if config.seed is None else config.seed
     own = stored_data(config.run, config.root, None)
     settings = replace(own, path=config.data.path or own.path, tasks=config.data.tasks or own.tasks)
     text = load_text(settings.path)
@@ -299,7 +314,7 @@ def run_calibration(config: CalibrateConfig) -> None:
     write_json(path, made)
     print(f"{path}: calibrated on {text.description}")
     print("budget   kept")
-    sets = data.eval_sets(Split.search)
+    sets = data.eval_sets(Split.test)  # calibrated on the part for the search
     for budget in CHECKED_BUDGETS:
         policy = RoutingPolicy.uniform(model.kinds, model.config.chunk_size, budget)
         print(f"{budget:6.2f} {evaluate(model, policy, sets).kept_fraction:6.3f}")

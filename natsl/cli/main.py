@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
-import importlib
 import io
 import logging
 import os
@@ -19,11 +18,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from natsl import __version__
+from natsl.cli.verbs import VERBS, load
 from natsl.errors import UserError
 from natsl.secrets import redact_text
 
@@ -41,86 +40,6 @@ _log = logging.getLogger(__name__)
 _PLAIN_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
 
 
-@dataclass(frozen=True)
-class Verb:
-    """One command; ``config`` and ``function`` are ``module:name``, imported when they are needed.
-
-    With a ``config`` class the function takes an object of it, composed from ``conf/<name>.yaml``. Without one it takes
-    the arguments as they are.
-    """
-
-    name: str
-    summary: str
-    function: str
-    config: str | None = None
-
-
-VERBS = {
-    verb.name: verb
-    for verb in (
-        Verb(
-            "search",
-            "train a supernet, search its policies, report the front",
-            "natsl.cli.commands:run_search",
-            "natsl.search.config:SearchRunConfig",
-        ),
-        Verb(
-            "train",
-            "train a supernet only",
-            "natsl.cli.commands:run_training",
-            "natsl.cli.commands:TrainRunConfig",
-        ),
-        Verb(
-            "export",
-            "write a point of a front, or any policy, as a model of its own",
-            "natsl.cli.commands:run_export",
-            "natsl.cli.commands:ExportConfig",
-        ),
-        Verb(
-            "generate",
-            "continue a prompt",
-            "natsl.cli.commands:run_generation",
-            "natsl.cli.commands:GenerateConfig",
-        ),
-        Verb(
-            "evaluate",
-            "score a point, a policy, a budget or an export on held-out data",
-            "natsl.cli.commands:run_evaluation",
-            "natsl.cli.commands:EvaluateRunConfig",
-        ),
-        Verb(
-            "calibrate",
-            "make the table that turns budgets into thresholds on other text",
-            "natsl.cli.commands:run_calibration",
-            "natsl.cli.commands:CalibrateConfig",
-        ),
-        Verb(
-            "bench",
-            "time the kernels against dense attention",
-            "natsl.kernels.bench.__main__:main",
-        ),
-        Verb(
-            "throughput",
-            "time training steps against a model with dense attention",
-            "natsl.cli.commands:run_throughput",
-            "natsl.throughput:ThroughputConfig",
-        ),
-        Verb(
-            "ablation",
-            "train variants of a supernet and compare their routers",
-            "natsl.search.ablation:run_ablation",
-            "natsl.search.ablation:AblationConfig",
-        ),
-    )
-}
-
-
-def load(path: str) -> Any:
-    """What ``module:name`` names."""
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def main() -> None:
     """Entry point of ``natsl`` and ``python -m natsl``: the first argument is the verb."""
     program, arguments = command_name(), sys.argv[1:]
@@ -134,9 +53,29 @@ def main() -> None:
         run_verb(arguments[0], arguments[1:], f"{program} {arguments[0]}")
 
 
-def script() -> None:
-    """Entry point of ``natsl-train`` and its like: the verb is the end of the script's name."""
-    run_verb(Path(sys.argv[0]).name.removeprefix("natsl-"))
+def search_script() -> None:
+    """Entry point of ``natsl-search``."""
+    run_verb("search")
+
+
+def train_script() -> None:
+    """Entry point of ``natsl-train``."""
+    run_verb("train")
+
+
+def export_script() -> None:
+    """Entry point of ``natsl-export``."""
+    run_verb("export")
+
+
+def generate_script() -> None:
+    """Entry point of ``natsl-generate``."""
+    run_verb("generate")
+
+
+def evaluate_script() -> None:
+    """Entry point of ``natsl-evaluate``."""
+    run_verb("evaluate")
 
 
 def run_verb(name: str, arguments: Sequence[str] | None = None, command: str | None = None) -> None:
@@ -231,7 +170,7 @@ def _complete(arguments: list[str]) -> None:
 
 
 def user_line(error: Exception) -> str | None:
-    """The one line that tells a user what to mend, or None if ``error`` is a defect whose traceback is needed."""
+    """The one line that tells a user what to fix, or None if ``error`` is a defect whose traceback is needed."""
     text = _text(error)
     return None if text is None else redact_text(" ".join(text.split()))
 
@@ -310,8 +249,12 @@ def _main(
         return function(_to_object(_compose(loader, config_name, args.overrides), config_class)) or 0
     lines = _jobs(loader, args.overrides)
     jobs = [_to_object(_compose(loader, config_name, line), config_class) for line in lines]
-    names = [name for job in jobs if (name := getattr(job, "name", None)) is not None]
-    if len(set(names)) < len(names):
+    targets = [
+        tuple(getattr(job, part, None) for part in ("root", "run", "name"))
+        for job in jobs
+        if getattr(job, "name", None) is not None
+    ]
+    if len(set(targets)) < len(targets):
         raise UserError(f"the {len(jobs)} jobs need different names, for example name=a,b or name='s${{seed}}'")
     for number, (line, job) in enumerate(zip(lines, jobs, strict=True), 1):
         _say(redact_text(f"job {number} of {len(jobs)}: {' '.join(line)}"))
@@ -453,6 +396,7 @@ def _show_log() -> None:
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes(logging.INFO))
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # else a handler of the root logger would print each note once more
 
 
 def _say(line: str) -> None:

@@ -132,7 +132,7 @@ class Loader(ConfigLoaderImpl):
         return sorted(name for name in self.repository.get_group_options(group) if suits(name))
 
     def _find(self, key: str, line: str) -> bool:
-        """Raise ``UserError`` unless ``key`` names an option; True if it lies in, or is, a dictionary."""
+        """Raise ``UserError`` unless ``key`` names an option; True if it is in a dictionary or is one."""
         current: Any = self.config_class
         done: list[str] = []
         for part in key.split("."):

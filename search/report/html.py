@@ -1,4 +1,4 @@
-"""``report.html``: one file that needs no network, drawn from a ``Front`` alone."""
+"""``report.html``: one file that needs no network, drawn only from a ``Front``."""
 
 from __future__ import annotations
 
