@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from natsl.model import RoutedLM
 from natsl.space.policy import Op, RoutingPolicy
+from natsl.tasks import metrics
 from natsl.tasks.sequences import IGNORED, Batch
 
 
@@ -28,20 +30,41 @@ class RandomRouting:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measured values: losses in nats per token, errors as 1 − accuracy (None: no such task), fractions of complete
-    chunks.
+    """Measured values: losses in nats per token, errors as 1 − accuracy, fractions of complete chunks.
 
-    ``kept_fraction`` is the mean over the layers with a router; ``kept_by_layer`` has an entry per layer,
-    ``kept_by_head`` one per layer and routing head.
+    ``errors``: metric of every task → its error (None: the task was not evaluated). ``kept_fraction`` is the mean over
+    the layers with a router; ``kept_by_layer`` has an entry per layer, ``kept_by_head`` one per layer and routing head.
     """
 
     val_loss: float | None
     bits_per_byte: float | None
-    recall_error: float | None
-    needle_error: float | None
+    errors: Mapping[str, float | None]
     kept_fraction: float
     kept_by_layer: tuple[float, ...]
     kept_by_head: tuple[tuple[float, ...], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, flat: the errors stand between the losses and the fractions, each under its metric."""
+        return {
+            "val_loss": self.val_loss,
+            "bits_per_byte": self.bits_per_byte,
+            **self.errors,
+            "kept_fraction": self.kept_fraction,
+            "kept_by_layer": self.kept_by_layer,
+            "kept_by_head": self.kept_by_head,
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Evaluation:
+        """The inverse of ``to_dict``, also after JSON; a task that is newer than the values has no error."""
+        return cls(
+            val_loss=plain["val_loss"],
+            bits_per_byte=plain["bits_per_byte"],
+            errors={metric: plain.get(metric) for metric in metrics().values()},
+            kept_fraction=plain["kept_fraction"],
+            kept_by_layer=tuple(plain["kept_by_layer"]),
+            kept_by_head=tuple(tuple(heads) for heads in plain["kept_by_head"]),
+        )
 
 
 @torch.no_grad()
@@ -95,8 +118,7 @@ def evaluate(
     return Evaluation(
         val_loss=val_loss,
         bits_per_byte=None if val_loss is None else val_loss / math.log(2),
-        recall_error=errors.get("mqar"),
-        needle_error=errors.get("needle"),
+        errors={metric: errors.get(task) for task, metric in metrics().items()},
         kept_fraction=float(by_layer[routed].mean()) if routed else 0.0,
         kept_by_layer=tuple(by_layer.tolist()),
         kept_by_head=tuple(tuple(row) for row in kept.tolist()),

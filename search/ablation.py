@@ -108,7 +108,7 @@ def run_job(job: Job) -> dict[str, Any]:
 
     def recall(policy: RoutingPolicy, routing: RandomRouting | None = None) -> tuple[float, float, tuple[float, ...]]:
         result = evaluate(model, policy, sets, random_routing=routing)
-        return 1.0 - (result.recall_error or 0.0), result.kept_fraction, result.kept_by_layer
+        return 1.0 - (result.errors["recall_error"] or 0.0), result.kept_fraction, result.kept_by_layer
 
     scores: dict[str, Any] = {
         "softmax": recall(RoutingPolicy.all_softmax(kinds, chunk))[0],

@@ -2,7 +2,8 @@
 
 Every objective is a number of one evaluated policy, smaller is better. Quality comes from the evaluation on held-out
 data; costs are analytic (``natsl.space.cost``), from the fractions of chunks that were measured to be kept. An
-objective also says how it is shown, so an entry of ``OBJECTIVES`` is all that files, charts and report need.
+objective also says how it is shown, so an entry of ``OBJECTIVES`` is all that files, charts and report need. The error
+of every task of ``natsl.tasks.TASKS`` is one of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from natsl.space import cost
 from natsl.space.cost import LayerShape
 from natsl.space.policy import RoutingPolicy
+from natsl.tasks import metrics
 
 if TYPE_CHECKING:
     from natsl.evaluate import Evaluation
@@ -108,6 +110,20 @@ def _prefill_flops(evaluation: Evaluation, policy: RoutingPolicy, at: CostContex
     return float(cost.prefill_flops(at.shapes, policy, evaluation.kept_by_layer, at.context))
 
 
+def _task_error(task: str, metric: str) -> Objective:
+    """The share of wrong answers in a task, under the name that it has in evaluations."""
+    return Objective(
+        name=metric,
+        label=metric.replace("_", " "),
+        unit="1 − accuracy",
+        role=Role.quality,
+        value=lambda evaluation, policy, at: evaluation.errors.get(metric),
+        format=PERCENT,
+        zero=True,
+        task=task,
+    )
+
+
 OBJECTIVES: dict[str, Objective] = {
     item.name: item
     for item in (
@@ -125,26 +141,7 @@ OBJECTIVES: dict[str, Objective] = {
             role=Role.quality,
             value=lambda evaluation, policy, at: evaluation.bits_per_byte,
         ),
-        Objective(
-            name="recall_error",
-            label="recall error",
-            unit="1 − accuracy",
-            role=Role.quality,
-            value=lambda evaluation, policy, at: evaluation.recall_error,
-            format=PERCENT,
-            zero=True,
-            task="mqar",
-        ),
-        Objective(
-            name="needle_error",
-            label="needle error",
-            unit="1 − accuracy",
-            role=Role.quality,
-            value=lambda evaluation, policy, at: evaluation.needle_error,
-            format=PERCENT,
-            zero=True,
-            task="needle",
-        ),
+        *(_task_error(task, metric) for task, metric in metrics().items()),
         Objective(
             name="kept_fraction",
             label="chunks kept for softmax",

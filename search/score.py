@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from natsl.data import Split, TaskData
@@ -16,7 +16,7 @@ from natsl.search.config import SearchConfig
 from natsl.search.front import Baseline, Kind, Point, amount
 from natsl.search.objective import OBJECTIVES, QUALITY, measure
 from natsl.search.pareto import Scale, dominates
-from natsl.search.study import Problem, Record, read_evaluation
+from natsl.search.study import Problem, Record
 from natsl.space.policy import Op, RoutingPolicy
 
 
@@ -82,7 +82,7 @@ class Scorer:
         except FloatingPointError as error:
             self.problems.append(f"{record.id}: {error} on the test split")
             return None
-        return Point(record.id, record.policy, values, record.values, asdict(tested))
+        return Point(record.id, record.policy, values, record.values, tested.to_dict())
 
     def baseline(self, named: Named) -> Baseline | None:
         """A baseline on both splits; None (and a problem noted) if a score is not finite."""
@@ -94,19 +94,19 @@ class Scorer:
         except FloatingPointError as error:
             self.problems.append(f"{named.name}: {error}")
             return None
-        return Baseline(named.name, named.kind, named.policy, values, asdict(tested), searched, feasible=feasible)
+        return Baseline(named.name, named.kind, named.policy, values, tested.to_dict(), searched, feasible=feasible)
 
     def random(self, of: Point | Baseline) -> Baseline | None:
         """Random routing where this policy routes, at its kept fractions and costs; None if it routes nowhere."""
         policy, name = of.policy, of.name
         if all(layer.op is not Op.routed for layer in policy.layers):
             return None
-        model = read_evaluation(of.measured)
+        model = Evaluation.from_dict(of.measured)
         try:
             seeds = [_seed(self._seed, policy, draw) for draw in range(self._draws)]
             draws = [self._judge.random(policy, model.kept_by_layer, seed) for seed in seeds]
-            rows = [asdict(evaluation) for evaluation in draws]
-            mean = read_evaluation({key: _mean([row[key] for row in rows]) for key in rows[0]})
+            rows = [evaluation.to_dict() for evaluation in draws]
+            mean = Evaluation.from_dict({key: _mean([row[key] for row in rows]) for key in rows[0]})
             # equal by construction; taken over so that the order of additions decides no comparison
             mean = replace(mean, kept_fraction=model.kept_fraction, kept_by_layer=model.kept_by_layer)
             values, feasible = self._values(mean, policy), self._feasible(mean, policy)
@@ -118,7 +118,7 @@ class Scorer:
             kind=Kind.random,
             policy=policy,
             values=values,
-            measured=asdict(mean),
+            measured=mean.to_dict(),
             std=self._spread(draws, policy),
             draws=self._draws,
             of=name,

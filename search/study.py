@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ class PolicyStudy:
         except FloatingPointError as error:
             return self.fail(proposal, str(error))
         trial = proposal.trial
-        trial.set_user_attr(EVALUATION, asdict(evaluation))
+        trial.set_user_attr(EVALUATION, evaluation.to_dict())
         if proposal.known is not None:
             trial.set_user_attr(KNOWN, proposal.known.index)
         for name, value in limited.items():
@@ -204,7 +204,7 @@ class PolicyStudy:
             return Record(index, trial.number, policy, None, None, False, attributes[REASON])
         values = dict(zip(self._names, trial.values, strict=True))
         feasible = all(value <= 0 for value in trial.constraints.values())
-        evaluation = read_evaluation(attributes[EVALUATION])
+        evaluation = Evaluation.from_dict(attributes[EVALUATION])
         return Record(index, trial.number, policy, values, evaluation, feasible, same_as=attributes.get(KNOWN))
 
 
@@ -244,11 +244,3 @@ def first_policies(
         config.space.params(policy, kinds)
     policies = {policy.digest(): policy for policy in (*given, *config.space.anchors(kinds, chunk_size))}
     return tuple(policies.values())
-
-
-def read_evaluation(plain: Mapping[str, Any]) -> Evaluation:
-    """The inverse of ``dataclasses.asdict`` for an evaluation read from JSON."""
-    values = dict(plain)
-    values["kept_by_layer"] = tuple(values["kept_by_layer"])
-    values["kept_by_head"] = tuple(tuple(heads) for heads in values["kept_by_head"])
-    return Evaluation(**values)

@@ -22,6 +22,7 @@ from natsl.search.score import Judge, Scorer, score
 from natsl.search.study import PolicyStudy, Problem, first_policies, open_policy_study
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy
+from natsl.tasks import metrics
 
 ROUTED = (Op.routed, Op.routed, Op.routed)
 CHUNK = 16
@@ -47,7 +48,8 @@ def synthetic(policy: RoutingPolicy, split: str = "search", useful: float = 0.22
     error = min(1.0, max(0.0, error + 0.004 * noise(policy.digest(), split, useful) * math.sqrt(error)))
     loss = 1.93 + 0.02 * sum(kept) / len(kept) + 0.002 * noise(policy.digest(), split, "loss", useful)
     by_head = tuple(tuple(min(1.0, f * (0.6 + 0.8 * h)) for h in range(HEADS)) for f in kept)
-    return Evaluation(loss, loss / math.log(2), error, None, sum(kept) / len(kept), tuple(kept), by_head)
+    errors = {**dict.fromkeys(metrics().values()), "recall_error": error}
+    return Evaluation(loss, loss / math.log(2), errors, sum(kept) / len(kept), tuple(kept), by_head)
 
 
 def synthetic_judge() -> Judge:

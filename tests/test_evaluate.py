@@ -14,12 +14,14 @@ from natsl.checkpoint import file_sha256
 from natsl.config import Precision
 from natsl.data import Split
 from natsl.errors import UserError
-from natsl.evaluate import RandomRouting, evaluate
+from natsl.evaluate import Evaluation, RandomRouting, evaluate
 from natsl.export import _write
 from natsl.files import write_json
 from natsl.load import load_exported
 from natsl.model import RoutedLM
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
+from natsl.tasks import TASKS, metrics
+from natsl.tasks.needle import NeedleTask
 from natsl.tasks.sequences import IGNORED, Batch
 from tests.oracles import fill_calibration, tiny_data, tiny_model
 
@@ -55,22 +57,55 @@ def test_values_by_hand() -> None:
     loss = float(torch.cat(losses).double().mean())
     assert result.val_loss == pytest.approx(loss, rel=1e-5)
     assert result.bits_per_byte == pytest.approx(loss / math.log(2), rel=1e-5)
-    assert result.recall_error == pytest.approx(errors["mqar"])
-    assert result.needle_error == pytest.approx(errors["needle"])
+    assert result.errors["recall_error"] == pytest.approx(errors["mqar"])
+    assert result.errors["needle_error"] == pytest.approx(errors["needle"])
 
 
 def test_tasks_that_were_not_asked_for_have_no_value() -> None:
     sets = make_sets()
     result = evaluate(make_model(), policy(ROUTED, ROUTED, ROUTED), {"bytes": sets["bytes"]})
     assert result.val_loss is not None
-    assert result.recall_error is result.needle_error is None
+    assert result.errors == dict.fromkeys(metrics().values())
     asked = sets["mqar"]
     targets = torch.where(asked.recall, asked.targets, IGNORED)
     only_recall = evaluate(
         make_model(), policy(ROUTED, ROUTED, ROUTED), {"mqar": Batch(asked.tokens, targets, asked.recall)}
     )
     assert only_recall.val_loss is only_recall.bits_per_byte is None
-    assert only_recall.recall_error is not None
+    assert only_recall.errors["recall_error"] is not None
+
+
+class EchoTask(NeedleTask):
+    """A task that only this test knows."""
+
+    name = "echo"
+    metric = "echo_error"
+
+
+def test_the_error_of_a_new_task_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, "echo", EchoTask)
+    sets = make_sets()
+    result = evaluate(make_model(), policy(ROUTED, ROUTED, ROUTED), {"bytes": sets["bytes"], "echo": sets["needle"]})
+    error = result.to_dict()["echo_error"]
+    assert error is not None
+    assert 0 <= error <= 1
+    assert list(result.errors.items()) == [("recall_error", None), ("needle_error", None), ("echo_error", error)]
+    assert Evaluation.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+STORED = """{"val_loss": 2.5, "bits_per_byte": 3.6, "recall_error": 0.25, "needle_error": null, "kept_fraction": 0.5,
+"kept_by_layer": [0.5, 1.0], "kept_by_head": [[0.25, 0.75], [1.0, 1.0]]}"""
+
+
+def test_a_stored_evaluation_is_read_and_written_back_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials and fronts of any age hold this flat form."""
+    stored = Evaluation.from_dict(json.loads(STORED))
+    assert stored == Evaluation(
+        2.5, 3.6, {"recall_error": 0.25, "needle_error": None}, 0.5, (0.5, 1.0), ((0.25, 0.75), (1.0, 1.0))
+    )
+    assert json.dumps(stored.to_dict()) == STORED.replace("\n", " ")
+    monkeypatch.setitem(TASKS, "echo", EchoTask)
+    assert Evaluation.from_dict(json.loads(STORED)).errors["echo_error"] is None
 
 
 def test_perfect_answers_have_no_error() -> None:
@@ -79,9 +114,9 @@ def test_perfect_answers_have_no_error() -> None:
     with torch.no_grad():
         answers = model(batch.tokens, p).logits.argmax(-1)
     right = Batch(batch.tokens, torch.where(batch.recall, answers, batch.targets), batch.recall)
-    assert evaluate(model, p, {"mqar": right}).recall_error == 0
+    assert evaluate(model, p, {"mqar": right}).errors["recall_error"] == 0
     wrong = Batch(batch.tokens, torch.where(batch.recall, (answers + 1) % 384, batch.targets), batch.recall)
-    assert evaluate(model, p, {"mqar": wrong}).recall_error == 1
+    assert evaluate(model, p, {"mqar": wrong}).errors["recall_error"] == 1
 
 
 @pytest.mark.parametrize("length", [16, 20, 23])
@@ -115,7 +150,7 @@ def test_batch_size_does_not_matter() -> None:
     assert one.val_loss == pytest.approx(other.val_loss, rel=1e-5)
     for a, b in zip(one.kept_by_head, other.kept_by_head, strict=True):
         assert a == pytest.approx(b)
-    assert one.recall_error == other.recall_error
+    assert one.errors["recall_error"] == other.errors["recall_error"]
 
 
 def test_random_routing_keeps_its_fractions_where_the_policy_routes() -> None:

@@ -105,7 +105,7 @@ def test_figures_of_the_front_come_from_the_right_split(done: tuple[Run, Front],
     data = TaskData(config.data, load_text(text), config.model.vocab_size)
     judge = make_judge(model, data, 8)
     for point in front.points:
-        assert judge.test(point.policy).recall_error == point.values["recall_error"]
+        assert judge.test(point.policy).errors["recall_error"] == point.values["recall_error"]
         assert judge.search(point.policy).kept_fraction == point.search_values["kept_fraction"]
 
 
@@ -396,7 +396,7 @@ def test_a_model_that_gives_nan_ends_the_search(
     def broken(model: Any, policy: RoutingPolicy, *args: Any, **named: Any) -> Evaluation:
         found = evaluate(model, policy, *args, **named)
         fails = bad == "all" or any(layer.op is Op.routed for layer in policy.layers)
-        return replace(found, recall_error=math.nan) if fails else found
+        return replace(found, errors={"recall_error": math.nan}) if fails else found
 
     monkeypatch.setattr(score, "evaluate", broken)
     with pytest.raises(UserError, match=error) as caught:

@@ -26,7 +26,7 @@ def records(policies: Sequence[RoutingPolicy]) -> list[Record]:
     found = []
     for i, policy in enumerate(policies):
         evaluation = synthetic(policy)
-        values = {"recall_error": evaluation.recall_error or 0.0, "kept_fraction": evaluation.kept_fraction}
+        values = {"recall_error": evaluation.errors["recall_error"] or 0.0, "kept_fraction": evaluation.kept_fraction}
         found.append(Record(i, i, policy, values, evaluation, True))
     return found
 
@@ -49,7 +49,7 @@ def test_points_carry_both_splits_and_what_beats_them() -> None:
     assert [point.id for point in points] == ["t0001", "t0000", "t0002"]  # by the fraction kept
     good, wasteful, single = points
     assert good.values == {
-        "recall_error": synthetic(GOOD, "test").recall_error,
+        "recall_error": synthetic(GOOD, "test").errors["recall_error"],
         "kept_fraction": pytest.approx(0.067, abs=0.01),
     }
     assert good.search_values == chosen[1].values != good.values
@@ -101,8 +101,9 @@ def test_random_routing_dominates_a_point_if_its_quality_is_better(names: list[s
     def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
         found = synthetic(policy, "test")
         noisy = tuple(fraction * (1 + 1e-9 * (seed % 5 + 1)) for fraction in fractions)
-        error = (found.recall_error or 0.0) + (-0.01 if better else 0.01)
-        return replace(found, recall_error=error, kept_by_layer=noisy, kept_fraction=found.kept_fraction + 1e-9)
+        error = (found.errors["recall_error"] or 0.0) + (-0.01 if better else 0.01)
+        errors = {**found.errors, "recall_error": error}
+        return replace(found, errors=errors, kept_by_layer=noisy, kept_fraction=found.kept_fraction + 1e-9)
 
     config = SearchConfig(objectives=names)
     chosen = [replace(item, values=dict.fromkeys(names, 0.5)) for item in records([GOOD])]
@@ -150,15 +151,16 @@ def test_nothing_is_evaluated_twice() -> None:
 def test_the_scale_runs_from_all_softmax_to_all_delta() -> None:
     scale = scorer().scale()
     assert scale.names == NAMES
-    assert scale.best == (synthetic(RoutingPolicy.all_softmax(ROUTED, CHUNK)).recall_error, 0.0)
-    assert scale.worst == (synthetic(RoutingPolicy.all_delta(ROUTED, CHUNK)).recall_error, 1.0)
+    assert scale.best == (synthetic(RoutingPolicy.all_softmax(ROUTED, CHUNK)).errors["recall_error"], 0.0)
+    assert scale.worst == (synthetic(RoutingPolicy.all_delta(ROUTED, CHUNK)).errors["recall_error"], 1.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 def test_what_is_not_finite_on_the_test_split_is_left_out_and_noted(bad: float) -> None:
     def test(policy: RoutingPolicy) -> Evaluation:
         found = synthetic(policy, "test")
-        return replace(found, recall_error=bad) if policy in (GOOD, RoutingPolicy.all_delta(ROUTED, CHUNK)) else found
+        wrong = replace(found, errors={**found.errors, "recall_error": bad})
+        return wrong if policy in (GOOD, RoutingPolicy.all_delta(ROUTED, CHUNK)) else found
 
     subject = scorer(replace(synthetic_judge(), test=test))
     points, others = score(subject, records([GOOD, FIXED]), baselines(ROUTED, CHUNK, (), SearchSpace()), lambda _: None)

@@ -192,7 +192,7 @@ def test_a_value_that_is_not_finite_fails_the_trial(bad: float, tmp_path: Path) 
 
     def evaluate(policy: RoutingPolicy) -> Evaluation:
         found = synthetic(policy)
-        return replace(found, recall_error=bad) if policy == target else found
+        return replace(found, errors={"recall_error": bad}) if policy == target else found
 
     config = SearchConfig(n_trials=8)
     study = opened(tmp_path, config)

@@ -242,7 +242,7 @@ def evaluate_choice(config: EvaluateRunConfig) -> Evaluation:
 
 def run_evaluation(config: EvaluateRunConfig) -> None:
     """Print the values of ``evaluate_choice`` as JSON."""
-    print(json.dumps(asdict(evaluate_choice(config)), indent=1))
+    print(json.dumps(evaluate_choice(config).to_dict(), indent=1))
 
 
 def run_export(config: ExportConfig) -> None:

@@ -19,6 +19,11 @@ from natsl.tasks.task import Task
 TASKS: dict[str, type[Task[Any]]] = {task.name: task for task in (BytesTask, MqarTask, NeedleTask)}
 
 
+def metrics() -> dict[str, str]:
+    """Task → name of the error that is reported for it, of every task that has one, in the order of ``TASKS``."""
+    return {name: task.metric for name, task in TASKS.items() if task.metric is not None}
+
+
 @dataclass
 class DataConfig:
     """What the supernet is trained and judged on.
