@@ -45,6 +45,9 @@ def pairs_of(tokens: list[int]) -> dict[int, int]:
 def check_sequence(source: bytes, tokens: list[int], targets: list[int], recall: list[bool]) -> None:
     """Hold one sequence against the text it was made from, token by token."""
     length = len(tokens)
+    if any(recall) and max(tokens) < 256:
+        check_recalled_bytes(source, tokens, targets, recall)
+        return
     text_at = [t for t in range(length) if tokens[t] < 256]
     text = bytes(tokens[t] for t in text_at)
     start = source.find(text)
@@ -60,3 +63,18 @@ def check_sequence(source: bytes, tokens: list[int], targets: list[int], recall:
             assert targets[t] == source[place[t] + 1]
         else:  # a pair, or the last byte before a pair or a question
             assert targets[t] == IGNORED
+
+
+def check_recalled_bytes(source: bytes, tokens: list[int], targets: list[int], recall: list[bool]) -> None:
+    """The same for a task that recalls bytes, not values: an answer has followed its byte before."""
+    stretch: list[int] = []  # text: a byte, and the targets from there on
+    for t, (token, target) in enumerate(zip(tokens, targets, strict=True)):
+        if recall[t]:
+            assert (token, target) in pairwise(tokens[: t + 1]), "the answer has not followed this byte before"
+        if recall[t] or target == IGNORED:
+            stretch = []
+            continue
+        stretch = stretch or [token]
+        assert stretch[-1] == token
+        stretch.append(target)
+        assert bytes(stretch) in source, "the text is not contiguous in its source"

@@ -109,7 +109,7 @@ def test_shapes_and_ranges(task: str, length: int | None, count: int) -> None:
     assert scored.any(dim=1).all()
     assert ((batch.targets >= 0) & (batch.targets < 384))[scored].all()
     assert scored[batch.recall].all()
-    assert batch.recall.any() == TASKS[task].needs_pairs
+    assert batch.recall.any() == (TASKS[task].metric is not None)
     assert all(t.is_contiguous() for t in (batch.tokens, batch.targets, batch.recall))
 
 

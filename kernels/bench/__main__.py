@@ -176,6 +176,8 @@ def _check(shape: Shape, scope: Scope, device: torch.device) -> bool:
     largest = f"largest error {worst.error:.1e} of {worst.bound:.1e} ({worst.op}, {worst.tensor})"
     seconds = time.perf_counter() - begin
     print(f"{verdict}; {largest}; {shape.dtype}, {scope.tokens} tokens, {seconds:.1f} s", flush=True)
+    if not bad:
+        print(f"Checked: {', '.join(dict.fromkeys(item.op for item in findings))}", flush=True)
     return not bad
 
 

@@ -22,8 +22,8 @@ class Batch:
     """Sequences and what is scored in them.
 
     ``tokens`` int64 [B, T]; ``targets`` int64 [B, T], the token to predict at each position (already shifted) or
-    -100 where nothing is scored; ``recall`` bool [B, T], true where the target is the value of a queried key (the
-    other scored targets are next bytes).
+    -100 where nothing is scored; ``recall`` bool [B, T], true where the target has to be recalled from earlier in the
+    sequence, such as the value of a queried key (the other scored targets are next bytes of the text).
     """
 
     tokens: Tensor
