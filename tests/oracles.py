@@ -5,7 +5,10 @@ Shapes: B batch, T tokens, C chunk size, N chunks, R routing heads, Hq/Hs query/
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -170,3 +173,9 @@ def tiny_data(**options: object) -> TaskData:
     corpus = Corpus(parts[0], parts[1], parts[2], fingerprint="letters", description="letters", files=3)
     settings: dict[str, object] = {"seq_len": 64, "search_sequences": 8, "test_sequences": 8}
     return TaskData(DataConfig(**{**settings, **options}), corpus, 384)  # type: ignore[arg-type]
+
+
+def triton_modules() -> list[ModuleType]:
+    """The modules of all Triton kernels."""
+    paths = sorted((Path(__file__).parents[1] / "kernels" / "_triton").glob("*.py"))
+    return [importlib.import_module(f"natsl.kernels._triton.{path.stem}") for path in paths]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -52,7 +51,7 @@ from natsl.kernels.shape import (
 )
 from natsl.kernels.softmax import routed_softmax
 from natsl.kernels.warmup import run_all
-from tests.oracles import assert_near
+from tests.oracles import assert_near, triton_modules
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -351,9 +350,7 @@ def test_warm_up_runs_what_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_kernels_are_named_as_in_profiles_and_tables() -> None:
-    paths = (ROOT / "kernels" / "_triton").glob("*.py")
-    modules = [importlib.import_module(f"natsl.kernels._triton.{path.stem}") for path in paths]
-    functions = {name for module in modules for name, x in vars(module).items() if isinstance(x, Launcher)}
+    functions = {name for module in triton_modules() for name, x in vars(module).items() if isinstance(x, Launcher)}
     registered = {f"{kernel.name}_kernel" for kernel in kernels()}
     assert functions == registered | {"routing_capped_routes_kernel"}  # of no op that is timed
     names = [kernel.name for spec in OPS.values() for kernel in spec.kernels if spec.work is not None]

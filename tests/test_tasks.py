@@ -193,7 +193,7 @@ def test_mqar_easy_batches_only_in_training() -> None:
 
 
 def test_mqar_more_questions_than_pairs() -> None:
-    data = make_data(seq_len=64, mqar=MqarConfig(segment=8, pair_share=0.1, query_segments=3))
+    data = make_data(tasks={"mqar": 1.0}, seq_len=64, mqar=MqarConfig(segment=8, pair_share=0.1, query_segments=3))
     batch = data.batch("mqar", Split.test, 4, 0)
     assert all(len(pairs_of(row)) == 4 and len(set(row[-24:])) == 4 for row in batch.tokens.tolist())
 
