@@ -7,27 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import platform
-import sysconfig
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from natsl.errors import UserError
 from natsl.files import to_plain
+from natsl.record import EVERY_PART, TrainedText
 from natsl.space.check import check, check_counts
 from natsl.tasks import TASKS, DataConfig
 from natsl.tasks.sequences import BYTES, KEYS, VALUES, Batch, draw_uniform
 from natsl.tasks.task import Request
+from natsl.text import TextFile, TextRules, printable, read_text, shown_size
 
+_LOG = logging.getLogger(__name__)
 HELD_OUT = 0.05  # share of each of the two held-out parts
 FEWEST_FILES = 20  # with fewer files, 5 % of them is less than one
-# Tests are missing from some distributions and hold broken text on purpose; the tables in `encodings` are near copies
-# of one another, so that a split by file would show a model its own held-out text.
-STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
 
 _FIRST_TASKS = {"bytes", "mqar", "needle"}  # their options are in every fingerprint, those of later ones where used
 
@@ -44,7 +44,8 @@ class Split(Enum):
 class Corpus:
     """Text in three parts, each uint8 [bytes]; files of one part follow each other.
 
-    ``fingerprint``: sha256 over the split, the relative name and the contents of every file used.
+    ``fingerprint``: sha256 over the split, the relative name and the contents of every file used. ``contents``: those
+    files, with names below ``folder``. ``source`` says in words where they were read, ``description`` also how many.
     """
 
     train: Tensor
@@ -53,93 +54,64 @@ class Corpus:
     fingerprint: str
     description: str
     files: int
+    contents: tuple[TextFile, ...] = ()
+    folder: str = ""
+    source: str = ""
 
     def part(self, split: Split) -> Tensor:
         """The text of one part, uint8 [bytes]."""
         return {Split.train: self.train, Split.search: self.search, Split.test: self.test}[split]
 
 
-def load_text(path: str | None = None) -> Corpus:
+def load_text(path: str | None = None, rules: TextRules | None = None, trained: TrainedText | None = None) -> Corpus:
     """Read a text file or a folder of them (None: the sources of the interpreter's standard library).
 
     A folder is split by file, 90/5/5, on a hash of the relative name: a file stays in its part when others come or go.
     One file, fewer than 20, or files that leave a part too small (likely below 100) are joined in the order of their
-    hashes and cut into contiguous spans. Copies of a file are read once; hidden names are skipped. Raises
-    ``ValueError`` for a path that is missing, unreadable, empty or not UTF-8.
+    hashes and cut into contiguous spans. ``trained``: what a supernet was trained on; unless it is this very text with
+    this very split, files that match one of its names or contents are kept out of the held-out parts. What is read,
+    and what is left out, goes to the log. Raises ``ValueError`` for a path that is missing or unreadable, that holds
+    no text, or none that the supernet was not trained on.
     """
-    if path is None:
-        files = _read_stdlib()
-        source = f"standard library of Python {platform.python_version()}"
-    else:
-        files = _read_user(path)
-        source = path
-    if not files:
-        raise ValueError(f"data.path = {path!r} holds no text")
-    parts, how = _split(files)
-    size = sum(len(text) for text in files.values())
+    text = read_text(path, rules or TextRules())
+    folder = printable(str(text.folder.absolute()))
+    digests = {name: hashlib.sha256(contents).hexdigest() for name, contents in text.files.items()}
+    parts, how = _split(text.files)
+    if trained is not None and _fingerprint(parts) != trained.text:
+        matches = trained.matches(folder, {printable(name): sha256 for name, sha256 in digests.items()})
+        rest = {name: contents for name, contents in text.files.items() if printable(name) not in matches}
+        if not rest:
+            raise UserError(
+                f"data.path = {path!r}: each of its files is one that the supernet was trained on, by name or "
+                "contents, so that none is left to judge it on"
+            )
+        if matches:
+            parts, how = _split(rest)
+            parts[Split.train] += [(name, contents) for name, contents in text.files.items() if name not in rest]
+            how += f"; {len(text.files) - len(rest)} that the supernet was trained on are not held out"
+    # Spans of several files have no name of a file, and those of one file share it.
+    uses = Counter(name for files in parts.values() for name, _ in files)
+    part_of = {name: split.value for split, files in parts.items() for name, _ in files if uses[name] == 1}
+    size = sum(len(contents) for contents in text.files.values())
+    count = len(text.files)
+    description = f"{text.source}: {count} file{'s' * (count != 1)}, {shown_size(size)}, split by {how}"
+    if text.left_out:
+        description += f"; {text.left_out_line}"
+    _LOG.info("text: %s", description)
     return Corpus(
         train=_joined(parts[Split.train]),
         search=_joined(parts[Split.search]),
         test=_joined(parts[Split.test]),
         fingerprint=_fingerprint(parts),
-        description=f"{source}: {len(files)} file{'s' * (len(files) != 1)}, {size / 1e6:.3g} MB, split by {how}",
-        files=len(files),
+        description=description,
+        files=count,
+        contents=tuple(
+            TextFile(printable(name), digests[name], len(contents), part_of.get(name, EVERY_PART))
+            for name, contents in text.files.items()
+        ),
+        folder=folder,
+        source=text.source,
     )
-
-
-def _read_stdlib() -> dict[str, bytes]:
-    root = Path(sysconfig.get_path("stdlib"))
-    if not root.is_dir():
-        raise ValueError(f"data.path = None: this Python has no library sources in {root}; name a text file or folder")
-    return _read_all(root, [p for p in _walk(root, STDLIB_SKIPPED) if p.suffix == ".py"], skip_undecodable=True)
-
-
-def _read_user(path: str) -> dict[str, bytes]:
-    root = Path(path).expanduser()
-    try:
-        if path and root.is_dir():
-            return _read_all(root, _walk(root, frozenset()))
-        if path and root.is_file():
-            return _read_all(root.parent, [root])
-        reason = "is neither a file nor a folder" if path and root.exists() else "does not exist"
-    except OSError as error:
-        reason = f"cannot be read: {error.strerror} ({error.filename})"
-    raise ValueError(f"data.path = {path!r} {reason}")
-
-
-def _walk(root: Path, skipped: frozenset[str]) -> list[Path]:
-    """Regular files below ``root`` in a fixed order, without hidden ones and caches."""
-    paths: list[Path] = []
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for folder, folders, names in os.walk(root, onerror=fail):
-        folders[:] = [f for f in folders if f not in skipped and f != "__pycache__" and not f.startswith(".")]
-        paths += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted((p for p in paths if p.is_file()), key=lambda p: p.relative_to(root).as_posix())
-
-
-def _read_all(root: Path, paths: list[Path], skip_undecodable: bool = False) -> dict[str, bytes]:
-    """Relative name → contents, without empty files and without copies, which could fall into two parts."""
-    texts: dict[str, bytes] = {}
-    seen: set[bytes] = set()
-    for path in paths:
-        text = path.read_bytes()
-        digest = hashlib.sha256(text).digest()
-        if not text or digest in seen:
-            continue
-        seen.add(digest)
-        try:
-            text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if skip_undecodable:
-                continue
-            raise ValueError(
-                f"data.path: {path} is not UTF-8 text: byte 0x{text[error.start]:02x} at offset {error.start}"
-            ) from None
-        texts[path.relative_to(root).as_posix()] = text
-    return texts
 
 
 Parts = dict[Split, list[tuple[str, bytes]]]
@@ -200,7 +172,7 @@ class TaskData:
             self._check(name, config.seq_len)
         for split in Split:
             self._check_text(split, config.seq_len, "data.seq_len")
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = self.fingerprint_with(corpus.fingerprint)
 
     def batch(
         self,
@@ -276,17 +248,17 @@ class TaskData:
                 f"a sequence of {name} = {length} needs {length + 1}"
             )
 
-    def _fingerprint(self) -> str:
-        """sha256 over text and settings: trainings of equal fingerprints see the same sequences."""
+    def fingerprint_with(self, text: str) -> str:
+        """sha256 over settings and a text of this fingerprint: trainings of equal ones see the same sequences."""
         plain = to_plain(self.config)
-        del plain["path"]  # where the text is has no effect on the sequences
+        for name in ("path", "include", "exclude", "field"):  # what they have read is what counts
+            del plain[name]
         # Runs from before these settings existed must keep their fingerprints.
         if self.config.keys == len(KEYS):
             del plain["keys"]
         for name in TASKS.keys() - _FIRST_TASKS - set(self.tasks):
             plain.pop(name, None)
-        text = json.dumps([self.corpus.fingerprint, plain], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(json.dumps([text, plain], sort_keys=True).encode()).hexdigest()
 
 
 def _generator(*parts: str | int) -> torch.Generator:

@@ -267,6 +267,8 @@ def stored_data(run: str | None, root: str, export: str | None) -> DataConfig:
         schema = OmegaConf.structured(DataConfig)
         if isinstance(settings, Mapping) and "tasks" in settings:
             schema.tasks = {}  # else the default task would be added to those of the run
+        if isinstance(settings, Mapping) and "field" not in settings:
+            schema.field = ""  # older runs read .jsonl files as they are
         result = OmegaConf.to_object(OmegaConf.merge(schema, settings))
     except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{path} holds no data settings: {error}") from None

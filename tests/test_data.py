@@ -161,9 +161,8 @@ def bad_path(case: str, root: Path) -> str:
     path = root / "text"
     if case == "not utf-8":
         path.write_bytes(b"abc\xe9def")
-    elif case == "not utf-8 in a folder":
+    elif case == "only not utf-8 in a folder":
         path.mkdir()
-        (path / "good.txt").write_text("good")
         (path / "latin.txt").write_bytes(b"caf\xe9")
     elif case == "empty file":
         path.touch()
@@ -195,7 +194,7 @@ def bad_path(case: str, root: Path) -> str:
         ("empty folder", "holds no text"),
         ("folder of empty files", "holds no text"),
         ("not utf-8", "text is not UTF-8 text: byte 0xe9 at offset 3"),
-        ("not utf-8 in a folder", "latin.txt is not UTF-8 text: byte 0xe9 at offset 3"),
+        ("only not utf-8 in a folder", r"holds no text; left out 1 file, .* 1 not UTF-8 \(latin.txt\)"),
     ],
 )
 def test_bad_paths_get_one_clear_line(tmp_path: Path, case: str, message: str) -> None:

@@ -15,6 +15,7 @@ from natsl.tasks.bytes import BytesTask
 from natsl.tasks.mqar import MqarConfig, MqarTask
 from natsl.tasks.needle import NeedleConfig, NeedleTask
 from natsl.tasks.task import Task
+from natsl.text import TextRules, absolute
 
 TASKS: dict[str, type[Task[Any]]] = {task.name: task for task in (BytesTask, MqarTask, NeedleTask)}
 
@@ -31,7 +32,10 @@ class DataConfig:
     ``path``: a text file or a folder of them (null: the sources of Python's standard library). ``tasks``: weight of
     each task (``bytes``, ``mqar``, ``needle``) in the training batches. ``keys``: how many different keys the recall
     tasks have; beyond 64 each needs a token more in the vocabulary. ``search_sequences`` / ``test_sequences``: held-out
-    sequences per task for judging trials and for the report.
+    sequences per task for judging trials and for the report. ``include`` / ``exclude``: patterns such as ``*.md`` or
+    ``drafts/*`` for names below the folder (``*`` matches ``/`` too): only files that match one of the former (none:
+    all) and none of the latter are read. ``field``: which field of each line of a ``.jsonl`` file is text (null: such
+    files are left out; empty: they are read as they are).
     """
 
     path: str | None = None
@@ -42,6 +46,9 @@ class DataConfig:
     test_sequences: int = 64
     mqar: MqarConfig = field(default_factory=MqarConfig)
     needle: NeedleConfig = field(default_factory=NeedleConfig)
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    field: str | None = None  # the last one: above it, `field` is the function
 
     def __post_init__(self) -> None:
         check(
@@ -59,8 +66,40 @@ class DataConfig:
             1,
             {"data.search_sequences": self.search_sequences, "data.test_sequences": self.test_sequences},
         )
+        _check_patterns(self.include, self.exclude)
+        if self.path is not None:
+            self.path = absolute(self.path)
+
+    def text_rules(self, *runs: str) -> TextRules:
+        """Which files are text; ``runs``: folders of runs, which are never entered."""
+        return TextRules(tuple(self.include), tuple(self.exclude), self.field, runs)
 
     def build(self, task: str) -> Task[Any]:
         """A task with its options; ``ValueError`` for an unknown name."""
         check(task in TASKS, "task", task, f"the tasks are {', '.join(TASKS)}")
         return TASKS[task](getattr(self, task, None), self.seq_len, self.keys)
+
+
+@dataclass
+class OtherTextConfig:
+    """Text to use instead of that of the run.
+
+    ``path``: a text file or a folder of them (null: the run's own text). ``include``, ``exclude``, ``field``: what of
+    it is read, as in the options of training; they go with ``path``.
+    """
+
+    path: str | None = None
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    field: str | None = None  # the last one: above it, `field` is the function
+
+    def __post_init__(self) -> None:
+        _check_patterns(self.include, self.exclude)
+        for name in ("include", "exclude", "field"):
+            value = getattr(self, name)
+            check(self.path is not None or not value, f"data.{name}", value, "it goes with data.path")
+
+
+def _check_patterns(include: list[str], exclude: list[str]) -> None:
+    for name, patterns in (("data.include", include), ("data.exclude", exclude)):
+        check(all(patterns), name, patterns, "a pattern must not be empty")
