@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from natsl import __version__
 from natsl.errors import UserError
-from natsl.files import check_name, child_folder, read_config, sync_folder, to_plain, write_json
+from natsl.files import check_name, child_folder, read_config, read_json, sync_folder, to_plain, write_json
 from natsl.load import EXPORT_FILES, EXPORT_FORMAT, Choice, load_choice, load_exported
 from natsl.run import Run
 
@@ -64,6 +64,8 @@ def export_choice(choice: Choice, name: str | None = None, overwrite: bool = Fal
     try:
         pick = {"pick": choice.pick or "knee"} if "id" in record else {}
         made_from = {"run": run.name, **pick, "data": read_config(run.config).get("data"), **record}
+        if run.text.exists():  # older runs do not have it
+            made_from["text"] = read_json(run.text)
         _write(temporary, model, policy, made_from)
         verify(temporary, model, policy)
         temporary.chmod(0o755)

@@ -32,6 +32,7 @@ class Run:
         self.name = path.name
         self.config = path / "config.yaml"
         self.version = path / "run.json"
+        self.text = path / "text.json"
         self.supernet = path / "supernet"
         self.calibration = path / "calibration.json"
         self.study_db = path / "study.db"

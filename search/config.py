@@ -67,7 +67,8 @@ class SearchRunConfig:
     ``name``: folder below ``root``; the same name again resumes. ``device``: auto, cpu, cuda or cuda:<n>.
     ``supernet_from``: name of a run below ``root`` whose finished supernet is searched instead of training one (its
     model is used; ``model``, ``train`` and ``supernet`` are then without effect). ``export``: whether the knee is
-    exported at the end.
+    exported at the end. ``allow_other_data``: whether a search goes on where its text has changed since it began; its
+    report then says so.
     """
 
     name: str = "search"
@@ -76,6 +77,7 @@ class SearchRunConfig:
     device: str = "auto"
     supernet_from: str | None = None
     export: bool = True
+    allow_other_data: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     supernet: SupernetConfig = field(default_factory=SupernetConfig)

@@ -16,8 +16,10 @@ from natsl.data import TaskData, load_text
 from natsl.device import resolve_device
 from natsl.errors import UserError
 from natsl.files import read_json, to_plain, write_bytes, write_text
+from natsl.heldout import keep_record, trained_text
 from natsl.load import read_policy
 from natsl.progress import Progress
+from natsl.record import TrainedText
 from natsl.run import Run
 from natsl.search.baseline import baselines
 from natsl.search.config import SearchRunConfig
@@ -56,12 +58,31 @@ def run_search(config: SearchRunConfig, command: str = "") -> Front | None:
     with run.lock():
         if not run.config.exists():
             run.write_config(config)
-        text = load_text(config.data.path)
-        data = TaskData(config.data, text, config.model.vocab_size)
+        data, trained = held_out_data(config, source)
+        others = keep_record(run, data, config.root, trained, config.allow_other_data)
         finished = trials_reported(run) >= config.search.n_trials
         with Tracker() if finished else start_tracker(config.tracking, run, to_plain(config)) as tracker:
-            search = _Search(config, run, data, problem, tracker, device, text.description, command)
+            search = _Search(config, run, data, problem, tracker, device, others, command)
             return search.run(source, finished)
+
+
+def held_out_data(config: SearchRunConfig, source: Run | None) -> tuple[TaskData, TrainedText | None]:
+    """The data of a search, and what a supernet from ``source`` was trained on, which is not held out.
+
+    ``UserError`` if nothing else is left, or if it is not known what the supernet was trained on.
+    """
+    settings = config.data
+    trained = None if source is None else trained_text(source)
+    text = load_text(settings.path, settings.text_rules(config.root), trained)
+    data = TaskData(settings, text, config.model.vocab_size)
+    if source is not None and trained is None:
+        newest = checkpoint.read_newest(source.supernet)
+        if newest is None or newest[1].get("data") != data.fingerprint:
+            raise UserError(
+                f"supernet_from = {source.name!r}: the text that it was trained on is no longer there, so that it "
+                "cannot be kept out of the held-out text: search with the data settings of that run"
+            )
+    return data, trained
 
 
 def make_problem(config: SearchRunConfig) -> Problem:
@@ -117,7 +138,7 @@ class _Search:
     problem: Problem
     tracker: Tracker
     device: torch.device
-    text: str
+    others: tuple[str, ...]
     command: str
 
     def run(self, source: Run | None, finished: bool) -> Front | None:
@@ -186,6 +207,7 @@ class _Search:
         history = tuple(volume.add(record.result) for record in study.records)
         failed = [record for record in study.records if record.reason is not None]
         problems = [f"{len(failed)} trials failed, the last one: {failed[-1].reason}"] if failed else []
+        problems += [f"part of the trials and scores is of other text: {other}" for other in self.others]
         return Front(
             run=self.folder.name,
             objectives=scorer.names,
@@ -209,7 +231,7 @@ class _Search:
         return {
             "seed": self.config.seed,
             "sampler": settings.sampler.value,
-            "text": self.text,
+            "text": self.data.corpus.description,
             "sequences per task": f"{data.search_sequences} to search, {data.test_sequences} to test",
             "draws of random routing": settings.random_draws,
             "tokens per sequence": data.seq_len,

@@ -87,7 +87,7 @@ def test_the_table_follows_the_text_and_training_s_own_stays(run: Run, capsys: p
 
 def test_options_of_a_calibration(calibrated: Run) -> None:
     path = str(calibrated.path.parent / "other.txt")
-    tasks = CalibrationDataConfig(path, {"bytes": 1.0, "needle": 1.0})
+    tasks = CalibrationDataConfig(path, tasks={"bytes": 1.0, "needle": 1.0})
     changes: dict[str, dict[str, Any]] = {"more": {"sequences": 32}, "seed": {"seed": 6}, "tasks": {"data": tasks}}
     for name, more in changes.items():
         run_calibration(options(calibrated, name, **{"data": CalibrationDataConfig(path), **more}))

@@ -15,15 +15,17 @@ from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch
 from natsl.device import resolve_device
 from natsl.errors import UserError
 from natsl.files import check_name, to_plain, write_json
-from natsl.load import Choice, calibration_path, load_choice, stored_data
+from natsl.load import Choice, calibration_path, load_choice
 from natsl.run import Run
+from natsl.secrets import redact
 from natsl.space.check import check, check_at_least, check_counts
 from natsl.space.policy import RoutingPolicy
-from natsl.tasks import DataConfig
+from natsl.tasks import DataConfig, OtherTextConfig
 from natsl.tracking import TrackingConfig, start_tracker
 
 if TYPE_CHECKING:
     from natsl.evaluate import Evaluation
+    from natsl.heldout import HeldOut
     from natsl.search.config import SearchRunConfig
     from natsl.throughput import ThroughputConfig
 
@@ -55,7 +57,9 @@ class EvaluateRunConfig:
     Either ``run`` (below ``root``) or ``export`` (a folder made by natsl export). Of a run: ``pick`` (``knee``, an id
     of the front or its beginning; null: the knee), or else ``policy`` (a JSON file) or ``budget`` (the same in every
     routed layer), which need no front; of an export, these two replace the policy that it holds. ``calibration``: a
-    table made by natsl calibrate instead of the run's own. ``split``: search or test.
+    table made by natsl calibrate instead of the run's own. ``split``: search or test. The text is what the run was
+    judged on, or what ``data.path`` names; where it has changed, ``allow_other_data`` scores it all the same. Any
+    result on other text says so in ``other_data``.
     """
 
     run: str | None = None
@@ -65,6 +69,8 @@ class EvaluateRunConfig:
     policy: str | None = None
     budget: float | None = None
     calibration: str | None = None
+    data: OtherTextConfig = field(default_factory=OtherTextConfig)
+    allow_other_data: bool = False
     split: str = "test"
     device: str = "auto"
     batch_size: int = 32
@@ -156,14 +162,14 @@ class GenerateConfig:
 
 
 @dataclass
-class CalibrationDataConfig:
+class CalibrationDataConfig(OtherTextConfig):
     """What to calibrate on.
 
     ``path``: a text file or a folder of them (null: the run's own text), of which the part for the search is used.
-    ``tasks``: weight of each task ({}: those of the run). All else is as in the run.
+    ``include``, ``exclude``, ``field``: what of it is read; they go with ``path``. ``tasks``: weight of each task ({}:
+    those of the run). All else is as in the run.
     """
 
-    path: str | None = None
     tasks: dict[str, float] = field(default_factory=dict)
 
 
@@ -175,7 +181,8 @@ class CalibrateConfig:
     needs another table to be kept at the same fraction. ``run``: a run below ``root`` whose supernet is trained to its
     end. ``name``: the table goes to ``root/run/calibrations/<name>.json``, beside training's own, which stays as it is;
     ``calibration=<name>`` makes evaluate, generate and export use it. ``sequences``: how many to calibrate on, over all
-    tasks; ``seed`` of the policies that the margins are pooled over (null for either: as in training). ``overwrite``
+    tasks; ``seed`` of the policies that the margins are pooled over (null for either: as in training).
+    ``allow_other_data`` takes the run's own text also where it has changed, and the table says so. ``overwrite``
     replaces a table of that name.
     """
 
@@ -183,6 +190,7 @@ class CalibrateConfig:
     name: str = "???"  # must be given
     root: str = "runs"
     data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig)
+    allow_other_data: bool = False
     sequences: int | None = None
     seed: int | None = None
     device: str = "auto"
@@ -209,17 +217,20 @@ def run_training(config: TrainRunConfig) -> None:
     """Train a supernet, or resume it, in ``root/name/supernet``."""
     device = resolve_device(config.device)
     from natsl.data import TaskData, load_text
+    from natsl.heldout import keep_record
     from natsl.model import count_parameters
     from natsl.train import TrainRecipe, fit
 
     check_batch(config.model.layers, config.train, config.supernet)
-    data = TaskData(config.data, load_text(config.data.path), config.model.vocab_size)
+    text = load_text(config.data.path, config.data.text_rules(config.root))
+    data = TaskData(config.data, text, config.model.vocab_size)
     run = Run.open(config.name, config.root)
     with run.lock():
         if run.study_db.exists():
             raise UserError(f"name = {config.name!r} is a search, which trains its own supernet: choose another name")
         if not run.config.exists():
             run.write_config(config)
+        keep_record(run, data, config.root, None, allow_other=False)
         recipe = TrainRecipe(config.train, config.supernet, config.seed)
         with start_tracker(config.tracking, run, to_plain(config)) as tracker:
             net = fit(run, config.model, data, recipe, device, tracker)
@@ -230,19 +241,26 @@ def run_training(config: TrainRunConfig) -> None:
 
 def evaluate_choice(config: EvaluateRunConfig) -> Evaluation:
     """Score what the configuration names on the held-out data of its run; see ``EvaluateRunConfig``."""
-    from natsl.data import Split, TaskData, load_text
+    return _evaluate(config)[0]
+
+
+def _evaluate(config: EvaluateRunConfig) -> tuple[Evaluation, HeldOut]:
+    from natsl.data import Split
     from natsl.evaluate import evaluate
+    from natsl.heldout import held_out
 
     model, policy, _ = load_choice(config.choice())
-    settings = stored_data(config.run, config.root, config.export)
-    data = TaskData(settings, load_text(settings.path), model.config.vocab_size)
+    held = held_out(config.choice(), config.data, model.config.vocab_size, config.allow_other_data)
     model.to(resolve_device(config.device))
-    return evaluate(model, policy, data.eval_sets(Split(config.split)), batch_size=config.batch_size)
+    sets = held.data.eval_sets(Split(config.split))
+    return evaluate(model, policy, sets, batch_size=config.batch_size), held
 
 
 def run_evaluation(config: EvaluateRunConfig) -> None:
-    """Print the values of ``evaluate_choice`` as JSON."""
-    print(json.dumps(evaluate_choice(config).to_dict(), indent=1))
+    """Print the values of ``evaluate_choice`` as JSON, with the text that they are of."""
+    values, held = _evaluate(config)
+    text = {"text": held.data.corpus.description, "other_data": held.other}
+    print(json.dumps(redact(values.to_dict() | text), indent=1))
 
 
 def run_export(config: ExportConfig) -> None:
@@ -279,8 +297,9 @@ def run_calibration(config: CalibrateConfig) -> None:
     import torch
 
     from natsl import checkpoint
-    from natsl.data import Split, TaskData, load_text
+    from natsl.data import Split
     from natsl.evaluate import evaluate
+    from natsl.heldout import held_out
     from natsl.supernet import calibrate, seed_of
 
     model, record = checkpoint.load_model(run.supernet)
@@ -292,10 +311,9 @@ def run_calibration(config: CalibrateConfig) -> None:
     except (KeyError, TypeError):
         raise UserError(f"the checkpoint in {run.supernet} does not say how it was trained") from None
     sequences = supernet.calibration_sequences if config.sequences is None else config.sequences
-    own = stored_data(config.run, config.root, None)
-    settings = replace(own, path=config.data.path or own.path, tasks=config.data.tasks or own.tasks)
-    text = load_text(settings.path)
-    data = TaskData(settings, text, model.config.vocab_size)
+    choice, vocab = Choice(run=config.run, root=config.root), model.config.vocab_size
+    held = held_out(choice, config.data, vocab, config.allow_other_data, config.data.tasks, scored=False)
+    data = held.data
     model.to(device)
     torch.manual_seed(seed_of("calibration", seed))  # route noise, if the supernet has any
     calibrate(model, data, replace(supernet, calibration_sequences=sequences), seed)
@@ -304,7 +322,12 @@ def run_calibration(config: CalibrateConfig) -> None:
         "natsl": __version__,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "checkpoint": {"step": record.get("step"), "sha256": record.get("sha256")},
-        "data": {"fingerprint": data.fingerprint, "text": text.description, "settings": settings},
+        "data": {
+            "fingerprint": data.fingerprint,
+            "text": data.corpus.description,
+            "other_data": held.other,
+            "settings": data.config,
+        },
         "sequences": sequences,
         "seed": seed,
         "quantiles": [i / (points - 1) for i in range(points)],
@@ -312,7 +335,7 @@ def run_calibration(config: CalibrateConfig) -> None:
     }
     path.parent.mkdir(exist_ok=True)
     write_json(path, made)
-    print(f"{path}: calibrated on {text.description}")
+    print(f"{path}: calibrated on {data.corpus.description}")
     print("budget   kept")
     sets = data.eval_sets(Split.test)  # calibrated on the part for the search
     for budget in CHECKED_BUDGETS:
