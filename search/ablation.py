@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import os
 import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,6 +20,7 @@ from typing import Any
 
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch
 from natsl.device import resolve_device
+from natsl.errors import UserError
 from natsl.files import read_json, to_plain, write_json
 from natsl.progress import Progress
 from natsl.run import Run
@@ -68,17 +70,23 @@ class AblationConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One supernet to train and judge; the result goes to ``path``."""
+    """One supernet to train and judge; the result goes to ``path``. ``text``: fingerprint of the text to use."""
 
     config: AblationConfig
     variant: str
     seed: int
     path: Path
+    text: str | None = None
 
-    def fingerprint(self) -> str:
-        """What the result depends on."""
+    def fingerprint(self, relative: bool = False) -> str:
+        """What the result depends on, beside the text; ``relative`` is as older results from this folder have it."""
         c = self.config
         parts = [to_plain(x) for x in (c.model, c.data, c.variant(self.variant), c.train)]
+        for name in ("include", "exclude", "field"):
+            if not parts[1][name]:  # results from before there was a choice keep their fingerprints
+                del parts[1][name]
+        if relative and c.data.path is not None:
+            parts[1]["path"] = os.path.relpath(c.data.path)
         text = json.dumps([parts, self.seed, c.budgets, c.random_draws], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -97,7 +105,7 @@ def run_job(job: Job) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     c = job.config
-    data = TaskData(c.data, load_text(c.data.path), c.model.vocab_size)
+    data = TaskData(c.data, load_text(c.data.path, c.data.text_rules(c.root)), c.model.vocab_size)
     recipe = TrainRecipe(c.train, c.variant(job.variant), job.seed)
     torch.manual_seed(job.seed)
     model = RoutedLM(c.model, recipe.supernet.calibration_points).to(resolve_device(c.device))
@@ -120,16 +128,19 @@ def run_job(job: Job) -> dict[str, Any]:
         draws = [recall(policy, RandomRouting(draw, fractions))[0] for draw in range(c.random_draws)]
         scores[f"{budget:g}"] = {"learned": learned, "kept": kept, "random": statistics.mean(draws)}
     result = {"variant": job.variant, "seed": job.seed, "fingerprint": job.fingerprint(), "recall": scores}
+    result["text"] = data.corpus.fingerprint
     write_json(job.path, result)
     return result
 
 
 def run_jobs(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
-    """Results of the jobs as they finish; those on disk come first."""
+    """Results of the jobs as they finish; those on disk come first. ``UserError`` if those are of other text."""
     waiting = []
     for job in jobs:
         old = read_json(job.path) if job.path.exists() else {}
-        if old.get("fingerprint") == job.fingerprint():
+        if old.get("fingerprint") in (job.fingerprint(), job.fingerprint(relative=True)):
+            if job.text not in (None, old.get("text", job.text)):
+                raise UserError(f"{job.path} is of other text than data.path holds now: choose another name")
             yield old
         else:
             waiting.append(job)
@@ -165,14 +176,17 @@ def table(results: list[dict[str, Any]], config: AblationConfig) -> str:
 
 def run_ablation(config: AblationConfig) -> None:
     """The command ``search.ablation``."""
+    from natsl.data import load_text
+
     config = dataclasses.replace(config, device=str(resolve_device(config.device)))
     run = Run.open(config.name, config.root)
     with run.lock():
         run.write_config(config)
         folder = run.path / "jobs"
         folder.mkdir(exist_ok=True)
+        text = load_text(config.data.path, config.data.text_rules(config.root)).fingerprint
         jobs = [
-            Job(config, name, seed, folder / f"{i:02d}-{seed}.json")
+            Job(config, name, seed, folder / f"{i:02d}-{seed}.json", text)
             for seed in config.seeds
             for i, name in enumerate(config.variants)
         ]

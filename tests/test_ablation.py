@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from natsl.config import Counterfactual, ModelConfig, SupernetConfig, TrainConfig
+from natsl.errors import UserError
+from natsl.files import write_json
 from natsl.run import Run
 from natsl.search import ablation
-from natsl.search.ablation import AblationConfig, run_ablation, table
+from natsl.search.ablation import AblationConfig, Job, run_ablation, run_jobs, table
 from natsl.tasks import DataConfig
 
 
@@ -52,6 +55,26 @@ def test_every_variant_is_trained_with_every_seed_and_results_are_kept(
     monkeypatch.setattr(ablation, "run_job", refuse)
     run_ablation(config(tmp_path))
     assert capsys.readouterr().out == first
+
+
+def test_results_of_other_text_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def done(job: Job) -> dict[str, object]:
+        return {"variant": "base", "seed": job.seed, "fingerprint": job.fingerprint(), "text": job.text}
+
+    job = Job(config(tmp_path), "base", 0, tmp_path / "job.json", "now")
+    monkeypatch.setattr(ablation, "run_job", done)
+    write_json(job.path, done(job))
+    assert [result["text"] for result in run_jobs([job], 1)] == ["now"]
+    with pytest.raises(UserError, match=r"is of other text than data\.path holds now: choose another name"):
+        list(run_jobs([replace(job, text="later")], 1))
+
+
+def test_results_from_before_text_could_be_chosen_are_kept() -> None:
+    c = config(Path("unused"))
+    job = Job(c, "base", 0, Path("unused"))
+    assert job.fingerprint() == "a38d8f1f269aadaf"
+    c.data.include = ["*.md"]
+    assert job.fingerprint() != "a38d8f1f269aadaf"
 
 
 def test_variants_change_one_thing() -> None:
