@@ -184,6 +184,9 @@ class _Search:
             volume.add(record.result)
         if study.cut_off:
             _LOG.info("%d trials were cut off before; they are made again", study.cut_off)
+        if study.foreign:
+            numbers = ", ".join(map(str, study.foreign[:5])) + (", ..." if len(study.foreign) > 5 else "")
+            _LOG.info("trials of the study that natsl did not make are skipped: %s", numbers)
         with Progress("search", self.config.search.n_trials, len(study.records)) as progress:
 
             def on_record(record: Record) -> None:

@@ -92,15 +92,18 @@ class PolicyStudy:
         self.records: list[Record] = []
         self._by_digest: dict[str, Record] = {}
         self.cut_off = 0
+        self.foreign: list[int] = []  # Optuna's numbers of trials that something else put into the study
         for trial in study.get_trials(deepcopy=False):
             if trial.state is TrialState.RUNNING:
                 study.tell(trial.number, state=TrialState.FAIL)  # its process is gone: this one holds the run
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
-            record = self._read(trial)
-            if record is None:
+            if trial.state is TrialState.FAIL and REASON not in trial.user_attrs:
                 self.cut_off += 1
-            else:
-                self._add(record)
+                continue
+            try:
+                self._add(self._read(trial))
+            except (KeyError, TypeError, ValueError):
+                self.foreign.append(trial.number)
 
     @property
     def remaining(self) -> int:
@@ -194,10 +197,9 @@ class PolicyStudy:
         self._by_digest.setdefault(record.policy.digest(), record)
         return record
 
-    def _read(self, trial: FrozenTrial) -> Record | None:
+    def _read(self, trial: FrozenTrial) -> Record:
+        """The record of a finished trial; KeyError, TypeError or ValueError if it is not one of ours."""
         attributes = trial.user_attrs
-        if trial.state is TrialState.FAIL and REASON not in attributes:
-            return None
         policy = RoutingPolicy.from_dict(attributes[POLICY])
         index = len(self.records)
         if trial.state is TrialState.FAIL:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from natsl.checkpoint import load_model
@@ -163,6 +164,17 @@ def test_more_trials_can_be_added(done: tuple[Run, Front], text: str, tmp_path: 
     assert front is not None
     assert len(front.history) == 7
     assert results(Run.open("first", tmp_path, create=False)) == results(done[0])
+
+
+def test_a_foreign_trial_is_noted_and_skipped(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_search(tiny(tmp_path, text, n_trials=1))
+    study = optuna.load_study(storage=f"sqlite:///{tmp_path}/first/study.db", study_name="first")
+    study.add_trial(optuna.trial.create_trial(values=[0.0, 0.0]))
+    with caplog.at_level(logging.INFO, "natsl.search"):
+        front = run_search(tiny(tmp_path, text, n_trials=2))
+    assert "trials of the study that natsl did not make are skipped: 1" in caplog.messages
+    assert front is not None
+    assert len(front.history) == 2
 
 
 def test_a_search_cut_off_before_its_export_exports_on_the_next_call(

@@ -282,6 +282,23 @@ def test_a_resume_with_another_seed_is_refused(tmp_path: Path) -> None:
         opened(tmp_path, SearchConfig(n_trials=3), seed=5)
 
 
+@pytest.mark.parametrize("sampler", Sampler)
+def test_foreign_trials_in_the_study_are_skipped(sampler: Sampler, tmp_path: Path) -> None:
+    opened(tmp_path, SearchConfig(n_trials=3, sampler=sampler)).run(synthetic)
+    theirs = optuna.load_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="first")
+    for attributes in ({}, {"policy": "mine", "evaluation": 1}):
+        theirs.add_trial(optuna.trial.create_trial(values=[0.0, 0.0], user_attrs=attributes))
+    failed = optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs={"reason": "bad luck"})
+    theirs.add_trial(failed)
+    config = SearchConfig(n_trials=ANCHORS + 3, sampler=sampler)
+    study = opened(tmp_path, config)
+    assert study.foreign == [3, 4, 5]
+    assert len(study.records) == 3
+    study.run(synthetic)
+    assert [record.index for record in study.records] == list(range(ANCHORS + 3))
+    assert outcome(opened(tmp_path, config).records) == outcome(study.records)
+
+
 def text_file(path: Path) -> None:
     path.write_text("these are not trials")
 
