@@ -35,3 +35,13 @@ def resolve_device(name: str) -> torch.device:
     if index:
         torch.cuda.set_device(int(index))  # kernels are launched on the current device
     return torch.device(name)
+
+
+def probe_device(device: torch.device) -> None:
+    """Free cached memory and raise ``RuntimeError`` if the device does not compute any more."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.ones(1, device=device).add_(1).item()

@@ -13,7 +13,7 @@ import torch
 from natsl import __version__, checkpoint
 from natsl.config import check_batch
 from natsl.data import TaskData, load_text
-from natsl.device import resolve_device
+from natsl.device import probe_device, resolve_device
 from natsl.errors import UserError
 from natsl.files import read_json, to_plain, write_bytes, write_text
 from natsl.heldout import keep_record, trained_text
@@ -23,6 +23,7 @@ from natsl.record import TrainedText
 from natsl.run import Run
 from natsl.search.baseline import baselines
 from natsl.search.config import SearchRunConfig
+from natsl.search.fault import reported_faults
 from natsl.search.front import Front
 from natsl.search.journal import Journal
 from natsl.search.objective import CostContext, find_objectives
@@ -154,8 +155,9 @@ class _Search:
         judge = make_judge(model.to(self.device), self.data, settings.batch_size)
         scorer = Scorer(judge, self.problem, settings, self.config.seed, study.records)
         journal = Journal(folder, self.tracker)
-        scale = self._trials(study, scorer, journal)
-        front = self._score(study, scorer, scale)
+        with reported_faults():
+            scale = self._trials(study, scorer, journal)
+            front = self._score(study, scorer, scale)
         self._write(front)
         journal.front(front)
         exported = export_knee(folder) if self.config.export else None
@@ -196,7 +198,7 @@ class _Search:
                 text = f"hypervolume {volume.now:.4f}" + (f", {failed} failed" if failed else "")
                 progress.update(len(study.records), text)
 
-            study.run(scorer.on_search, on_record)
+            study.run(scorer.on_search, on_record, lambda: probe_device(self.device))
         return scale
 
     def _score(self, study: PolicyStudy, scorer: Scorer, scale: Scale) -> Front:
@@ -207,9 +209,13 @@ class _Search:
             points, others = score(scorer, chosen, fixed, lambda name: progress.update(progress.done + 1, name))
         knee = scale.knee([point.search_values for point in points])
         volume = Volume(scale)
-        history = tuple(volume.add(record.result) for record in study.records)
+        # A trial that has to be tried again is not made: without it the history is shorter, and the run not finished.
+        history = tuple(volume.add(record.result) for record in study.records if not record.transient)
         failed = [record for record in study.records if record.reason is not None]
         problems = [f"{len(failed)} trials failed, the last one: {failed[-1].reason}"] if failed else []
+        again = len(study.records) - len(history)
+        if again:
+            problems.append(f"{again} of them by a fault of the machine: the same command tries them again")
         problems += [f"part of the trials and scores is of other text: {other}" for other in self.others]
         return Front(
             run=self.folder.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
 from natsl.errors import UserError
 from natsl.evaluate import Evaluation
 from natsl.search.config import SearchConfig
+from natsl.search.fault import PERMANENT, TRANSIENT, check_machine, describe, was_transient
 from natsl.search.objective import CostContext, Objective, measure
 from natsl.search.pareto import non_dominated
 from natsl.search.samplers import make_sampler
@@ -22,6 +25,8 @@ from natsl.space.policy import Op, RoutingPolicy
 
 # Trial attributes. A trial that failed has a reason; a failed trial without one was cut off and counts for nothing.
 POLICY, EVALUATION, REASON, KNOWN = "policy", "evaluation", "reason", "same_as"
+FAULT = "transient"  # whether the reason is a fault of the machine
+INDEX = "index"  # of a trial whose policy was given, not drawn by the sampler: which record it makes
 
 Evaluate = Callable[[RoutingPolicy], Evaluation]
 
@@ -35,7 +40,8 @@ class Record:
     """One finished trial. ``index`` counts finished trials from 0; ``number`` is Optuna's, cut-off trials included.
 
     ``values`` and ``evaluation`` are null if it failed, and ``reason`` says why. ``feasible``: keeps all constraints.
-    ``same_as``: index of the earlier trial of the same policy whose result was used.
+    ``same_as``: index of the earlier trial of the same policy whose result was used. ``transient``: it failed by a
+    fault of the machine, which says nothing about the policy: the next process tries it again.
     """
 
     index: int
@@ -46,6 +52,7 @@ class Record:
     feasible: bool
     reason: str | None = None
     same_as: int | None = None
+    transient: bool = False
 
     @property
     def result(self) -> dict[str, float] | None:
@@ -93,32 +100,43 @@ class PolicyStudy:
         self._by_digest: dict[str, Record] = {}
         self.cut_off = 0
         self.foreign: list[int] = []  # Optuna's numbers of trials that something else put into the study
+        self._again: dict[int, dict[str, Any]] = {}  # parameters of the records that are to be tried again, by index
+        self._made: list[Record] = []  # by this process
         for trial in study.get_trials(deepcopy=False):
             if trial.state is TrialState.RUNNING:
                 study.tell(trial.number, state=TrialState.FAIL)  # its process is gone: this one holds the run
+        while study.get_trials(False, (TrialState.WAITING,)):  # of a process that ended before it asked for it
+            study.tell(study.ask(), state=TrialState.FAIL)
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
             if trial.state is TrialState.FAIL and REASON not in trial.user_attrs:
                 self.cut_off += 1
                 continue
             try:
-                self._add(self._read(trial))
+                record = self._add(self._read(trial))
+                if record.transient:
+                    self._again[record.index] = trial.params
             except (KeyError, TypeError, ValueError):
                 self.foreign.append(trial.number)
 
     @property
     def remaining(self) -> int:
-        """Trials that are still to be made."""
-        return max(0, self.config.n_trials - len(self.records))
+        """Trials that are still to be made, those that an earlier process has to leave to this one included."""
+        return len(self._again) + max(0, self.config.n_trials - len(self.records))
 
     def propose(self) -> Proposal:
-        """The next policy: one of the first ones, else what the sampler draws from (seed, index, results so far)."""
-        index = len(self.records)
+        """The next policy: what is to be tried again, then the first ones, then what the sampler draws.
+
+        Its draws depend on (seed, index, results so far).
+        """
+        index = min(self._again, default=len(self.records))
         self._study.sampler = make_sampler(self.config.sampler, self.config.local_share, self.seed, index)
-        # Outside an interrupted call nothing waits; what waits was put there for this very index.
-        if index < len(self.problem.first) and not self._study.get_trials(False, (TrialState.WAITING,)):
-            self._study.enqueue_trial(self.config.space.params(self.problem.first[index], self.problem.kinds))
+        params = self._again.get(index)
+        if params is None and index < len(self.problem.first):
+            params = self.config.space.params(self.problem.first[index], self.problem.kinds)
+        if params is not None:
+            self._study.enqueue_trial(params, user_attrs={INDEX: index})
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.simplefilter("ignore", ExperimentalWarning)
             trial = self._study.ask()
             policy = self.config.space.suggest(trial, self.problem.kinds, self.problem.chunk_size)
         trial.set_user_attr(POLICY, policy.to_dict())
@@ -145,45 +163,66 @@ class PolicyStudy:
             Record(proposal.index, trial.number, proposal.policy, values, evaluation, feasible, same_as=same)
         )
 
-    def fail(self, proposal: Proposal, reason: str) -> Record:
-        """Store that a policy could not be evaluated, and why."""
+    def fail(self, proposal: Proposal, reason: str, transient: bool = False) -> Record:
+        """Store that a policy could not be evaluated, why, and whether that was a fault of the machine."""
         proposal.trial.set_user_attr(REASON, reason)
+        proposal.trial.set_user_attr(FAULT, transient)
         self._study.tell(proposal.trial, state=TrialState.FAIL)
-        return self._add(Record(proposal.index, proposal.trial.number, proposal.policy, None, None, False, reason))
+        number, policy = proposal.trial.number, proposal.policy
+        return self._add(Record(proposal.index, number, policy, None, None, False, reason, transient=transient))
 
-    def run(self, evaluate: Evaluate, on_record: Callable[[Record], None] | None = None) -> None:
-        """Make the remaining trials; ``SearchFailedError`` once too many of them have failed."""
+    def run(
+        self,
+        evaluate: Evaluate,
+        on_record: Callable[[Record], None] | None = None,
+        probe: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make the remaining trials.
+
+        ``probe`` raises ``RuntimeError`` if the device is of no use any more; it is asked after a fault of the machine.
+        Raises ``SearchFailedError`` once too many trials have failed, ``DeviceLostError`` if the device is lost.
+        """
         self._check_failures()
         while self.remaining:
             proposal = self.propose()
-            record = self._evaluate(proposal, evaluate)
+            record = self._evaluate(proposal, evaluate, probe)
+            self._made.append(record)
             if on_record is not None:
                 on_record(record)
             self._check_failures()
 
-    def _evaluate(self, proposal: Proposal, evaluate: Evaluate) -> Record:
+    def _evaluate(self, proposal: Proposal, evaluate: Evaluate, probe: Callable[[], None]) -> Record:
         known = proposal.known
         if known is not None and known.evaluation is not None:
             return self.tell(proposal, known.evaluation)
         if known is not None:
             return self.fail(proposal, known.reason or "")
         try:
-            return self.tell(proposal, evaluate(proposal.policy))
-        except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:
-            text = " ".join(str(error).split())[:300]
-            kind = "" if isinstance(error, FloatingPointError) else f"{type(error).__name__}: "
-            return self.fail(proposal, kind + text)
+            try:
+                evaluation = evaluate(proposal.policy)
+            except PERMANENT as error:
+                return self.fail(proposal, describe(error))
+            except TRANSIENT as error:
+                check_machine(error, probe)
+                return self.fail(proposal, describe(error), transient=True)
         except BaseException:
             # Interrupted: no reason is stored, so that the same index is proposed again on resume.
-            self._study.tell(proposal.trial, state=TrialState.FAIL)
+            with contextlib.suppress(StorageInternalError):
+                self._study.tell(proposal.trial, state=TrialState.FAIL)
             raise
+        return self.tell(proposal, evaluation)
 
     def _check_failures(self) -> None:
-        failed = [record for record in self.records if record.reason is not None]
+        """Failures of policies count for the whole study, all failures for the process that saw them."""
+        self._check_rate([record for record in self.records if not record.transient])
+        self._check_rate(self._made)
+
+    def _check_rate(self, records: Sequence[Record]) -> None:
+        failed = [record for record in records if record.reason is not None]
         limit = self.config.max_failure_rate
-        if len(failed) >= self.config.min_failures and len(failed) > limit * len(self.records):
+        if len(failed) >= self.config.min_failures and len(failed) > limit * len(records):
             raise SearchFailedError(
-                f"{len(failed)} of {len(self.records)} trials failed, more than search.max_failure_rate = {limit:g}; "
+                f"{len(failed)} of {len(records)} trials failed, more than search.max_failure_rate = {limit:g}; "
                 f"the last one: {failed[-1].reason}"
             )
 
@@ -193,17 +232,23 @@ class PolicyStudy:
         return [good[i][0] for i in non_dominated([values for _, values in good], self._names)]
 
     def _add(self, record: Record) -> Record:
-        self.records.append(record)
-        self._by_digest.setdefault(record.policy.digest(), record)
+        self.records[record.index : record.index + 1] = [record]
+        self._again.pop(record.index, None)  # also if it failed: the next try is another process's
+        if not record.transient:
+            self._by_digest.setdefault(record.policy.digest(), record)
         return record
 
     def _read(self, trial: FrozenTrial) -> Record:
         """The record of a finished trial; KeyError, TypeError or ValueError if it is not one of ours."""
         attributes = trial.user_attrs
         policy = RoutingPolicy.from_dict(attributes[POLICY])
-        index = len(self.records)
+        index = attributes.get(INDEX, len(self.records))
+        if not 0 <= index <= len(self.records):
+            raise ValueError(f"there is no record {index}")
         if trial.state is TrialState.FAIL:
-            return Record(index, trial.number, policy, None, None, False, attributes[REASON])
+            reason = attributes[REASON]
+            transient = attributes.get(FAULT, was_transient(reason))
+            return Record(index, trial.number, policy, None, None, False, reason, transient=transient)
         values = dict(zip(self._names, trial.values, strict=True))
         feasible = all(value <= 0 for value in trial.constraints.values())
         evaluation = Evaluation.from_dict(attributes[EVALUATION])

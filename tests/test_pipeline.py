@@ -124,15 +124,15 @@ def test_a_finished_search_does_nothing(done: tuple[Run, Front], text: str, caps
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def interrupting(at: int) -> Callable[..., Evaluation]:
-    """``evaluate`` that is interrupted at its call number ``at``."""
+def interrupting(at: int, error: type[BaseException] | Exception = KeyboardInterrupt) -> Callable[..., Evaluation]:
+    """``evaluate`` that is interrupted at its call number ``at``, or raises another error there."""
     calls = 0
 
     def interrupted(*args: Any, **named: Any) -> Evaluation:
         nonlocal calls
         calls += 1
         if calls == at:
-            raise KeyboardInterrupt
+            raise error
         return evaluate(*args, **named)
 
     return interrupted

@@ -1,0 +1,51 @@
+"""A whole search that something cut off: the same command goes on, and the result is that of a straight run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from natsl.errors import UserError
+from natsl.run import Run
+from natsl.search import score
+from natsl.search.pipeline import run_search
+from tests.test_pipeline import interrupting, results, tiny
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A text of a user's, large enough for three splits."""
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(3000)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, text: str) -> dict[str, Any]:
+    """The results of a search that nothing cut off."""
+    root = tmp_path_factory.mktemp("straight")
+    run_search(tiny(root, text))
+    return results(Run.open("first", root, create=False))
+
+
+@pytest.mark.parametrize("at", [5, 14], ids=["in a trial", "while testing"])
+def test_the_same_command_goes_on_after_the_memory_was_full(
+    at: int, straight: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "evaluate", interrupting(at, torch.OutOfMemoryError("CUDA out of memory")))
+    run = Run.open("first", tmp_path)
+    if at == 5:  # the next trials are made, and the report tells of this one
+        front = run_search(tiny(tmp_path, text))
+        assert front is not None
+        assert "1 of them by a fault of the machine: the same command tries them again" in front.facts["problems"]
+        assert len(front.history) == 6
+    else:
+        with pytest.raises(UserError, match=r"cut off by a fault of the machine \(OutOfMemoryError: CUDA"):
+            run_search(tiny(tmp_path, text))
+    monkeypatch.undo()
+    assert run_search(tiny(tmp_path, text)) is not None
+    assert results(run) == straight
+    assert run_search(tiny(tmp_path, text)) is None
