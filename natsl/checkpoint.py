@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from natsl.config import ModelConfig, Precision
+from natsl.errors import UserError
 from natsl.files import to_plain, write_text
 from natsl.model import RoutedLM
 from natsl.space.check import check_choice
@@ -63,7 +64,10 @@ def save(
     data, info = folder / f"step-{step:06d}.safetensors", folder / f"step-{step:06d}.json"
     temporary = data.with_name(f".{data.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary)
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:  # it hides the system's error, such as a full disk, in its text
+            raise UserError(f"{data} cannot be written: {error}") from None
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         record = {"format": FORMAT, "step": step, "sha256": file_sha256(temporary), **meta}

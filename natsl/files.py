@@ -81,10 +81,30 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only the owner can read
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk: say where
+            error.filename = str(path)
         raise
     sync_folder(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line (without its end) to a text file: as a whole, or not at all if the disk is full."""
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        end = os.lseek(handle, 0, os.SEEK_END)
+        # A killed process left half a line: keep ours whole.
+        data = ("\n" if end and os.pread(handle, 1, end - 1) != b"\n" else "").encode() + f"{line}\n".encode()
+        try:
+            while data:
+                data = data[os.write(handle, data) :]
+        except OSError as error:
+            os.ftruncate(handle, end)
+            error.filename = str(path)
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:

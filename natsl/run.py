@@ -17,7 +17,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from natsl.errors import UserError
-from natsl.files import child_folder, read_json, to_plain, write_json, write_text
+from natsl.files import append_line, child_folder, read_json, to_plain, write_json, write_text
 from natsl.secrets import redact
 
 FORMAT = 1  # of the run folder; raise it when a reader of older folders would go wrong
@@ -109,15 +109,7 @@ class Run:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record to ``log.jsonl`` as a whole line, without secrets."""
-        line = json.dumps(redact(to_plain(record)), ensure_ascii=False, allow_nan=False) + "\n"
-        handle = os.open(self.log_file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            end = os.lseek(handle, 0, os.SEEK_END)
-            if end and os.pread(handle, 1, end - 1) != b"\n":
-                line = "\n" + line  # a killed process or a full disk left half a line: keep ours whole
-            os.write(handle, line.encode())
-        finally:
-            os.close(handle)
+        append_line(self.log_file, json.dumps(redact(to_plain(record)), ensure_ascii=False, allow_nan=False))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

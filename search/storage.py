@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
+from sqlalchemy.exc import SQLAlchemyError
 
 from natsl.errors import UserError
+from natsl.files import sync_folder
 from natsl.search.objective import Direction
 from natsl.secrets import redact_text
 
@@ -49,10 +53,8 @@ def open_study(path: Path, url: str | None, identity: Identity) -> optuna.Study:
         if not path.exists() or path.stat().st_size == 0:
             _create_file(path, identity)
         _check_file(path, identity.name)
-        try:
-            storage = _sqlite(path)
-        except Exception as error:
-            raise UserError(f"{path} cannot be opened ({_first_line(error)}): {_ADVICE}") from None
+        # Readers do not block the writer, and a commit is one write: a killed process loses nothing.
+        storage = _sqlite(path, "WAL")
     study = optuna.load_study(storage=storage, study_name=identity.name)
     changes = difference(study.user_attrs.get(FINGERPRINT, {}), json.loads(json.dumps(identity.fingerprint)))
     if changes:
@@ -61,6 +63,22 @@ def open_study(path: Path, url: str | None, identity: Identity) -> optuna.Study:
             "restore them or choose another name"
         )
     return study
+
+
+@contextlib.contextmanager
+def reported_errors(where: str) -> Iterator[None]:
+    """Report an error of the database at ``where``, such as a full disk, as a ``UserError``."""
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError, sqlite3.Error) as error:
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        text = _first_line(getattr(cause, "orig", None) or cause)  # SQLAlchemy's own text quotes the statement
+        raise UserError(
+            redact_text(
+                f"{where} cannot be read or written ({text}): if the disk is full, free space, then run the same "
+                "command again; it goes on where it stopped"
+            )
+        ) from None
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -95,21 +113,33 @@ def _create(storage: RDBStorage, identity: Identity) -> None:
 def _create_file(path: Path, identity: Identity) -> None:
     """Make the file with its study under another name first, so that it is there as a whole or not at all."""
     fresh = path.with_name(f"{path.name}.new")
-    for leftover in path.parent.glob(f"{fresh.name}*"):
+    _remove_leftovers(fresh)
+    try:
+        # Without a write-ahead log, which SQLite would write back when the last connection closes, saying nothing if
+        # the disk is full by then: what is committed here is in the file.
+        storage = _sqlite(fresh, "DELETE")
+        try:
+            _create(storage, identity)
+        finally:
+            storage.remove_session()
+            storage.engine.dispose()
+        _check_file(fresh, identity.name)
+        fresh.replace(path)
+    finally:
+        _remove_leftovers(fresh)
+    sync_folder(path.parent)
+
+
+def _remove_leftovers(fresh: Path) -> None:
+    for leftover in fresh.parent.glob(f"{fresh.name}*"):
         leftover.unlink()
-    storage = _sqlite(fresh)
-    _create(storage, identity)
-    storage.remove_session()
-    storage.engine.dispose()  # the last connection to close writes the log back into the file
-    fresh.replace(path)
 
 
-def _sqlite(path: Path) -> RDBStorage:
+def _sqlite(path: Path, journal: str) -> RDBStorage:
     def connect() -> sqlite3.Connection:
         connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
-        # Readers do not block the writer, and a commit is one write: a killed process loses nothing.
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute(f"PRAGMA journal_mode={journal}")
+        connection.execute(f"PRAGMA synchronous={'NORMAL' if journal == 'WAL' else 'FULL'}")
         return connection
 
     return RDBStorage(f"sqlite:///{path}", engine_kwargs={"creator": connect})

@@ -20,7 +20,7 @@ from natsl.search.fault import PERMANENT, TRANSIENT, check_machine, describe, wa
 from natsl.search.objective import CostContext, Objective, measure
 from natsl.search.pareto import non_dominated
 from natsl.search.samplers import make_sampler
-from natsl.search.storage import FINGERPRINT, Identity, open_study
+from natsl.search.storage import FINGERPRINT, Identity, open_study, reported_errors
 from natsl.space.policy import Op, RoutingPolicy
 
 # Trial attributes. A trial that failed has a reason; a failed trial without one was cut off and counts for nothing.
@@ -87,14 +87,15 @@ class Problem:
 
 
 class PolicyStudy:
-    """A study over routing policies. One process writes to it at a time."""
+    """A study over routing policies. One process writes to it at a time. ``where``: the storage, for messages."""
 
-    def __init__(self, study: optuna.Study, config: SearchConfig, problem: Problem, seed: int) -> None:
+    def __init__(self, study: optuna.Study, config: SearchConfig, problem: Problem, seed: int, where: str) -> None:
         self.fingerprint: dict[str, Any] = study.user_attrs[FINGERPRINT]
         self.config = config
         self.problem = problem
         self.seed = seed
         self._study = study
+        self._where = where
         self._names = [item.name for item in problem.objectives]
         self.records: list[Record] = []
         self._by_digest: dict[str, Record] = {}
@@ -184,8 +185,8 @@ class PolicyStudy:
         """
         self._check_failures()
         while self.remaining:
-            proposal = self.propose()
-            record = self._evaluate(proposal, evaluate, probe)
+            with reported_errors(self._where):
+                record = self._evaluate(self.propose(), evaluate, probe)
             self._made.append(record)
             if on_record is not None:
                 on_record(record)
@@ -276,7 +277,9 @@ def open_policy_study(
         **made_from,
     }
     identity = Identity(name, [item.direction for item in problem.objectives], fingerprint)
-    return PolicyStudy(open_study(path, config.storage, identity), config, problem, seed)
+    where = str(path) if config.storage is None else "search.storage"
+    with reported_errors(where):
+        return PolicyStudy(open_study(path, config.storage, identity), config, problem, seed, where)
 
 
 def first_policies(

@@ -1,0 +1,166 @@
+"""A disk that is full, for real where a small file system can be mounted: one line, and the same command goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from natsl.cli.main import user_line
+from natsl.errors import UserError
+from natsl.evaluate import Evaluation
+from natsl.run import Run
+from natsl.search.config import SearchConfig
+from natsl.search.pipeline import run_search
+from natsl.search.study import PolicyStudy, open_policy_study
+from natsl.space.policy import RoutingPolicy
+from tests.search_helpers import problem, read_log, synthetic
+from tests.test_pipeline import results, tiny
+
+CONFIG = SearchConfig(n_trials=6)
+DISK = 8 << 20  # bytes
+
+
+def opened(folder: Path) -> PolicyStudy:
+    return open_policy_study(folder / "study.db", "first", CONFIG, problem(CONFIG), 0, {"model": "m"})
+
+
+def outcome(study: PolicyStudy) -> list[tuple[object, ...]]:
+    return [(record.index, record.policy, record.values, record.reason) for record in study.records]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"no small file system can be mounted here: {error}")
+    if done.returncode:
+        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, free: int) -> None:
+    """Leave so many bytes free."""
+    (disk / "full").write_bytes(b"x" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - free))
+
+
+def message(error: Exception) -> str:
+    """What the command line shows; a defect with its traceback fails the test."""
+    line = user_line(error)
+    assert line is not None, repr(error)
+    return line
+
+
+@pytest.mark.parametrize("kilobytes", [4, 20, 36, 100, 132, 140, 148, 228, 256, 264, 292, 320, 348, 376])
+def test_a_disk_full_while_a_study_is_made_leaves_nothing_malformed(kilobytes: int, disk: Path) -> None:
+    fill(disk, kilobytes << 10)
+    lines = []
+    try:
+        opened(disk)
+    except UserError as error:
+        lines.append(message(error))
+    assert all("study.db cannot be read or written (d" in line for line in lines)  # disk I/O error, or disk is full
+    assert not list(disk.glob("*.new*"))
+    (disk / "full").unlink()
+    study = opened(disk)
+    study.run(synthetic)
+    assert len(study.records) == CONFIG.n_trials
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
+    """Let SQLite take the disk for full once a file has so many pages."""
+    connect = sqlite3.connect
+
+    def small(*arguments: Any, **named: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*arguments, **named)
+        connection.execute(f"PRAGMA max_page_count={pages}")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+
+
+@pytest.mark.parametrize("pages", [1, 10, 25])
+def test_a_study_that_does_not_fit_leaves_no_file(pages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limited(monkeypatch, pages)
+    with pytest.raises(UserError, match=r"study.db cannot be read or written \(database or disk is full\)"):
+        opened(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    opened(tmp_path).run(synthetic)
+
+
+def test_a_disk_full_in_a_trial_is_one_line_and_loses_one_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(tmp_path).run(synthetic)
+    straight = outcome(opened(tmp_path))
+    folder = tmp_path / "other"
+    folder.mkdir()
+    opened(folder)
+    pages = (folder / "study.db").stat().st_size // 4096
+    limited(monkeypatch, pages)
+    with pytest.raises(UserError, match=r"disk is full\): .* run the same command again") as caught:
+        opened(folder).run(lambda policy: _large(policy))
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    study = opened(folder)
+    assert len(study.records) < CONFIG.n_trials
+    study.run(synthetic)
+    assert [row[:2] for row in outcome(study)] == [row[:2] for row in straight]
+
+
+def _large(policy: RoutingPolicy) -> Evaluation:
+    found = synthetic(policy)
+    heads = tuple(tuple(kept for _ in range(500)) for kept in found.kept_by_layer)
+    return Evaluation(**{**vars(found), "kept_by_head": heads})
+
+
+def test_a_disk_full_leaves_no_half_line_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.open("first", tmp_path)
+    run.log({"event": "step", "step": 1})
+    write, calls = os.write, []
+
+    def half(handle: int, data: bytes) -> int:
+        calls.append(data)
+        if len(calls) == 1:
+            return write(handle, data[:7])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(OSError, match="No space left") as caught:
+        run.log({"event": "step", "step": 2})
+    assert message(caught.value) == f"No space left on device: {run.log_file}"
+    monkeypatch.undo()
+    assert run.log_file.read_text().count("\n") == 1
+    run.log({"event": "step", "step": 3})
+    assert [record["step"] for record in read_log(run)] == [1, 3]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A text of a user's, large enough for three splits."""
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(3000)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, text: str) -> dict[str, Any]:
+    """The results of a search with space enough."""
+    root = tmp_path_factory.mktemp("straight")
+    run_search(tiny(root, text))
+    return results(Run.open("first", root, create=False))
