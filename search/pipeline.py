@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from natsl.errors import UserError
 from natsl.files import read_json, to_plain, write_bytes, write_text
 from natsl.heldout import keep_record, trained_text
 from natsl.load import read_policy
+from natsl.model import RoutedLM
 from natsl.progress import Progress
 from natsl.record import TrainedText
 from natsl.run import Run
@@ -143,9 +145,13 @@ class _Search:
     command: str
 
     def run(self, source: Run | None, finished: bool) -> Front | None:
-        folder, settings = self.folder, self.config.search
+        folder = self.folder
         model = obtain_supernet(self.config, folder, source, self.data, self.device, self.tracker)
-        study = self._study()
+        with contextlib.closing(self._study()) as study:
+            return self._search(model, study, finished)
+
+    def _search(self, model: RoutedLM, study: PolicyStudy, finished: bool) -> Front | None:
+        folder, settings = self.folder, self.config.search
         if finished:
             print_nothing_to_do(folder, trials_reported(folder))
             if self.config.export:

@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from natsl.errors import UserError
 from natsl.files import sync_folder
 from natsl.search.objective import Direction
+from natsl.search.owner import Owner, claim, release
 from natsl.secrets import redact_text
 
 FINGERPRINT = "natsl_fingerprint"  # study attribute: what the trials belong to
@@ -35,13 +36,49 @@ class Identity:
     fingerprint: Mapping[str, Any]
 
 
-def open_study(path: Path, url: str | None, identity: Identity) -> optuna.Study:
+@dataclass(frozen=True)
+class OpenStudy:
+    """A study that this process owns, and its storage; ``where`` names it in messages."""
+
+    study: optuna.Study
+    storage: RDBStorage
+    owner: Owner
+    where: str
+
+    def close(self) -> None:
+        """Give the study up and close the storage, which cannot be used any more."""
+        with contextlib.suppress(UserError), reported_errors(self.where):  # a process that is gone owns nothing
+            release(self.storage, self.study._study_id, self.owner)
+        _close(self.storage)
+
+
+def open_study(path: Path, url: str | None, identity: Identity) -> OpenStudy:
     """The study in the database at ``url``, or else in the SQLite file ``path``; made if it is not there.
 
     Raises ``UserError`` for a file that is damaged or holds something else, which is left as it is, for a database that
-    cannot be reached, and for a study whose trials were made under another fingerprint (naming the differences).
+    cannot be reached, for a study whose trials were made under another fingerprint (naming the differences), and for
+    one that another process owns.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    where = str(path) if url is None else "search.storage"
+    with reported_errors(where):
+        storage = _open_storage(path, url, identity)
+        try:
+            study = optuna.load_study(storage=storage, study_name=identity.name)
+            changes = difference(study.user_attrs.get(FINGERPRINT, {}), json.loads(json.dumps(identity.fingerprint)))
+            if changes:
+                raise UserError(
+                    f"the study {identity.name!r} was made under other settings ({'; '.join(changes)}): "
+                    "restore them or choose another name"
+                )
+            owner = claim(storage, study._study_id, identity.name, path.parent)
+        except BaseException:
+            _close(storage)
+            raise
+    return OpenStudy(study, storage, owner, where)
+
+
+def _open_storage(path: Path, url: str | None, identity: Identity) -> RDBStorage:
     if url is not None:
         try:
             storage = RDBStorage(url)
@@ -55,14 +92,12 @@ def open_study(path: Path, url: str | None, identity: Identity) -> optuna.Study:
         _check_file(path, identity.name)
         # Readers do not block the writer, and a commit is one write: a killed process loses nothing.
         storage = _sqlite(path, "WAL")
-    study = optuna.load_study(storage=storage, study_name=identity.name)
-    changes = difference(study.user_attrs.get(FINGERPRINT, {}), json.loads(json.dumps(identity.fingerprint)))
-    if changes:
-        raise UserError(
-            f"the study {identity.name!r} was made under other settings ({'; '.join(changes)}): "
-            "restore them or choose another name"
-        )
-    return study
+    return storage
+
+
+def _close(storage: RDBStorage) -> None:
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 @contextlib.contextmanager
@@ -121,8 +156,7 @@ def _create_file(path: Path, identity: Identity) -> None:
         try:
             _create(storage, identity)
         finally:
-            storage.remove_session()
-            storage.engine.dispose()
+            _close(storage)
         _check_file(fresh, identity.name)
         fresh.replace(path)
     finally:

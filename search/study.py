@@ -20,7 +20,7 @@ from natsl.search.fault import PERMANENT, TRANSIENT, check_machine, describe, wa
 from natsl.search.objective import CostContext, Objective, measure
 from natsl.search.pareto import non_dominated
 from natsl.search.samplers import make_sampler
-from natsl.search.storage import FINGERPRINT, Identity, open_study, reported_errors
+from natsl.search.storage import FINGERPRINT, Identity, OpenStudy, open_study, reported_errors
 from natsl.space.policy import Op, RoutingPolicy
 
 # Trial attributes. A trial that failed has a reason; a failed trial without one was cut off and counts for nothing.
@@ -87,15 +87,16 @@ class Problem:
 
 
 class PolicyStudy:
-    """A study over routing policies. One process writes to it at a time. ``where``: the storage, for messages."""
+    """A study over routing policies. One process owns it at a time, until it is closed or the process ends."""
 
-    def __init__(self, study: optuna.Study, config: SearchConfig, problem: Problem, seed: int, where: str) -> None:
+    def __init__(self, opened: OpenStudy, config: SearchConfig, problem: Problem, seed: int) -> None:
+        study = opened.study
+        self._opened = opened
         self.fingerprint: dict[str, Any] = study.user_attrs[FINGERPRINT]
         self.config = config
         self.problem = problem
         self.seed = seed
         self._study = study
-        self._where = where
         self._names = [item.name for item in problem.objectives]
         self.records: list[Record] = []
         self._by_digest: dict[str, Record] = {}
@@ -105,7 +106,7 @@ class PolicyStudy:
         self._made: list[Record] = []  # by this process
         for trial in study.get_trials(deepcopy=False):
             if trial.state is TrialState.RUNNING:
-                study.tell(trial.number, state=TrialState.FAIL)  # its process is gone: this one holds the run
+                study.tell(trial.number, state=TrialState.FAIL)  # its process is gone: this one owns the study
         while study.get_trials(False, (TrialState.WAITING,)):  # of a process that ended before it asked for it
             study.tell(study.ask(), state=TrialState.FAIL)
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
@@ -185,7 +186,7 @@ class PolicyStudy:
         """
         self._check_failures()
         while self.remaining:
-            with reported_errors(self._where):
+            with reported_errors(self._opened.where):
                 record = self._evaluate(self.propose(), evaluate, probe)
             self._made.append(record)
             if on_record is not None:
@@ -226,6 +227,10 @@ class PolicyStudy:
                 f"{len(failed)} of {len(records)} trials failed, more than search.max_failure_rate = {limit:g}; "
                 f"the last one: {failed[-1].reason}"
             )
+
+    def close(self) -> None:
+        """Give the study up: only ``records`` can be used afterwards."""
+        self._opened.close()
 
     def front(self) -> list[Record]:
         """Records that keep all constraints and that no other dominates, in order of their index."""
@@ -277,9 +282,13 @@ def open_policy_study(
         **made_from,
     }
     identity = Identity(name, [item.direction for item in problem.objectives], fingerprint)
-    where = str(path) if config.storage is None else "search.storage"
-    with reported_errors(where):
-        return PolicyStudy(open_study(path, config.storage, identity), config, problem, seed, where)
+    opened = open_study(path, config.storage, identity)
+    try:
+        with reported_errors(opened.where):
+            return PolicyStudy(opened, config, problem, seed)
+    except BaseException:
+        opened.close()
+        raise
 
 
 def first_policies(

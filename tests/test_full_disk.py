@@ -164,3 +164,26 @@ def straight(tmp_path_factory: pytest.TempPathFactory, text: str) -> dict[str, A
     root = tmp_path_factory.mktemp("straight")
     run_search(tiny(root, text))
     return results(Run.open("first", root, create=False))
+
+
+@pytest.mark.parametrize("kilobytes", [8, 120, 160, 340, 460, 800, 1100, 1180])
+def test_a_search_goes_on_after_space_is_freed(
+    kilobytes: int, disk: Path, text: str, straight: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the first line of the log over checkpoint, study and chart to the report."""
+    fill(disk, kilobytes << 10)
+    try:
+        run_search(tiny(disk, text))
+        failed = False
+    except (OSError, UserError) as error:
+        line = message(error)
+        failed = True
+    assert failed, "there was space enough"
+    assert str(disk) in line
+    assert "\n" not in line
+    assert not [path for path in disk.rglob("*") if path.name.endswith((".tmp", ".new"))]
+    (disk / "full").unlink()
+    assert run_search(tiny(disk, text)) is not None
+    run = Run.open("first", disk, create=False)
+    assert results(run) == straight
+    assert [record["trial"] for record in read_log(run) if record["event"] == "trial"][-1] == "t0006"
