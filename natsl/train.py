@@ -26,12 +26,10 @@ from natsl.kernels.shape import Shape
 from natsl.kernels.warmup import warm_up
 from natsl.model import RoutedLM
 from natsl.progress import Progress
+from natsl.resume import is_free_on_resume
 from natsl.run import Run
 from natsl.supernet import Loss, N, calibrate, sandwich_backward, sandwich_policies, seed_of
 from natsl.tracking import Tracker
-
-# How often things are written and how many bad steps are tolerated: a resumed run may change these.
-_FREE_ON_RESUME = ("keep_checkpoints", "log_every", "checkpoint_every", "max_bad_steps")
 
 OnStep = Callable[[dict[str, float]], None]
 
@@ -215,7 +213,7 @@ def train_supernet(
     meta = {
         "seed": seed,
         "data": data.fingerprint,
-        "train": {k: v for k, v in to_plain(train).items() if k not in _FREE_ON_RESUME},
+        "train": {k: v for k, v in to_plain(train).items() if not is_free_on_resume(f"train.{k}")},
         "supernet": to_plain(supernet),
     }
     start, finished = _resume(folder, model, trainer.optimizer, meta)
@@ -336,10 +334,15 @@ def fit(
             progress.update(int(record["step"]), " · ".join(parts))
 
         train_supernet(net, data, recipe, run.supernet, on_step)
+    write_calibration(run, net)
+    return net
+
+
+def write_calibration(run: Run, net: RoutedLM) -> None:
+    """Write the calibration table of a run's supernet to ``calibration.json``."""
     points = net.calibration.shape[-1]
     levels = [i / (points - 1) for i in range(points)]
     run.write_json(run.calibration, {"quantiles": levels, "margins": net.calibration.tolist()})
-    return net
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from natsl.load import read_policy
 from natsl.model import RoutedLM
 from natsl.progress import Progress
 from natsl.record import TrainedText
+from natsl.resume import REPORT_OPTIONS, check_resume
 from natsl.run import Run
 from natsl.search.baseline import baselines
 from natsl.search.config import SearchRunConfig
@@ -34,7 +35,7 @@ from natsl.search.report.html import render
 from natsl.search.report.png import front_png
 from natsl.search.report.terminal import print_front, print_nothing_to_do
 from natsl.search.score import Scorer, make_judge, score, steps_to_score
-from natsl.search.source import obtain_supernet
+from natsl.search.source import obtain_supernet, source_run, take_settings
 from natsl.search.study import PolicyStudy, Problem, Record, first_policies, open_policy_study
 from natsl.secrets import redact_text
 from natsl.space.policy import Op, RoutingPolicy
@@ -50,31 +51,28 @@ def run_search(config: SearchRunConfig, command: str = "") -> Front | None:
     before anything is trained wherever it can be known.
     """
     device = resolve_device(config.device)
-    source = None
+    config = take_settings(config)
     if config.supernet_from is None:
         check_batch(config.model.layers, config.train, config.supernet)
-    else:
-        source = Run.open(config.supernet_from, config.root, create=False)
-        config.model = checkpoint.load_model(source.supernet)[0].config
     problem = make_problem(config)
+    data, trained = held_out_data(config)
     run = Run.open(config.name, config.root)
     with run.lock():
-        if not run.config.exists():
-            run.write_config(config)
-        data, trained = held_out_data(config, source)
+        outdated = bool(check_resume(run, config) & REPORT_OPTIONS)
         others = keep_record(run, data, config.root, trained, config.allow_other_data)
-        finished = trials_reported(run) >= config.search.n_trials
+        finished = trials_reported(run) >= config.search.n_trials and not outdated
         with Tracker() if finished else start_tracker(config.tracking, run, to_plain(config)) as tracker:
             search = _Search(config, run, data, problem, tracker, device, others, command)
-            return search.run(source, finished)
+            return search.run(finished, outdated)
 
 
-def held_out_data(config: SearchRunConfig, source: Run | None) -> tuple[TaskData, TrainedText | None]:
-    """The data of a search, and what a supernet from ``source`` was trained on, which is not held out.
+def held_out_data(config: SearchRunConfig) -> tuple[TaskData, TrainedText | None]:
+    """The data of a search, and what a supernet of another run was trained on, which is not held out.
 
     ``UserError`` if nothing else is left, or if it is not known what the supernet was trained on.
     """
     settings = config.data
+    source = None if config.supernet_from is None else source_run(config)
     trained = None if source is None else trained_text(source)
     text = load_text(settings.path, settings.text_rules(config.root), trained)
     data = TaskData(settings, text, config.model.vocab_size)
@@ -144,19 +142,21 @@ class _Search:
     others: tuple[str, ...]
     command: str
 
-    def run(self, source: Run | None, finished: bool) -> Front | None:
+    def run(self, finished: bool, outdated: bool) -> Front | None:
         folder = self.folder
-        model = obtain_supernet(self.config, folder, source, self.data, self.device, self.tracker)
+        model = obtain_supernet(self.config, folder, self.data, self.device, self.tracker)
         with contextlib.closing(self._study()) as study:
-            return self._search(model, study, finished)
+            return self._search(model, study, finished, outdated)
 
-    def _search(self, model: RoutedLM, study: PolicyStudy, finished: bool) -> Front | None:
+    def _search(self, model: RoutedLM, study: PolicyStudy, finished: bool, outdated: bool) -> Front | None:
         folder, settings = self.folder, self.config.search
         if finished:
             print_nothing_to_do(folder, trials_reported(folder))
             if self.config.export:
                 export_knee(folder)  # it is missing if the search was cut off after its report
             return None
+        if outdated:
+            folder.report.unlink(missing_ok=True)  # so that the next call does not take the search for finished
         folder.write_config(self.config)
         judge = make_judge(model.to(self.device), self.data, settings.batch_size)
         scorer = Scorer(judge, self.problem, settings, self.config.seed, study.records)

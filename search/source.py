@@ -4,48 +4,98 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from natsl import checkpoint
+from natsl.config import ModelConfig, SupernetConfig, TrainConfig
 from natsl.data import TaskData
 from natsl.errors import UserError
-from natsl.files import write_bytes
+from natsl.files import child_folder
 from natsl.model import RoutedLM
 from natsl.run import Run
 from natsl.search.config import SearchRunConfig
 from natsl.tracking import Tracker
-from natsl.train import TrainRecipe, fit
+from natsl.train import TrainRecipe, fit, write_calibration
 
 _LOG = logging.getLogger(__name__)
 
 
-def obtain_supernet(
-    config: SearchRunConfig, run: Run, source: Run | None, data: TaskData, device: torch.device, tracker: Tracker
-) -> RoutedLM:
-    """The supernet of a run: trained from wherever it stopped, or the finished one of ``source``.
+def take_settings(config: SearchRunConfig) -> SearchRunConfig:
+    """The configuration of a search with the model and the training of the run that ``supernet_from`` names.
 
-    Raises ``UserError`` if the supernet of ``source`` is not trained to its end.
+    Raises ``UserError`` if that supernet is not trained to its end.
     """
-    if source is not None:
-        return _copy(source, run, data)
+    if config.supernet_from is None:
+        return config
+    source = _source(config)
+    if source is None:
+        raise UserError(f"the run {config.supernet_from!r} holds no checkpoint: train its supernet first")
+    if not source.get("finished"):
+        raise UserError(
+            f"the supernet of run {config.supernet_from!r} is not trained to its end: resume that run first"
+        )
+    trained, supernet = source.get("train", {}), source.get("supernet", {})  # older checkpoints do not have them
+    return replace(
+        config,
+        model=ModelConfig(**source["model"]),
+        train=replace(config.train, **_known(trained, TrainConfig)),
+        supernet=replace(config.supernet, **_known(supernet, SupernetConfig)),
+    )
+
+
+def source_run(config: SearchRunConfig) -> Run:
+    """The run whose supernet is copied, or the search's own run if that was removed and its copy is there."""
+    own = Run(child_folder(Path(config.root), config.name, "name"))
+    source = child_folder(Path(config.root), str(config.supernet_from), "supernet_from")
+    if not source.exists() and checkpoint.steps(own.supernet):
+        return own
+    return Run.open(source.name, config.root, create=False)
+
+
+def _source(config: SearchRunConfig) -> dict[str, Any] | None:
+    """The record of the supernet to copy, or of the copy if its source was removed."""
+    newest = checkpoint.read_newest(source_run(config).supernet)
+    return None if newest is None else newest[1]
+
+
+def _known(values: dict[str, Any], kind: type) -> dict[str, Any]:
+    names = {item.name for item in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def obtain_supernet(
+    config: SearchRunConfig, run: Run, data: TaskData, device: torch.device, tracker: Tracker
+) -> RoutedLM:
+    """The supernet of a run: trained from wherever it stopped, or the finished one of ``config.supernet_from``.
+
+    Raises ``UserError`` if the supernet of ``config.supernet_from`` is no longer the one that was copied.
+    """
+    if config.supernet_from is not None:
+        return _copy(config, run, data)
     recipe = TrainRecipe(config.train, config.supernet, config.seed)
     return fit(run, config.model, data, recipe, device, tracker)
 
 
-def _copy(source: Run, run: Run, data: TaskData) -> RoutedLM:
+def _copy(config: SearchRunConfig, run: Run, data: TaskData) -> RoutedLM:
     """The supernet of another run, whose files are copied into this one unless they are there."""
-    copied = bool(checkpoint.steps(run.supernet))
-    model, record = checkpoint.load_model((run if copied else source).supernet)
-    if not record.get("finished"):
-        raise UserError(f"the supernet of run {source.name!r} is not trained to its end: resume that run first")
-    if record.get("data") != data.fingerprint:
-        _LOG.info("the supernet of %r was trained on other data", source.name)
-    if source.calibration.exists():
-        write_bytes(run.calibration, source.calibration.read_bytes())
-    if not copied:
+    record = _source(config)
+    assert record is not None, "take_settings has seen it"
+    if not checkpoint.steps(run.supernet):
+        source = Run.open(str(config.supernet_from), config.root, create=False)
         copy_checkpoint(source.supernet, run.supernet, record["step"])
+    model, copied = checkpoint.load_model(run.supernet)
+    if copied["sha256"] != record["sha256"]:
+        raise UserError(
+            f"the supernet of run {config.supernet_from!r} is not the one that was copied into run {run.name!r}: "
+            "choose another name"
+        )
+    if record.get("data") != data.fingerprint:
+        _LOG.info("the supernet of %r was trained on other data", config.supernet_from)
+    write_calibration(run, model)
     return model
 
 

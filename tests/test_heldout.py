@@ -73,7 +73,7 @@ def run(root: Path) -> Run:
 
 def data_of(run: Run) -> TaskData:
     root = str(run.path.parent)
-    return held_out_data(SearchRunConfig(root=root, data=stored_data(run.name, root, None)), None)[0]
+    return held_out_data(SearchRunConfig(root=root, data=stored_data(run.name, root, None)))[0]
 
 
 def options(run: Run, **more: Any) -> EvaluateRunConfig:
@@ -241,7 +241,7 @@ def test_a_wider_folder_never_scores_what_the_supernet_was_trained_on(root: Path
 
     second = tiny(root, tmp_path / "all", name="second", supernet_from="first")
     assert run_search(second) is not None
-    data, _ = held_out_data(second, Run.open("first", root, create=False))
+    data, _ = held_out_data(second)
     assert not trained & {file.sha256 for file in data.corpus.contents if file.part != "train"}
     held = bytes(data.corpus.part(Split.search).tolist() + data.corpus.part(Split.test).tolist())
     for path in texts.iterdir():
@@ -269,13 +269,13 @@ def test_the_same_text_has_the_split_of_the_supernet_and_a_new_version_of_it_is_
     run_search(tiny(root, text))
     second = tiny(root, text, name="second", supernet_from="first")
     first = Run.open("first", root, create=False)
-    data, trained = held_out_data(second, first)
+    data, trained = held_out_data(second)
     assert trained is not None
     assert data.corpus.fingerprint == trained.text == load_text(str(text)).fingerprint
     first.text.unlink()  # as in an older run, whose text is still there
     assert trained_text(first) == trained
     rotate(text)
-    assert "the text that it was trained on is no longer there" in refused(lambda: held_out_data(second, first))
+    assert "the text that it was trained on is no longer there" in refused(lambda: held_out_data(second))
 
 
 def test_a_search_goes_on_with_the_text_that_it_began_with(root: Path, tmp_path: Path) -> None:

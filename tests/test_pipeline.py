@@ -22,6 +22,7 @@ from natsl.config import ModelConfig, SupernetConfig, TrainConfig
 from natsl.data import TaskData, load_text
 from natsl.errors import UserError
 from natsl.evaluate import Evaluation, evaluate
+from natsl.files import read_config
 from natsl.run import Run
 from natsl.search import pipeline, score, source
 from natsl.search.config import SearchConfig, SearchRunConfig
@@ -248,13 +249,56 @@ def test_a_resume_under_other_settings_is_refused(done: tuple[Run, Front], text:
     run, _ = done
     before = contents(run)
     config = tiny(run.path.parent, text, n_trials=9, objectives=["val_loss", "kept_fraction"])
-    with pytest.raises(UserError, match=r"made under other settings .*objectives.recall_error: .* → absent"):
+    with pytest.raises(UserError, match=r"made under other settings .*objectives: \['recall_error'.* now"):
         run_search(config)
     config = tiny(run.path.parent, text, n_trials=9)
     config.train.steps = 3
     with pytest.raises(ValueError, match="choose another name"):
         run_search(config)
     assert contents(run) == before
+
+
+def test_another_supernet_from_under_the_same_name_is_refused(text: str, tmp_path: Path) -> None:
+    """The run holds the weights of the first one for ever, and its files say so."""
+    for name, seed in (("a", 0), ("b", 1)):
+        run_search(replace(tiny(tmp_path, text, n_trials=1), name=name, seed=seed))
+    config = replace(tiny(tmp_path, text, n_trials=1), name="sf", supernet_from="a", train=TrainConfig(), seed=3)
+    run_search(config)
+    run = Run.open("sf", tmp_path, create=False)
+    assert read_config(run.config)["supernet_from"] == "a"
+    assert read_config(run.config)["train"]["steps"] == 2, "how the supernet was trained, not what would be the default"
+    assert run.calibration.read_bytes() == Run.open("a", tmp_path, create=False).calibration.read_bytes()
+    before = contents(run)
+    for other in ("b", None):
+        with pytest.raises(UserError, match=f"supernet_from: 'a' then, {other!r} now"):
+            run_search(replace(config, supernet_from=other))
+    with pytest.raises(UserError, match="supernet_from: None then, 'b' now"):
+        run_search(replace(config, name="a", supernet_from="b", seed=0))
+    run_search(config)
+    assert contents(run) == before
+
+
+def test_a_source_that_was_removed_or_trained_again(done: tuple[Run, Front], text: str, tmp_path: Path) -> None:
+    shutil.copytree(done[0].path, tmp_path / "first")
+    config = replace(tiny(tmp_path, text, n_trials=1), name="second", supernet_from="first")
+    run_search(config)
+    shutil.rmtree(tmp_path / "first")
+    config.search.n_trials = 2
+    front = run_search(config)  # its own copy is all that is needed
+    assert front is not None
+    assert len(front.history) == 2
+    run_search(replace(tiny(tmp_path, text, n_trials=1), seed=5))
+    with pytest.raises(UserError, match="of run 'first' is not the one that was copied into run 'second'"):
+        run_search(config)
+
+
+def test_a_finished_search_is_reported_again_under_other_baselines(text: str, tmp_path: Path) -> None:
+    run_search(tiny(tmp_path, text, n_trials=2))
+    front = run_search(tiny(tmp_path, text, n_trials=2, uniform_budgets=[0.5], random_draws=3))
+    assert front is not None
+    assert "uniform-0.5" in {item.name for item in front.baselines}
+    assert {item.draws for item in front.baselines if item.name == "random@uniform-0.5"} == {3}
+    assert run_search(tiny(tmp_path, text, n_trials=2, uniform_budgets=[0.5], random_draws=3)) is None
 
 
 def test_the_supernet_of_another_run_is_searched(done: tuple[Run, Front], text: str) -> None:

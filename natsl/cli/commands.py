@@ -16,6 +16,7 @@ from natsl.device import resolve_device
 from natsl.errors import UserError
 from natsl.files import check_name, to_plain, write_json
 from natsl.load import Choice, calibration_path, load_choice
+from natsl.resume import check_resume
 from natsl.run import Run
 from natsl.secrets import redact
 from natsl.space.check import check, check_at_least, check_counts
@@ -228,8 +229,7 @@ def run_training(config: TrainRunConfig) -> None:
     with run.lock():
         if run.study_db.exists():
             raise UserError(f"name = {config.name!r} is a search, which trains its own supernet: choose another name")
-        if not run.config.exists():
-            run.write_config(config)
+        check_resume(run, config)
         keep_record(run, data, config.root, None, allow_other=False)
         recipe = TrainRecipe(config.train, config.supernet, config.seed)
         with start_tracker(config.tracking, run, to_plain(config)) as tracker:

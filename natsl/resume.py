@@ -1,0 +1,89 @@
+"""Which options of a run may change when it is resumed; all others are refused with the difference. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from natsl.errors import UserError
+from natsl.files import read_config, to_plain
+from natsl.run import Run
+from natsl.secrets import MASK, redact, redact_text
+
+# Options and whole sections that a resumed run honours. Nothing else may change.
+FREE_ON_RESUME = (
+    "name",  # says only where the run is
+    "root",
+    "device",
+    "export",
+    "allow_other_data",
+    "tracking",
+    "data.path",  # the text itself is compared, by its contents
+    "search.policies",  # compared by their contents
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.max_bad_steps",
+    "search.n_trials",
+    "search.batch_size",
+    "search.max_failure_rate",
+    "search.min_failures",
+    "search.random_draws",
+    "search.uniform_budgets",
+)
+# What only the report depends on: it is made again if they change.
+REPORT_OPTIONS = frozenset({"search.random_draws", "search.uniform_budgets"})
+
+
+def check_resume(run: Run, config: Any) -> frozenset[str]:
+    """Compare the options of a command with those that its run was made under; returns the names that have changed.
+
+    A run that has stored nothing yet takes the new options: ``config.yaml`` is written. Raises ``UserError`` if an
+    option differs that a resumed run cannot honour.
+    """
+    if not run.config.exists() or not (any(run.supernet.glob("step-*.json")) or run.study_db.exists()):
+        run.write_config(config)
+        return frozenset()
+    stored = read_config(run.config)
+    changes = {name: values for name, *values in _differences("", stored, config, type(config)())}
+    if getattr(config, "supernet_from", None) is not None:  # these come from the supernet, whatever was given
+        changes = {name: values for name, values in changes.items() if name.split(".")[0] not in _OF_SUPERNET}
+    refused = [
+        f"{name}: {old!r} then, {new!r} now" for name, (old, new) in changes.items() if not is_free_on_resume(name)
+    ]
+    if refused:
+        raise UserError(
+            redact_text(
+                f"the run {run.name!r} was made under other settings ({', '.join(refused)}): "
+                "restore them or choose another name"
+            )
+        )
+    return frozenset(changes)
+
+
+_OF_SUPERNET = ("model", "train", "supernet")
+
+
+def is_free_on_resume(name: str) -> bool:
+    """Whether a resumed run honours a new value of the option ``name``."""
+    return any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
+
+
+def _differences(
+    prefix: str, stored: Mapping[str, Any], config: Any, defaults: Any
+) -> Iterator[tuple[str, object, object]]:
+    """Name, stored and present value of every option that differs. What an older version did not store was the default.
+
+    A section that is not stored belongs to another command: the search that goes on from a training adds its own.
+    """
+    for item in fields(config):
+        name, value, default = f"{prefix}{item.name}", getattr(config, item.name), getattr(defaults, item.name)
+        if is_dataclass(value):
+            section = stored.get(item.name, {} if prefix else None)
+            if isinstance(section, Mapping):
+                yield from _differences(f"{name}.", section, value, default)
+            continue
+        old, new = stored.get(item.name, to_plain(default)), to_plain(value)
+        if old not in (new, redact(new)) and MASK not in str(old):  # a secret is not stored
+            yield name, old, new
