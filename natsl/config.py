@@ -227,3 +227,13 @@ def check_batch(kinds: list[Op], train: TrainConfig, supernet: SupernetConfig) -
             train.batch_size,
             f"it must be a multiple of the {policies} policies of a step (2 + supernet.random_policies)",
         )
+
+
+def check_chunks(chunk_size: int, seq_len: int) -> None:
+    """Raise ``ValueError`` unless sequences have a complete chunk: without one there is nothing to calibrate on."""
+    check(
+        seq_len >= chunk_size,
+        "data.seq_len",
+        seq_len,
+        f"calibration needs complete chunks: sequences are shorter than chunk_size = {chunk_size}",
+    )

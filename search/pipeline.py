@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from natsl import __version__, checkpoint
-from natsl.config import check_batch
-from natsl.data import TaskData, load_text
+from natsl.config import check_batch, check_chunks
+from natsl.data import Split, TaskData, load_text
 from natsl.device import probe_device, resolve_device
 from natsl.errors import UserError
 from natsl.files import read_json, to_plain, write_bytes, write_text
@@ -29,16 +29,18 @@ from natsl.search.config import SearchRunConfig
 from natsl.search.fault import reported_faults
 from natsl.search.front import Front
 from natsl.search.journal import Journal
-from natsl.search.objective import CostContext, find_objectives
+from natsl.search.objective import OBJECTIVES, CostContext, Role, find_objectives
 from natsl.search.pareto import Scale, Volume
 from natsl.search.report.html import render
 from natsl.search.report.png import front_png
 from natsl.search.report.terminal import print_front, print_nothing_to_do
 from natsl.search.score import Scorer, make_judge, score, steps_to_score
 from natsl.search.source import obtain_supernet, source_run, take_settings
+from natsl.search.storage import connect
 from natsl.search.study import PolicyStudy, Problem, Record, first_policies, open_policy_study
 from natsl.secrets import redact_text
 from natsl.space.policy import Op, RoutingPolicy
+from natsl.tasks.sequences import IGNORED
 from natsl.tracking import Tracker, start_tracker
 
 _LOG = logging.getLogger(__name__)
@@ -54,8 +56,12 @@ def run_search(config: SearchRunConfig, command: str = "") -> Front | None:
     config = take_settings(config)
     if config.supernet_from is None:
         check_batch(config.model.layers, config.train, config.supernet)
+    check_chunks(config.model.chunk_size, config.data.seq_len)
     problem = make_problem(config)
     data, trained = held_out_data(config)
+    check_text(config, data)
+    if config.search.storage is not None:
+        connect(config.search.storage)
     run = Run.open(config.name, config.root)
     with run.lock():
         outdated = bool(check_resume(run, config) & REPORT_OPTIONS)
@@ -99,6 +105,19 @@ def make_problem(config: SearchRunConfig) -> Problem:
     first = first_policies(config.search, kinds, model.chunk_size, given)
     costs = CostContext(model.layer_shapes(), config.search.context)
     return Problem(kinds, model.chunk_size, costs, objectives, first)
+
+
+def check_text(config: SearchRunConfig, data: TaskData) -> None:
+    """Raise ``ValueError`` for an objective or a constraint about text where the held-out sequences score none."""
+    names = (*config.search.objectives, *config.search.constraints)
+    about_text = [name for name in names if OBJECTIVES[name].role is Role.quality and OBJECTIVES[name].task is None]
+    for split in (Split.search, Split.test) if about_text else ():
+        batches = data.eval_sets(split).values()
+        if not any(bool(((batch.targets != IGNORED) & ~batch.recall).any()) for batch in batches):
+            raise UserError(
+                f"objective {about_text[0]!r} needs text: no sequence of data.seq_len = {data.config.seq_len} has any "
+                f"that is scored in the {split.value} part: raise data.seq_len or add data.tasks.bytes"
+            )
 
 
 def trials_reported(run: Run) -> int:

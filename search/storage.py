@@ -80,10 +80,7 @@ def open_study(path: Path, url: str | None, identity: Identity) -> OpenStudy:
 
 def _open_storage(path: Path, url: str | None, identity: Identity) -> RDBStorage:
     if url is not None:
-        try:
-            storage = RDBStorage(url)
-        except Exception as error:  # drivers raise errors of their own
-            raise UserError(redact_text(f"search.storage cannot be opened: {_first_line(error)}")) from None
+        storage = connect(url)
         if identity.name not in optuna.get_all_study_names(storage):
             _create(storage, identity)
     else:
@@ -114,6 +111,14 @@ def reported_errors(where: str) -> Iterator[None]:
                 "command again; it goes on where it stopped"
             )
         ) from None
+
+
+def connect(url: str) -> RDBStorage:
+    """The database at ``url``; ``UserError`` if it cannot be reached."""
+    try:
+        return RDBStorage(url)
+    except Exception as error:  # drivers raise errors of their own
+        raise UserError(redact_text(f"search.storage cannot be opened: {_first_line(error)}")) from None
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -367,6 +367,13 @@ def test_the_command_in_a_report_works_outside_the_repository(text: str, tmp_pat
     assert front.facts["commands"][0] == f"natsl-search name=first root={tmp_path}"
 
 
+def without_text(config: SearchRunConfig) -> None:
+    """Make the sequences needles and nothing else."""
+    config.search.objectives = ["val_loss", "kept_fraction"]
+    config.model.chunk_size = 4  # smaller than is allowed, so that nothing else is wrong
+    config.data = replace(config.data, seq_len=4, tasks={"needle": 1.0})
+
+
 def refuse_training(*_: object, **__: object) -> None:
     raise AssertionError("training began")
 
@@ -383,8 +390,29 @@ def refuse_training(*_: object, **__: object) -> None:
         (lambda c: setattr(c, "name", "../x"), "name = '../x'"),
         (lambda c: setattr(c.data, "path", "/nowhere"), "/nowhere"),
         (lambda c: setattr(c.train, "batch_size", 5), "train.batch_size = 5"),
+        (
+            lambda c: setattr(c.model, "chunk_size", 128),
+            "data.seq_len = 64 is not allowed: calibration needs complete chunks: .* shorter than chunk_size = 128",
+        ),
+        (lambda c: setattr(c.model, "vocab_size", 300), "model.vocab_size = 300 .* task mqar needs at least 384"),
+        (without_text, "objective 'val_loss' needs text: no sequence of data.seq_len = 4 has any"),
+        (lambda c: setattr(c.search, "storage", "sqlite:////nowhere/x.db"), "search.storage cannot be opened"),
     ],
-    ids=["objective", "task", "constraint", "nothing to route", "policy file", "device", "name", "data", "batch"],
+    ids=[
+        "objective",
+        "task",
+        "constraint",
+        "nothing to route",
+        "policy file",
+        "device",
+        "name",
+        "data",
+        "batch",
+        "sequence shorter than a chunk",
+        "vocabulary",
+        "loss on text without text",
+        "storage",
+    ],
 )
 def test_mistakes_are_told_before_training(
     change: Callable[[SearchRunConfig], None],
@@ -399,6 +427,7 @@ def test_mistakes_are_told_before_training(
     with pytest.raises(ValueError, match=error) as caught:
         run_search(config)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "first").exists(), "nothing is left behind"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from natsl import __version__
-from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch
+from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch, check_chunks
 from natsl.device import resolve_device
 from natsl.errors import UserError
 from natsl.files import check_name, to_plain, write_json
@@ -223,6 +223,7 @@ def run_training(config: TrainRunConfig) -> None:
     from natsl.train import TrainRecipe, fit
 
     check_batch(config.model.layers, config.train, config.supernet)
+    check_chunks(config.model.chunk_size, config.data.seq_len)
     text = load_text(config.data.path, config.data.text_rules(config.root))
     data = TaskData(config.data, text, config.model.vocab_size)
     run = Run.open(config.name, config.root)
