@@ -96,19 +96,17 @@ def evaluate(
             routes = None
             if drawn is not None:
                 routes = [None if route is None else route[first : first + B] for route in drawn[task]]
-            output = model(part.tokens, policy, routes=routes)
+            tokens = model.token_losses(part.tokens, policy, part.targets, routes=routes)
             scored = part.targets != IGNORED
-            if not bool(output.logits[scored].isfinite().all()):
+            if not bool(tokens.loss[scored].isfinite().all()):
                 raise FloatingPointError(f"logits of task {task} are not finite under this policy")
             text = scored & ~part.recall
-            if bool(text.any()):
-                text_sum += float(F.cross_entropy(output.logits[text], part.targets[text], reduction="sum"))
-                text_count += int(text.sum())
-            if bool(part.recall.any()):
-                right += int((output.logits[part.recall].argmax(-1) == part.targets[part.recall]).sum())
-                asked += int(part.recall.sum())
+            text_sum += float(tokens.loss[text].double().sum())
+            text_count += int(text.sum())
+            right += int(tokens.right[part.recall].sum())
+            asked += int(part.recall.sum())
             chunks += B * (T // chunk)
-            counts += torch.stack([layer.route[:, : T // chunk].sum((0, 1)) for layer in output.layers]).double()
+            counts += torch.stack([layer.route[:, : T // chunk].sum((0, 1)) for layer in tokens.layers]).double()
         if asked:
             errors[task] = 1.0 - right / asked
     kept = counts.cpu() / max(chunks, 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +31,14 @@ class LMOutput:
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Loss per token in nats, float32 [B,T], and whether the likeliest token was the target, bool [B,T]."""
+    """Loss per token in nats, float32 [B,T], and whether the likeliest token was the target, bool [B,T].
+
+    ``layers``: what each layer's router did, where a model has computed the losses.
+    """
 
     loss: Tensor
     right: Tensor
+    layers: list[LayerRouting] = field(default_factory=list)
 
 
 class Block(nn.Module):
@@ -116,17 +120,34 @@ class RoutedLM(nn.Module):
         policy: RoutingPolicy | Sequence[RoutingPolicy],
         targets: Tensor,
         training: SupernetConfig | None = None,
+        routes: Sequence[Tensor | None] | None = None,
     ) -> TokenLosses:
         """Cross-entropy of every token against ``targets`` [B,T] (−100: not scored) without keeping the logits.
 
         The other arguments and the errors are those of ``forward``.
         """
+        policies = self._check(tokens, policy, routes)
+        if training is None:
+            self._check_calibration(policies, routes)
+        with self._autocast(tokens.device):
+            x, layers = self._hidden(tokens, policies, None, routes, training)
+            return TokenLosses(*linear_cross_entropy(x, self._output_weight(), targets), layers)
+
+    def routing(
+        self,
+        tokens: Tensor,
+        policy: RoutingPolicy | Sequence[RoutingPolicy],
+        training: SupernetConfig | None = None,
+    ) -> list[LayerRouting]:
+        """What each layer's router does with ``tokens``, without computing logits.
+
+        The arguments and the errors are those of ``forward``.
+        """
         policies = self._check(tokens, policy, None)
         if training is None:
             self._check_calibration(policies, None)
         with self._autocast(tokens.device):
-            x, _ = self._hidden(tokens, policies, None, None, training)
-            return TokenLosses(*linear_cross_entropy(x, self._output_weight(), targets))
+            return self._hidden(tokens, policies, None, None, training)[1]
 
     def _check(
         self,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natsl.config import CalibrationScope, Sandwich, SupernetConfig
+from natsl.config import CalibrationScope, Sandwich, SupernetConfig, check_chunks
 from natsl.data import Split, TaskData
 from natsl.kernels.routing import quantile_table
 from natsl.model import RoutedLM, TokenLosses
@@ -26,6 +26,9 @@ from natsl.tasks.sequences import IGNORED, Batch
 # Share of the routed layers that a random policy makes delta-only, so that searched policies that mix ops are trained.
 DELTA_SHARE = 0.25
 CALIBRATION_POLICIES = 8
+# Tokens of a pass of calibration: as many policies as have room, but at least eight sequences of one.
+CALIBRATION_TOKENS = 32768
+CALIBRATION_ROWS = 8
 
 N = TypeVar("N")  # a number: 0-dim tensor or float
 
@@ -152,13 +155,15 @@ def calibrate(model: RoutedLM, data: TaskData, config: SupernetConfig, seed: int
 
     The margins of a layer depend on what earlier layers kept: they are pooled over policies as varied as in training,
     each with the exact quantiles of its slice as thresholds, over complete chunks (and over heads in ``layer``
-    scope).
+    scope). A slice that is too large for one pass is cut into parts, each with quantiles of its own. Raises
+    ``ValueError`` if sequences are shorter than a chunk.
     """
     device = model.embed.weight.device
     rng = random.Random(seed_of("calibration", seed))
     kinds, chunk = model.kinds, model.config.chunk_size
     if Op.routed not in kinds:
         return
+    check_chunks(chunk, data.config.seq_len)
     policies = [
         random_policy(kinds, chunk, config.budget_min, config.budget_max, rng) for _ in range(CALIBRATION_POLICIES)
     ]
@@ -167,17 +172,22 @@ def calibrate(model: RoutedLM, data: TaskData, config: SupernetConfig, seed: int
     total = sum(weights[name] for name in data.tasks)
     for name in data.tasks:
         share = config.calibration_sequences * weights[name] / total / len(policies)
-        batch = data.batch(name, Split.search, max(1, round(share)) * len(policies), seed=1).to(device)
-        output = model(batch.tokens, policies, training=config)
-        for i, layer in enumerate(output.layers):
-            if layer.margins is not None:
-                pooled[i].append(layer.margins[:, : batch.tokens.shape[1] // chunk].flatten(0, 1))
-    for i, parts in enumerate(pooled):
-        if not parts:
+        rows = max(1, round(share))
+        tokens = data.batch(name, Split.search, rows * len(policies), seed=1).tokens
+        T = tokens.shape[1]
+        at_once = max(1, CALIBRATION_TOKENS // (rows * T))
+        for first in range(0, len(policies), at_once):
+            group = policies[first : first + at_once]
+            block = tokens[first * rows : (first + len(group)) * rows]
+            parts = block.split(max(CALIBRATION_ROWS, CALIBRATION_TOKENS // T)) if len(group) == 1 else [block]
+            for part in parts:
+                for i, layer in enumerate(model.routing(part.to(device), group, training=config)):
+                    if layer.margins is not None:
+                        pooled[i].append(layer.margins[:, : T // chunk].flatten(0, 1))
+    for i, pool in enumerate(pooled):
+        if not pool:
             continue
-        margins = torch.cat(parts)  # [M,R]
-        if margins.shape[0] == 0:
-            raise ValueError(f"calibration needs complete chunks: sequences are shorter than chunk_size = {chunk}")
+        margins = torch.cat(pool)  # [M,R]
         if config.calibration is CalibrationScope.layer:
             margins = margins.reshape(-1, 1)
         table = quantile_table(margins, model.calibration.shape[2])  # [P,R], or [P,1] for all heads

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from natsl import checkpoint
-from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, check_batch
+from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, check_batch, check_chunks
 from natsl.data import TaskData
 from natsl.errors import UserError
 from natsl.files import to_plain
@@ -208,6 +208,7 @@ def train_supernet(
     """
     train, supernet, seed = recipe.train, recipe.supernet, recipe.seed
     check_batch(model.kinds, train, supernet)
+    check_chunks(model.config.chunk_size, data.config.seq_len)
     model.precision = train.precision
     trainer = Trainer(model, data, recipe)
     meta = {
@@ -252,7 +253,11 @@ def train_supernet(
             on_step(record)
         if stores and health.in_a_row == 0:
             store(done)
+    if start < train.steps:
+        store(train.steps)  # whatever happens in calibration, the training is not lost
+    trainer.optimizer.zero_grad(set_to_none=True)
     model.eval()
+    torch.manual_seed(seed_of("calibration", seed))  # route noise, if there is any: the same after a resume
     calibrate(model, data, supernet, seed)
     store(train.steps, finished=True)
 

@@ -1,0 +1,140 @@
+"""Calibration and evaluation in batches: as much memory as a batch needs, and the table of a single pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from natsl import checkpoint, modules, supernet
+from natsl.config import SupernetConfig
+from natsl.evaluate import evaluate
+from natsl.model import RoutedLM
+from natsl.space.policy import RoutingPolicy
+from natsl.supernet import calibrate
+from natsl.train import train_supernet
+from tests.oracles import tiny_data, tiny_model
+from tests.train_helpers import Record, assert_equal, make_model, recipe
+
+
+def table(config: SupernetConfig) -> Tensor:
+    torch.manual_seed(0)
+    model = tiny_model("rr")
+    calibrate(model, tiny_data(tasks={"mqar": 1.0, "bytes": 1.0}), config, seed=0)
+    return model.calibration
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Sequences and policies of every pass of calibration."""
+    seen: list[tuple[int, int]] = []
+    routing = RoutedLM.routing
+
+    def spy(self: RoutedLM, tokens: Tensor, policy: Any, training: Any = None) -> Any:
+        seen.append((len(tokens), len(policy)))
+        return routing(self, tokens, policy, training)
+
+    monkeypatch.setattr(RoutedLM, "routing", spy)
+    return seen
+
+
+def test_batches_give_the_table_of_a_single_pass(
+    passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every policy meets the same sequences and has the same thresholds."""
+    whole = table(SupernetConfig())
+    assert passes == [(24, 8), (24, 8)]
+    for tokens, expected in ((3 * 3 * 64, [(9, 3), (9, 3), (6, 2)]), (1, [(3, 1)] * 8)):
+        passes.clear()
+        monkeypatch.setattr(supernet, "CALIBRATION_TOKENS", tokens)
+        torch.testing.assert_close(table(SupernetConfig()), whole, rtol=1e-5, atol=1e-6)
+        assert passes == expected * 2
+
+
+def test_many_sequences_are_never_in_one_pass(passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supernet, "CALIBRATION_TOKENS", 10 * 64)
+    table(SupernetConfig(calibration_sequences=400))
+    assert passes == [(10, 1), (10, 1), (5, 1)] * 16
+
+
+def test_no_logits_are_made_to_calibrate(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("logits were made")
+
+    monkeypatch.setattr(RoutedLM, "_output_weight", refuse)
+    assert not table(SupernetConfig()).isnan().any()
+
+
+def test_an_evaluation_holds_the_logits_of_a_part_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = make_model(), tiny_data(tasks={"mqar": 1.0, "bytes": 1.0})
+    calibrate(model, data, SupernetConfig(calibration_points=17), seed=0)
+    sets = data.eval_sets(supernet.Split.search)
+    policy = RoutingPolicy.uniform(model.kinds, model.config.chunk_size, 0.3)
+    whole = evaluate(model, policy, sets)
+    sizes = []
+    linear = torch.nn.functional.linear
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = linear(x, weight, bias)
+        if weight is model.embed.weight:
+            sizes.append(y.numel())
+        return y
+
+    monkeypatch.setattr(torch.nn.functional, "linear", spy)
+    monkeypatch.setattr(modules, "LOGITS_AT_ONCE", 50 * 384)
+    parts = evaluate(model, policy, sets)
+    assert max(sizes) <= 50 * 384
+    assert sum(sizes) == 16 * 64 * 384
+    assert (parts.recall_error, parts.kept_by_head) == (whole.recall_error, whole.kept_by_head)
+    assert parts.val_loss == pytest.approx(whole.val_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5], ids=["plain", "noise"])
+def test_a_training_that_ends_in_its_calibration_is_not_made_again(
+    noise: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = SupernetConfig(calibration_points=17, calibration_sequences=8, route_noise=noise)
+    unbroken = make_model()
+    train_supernet(unbroken, tiny_data(), recipe(net=net), tmp_path / "unbroken")
+
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    folder = tmp_path / "broken"
+    with monkeypatch.context() as patch:
+        patch.setattr("natsl.train.calibrate", exhausted)
+        with pytest.raises(torch.OutOfMemoryError):
+            train_supernet(make_model(), tiny_data(), recipe(net=net), folder)
+    _, record = checkpoint.load_model(folder)
+    assert (record["step"], record["finished"]) == (7, False)
+    resumed, steps = make_model(init=1), list[Record]()
+    train_supernet(resumed, tiny_data(), recipe(net=net), folder, steps.append)
+    assert not steps, "no step is taken again"
+    assert_equal(unbroken, resumed)
+    assert checkpoint.load_model(folder)[1]["finished"] is True
+
+
+@pytest.mark.parametrize("cut", ["before the tensors", "between tensors and record"])
+def test_a_checkpoint_that_replaces_one_of_its_step_is_never_missing(
+    cut: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only checkpoint of a run, cut off anywhere while the calibrated one takes its place."""
+    folder = tmp_path / "r"
+    write, calls = checkpoint.write_text, list[Path]()
+
+    def interrupted(path: Path, text: str) -> None:
+        calls.append(path)
+        if len(calls) == (2 if cut == "before the tensors" else 3):
+            raise KeyboardInterrupt
+        write(path, text)
+
+    monkeypatch.setattr(checkpoint, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_supernet(make_model(), tiny_data(), recipe(checkpoint_every=50, keep_checkpoints=1), folder)
+    monkeypatch.undo()
+    _, record = checkpoint.load_model(folder)
+    assert record["step"] == 7
+    assert record["finished"] is (cut != "before the tensors")
