@@ -1,4 +1,4 @@
-"""The direction of imports, the names under which the folders are imported, and how long entry points take to load."""
+"""The direction of imports, the names under which the folders are imported, and what entry points load."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ast
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -161,11 +160,9 @@ def test_which_folders_are_regular_packages() -> None:
     assert regular == {"space", "search", "conf"}
 
 
-def fresh(*arguments: str) -> tuple[float, subprocess.CompletedProcess[str]]:
-    """Run a fresh interpreter from the root; its seconds and its result."""
-    begin = time.perf_counter()
-    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    return time.perf_counter() - begin, result
+def fresh(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a fresh interpreter from the root."""
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 LIGHT = [
@@ -185,24 +182,36 @@ LIGHT = [
 @pytest.mark.parametrize(("module", "heavy"), LIGHT, ids=[module for module, _ in LIGHT])
 def test_light_modules_load_nothing_heavy(module: str, heavy: list[str]) -> None:
     code = f"import sys, {module}; print(*[name for name in {heavy!r} if name in sys.modules])"
-    _, result = fresh("-c", code)
+    result = fresh("-c", code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
 
 
-def test_space_loads_within_a_fifth_of_a_second() -> None:
-    code = "import time; begin = time.perf_counter(); import natsl.space; print(time.perf_counter() - begin)"
-    seconds = [float(fresh("-c", code)[1].stdout) for _ in range(5)]
-    assert min(seconds) <= 0.2
+def test_space_loads_no_third_party_package() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import natsl.space\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*sorted(new - sys.stdlib_module_names - {'natsl'}))"
+    )
+    result = fresh("-c", code)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.split() == []
 
 
-@pytest.mark.parametrize("command", [["natsl.search"], ["natsl", "search"]], ids=" ".join)
-def test_help_answers_within_a_second(command: list[str]) -> None:
-    runs = [fresh("-m", *command, "--help") for _ in range(5)]  # the best counts: other tests run beside it
-    for _, result in runs:
-        assert result.returncode == 0, result.stderr
-        assert "n_trials" in result.stdout
-    assert min(seconds for seconds, _ in runs) <= 1.0
+# Each takes from 0.1 to several seconds to import.
+HEAVY = {"torch", "triton", "optuna", "wandb", "matplotlib", "transformers", "numpy", "pandas", "safetensors", "scipy"}
+HELP = [["natsl"], ["natsl.search"], ["natsl.kernels.bench"], *(["natsl", verb] for verb in VERBS)]
+
+
+@pytest.mark.parametrize("command", HELP, ids=" ".join)
+def test_help_loads_nothing_heavy(command: list[str]) -> None:
+    """Every import is listed, those of an import that fails included."""
+    result = fresh("-X", "importtime", "-m", *command, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "usage: " in result.stdout.lower()
+    names = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+    assert "natsl" in names
+    assert {name.partition(".")[0] for name in names} & HEAVY == set()
 
 
 # Inside kernels/, each part may import those of its line: launch ← _triton ← ops ← registry ← bench, warmup.
