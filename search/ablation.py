@@ -21,7 +21,7 @@ from typing import Any
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch
 from natsl.device import resolve_device
 from natsl.errors import UserError
-from natsl.files import read_json, to_plain, write_json
+from natsl.files import check_name, read_json, to_plain, write_json
 from natsl.progress import Progress
 from natsl.run import Run
 from natsl.space.check import check, check_counts
@@ -51,6 +51,7 @@ class AblationConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        check_name(self.name, "name")
         check_counts(1, {"workers": self.workers, "random_draws": self.random_draws})
         check(len(self.seeds) > 0, "seeds", self.seeds, "at least one seed is needed")
         check(len(self.variants) > 0, "variants", self.variants, "at least one is needed, such as {base: {}}")

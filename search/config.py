@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig
+from natsl.files import check_name
 from natsl.search.samplers import Sampler
 from natsl.space.check import check, check_counts
 from natsl.space.space import SearchSpace
@@ -86,4 +87,5 @@ class SearchRunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        check_name(self.name, "name")
         check_counts(0, {"seed": self.seed})

@@ -48,6 +48,7 @@ class TrainRunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        check_name(self.name, "name")
         check_counts(0, {"seed": self.seed})
 
 

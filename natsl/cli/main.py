@@ -211,6 +211,9 @@ def _hydra_text(error: Exception) -> str | None:
         return f"unknown option {cause.full_key!r} (--help lists all)"
     if isinstance(cause, OmegaConfBaseException):
         first = str(cause.msg or cause).splitlines()[0]
+        if "is not Optional" in first:
+            key = cause.full_key
+            return f"{key} = null is not allowed: it needs a value (the text null is written {key}='\"null\"')"
         return f"{cause.full_key}: {first}" if cause.full_key else first
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:1] if "search path" in str(error).lower() else lines)
@@ -315,7 +318,7 @@ def _jobs(loader: Loader, overrides: list[str]) -> list[list[str]]:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(loader.as_typed(overrides, sweep=True))
     kept = [override for override in parsed if not override.is_hydra_override()]
     return [list(job) for job in BasicSweeper.split_arguments(kept, None)[0]]
 

@@ -29,6 +29,7 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from natsl.cli.text import Text, TextKind, as_typed, restore_text
 from natsl.errors import UserError
 from natsl.files import read_yaml
 
@@ -36,25 +37,44 @@ from natsl.files import read_yaml
 IGNORED_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.chdir")
 
 
-def check_yaml(path: Path) -> None:
-    """Raise ``UserError`` unless a config file is small, plain YAML without tags, ``_target_`` or Hydra settings."""
+def check_yaml(path: Path) -> Any:
+    """Root node of a config file; ``UserError`` unless it is small, plain YAML without tags, ``_target_`` or settings
+    of Hydra."""
     text, root = read_yaml(path)
     if isinstance(root, yaml.MappingNode) and any(key.value == "hydra" for key, _ in root.value):
         raise UserError(f"{path}: 'hydra' is not allowed: Hydra's own settings are fixed")
     header = text[:4096]
     if "@package" in header and "hydra" in header.split("@package", 1)[1].split("\n", 1)[0]:
         raise UserError(f"{path}: '@package hydra' is not allowed: Hydra's own settings are fixed")
+    return root
 
 
 class Repository(ConfigRepository):
-    """Config files, each checked before it is parsed. Only those of the package itself may set Hydra's options."""
+    """Config files, each checked before it is parsed. Only those of the package itself may set Hydra's options.
+
+    kind: which options are text, which files hold as typed.
+    """
+
+    def __init__(self, search_path: ConfigSearchPath, kind: TextKind) -> None:
+        super().__init__(search_path)
+        self._kind = kind
 
     def load_config(self, config_path: str) -> ConfigResult | None:
         source = self._find_object_source(config_path, ObjectType.CONFIG)
         if source is not None and source.scheme() == "file":
             name = config_path if config_path.endswith((".yaml", ".yml")) else config_path + ".yaml"
-            check_yaml(Path(source.path) / name)
+            root = check_yaml(Path(source.path) / name)
+            result = super().load_config(config_path)
+            if result is not None:
+                restore_text(result.config, root, _package(config_path, result.header.get("package")), self._kind)
+            return result
         return super().load_config(config_path)
+
+
+def _package(config_path: str, header: str | None) -> str:
+    """Dotted name of the section that a config file fills, "" for the whole config."""
+    group = config_path.rpartition("/")[0].replace("/", ".")
+    return "" if header == "_global_" else group if header in (None, "_group_") else str(header)
 
 
 class Loader(ConfigLoaderImpl):
@@ -62,8 +82,8 @@ class Loader(ConfigLoaderImpl):
 
     def __init__(self, search_path: ConfigSearchPath, config_class: type) -> None:
         super().__init__(search_path)
-        self.repository = Repository(search_path)
         self.config_class = config_class
+        self.repository = Repository(search_path, self.text_kind)
 
     def load_configuration(
         self,
@@ -74,6 +94,7 @@ class Loader(ConfigLoaderImpl):
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
         """Compose a config; the settings of dictionaries are applied last, and in order."""
+        overrides = self.as_typed(overrides, sweep=run_mode is RunMode.MULTIRUN)
         parsed = OverridesParser.create(config_loader=self).parse_overrides(overrides)
         composed: list[Override] = []
         free: list[Override] = []
@@ -99,6 +120,23 @@ class Loader(ConfigLoaderImpl):
                 config.hydra.overrides.task.append(override.input_line)
         self._check_keys(config)
         return config
+
+    def as_typed(self, overrides: list[str], sweep: bool) -> list[str]:
+        """Overrides in which Hydra reads text options as they were typed; sweep: commas separate values."""
+        return [as_typed(override, self.text_kind, sweep) for override in overrides]
+
+    def text_kind(self, key: str) -> Text | None:
+        """How an option holds text, None if it does not."""
+        if self.repository.group_exists(key):
+            return Text.preset
+        current: Any = self.config_class
+        for part in key.split("."):
+            if not _is_config(current):
+                return None
+            current = _field_types(current).get(part)
+        if current is str:
+            return Text.single
+        return Text.many if typing.get_origin(current) is list and typing.get_args(current) == (str,) else None
 
     def _is_free(self, override: Override) -> bool:
         """Check one override; True if it sets a dictionary or an entry of one."""
