@@ -7,6 +7,7 @@ import math
 import os
 import re
 import tempfile
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -36,6 +37,33 @@ def check_name(name: str, what: str) -> str:
             "digit, without '..'"
         )
     return name
+
+
+def check_text(text: str, what: str) -> str:
+    """Return ``text`` if it can be stored and shown as one line, else raise ``UserError``.
+
+    Not allowed: bytes that are not UTF-8, which Python keeps as surrogates, and control characters, also line ends.
+    """
+    for character in text:
+        kind = unicodedata.category(character)
+        if kind in ("Cc", "Cs"):
+            fault = "a control character" if kind == "Cc" else "a byte that is not UTF-8"
+            raise UserError(f"{what} = {text!r} is not allowed: it has {fault}, {character!r}")
+    return text
+
+
+def user_path(text: str | Path, what: str) -> Path:
+    """The path that a user has typed, where ``~`` is the home folder (``./~``: a folder of that name).
+
+    ``UserError`` for a user without a home folder and for what ``check_text`` refuses.
+    """
+    typed = check_text(str(text), what)
+    path = Path(typed if isinstance(text, Path) else os.path.expanduser(typed))
+    if str(path).startswith("~"):  # pathlib has removed the "./"
+        if typed.startswith("~") and not isinstance(text, Path):
+            raise UserError(f"{what} = {typed!r} is not allowed: there is no such user (./~... is a folder)")
+        path = path.absolute()
+    return path
 
 
 def child_folder(parent: Path, name: str, what: str) -> Path:

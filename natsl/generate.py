@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import codecs
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from natsl.errors import UserError
+from natsl.files import user_path
 from natsl.space.check import check, check_at_least, check_counts
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
@@ -29,6 +31,20 @@ class Sampling:
     def __post_init__(self) -> None:
         check_at_least(0, {"temperature": self.temperature})
         check_counts(0, {"top_k": self.top_k, "seed": self.seed})
+
+
+def read_prompt(path: str) -> str:
+    """The text of a file, or of standard input for ``-``; bytes that are not UTF-8 are kept as ``encode`` takes them.
+
+    ``UserError`` for a file that cannot be read or is empty.
+    """
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else user_path(path, "prompt_file").read_bytes()
+    except OSError as error:
+        raise UserError(f"prompt_file = {path!r} cannot be read: {error.strerror or error}") from None
+    if not data:
+        raise UserError(f"prompt_file = {path!r} is empty: give at least one character")
+    return data.decode(errors="surrogateescape")
 
 
 def encode(text: str, vocab_size: int) -> list[int]:

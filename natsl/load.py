@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from natsl.config import Precision
 from natsl.errors import UserError
-from natsl.files import check_name, child_folder, read_config, read_json
+from natsl.files import check_name, child_folder, read_config, read_json, user_path
 from natsl.run import Run
 from natsl.space.check import check, check_choice
 from natsl.space.policy import Op, RoutingPolicy
@@ -134,7 +134,7 @@ def load_exported(path: str | Path) -> tuple[RoutedLM, RoutingPolicy]:
 
     from natsl.checkpoint import build_model, file_sha256
 
-    folder = Path(path)
+    folder = user_path(path, "export")
     if not (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is not an exported model: it has no manifest.json")
     manifest = read_json(folder / "manifest.json")
@@ -169,7 +169,7 @@ def load_choice(choice: Choice) -> tuple[RoutedLM, RoutingPolicy, dict[str, Any]
     """
     from natsl import checkpoint
 
-    policy = None if choice.policy is None else read_policy(Path(choice.policy))
+    policy = None if choice.policy is None else read_policy(user_path(choice.policy, "policy"))
     record: dict[str, Any] = {}
     if choice.export is not None:
         model, stored = load_exported(choice.export)
@@ -256,7 +256,7 @@ def stored_data(run: str | None, root: str, export: str | None) -> DataConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     if export is not None:
-        path = Path(export) / "provenance.json"
+        path = user_path(export, "export") / "provenance.json"
         settings = read_json(path).get("data")
     else:
         path = Run.open(str(run), root, create=False).config

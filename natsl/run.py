@@ -17,7 +17,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from natsl.errors import UserError
-from natsl.files import append_line, child_folder, read_json, to_plain, write_json, write_text
+from natsl.files import append_line, child_folder, read_json, to_plain, user_path, write_json, write_text
 from natsl.secrets import redact
 
 FORMAT = 1  # of the run folder; raise it when a reader of older folders would go wrong
@@ -51,7 +51,7 @@ class Run:
         Raises ``UserError`` for a name that leaves the root, an unknown name (``create=False``; lists the known ones),
         a folder that cannot be written, one that is no run, or one of another format.
         """
-        base = Path(root)
+        base = user_path(root, "root")
         path = child_folder(base, name, "name" if create else "run")
         if not create:
             if not path.is_dir():
@@ -77,7 +77,7 @@ class Run:
     @staticmethod
     def names(root: str | Path = "runs") -> list[str]:
         """Names of the runs below ``root`` that hold anything, sorted."""
-        base = Path(root)
+        base = user_path(root, "root")
         if not base.is_dir():
             return []
         runs = [item for item in base.iterdir() if (item / "run.json").is_file()]

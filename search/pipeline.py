@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 
 from natsl import __version__, checkpoint
+from natsl.command import command, option_text, run_options
 from natsl.config import check_batch, check_chunks
 from natsl.data import Split, TaskData, load_text
 from natsl.device import probe_device, resolve_device
 from natsl.errors import UserError
-from natsl.files import read_json, to_plain, write_bytes, write_text
+from natsl.files import read_json, to_plain, user_path, write_bytes, write_text
 from natsl.heldout import keep_record, trained_text
 from natsl.load import read_policy
 from natsl.model import RoutedLM
@@ -46,11 +48,11 @@ from natsl.tracking import Tracker, start_tracker
 _LOG = logging.getLogger(__name__)
 
 
-def run_search(config: SearchRunConfig, command: str = "") -> Front | None:
+def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front | None:
     """Run or resume a search and return its front (None: everything was done before).
 
-    ``command``: how it was called, for the report. Raises ``ValueError`` (``UserError``) for what the user has to fix,
-    before anything is trained wherever it can be known.
+    ``arguments``: of the command line, for the report. Raises ``ValueError`` (``UserError``) for what the user has to
+    fix, before anything is trained wherever it can be known.
     """
     device = resolve_device(config.device)
     config = take_settings(config)
@@ -68,7 +70,7 @@ def run_search(config: SearchRunConfig, command: str = "") -> Front | None:
         others = keep_record(run, data, config.root, trained, config.allow_other_data)
         finished = trials_reported(run) >= config.search.n_trials and not outdated
         with Tracker() if finished else start_tracker(config.tracking, run, to_plain(config)) as tracker:
-            search = _Search(config, run, data, problem, tracker, device, others, command)
+            search = _Search(config, run, data, problem, tracker, device, others, arguments)
             return search.run(finished, outdated)
 
 
@@ -101,7 +103,7 @@ def make_problem(config: SearchRunConfig) -> Problem:
         raise UserError(f"model.layers = [{names}] is not allowed: a search needs at least one routed layer")
     tasks = {name for name, weight in config.data.tasks.items() if weight > 0}
     objectives = find_objectives(config.search.objectives, tasks, config.search.constraints)
-    given = [read_policy(Path(path), "search.policies") for path in config.search.policies]
+    given = [read_policy(user_path(path, "search.policies"), "search.policies") for path in config.search.policies]
     first = first_policies(config.search, kinds, model.chunk_size, given)
     costs = CostContext(model.layer_shapes(), config.search.context)
     return Problem(kinds, model.chunk_size, costs, objectives, first)
@@ -159,7 +161,7 @@ class _Search:
     tracker: Tracker
     device: torch.device
     others: tuple[str, ...]
-    command: str
+    arguments: Sequence[str]
 
     def run(self, finished: bool, outdated: bool) -> Front | None:
         folder = self.folder
@@ -274,14 +276,18 @@ class _Search:
         }
 
     def _commands(self) -> list[str]:
-        again = redact_text(self.command) or f"natsl-search {self._select.replace('run=', 'name=', 1)}"
-        return [again, *(f"python -m natsl.{verb} {self._select} pick=knee" for verb in ("export", "generate"))]
+        options = run_options(self.folder.name, self.config.root)
+        again, note = command("search", {"name": self.folder.name, "root": options["root"]}), []
+        if self.arguments:
+            shown = [redact_text(argument) for argument in self.arguments]
+            again = shlex.join(["natsl", "search", *shown])
+            note = [] if shown == list(self.arguments) else ["# secrets were removed from this command:"]
+        return [*note, again, *(command(verb, {**options, "pick": "knee"}) for verb in ("export", "generate"))]
 
     @property
     def _select(self) -> str:
-        """How other commands name this run."""
-        root = "" if self.config.root == "runs" else f" root={shlex.quote(self.config.root)}"
-        return f"run={self.folder.name}{root}"
+        """How other commands name this run, for a shell."""
+        return option_text(run_options(self.folder.name, self.config.root))
 
     def _write(self, front: Front) -> None:
         run = self.folder

@@ -181,7 +181,8 @@ def _sqlite(path: Path, journal: str) -> RDBStorage:
         connection.execute(f"PRAGMA synchronous={'NORMAL' if journal == 'WAL' else 'FULL'}")
         return connection
 
-    return RDBStorage(f"sqlite:///{path}", engine_kwargs={"creator": connect})
+    # The path is connect's: in a URL, Optuna and SQLAlchemy would give {, ? and % a meaning.
+    return RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
 
 
 def _check_file(path: Path, name: str) -> None:

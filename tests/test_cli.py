@@ -166,6 +166,7 @@ MISTAKES = {
     "preset twice": ("+model=tiny", "model"),
     "below a value": ("name.x=1", "name is a single value"),
     "removed option": ("~seed", "only entries of dictionaries can be removed"),
+    "symbols": ("seed=(", "seed=( cannot be read: put a value with spaces or symbols in quotes"),
     "no value": ("seed", "seed"),
     "no key": ("=3", "must be a string"),
     "sweep without -m": ("seed=1,2", "--multirun"),

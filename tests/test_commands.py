@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from natsl.cli.commands import (
 )
 from natsl.errors import UserError
 from natsl.files import read_json, write_json
+from natsl.generate import read_prompt
 from natsl.load import Choice, load_choice, load_exported
 from natsl.run import Run
 from natsl.space.policy import RoutingPolicy
@@ -225,6 +228,36 @@ def test_commands_take_any_policy(run: Run, tmp_path: Path, capsys: pytest.Captu
         run_generation(GenerateConfig("r", root, pick=pick, policy=policy, device="cpu", max_new_tokens=6))
         drawn.append(capsys.readouterr().out)
     assert drawn[0] == drawn[1]
+
+
+def test_a_prompt_from_a_file_or_from_standard_input(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any bytes, more of them than a command line can hold."""
+    data = b"caf\xc3\xa9 \xff'\"${x} " * 500
+    (tmp_path / "p.txt").write_bytes(data)
+    drawn = []
+    for source in (str(tmp_path / "p.txt"), "-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper((tmp_path / "p.txt").open("rb")))
+        root = str(run.path.parent)
+        run_generation(GenerateConfig("r", root, prompt_file=source, device="cpu", max_new_tokens=1, temperature=0.0))
+        drawn.append(capsys.readouterr().out)
+    assert drawn[0] == drawn[1]
+    assert drawn[0].startswith(data.decode(errors="replace"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty: give at least one character"), (None, "cannot be read: No such file or directory")],
+    ids=["empty", "missing"],
+)
+def test_a_prompt_file_that_cannot_be_used(content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_prompt(str(tmp_path / "p.txt"))
+    with pytest.raises(ValueError, match=r"prompt, prompt_file = .*: give only one of them"):
+        GenerateConfig("r", prompt="a", prompt_file=str(tmp_path / "p.txt"))
 
 
 CONFLICTS = [

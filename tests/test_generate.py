@@ -171,11 +171,11 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["def main(", "日本"], ids=["bracket", "not ASCII"])
-def test_a_prompt_that_needs_quotes(
+def test_a_prompt_with_symbols_needs_no_quotes(
     prompt: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["natsl-generate", "run=x", f"prompt={prompt}"])
     with pytest.raises(SystemExit) as exit_info:
         run_verb("generate")
     assert exit_info.value.code == 2
-    assert f"prompt={prompt} cannot be read: put a value with spaces or symbols in quotes" in capsys.readouterr().err
+    assert "error: there is no run 'x' in runs; known: none\n" in capsys.readouterr().err

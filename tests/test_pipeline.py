@@ -74,7 +74,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, text: str) -> tuple[Run, Fron
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOME_API_KEY", KEY)
-        front = run_search(replace(tiny(root, text), export=True), f"python -m search name=first data.path={KEY}")
+        front = run_search(replace(tiny(root, text), export=True), ["name=first", f"data.path={KEY}"])
     assert front is not None
     return Run.open("first", root, create=False), front
 
@@ -364,7 +364,7 @@ def test_a_supernet_is_copied_whole_or_not_at_all(
 def test_the_command_in_a_report_works_outside_the_repository(text: str, tmp_path: Path) -> None:
     front = run_search(tiny(tmp_path, text, n_trials=1))
     assert front is not None
-    assert front.facts["commands"][0] == f"natsl-search name=first root={tmp_path}"
+    assert front.facts["commands"][0] == f"natsl search name=first root={tmp_path}"
 
 
 def without_text(config: SearchRunConfig) -> None:
@@ -516,8 +516,8 @@ def test_the_command_searches_and_then_has_nothing_to_do(text: str, tmp_path: Pa
     first = command(*arguments)
     assert first.returncode == 0, first.stderr
     assert f"report  {tmp_path}/cli/report.html" in first.stdout
-    assert f"python -m natsl.generate run=cli root={tmp_path} pick=knee" in first.stdout
-    assert "python -m search experiment=smoke name=cli" in (tmp_path / "cli" / "report.html").read_text()
+    assert f"natsl generate run=cli root={tmp_path} pick=knee" in first.stdout
+    assert "natsl search experiment=smoke name=cli" in (tmp_path / "cli" / "report.html").read_text()
     again = command(*arguments)
     assert again.returncode == 0
     assert "nothing to do" in again.stdout

@@ -76,7 +76,7 @@ def test_a_report_is_one_file_without_network_or_scripts(front: Front) -> None:
 def test_a_report_holds_every_point_with_its_export_command(front: Front) -> None:
     text = "".join(Page(render(front)).text)
     for point in front.points:
-        assert f"python -m natsl.export run=first pick={point.id}" in text
+        assert f"natsl export run=first pick={point.id}" in text
         assert point.policy.digest() in text
     for item in front.baselines:
         assert item.name in text

@@ -45,7 +45,7 @@ def test_every_point_of_a_short_front_has_a_row(front: Front, printed: Show) -> 
     assert rows(text) == [point.id + (" knee" if point.id == front.knee else "") for point in front.points]
     assert "front of first, test split" in text
     assert "At the knee" in text
-    assert "python -m natsl.generate run=first pick=knee" in text
+    assert "natsl generate run=first pick=knee" in text
     assert "export " not in text
 
 

@@ -84,7 +84,8 @@ def _rivals(text: str) -> tuple[str, ...]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    out = argparse.ArgumentParser("python -m natsl.kernels.bench", description=(__doc__ or "").split("\n\n")[0])
+    called = sys.argv[0] if sys.argv[0].endswith("natsl bench") else "python -m natsl.kernels.bench"
+    out = argparse.ArgumentParser(called, description=(__doc__ or "").split("\n\n")[0])
     add = out.add_argument
     add("--quick", action="store_true", help="few lengths, one fraction, dense attention as the only rival")
     add("--tune", action="store_true", help="find and store the best launch parameters of this device for the shape")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from natsl import __version__
+from natsl.command import changed_options, command, run_options
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch, check_chunks
 from natsl.device import resolve_device
 from natsl.errors import UserError
-from natsl.files import check_name, to_plain, write_json
+from natsl.files import check_name, to_plain, user_path, write_json
 from natsl.load import Choice, calibration_path, load_choice
 from natsl.resume import check_resume
 from natsl.run import Run
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from natsl.throughput import ThroughputConfig
 
 CHECKED_BUDGETS = (0.05, 0.1, 0.25, 0.5)  # what a new calibration table is measured at
+DEFAULT_PROMPT = "def "
 
 
 @dataclass
@@ -127,8 +127,9 @@ class GenerateConfig:
 
     Either ``run`` (below ``root``) with ``pick`` (null: the knee) or ``policy`` (a JSON file, which needs no front), or
     ``export`` (a folder made by natsl export), whose policy ``policy`` replaces. ``calibration``: a table made by natsl
-    calibrate instead of the run's own. ``prompt`` is text; ``⟨k3⟩`` and ``⟨v3⟩`` in it stand for the fourth key and
-    value of the recall tasks. ``temperature`` 0 takes the most likely token; ``top_k`` 0 keeps all.
+    calibrate instead of the run's own. ``prompt`` (null: ``def``) is text, or ``prompt_file`` names a file with it (-:
+    standard input); ``⟨k3⟩`` and ``⟨v3⟩`` in it stand for the fourth key and value of the recall tasks. ``temperature``
+    0 takes the most likely token; ``top_k`` 0 keeps all.
     """
 
     run: str | None = None
@@ -137,7 +138,8 @@ class GenerateConfig:
     export: str | None = None
     policy: str | None = None
     calibration: str | None = None
-    prompt: str = "def "
+    prompt: str | None = None
+    prompt_file: str | None = None
     max_new_tokens: int = 64
     temperature: float = 0.8
     top_k: int = 0
@@ -146,7 +148,9 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         self.choice()
-        check(len(self.prompt) > 0, "prompt", self.prompt, "it must not be empty")
+        check(self.prompt != "", "prompt", self.prompt, "it must not be empty")
+        both = self.prompt is not None and self.prompt_file is not None
+        check(not both, "prompt, prompt_file", (self.prompt, self.prompt_file), "give only one of them")
         check_counts(1, {"max_new_tokens": self.max_new_tokens})
         check_at_least(0, {"temperature": self.temperature})
         check_counts(0, {"top_k": self.top_k, "seed": self.seed})
@@ -209,10 +213,10 @@ class CalibrateConfig:
 
 def run_search(config: SearchRunConfig) -> None:
     """Train a supernet, search its policies and report the front; see ``natsl.search.pipeline``."""
-    from natsl.cli.main import command_name
     from natsl.search import pipeline
 
-    pipeline.run_search(config, shlex.join([*command_name().split(), *sys.argv[1:]]))
+    arguments = sys.argv[1:]
+    pipeline.run_search(config, arguments[1:] if arguments[:1] == ["search"] else arguments)
 
 
 def run_training(config: TrainRunConfig) -> None:
@@ -238,7 +242,10 @@ def run_training(config: TrainRunConfig) -> None:
             net = fit(run, config.model, data, recipe, device, tracker)
         run.write_config(config)  # only now is it known that the checkpoints belong to this configuration
     print(f"supernet of {count_parameters(net):,} parameters in {run.supernet}")
-    print(f"search its policies: natsl search name={config.name}-search supernet_from={config.name}")
+    root = None if config.root == "runs" else config.root
+    names = {"name": f"{config.name[:57]}-search", "supernet_from": config.name, "root": root}
+    options = names | changed_options(config.data, DataConfig(), "data")
+    print(f"search its policies: {command('search', options)}")
 
 
 def evaluate_choice(config: EvaluateRunConfig) -> Evaluation:
@@ -271,18 +278,21 @@ def run_export(config: ExportConfig) -> None:
 
     folder = export_choice(config.choice(), config.name, config.overwrite)
     print(f"exported to {folder}; a fresh process gave the supernet's logits")
-    print(f"try it: natsl generate export={folder} prompt='def '")
+    print(f"try it: {command('generate', {'export': str(folder), 'prompt': 'def '})}")
 
 
 def run_generation(config: GenerateConfig) -> None:
     """Print a prompt and its continuation as it is drawn."""
     device = resolve_device(config.device)
-    from natsl.generate import Sampling, encode, generate, stream
+    from natsl.generate import Sampling, encode, generate, read_prompt, stream
 
+    text = DEFAULT_PROMPT if config.prompt is None else config.prompt
+    if config.prompt_file is not None:
+        text = read_prompt(config.prompt_file)
     model, policy, _ = load_choice(config.choice())
-    prompt = encode(config.prompt, model.config.vocab_size)
+    prompt = encode(text, model.config.vocab_size)
     sampling = Sampling(config.temperature, config.top_k, config.seed)
-    print(config.prompt, end="", flush=True)
+    print(text.encode(errors="surrogateescape").decode(errors="replace"), end="", flush=True)
     for piece in stream(generate(model.to(device), policy, prompt, config.max_new_tokens, sampling)):
         print(piece, end="", flush=True)
     print()
@@ -343,8 +353,8 @@ def run_calibration(config: CalibrateConfig) -> None:
     for budget in CHECKED_BUDGETS:
         policy = RoutingPolicy.uniform(model.kinds, model.config.chunk_size, budget)
         print(f"{budget:6.2f} {evaluate(model, policy, sets).kept_fraction:6.3f}")
-    root = "" if config.root == "runs" else f" root={shlex.quote(config.root)}"
-    print(f"try it: natsl evaluate run={run.name}{root} calibration={config.name} budget=0.1")
+    options = {**run_options(run.name, config.root), "calibration": config.name, "budget": 0.1}
+    print(f"try it: {command('evaluate', options)}")
 
 
 def run_throughput(config: ThroughputConfig) -> None:
@@ -367,7 +377,7 @@ def run_throughput(config: ThroughputConfig) -> None:
             f"{row.flops_per_second / 1e12:>8.1f} {share:>8} {memory:>6}",
             flush=True,
         )
-    path = Path(config.out) / "throughput.json"
+    path = user_path(config.out, "out") / "throughput.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "device": name,

@@ -93,7 +93,7 @@ def run_verb(name: str, arguments: Sequence[str] | None = None, command: str | N
         run_main(name, load(verb.config), lambda config: load(verb.function)(config), arguments, command)
         return
     if arguments is not None:
-        sys.argv[1:] = arguments  # which this function reads by itself
+        sys.argv[:] = [command or command_name(), *arguments]  # which this function reads by itself
     _guard(lambda: load(verb.function)())
 
 
@@ -212,8 +212,8 @@ def _hydra_text(error: Exception) -> str | None:
     if isinstance(cause, OmegaConfBaseException):
         first = str(cause.msg or cause).splitlines()[0]
         if "is not Optional" in first:
-            key = cause.full_key
-            return f"{key} = null is not allowed: it needs a value (the text null is written {key}='\"null\"')"
+            name = cause.full_key
+            return f"{name} = null is not allowed: it needs a value (the text null is written {name}='\"null\"')"
         return f"{cause.full_key}: {first}" if cause.full_key else first
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:1] if "search path" in str(error).lower() else lines)
@@ -308,6 +308,9 @@ def _to_object(config: DictConfig, config_class: type[C]) -> C:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{', '.join(missing)} must be given: {' '.join(f'{key}=...' for key in missing)}")
+    from natsl.cli.options import check_texts
+
+    check_texts(config_class, config)
     result = OmegaConf.to_object(config)
     assert isinstance(result, config_class)
     return result

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from natsl.cli.text import Text, TextKind, as_typed, restore_text
 from natsl.errors import UserError
-from natsl.files import read_yaml
+from natsl.files import check_text, read_yaml
 
 # Settings of Hydra that do no harm, since nothing reads them: Hydra makes no folder, no log and launches nothing here.
 IGNORED_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.chdir")
@@ -252,6 +252,15 @@ def option_types(config_class: type, prefix: str = "") -> Iterator[tuple[str, An
             yield from option_types(kind, f"{prefix}{name}.")
         else:
             yield prefix + name, kind
+
+
+def check_texts(config_class: type, config: DictConfig) -> None:
+    """Raise ``UserError`` for text that cannot be stored or shown as a line; a prompt can be any bytes."""
+    for name, kind in option_types(config_class):
+        value = OmegaConf.select(config, name) if name != "prompt" else None
+        for text in value if typing.get_origin(kind) is list and value is not None else [value]:
+            if isinstance(text, str):
+                check_text(text, name)
 
 
 def help_text(loader: Loader, config: DictConfig, command: str) -> str:

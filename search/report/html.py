@@ -201,7 +201,7 @@ def _points(front: Front) -> str:
             style = "good" if front.beats_random(point) else "bad"
             cells.append(f'<td class="{style}">{show(quality, amount(control, quality))}<small>± {spread}</small></td>')
         cells.append(f'<td class="names">{escape(", ".join(point.dominated_by)) or "–"}</td>')
-        command = f"python -m natsl.export {front.facts.get('select', f'run={front.run}')} pick={point.id}"
+        command = f"natsl export {front.facts.get('select', f'run={front.run}')} pick={point.id}"
         name = f"{escape(point.id)}{' ◎ knee' if point.id == front.knee else ''}"
         policy = f"<td><code>{escape(_clip(point.policy.describe()))}</code><small>{point.policy.digest()}</small></td>"
         cells.append(f'<td><code class="command">{escape(command)}</code></td>')

@@ -27,14 +27,18 @@ def print_front(front: Front, run: Run, select: str, exported: Path | None) -> N
     if points:
         console.print(_table(front, points))
     if len(points) < len(front.points):
-        console.print(f"{len(points)} of {len(front.points)} points; all of them are in {run.front_csv}", markup=False)
+        console.print(
+            f"{len(points)} of {len(front.points)} points; all of them are in {run.front_csv}",
+            markup=False,
+            emoji=False,
+        )
     lines = [text for text, _ in headline(front)]
     lines += [f"report  {run.report}", f"picture {run.front_png}"]
     lines += [f"export  {exported}"] if exported is not None else []
     if front.points:
-        lines.append(f"next    python -m natsl.generate {select} pick=knee")
+        lines.append(f"next    natsl generate {select} pick=knee")
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def print_nothing_to_do(run: Run, trials: int) -> None:

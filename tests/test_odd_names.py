@@ -1,0 +1,164 @@
+"""Odd roots, paths and names: they work, with every command that is printed, or are refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from natsl.cli.main import main
+from natsl.command import option_text
+from natsl.files import read_json
+
+ROOTS = ["~/my runs", "./~", "#x", "it's", 'say "x"', "a,b=c", "a&b;c|d", "100%s %20", "ä 日本", "$HOME `id`", "${x}"]
+ROOTS += [
+    "[a]{b}(c)",
+    "a\\",
+    "\\'",
+    "null",
+    "1.10",
+    "*?!",
+    "a:smile:<removed>",
+    "'q'",
+    "-x",
+    "a?mode=ro&b#c@d:e",
+    "@+x",
+]
+
+TINY = ["device=cpu", "experiment=smoke", "tracking.mode=disabled", "model.layers=[routed]", "model.width=16"]
+TINY += [
+    "train.steps=1",
+    "search.n_trials=1",
+    "search.random_draws=2",
+    "search.uniform_budgets=[0.25]",
+    "data.seq_len=96",
+]
+TINY += ["data.search_sequences=2", "data.test_sequences=2", "supernet.calibration_sequences=2", "export=false"]
+
+
+@dataclass
+class Outcome:
+    """What one command did."""
+
+    code: object
+    out: str
+    err: str
+
+
+class Shell:
+    """Runs ``natsl`` in this process; lines that were printed go through a shell first."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+        self._bin = folder / "bin"
+        self._bin.mkdir()
+        stub = self._bin / "natsl"
+        code = "import json, os, sys; print(json.dumps([os.fsencode(a).decode('latin-1') for a in sys.argv[1:]]))"
+        stub.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@"\n')
+        stub.chmod(0o755)
+
+    def natsl(self, *arguments: str) -> Outcome:
+        self._monkeypatch.setattr(sys, "argv", ["natsl", *arguments])
+        self._monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+        self._monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        code: object = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        captured = self._capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    def paste(self, line: str) -> Outcome:
+        """Run a printed line as a shell would split and expand it."""
+        environment = {**os.environ, "PATH": f"{self._bin}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), line
+        return self.natsl(*(argument.encode("latin-1").decode() for argument in json.loads(done.stdout)))
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("natsl.export.verify", lambda folder, model, policy: 0.0)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return Shell(monkeypatch, capsys, tmp_path)
+
+
+def commands(text: str) -> list[str]:
+    """The lines in ``text`` that begin with natsl, or hold it after a word such as "next"."""
+    return [found[1] for line in text.splitlines() if (found := re.search(r"(?:^|\s)(natsl [a-z]+ .*=.*)", line))]
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_printed_commands_work_for_odd_roots(root: str, shell: Shell, tmp_path: Path) -> None:
+    text = f"d{root.replace('/', '_')}.txt"
+    Path(text).write_text("".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(600)))
+    where = shlex.split(option_text({"root": root, "data.path": text, "tracking.tags": [root]}))
+    done = shell.natsl("search", "name=s1.10", *where, *TINY)
+    assert done.code == 0, done.err
+    folder = (tmp_path / "home" / root[2:] if root.startswith("~/") else Path(root)) / "s1.10"
+    report = (folder / "report.html").read_text()
+    (pasted,) = re.findall("<pre>(.*?)</pre>", report, re.DOTALL)
+    first, export, generate = commands(unescape(pasted))
+    assert "nothing to do" in shell.paste(first).out
+    exported = shell.paste(export)
+    assert exported.code == 0, exported.err
+    assert str(folder / "export") in exported.out
+    assert commands(done.out) == [generate]
+    again = [unescape(line) for line in re.findall('<code class="command">(.*?)</code>', report)]
+    assert "exists: choose another name" in shell.paste(again[0]).err
+    for line in (generate, *commands(exported.out)):
+        drawn = shell.paste(line)
+        assert (drawn.code, drawn.out[:4]) == (0, "def "), drawn.err
+    assert read_json(folder / "front.json")["facts"]["setting"]["text"].startswith(text)
+    made = {text} if root.startswith("~/") else {text, Path(root).name}
+    assert {item.name for item in (tmp_path / "work").iterdir()} == made
+
+
+def test_printed_commands_of_training_and_calibration(shell: Shell) -> None:
+    Path("d, #1.txt").write_text("".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(600)))
+    name, where = "x" * 64, ["root=my 'runs'", "data.path=d, #1.txt"]
+    options = [item for item in TINY if not item.startswith(("search.", "export", "experiment"))]
+    options += ["train.batch_size=4", "train.warmup_steps=1"]
+    trained = shell.natsl("train", f"name={name}", *where, *options)
+    assert trained.code == 0, trained.err
+    (line,) = commands(trained.out)
+    searched = shell.paste(f"{line} {shlex.join(item for item in TINY if not item.startswith('data'))}")
+    assert searched.code == 0, searched.err
+    calibrated = shell.natsl("calibrate", f"run={name}", "name=1.0", where[0], "device=cpu")
+    assert calibrated.code == 0, calibrated.err
+    (line,) = commands(calibrated.out)
+    evaluated = shell.paste(line)
+    assert (evaluated.code, "kept_by_layer" in evaluated.out) == (0, True), evaluated.err
+
+
+REFUSED = {
+    "root that is no UTF-8": ("root=r\udcff", "root = 'r\\udcff' is not allowed: it has a byte that is not UTF-8"),
+    "root of two lines": ("root=a\nb", "root = 'a\\nb' is not allowed: it has a control character"),
+    "data that is no UTF-8": ("data.path=\udcff.txt", "data.path = '\\udcff.txt' is not allowed"),
+    "tag that is no UTF-8": ("tracking.tags=[\udcff]", "tracking.tags = '\\udcff' is not allowed"),
+    "policy that is no UTF-8": ("search.policies=[\udcff]", "search.policies = '\\udcff' is not allowed"),
+    "home of nobody": ("root=~no_such_user/x", "there is no such user"),
+    "name with a space": ("name=a b", "name = 'a b' is not allowed: 1 to 64 letters"),
+    "name with a colon": ("name=a:b", "name = 'a:b' is not allowed: 1 to 64 letters"),
+    "escape": ("tracking.project=\x1b[1m", "tracking.project = '\\x1b[1m' is not allowed"),
+}
+
+
+@pytest.mark.parametrize(("option", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_work_is_refused_before_anything_runs(option: str, message: str, shell: Shell) -> None:
+    wrong = shell.natsl("search", *TINY, option)
+    assert (wrong.code, wrong.out, wrong.err.count("\n")) == (2, "", 1)
+    assert message in wrong.err
+    assert list(Path().iterdir()) == []
