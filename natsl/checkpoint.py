@@ -21,7 +21,7 @@ from torch import Tensor
 
 from natsl.config import ModelConfig, Precision
 from natsl.errors import UserError
-from natsl.files import to_plain, write_text
+from natsl.files import follow_umask, sync, to_plain, write_text
 from natsl.model import RoutedLM
 from natsl.space.check import check_choice
 
@@ -70,9 +70,10 @@ def save(
         except SafetensorError as error:  # it hides the system's error, such as a full disk, in its text
             raise UserError(f"{data} cannot be written: {error}") from None
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno())
         record = {"format": FORMAT, "step": step, "sha256": file_sha256(temporary), **meta}
         record["model"] = to_plain(model.config)
+        follow_umask(temporary)
         _announce(info, record)
         temporary.replace(data)
     finally:
@@ -96,7 +97,8 @@ def _announce(info: Path, record: dict[str, Any]) -> None:
 def read_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Tensors and record of the newest intact checkpoint; None if the folder has none at all.
 
-    A damaged one is skipped with a warning. Raises ``ValueError`` if all are damaged or of a newer format.
+    A damaged one is skipped with a warning. Raises ``UserError`` if all are damaged or of a newer format, and for one
+    that cannot be read, which says nothing about what it holds.
     """
     stored = steps(folder)
     reason = ""
@@ -116,10 +118,12 @@ def read_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None
                 raise ValueError("checksum error")
             return load_file(data), record
         except (OSError, ValueError, KeyError, SafetensorError) as error:
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise UserError(f"{error.filename or data} cannot be read: {error.strerror or error}") from None
             reason = str(error)
             warnings.warn(f"checkpoint {data} is passed over: {error}", stacklevel=2)
     if stored:
-        raise ValueError(f"no checkpoint in {folder} can be read ({reason}); move the folder away to train again")
+        raise UserError(f"no checkpoint in {folder} can be read ({reason}); move the folder away to train again")
     return None
 
 
@@ -156,7 +160,7 @@ def load_model(folder: Path) -> tuple[RoutedLM, dict[str, Any]]:
     """
     newest = read_newest(folder)
     if newest is None:
-        raise ValueError(f"{folder} holds no checkpoint: train a supernet first")
+        raise UserError(f"{folder} holds no checkpoint: train a supernet first")
     tensors, record = newest
     state = {key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")}
     model = build_model(record["model"], state).eval()

@@ -19,7 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 from natsl import __version__
 from natsl.errors import UserError
-from natsl.files import check_name, child_folder, read_config, read_json, sync_folder, to_plain, write_json
+from natsl.files import (
+    check_name,
+    child_folder,
+    follow_umask,
+    read_config,
+    read_json,
+    sync,
+    sync_folder,
+    temporary_path,
+    to_plain,
+    write_json,
+)
 from natsl.load import EXPORT_FILES, EXPORT_FORMAT, Choice, load_choice, load_exported
 from natsl.run import Run
 
@@ -60,15 +71,15 @@ def export_choice(choice: Choice, name: str | None = None, overwrite: bool = Fal
     if target.exists() and not (target / "manifest.json").is_file():
         raise UserError(f"{target} is not an exported model, so it is not overwritten: choose another name")
     parent.mkdir(exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
+    temporary = temporary_path(target)
     try:
+        temporary.mkdir()
         pick = {"pick": choice.pick or "knee"} if "id" in record else {}
         made_from = {"run": run.name, **pick, "data": read_config(run.config).get("data"), **record}
         if run.text.exists():  # older runs do not have it
             made_from["text"] = read_json(run.text)
         _write(temporary, model, policy, made_from)
         verify(temporary, model, policy)
-        temporary.chmod(0o755)
         _put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -88,7 +99,8 @@ def _write(folder: Path, model: RoutedLM, policy: RoutingPolicy, provenance: Map
     except SafetensorError as error:  # it hides the system's error, such as a full disk, in its text
         raise UserError(f"{weights} cannot be written: {error}") from None
     with weights.open("rb+") as file:
-        os.fsync(file.fileno())
+        sync(file.fileno())
+    follow_umask(weights)
     table = model.calibration.tolist()
     made_by = {"format": EXPORT_FORMAT, "natsl": __version__}
     shape = {**made_by, "precision": model.precision.value, "model": to_plain(model.config)}

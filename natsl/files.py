@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
-import tempfile
+import secrets
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -19,6 +20,8 @@ import yaml  # type: ignore[import-untyped]
 from natsl.errors import UserError
 from natsl.secrets import redact
 
+# What a file system says to a call that it does not have, such as fsync of a folder on CIFS.
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOTTY)
 MAX_FILE_BYTES = 1 << 20
 MAX_NODES = 100_000  # of one config file, after its aliases are expanded
 _TAG_PREFIX = "tag:yaml.org,2002:"
@@ -100,14 +103,13 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """``write_text`` for bytes."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+    temporary = temporary_path(path)
     try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only the owner can read
+            sync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -133,6 +135,22 @@ def append_line(path: Path, line: str) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def temporary_path(path: Path) -> Path:
+    """A hidden name beside ``path`` that nobody else uses, for what is then renamed to it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file that a library has made for its owner only the modes of any other file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    try:
+        path.chmod(0o666 & ~umask)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, *_UNSUPPORTED):  # where there is no chmod, the mount decides
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -213,16 +231,24 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(handle: int) -> None:
+    """Make what was written to an open file, or renamed in an open folder, durable where the file system can."""
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable where the file system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EISDIR, *_UNSUPPORTED):  # a folder that is written but not listed
+            return
+        raise
+    try:
+        sync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -6,10 +6,12 @@ Imports neither torch nor optuna.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from natsl.errors import UserError
 from natsl.files import append_line, child_folder, read_json, to_plain, user_path, write_json, write_text
 from natsl.secrets import redact
 
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 FORMAT = 1  # of the run folder; raise it when a reader of older folders would go wrong
 FORMAT_VERSIONS = {1: "0.1"}  # format → first natsl version that writes it
 
@@ -113,13 +116,24 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run; ``UserError`` if another process holds it. A process that ends releases it."""
+        """Hold the run; ``UserError`` if another process holds it. A process that ends releases it.
+
+        A file system without locks gets a warning instead.
+        """
         handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"the run {self.name!r} is in use by another process") from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                warnings.warn(
+                    f"the file system of {self.path} has no locks ({error.strerror}): see to it that no other process "
+                    "works on this run",
+                    stacklevel=3,
+                )
             yield
         finally:
             os.close(handle)
