@@ -18,7 +18,6 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from natsl.errors import UserError
-from natsl.secrets import redact
 
 # What a file system says to a call that it does not have, such as fsync of a folder on CIFS.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOTTY)
@@ -154,8 +153,8 @@ def follow_umask(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``to_plain(value)`` without secrets as indented JSON, atomically."""
-    write_text(path, json.dumps(redact(to_plain(value)), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write ``to_plain(value)`` as indented JSON, atomically. Nothing is masked: it may be read back."""
+    write_text(path, json.dumps(to_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -103,12 +103,20 @@ class Run:
             )
 
     def write_json(self, path: Path, value: Any) -> None:
-        """``write_json`` for a file of this run: atomic, without secrets, numbers that are not finite as null."""
-        write_json(path, value)
+        """``write_json`` for a file that is only shown: atomic, without secrets, what is not finite as null."""
+        write_json(path, redact(to_plain(value)))
 
     def write_config(self, config: Any) -> None:
-        """Write a config dataclass to ``config.yaml``, resolved and without secrets."""
-        write_text(self.config, yaml.safe_dump(redact(to_plain(config)), sort_keys=False, allow_unicode=True))
+        """Write a config dataclass to ``config.yaml``, resolved.
+
+        Paths, names and settings are as typed, whatever the environment holds: they are read back. Nothing reads
+        ``tracking`` and ``search.storage``, which are without secrets.
+        """
+        plain = to_plain(config)
+        for section, names in (("tracking", None), ("search", ("storage",))):
+            fields = plain.get(section, {})
+            fields |= redact(fields if names is None else {name: fields[name] for name in names if name in fields})
+        write_text(self.config, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record to ``log.jsonl`` as a whole line, without secrets."""

@@ -18,7 +18,7 @@ from natsl.config import check_batch, check_chunks
 from natsl.data import Split, TaskData, load_text
 from natsl.device import probe_device, resolve_device
 from natsl.errors import UserError
-from natsl.files import read_json, to_plain, user_path, write_bytes, write_text
+from natsl.files import read_json, to_plain, user_path, write_bytes, write_json, write_text
 from natsl.heldout import keep_record, trained_text
 from natsl.load import read_policy
 from natsl.model import RoutedLM
@@ -40,7 +40,7 @@ from natsl.search.score import Scorer, make_judge, score, steps_to_score
 from natsl.search.source import obtain_supernet, source_run, take_settings
 from natsl.search.storage import connect
 from natsl.search.study import PolicyStudy, Problem, Record, first_policies, open_policy_study
-from natsl.secrets import redact_text
+from natsl.secrets import redact, redact_text
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks.sequences import IGNORED
 from natsl.tracking import Tracker, start_tracker
@@ -292,7 +292,8 @@ class _Search:
     def _write(self, front: Front) -> None:
         run = self.folder
         run.report.unlink(missing_ok=True)  # its presence says that all files belong together
-        run.write_json(run.front_json, front.to_dict())
+        plain = front.to_dict()
+        write_json(run.front_json, plain | {"facts": redact(plain["facts"])})  # the rest is read back
         write_text(run.front_csv, redact_text(front.to_csv()))
         write_bytes(run.front_png, front_png(front))
         write_text(run.report, redact_text(render(front)))

@@ -13,11 +13,16 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from natsl.cli.commands import TrainRunConfig
+from natsl.cli.commands import EvaluateRunConfig, TrainRunConfig, evaluate_choice
 from natsl.errors import UserError
+from natsl.export import export_point
 from natsl.files import read_config, read_json, to_plain
+from natsl.load import stored_data
 from natsl.run import FORMAT, Run
+from natsl.search.config import SearchConfig, SearchRunConfig
+from natsl.tasks import DataConfig
 from natsl.tracking import TrackingConfig
+from tests.run_helpers import make_run
 
 BAD_NAMES = {
     "empty": "",
@@ -205,3 +210,34 @@ def test_no_secret_reaches_the_files_of_a_run(tmp_path: Path, monkeypatch: pytes
     assert stored["data"]["tasks"] == {"mqar": 1.0}
     assert stored["supernet"]["sandwich"] == "groups"
     assert stored["tracking"]["tags"] == ["${oc.env:HOME}"]
+
+
+@pytest.mark.parametrize("secret", ["postgres", "letters.txt", "test_sequences", "recall_error", "my-first-run"])
+def test_a_password_that_is_also_a_word_alters_nothing_that_is_read_back(
+    secret: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTGRES_PASSWORD", secret)
+    monkeypatch.setattr("natsl.export.verify", lambda folder, model, policy: 0.0)
+    root = tmp_path / "postgres" / "my-first-run"
+    root.mkdir(parents=True)
+    run = make_run(root)
+    text = str(root / "letters.txt")
+    assert stored_data("r", str(root), None).path == text
+    folder = export_point(run)
+    assert stored_data(None, "runs", str(folder)).path == text
+    before = evaluate_choice(EvaluateRunConfig("r", str(root), device="cpu"))
+    assert evaluate_choice(EvaluateRunConfig(export=str(folder), device="cpu")) == before
+    config = SearchRunConfig(
+        name="my-first-run",
+        root=str(root),
+        data=DataConfig(path=text),
+        search=SearchConfig(storage="postgresql://me:hunter2@host/db", policies=[text]),
+        tracking=TrackingConfig(project=f"about {secret}"),
+    )
+    run.write_config(config)
+    stored = read_config(run.config)
+    expected = to_plain(config)
+    expected["tracking"]["project"] = "about <removed>"
+    assert "hunter2" not in stored["search"].pop("storage")
+    del expected["search"]["storage"]
+    assert stored == expected
