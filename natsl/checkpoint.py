@@ -138,18 +138,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 
 
 def build_model(config: dict[str, Any], state: dict[str, Tensor]) -> RoutedLM:
-    """A model from a plain configuration and its state; ``ValueError`` if they do not fit each other."""
+    """A model from a plain configuration and its state; ``UserError`` if they do not fit each other."""
     try:
         shape = ModelConfig(**config)
     except TypeError as error:
-        raise ValueError(f"the model configuration cannot be read: {error}") from None
+        raise UserError(f"the model configuration cannot be read: {error}") from None
     if "calibration" not in state:
-        raise ValueError("the weights hold no calibration table")
+        raise UserError("the weights hold no calibration table")
     model = RoutedLM(shape, state["calibration"].shape[-1])
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"the weights do not fit the model configuration: {error}") from None
+        raise UserError(f"the weights do not fit the model configuration: {error}") from None
     return model
 
 

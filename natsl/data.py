@@ -243,7 +243,7 @@ class TaskData:
     def _check_text(self, split: Split, length: int, name: str) -> None:
         size = self.corpus.part(split).numel()
         if size <= length:
-            raise ValueError(
+            raise UserError(
                 f"data.path = {self.config.path!r} is too short: its {split.value} part has {size} bytes, "
                 f"a sequence of {name} = {length} needs {length + 1}"
             )

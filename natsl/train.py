@@ -16,7 +16,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
-from natsl import checkpoint
+from natsl import checkpoint, signals
 from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, check_batch, check_chunks
 from natsl.data import TaskData
 from natsl.errors import UserError
@@ -192,6 +192,7 @@ def to_host(values: Tensor) -> list[float]:
     return values.tolist()
 
 
+@signals.held()
 def train_supernet(
     model: RoutedLM,
     data: TaskData,
@@ -204,6 +205,7 @@ def train_supernet(
     A folder with checkpoints of the same configuration is resumed: the result equals that of an unbroken run (on a GPU
     up to rounding: kernels of other libraries may add in another order every time); one of another configuration is
     refused with the difference (``ValueError``). ``on_step`` receives a record of numbers every ``log_every`` steps.
+    SIGTERM ends it after a step, whose checkpoint is stored.
     Raises ``TrainingDivergedError`` after ``max_bad_steps`` steps in a row without finite loss and gradient.
     """
     train, supernet, seed = recipe.train, recipe.supernet, recipe.seed
@@ -234,7 +236,7 @@ def train_supernet(
         logs = on_step is not None and (done % train.log_every == 0 or done in (1, train.steps))
         stores = done % train.checkpoint_every == 0 and done < train.steps
         due = done % train.max_bad_steps == 0 or done == train.steps or trainer.reads_free
-        if not (logs or stores or due):
+        if not (logs or stores or due or signals.pending()):
             continue
         health, numbers = trainer.read(result if logs else None)
         if health.longest >= train.max_bad_steps:
@@ -251,8 +253,11 @@ def train_supernet(
             record["tokens_per_second"] = speed * train.batch_size * data.config.seq_len
             record["eta_seconds"] = (train.steps - done) / speed
             on_step(record)
-        if stores and health.in_a_row == 0:
+        stopping = signals.pending()
+        if (stores or stopping) and health.in_a_row == 0:
             store(done)
+        if stopping:
+            return  # and ``held`` raises
     if start < train.steps:
         store(train.steps)  # whatever happens in calibration, the training is not lost
     trainer.optimizer.zero_grad(set_to_none=True)
@@ -295,7 +300,7 @@ def _resume(folder: Path, model: RoutedLM, optimizer: torch.optim.Optimizer, met
             difference = ", ".join(f"{key}.{n}: {old.get(n)!r} then, {value.get(n)!r} now" for n in names)
         else:
             difference = f"{key}: {old!r} then, {value!r} now"
-        raise ValueError(f"the checkpoints in {folder} belong to another run ({difference}): choose another name")
+        raise UserError(f"the checkpoints in {folder} belong to another run ({difference}): choose another name")
     state = {key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")}
     model.load_state_dict(state)
     checkpoint.load_optimizer(optimizer, tensors)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal
 
+from natsl.errors import UserError
 from natsl.space import cost
 from natsl.space.cost import LayerShape
 from natsl.space.policy import RoutingPolicy
@@ -193,10 +194,10 @@ def find_objectives(
     """
     for name in (*names, *constraints):
         if name not in OBJECTIVES:
-            raise ValueError(f"objective {name!r} is unknown: the objectives are {', '.join(OBJECTIVES)}")
+            raise UserError(f"objective {name!r} is unknown: the objectives are {', '.join(OBJECTIVES)}")
         task = OBJECTIVES[name].task
         if task is not None and task not in tasks:
-            raise ValueError(
+            raise UserError(
                 f"objective {name!r} needs the task {task}, the data have {', '.join(sorted(tasks))}: "
                 f"add data.tasks.{task} or choose other objectives"
             )

@@ -1,4 +1,4 @@
-"""The checks that configurations and policies make of their values: each raises ``ValueError`` naming value and bound.
+"""The checks that configurations and policies make of their values; ``InvalidValueError`` names value and bound.
 
 Imports no torch.
 """
@@ -13,6 +13,10 @@ from typing import TypeVar
 E = TypeVar("E", bound=Enum)
 
 
+class InvalidValueError(ValueError):
+    """A value of the user's that is not allowed; the text names the value and the bound."""
+
+
 def shown(value: object) -> str:
     """A value as one short line for an error text."""
     text = repr(value.value if isinstance(value, Enum) else value)
@@ -22,7 +26,7 @@ def shown(value: object) -> str:
 def check(ok: bool, name: str, value: object, allowed: str) -> None:
     """Raise ``ValueError`` naming a value and what is allowed unless ``ok``."""
     if not ok:
-        raise ValueError(f"{name} = {shown(value)} is not allowed: {allowed}")
+        raise InvalidValueError(f"{name} = {shown(value)} is not allowed: {allowed}")
 
 
 def check_choice(name: str, value: object, choices: type[E]) -> E:

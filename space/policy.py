@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, NoReturn
 
-from natsl.space.check import check, check_choice, check_count, check_number, shown
+from natsl.space.check import InvalidValueError, check, check_choice, check_count, check_number, shown
 
 
 class Op(Enum):
@@ -157,7 +157,7 @@ class RoutingPolicy:
         values = _keys(plain, "policy", ("chunk_size", "layers"))
         for name in ("chunk_size", "layers"):
             if name not in values:
-                raise ValueError(f"policy has no {name!r}: it must have chunk_size and layers")
+                raise InvalidValueError(f"policy has no {name!r}: it must have chunk_size and layers")
         items = values["layers"]
         check(isinstance(items, list | tuple), "policy.layers", items, "it must be a list")
         layers = []
@@ -165,7 +165,7 @@ class RoutingPolicy:
             try:
                 layers.append(LayerPolicy.from_dict(item))
             except ValueError as error:
-                raise ValueError(f"policy.layers[{i}]: {error}") from None
+                raise InvalidValueError(f"policy.layers[{i}]: {error}") from None
         return cls(tuple(layers), values["chunk_size"])
 
     def to_json(self) -> str:
@@ -178,7 +178,7 @@ class RoutingPolicy:
         try:
             plain = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"policy JSON {shown(text)} cannot be read: {error}") from None
+            raise InvalidValueError(f"policy JSON {shown(text)} cannot be read: {error}") from None
         return cls.from_dict(plain)
 
     def digest(self) -> str:
@@ -220,10 +220,10 @@ def _short(value: float) -> str:
 
 def _keys(plain: object, what: str, known: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(plain, Mapping):
-        raise ValueError(f"{what} = {shown(plain)} is not allowed: it must be a mapping with {', '.join(known)}")
+        raise InvalidValueError(f"{what} = {shown(plain)} is not allowed: it must be a mapping with {', '.join(known)}")
     for key in plain:
         if key not in known:
-            raise ValueError(f"unknown key {shown(key)} in the {what}: the keys are {', '.join(known)}")
+            raise InvalidValueError(f"unknown key {shown(key)} in the {what}: the keys are {', '.join(known)}")
     return dict(plain)
 
 
@@ -231,9 +231,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     plain = dict(pairs)
     if len(plain) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key {shown(next(k for k in keys if keys.count(k) > 1))} appears twice")
+        raise InvalidValueError(f"key {shown(next(k for k in keys if keys.count(k) > 1))} appears twice")
     return plain
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
+    raise InvalidValueError(f"{name} is not a JSON number")

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from natsl import checkpoint, modules, supernet
 from natsl.config import SupernetConfig
+from natsl.data import Split
 from natsl.evaluate import evaluate
+from natsl.files import write_text
 from natsl.model import RoutedLM
 from natsl.space.policy import RoutingPolicy
 from natsl.supernet import calibrate
@@ -71,7 +73,7 @@ def test_no_logits_are_made_to_calibrate(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_evaluation_holds_the_logits_of_a_part_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = make_model(), tiny_data(tasks={"mqar": 1.0, "bytes": 1.0})
     calibrate(model, data, SupernetConfig(calibration_points=17), seed=0)
-    sets = data.eval_sets(supernet.Split.search)
+    sets = data.eval_sets(Split.search)
     policy = RoutingPolicy.uniform(model.kinds, model.config.chunk_size, 0.3)
     whole = evaluate(model, policy, sets)
     sizes = []
@@ -88,7 +90,7 @@ def test_an_evaluation_holds_the_logits_of_a_part_of_its_batch(monkeypatch: pyte
     parts = evaluate(model, policy, sets)
     assert max(sizes) <= 50 * 384
     assert sum(sizes) == 16 * 64 * 384
-    assert (parts.recall_error, parts.kept_by_head) == (whole.recall_error, whole.kept_by_head)
+    assert (parts.errors["recall_error"], parts.kept_by_head) == (whole.errors["recall_error"], whole.kept_by_head)
     assert parts.val_loss == pytest.approx(whole.val_loss, rel=1e-6)
 
 
@@ -123,7 +125,7 @@ def test_a_checkpoint_that_replaces_one_of_its_step_is_never_missing(
 ) -> None:
     """The only checkpoint of a run, cut off anywhere while the calibrated one takes its place."""
     folder = tmp_path / "r"
-    write, calls = checkpoint.write_text, list[Path]()
+    write, calls = write_text, list[Path]()
 
     def interrupted(path: Path, text: str) -> None:
         calls.append(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from natsl.config import Sandwich
 from natsl.errors import UserError
 from natsl.model import RoutedLM, count_parameters
 from natsl.search.config import SearchRunConfig
+from natsl.space.check import InvalidValueError
 from natsl.space.policy import Op
 
 ROOT = Path(__file__).parents[1]
@@ -295,19 +297,31 @@ def test_exit_codes(search: Command) -> None:
     assert search(does=lambda config: 4).code == 4
     outcome = search(does=raise_(UserError("no such\nthing")))
     assert (outcome.code, outcome.err) == (2, "error: no such thing\n")
-    outcome = search(does=raise_(ValueError("x = 3 is not allowed")))
+    outcome = search(does=raise_(InvalidValueError("x = 3 is not allowed")))
     assert (outcome.code, outcome.err) == (2, "error: x = 3 is not allowed\n")
     outcome = search(does=raise_(OSError(errno.ENOSPC, "No space left on device", "runs/x")))
     assert (outcome.code, outcome.err) == (1, "error: No space left on device: runs/x\n")
     outcome = search(does=raise_(KeyboardInterrupt()))
     assert (outcome.code, outcome.err) == (130, "interrupted\n")
+    outcome = search(does=lambda config: os.kill(os.getpid(), signal.SIGTERM))
+    assert (outcome.code, outcome.err) == (143, "terminated\n")
+    outcome = search(does=raise_(MemoryError()))
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: out of memory: use smaller batches")
 
 
-def test_a_defect_keeps_its_traceback(search: Command) -> None:
-    outcome = search(does=raise_(RuntimeError("broken")))
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, KeyError, AssertionError])
+def test_a_defect_keeps_its_traceback_and_asks_for_a_report(kind: type[Exception], search: Command) -> None:
+    outcome = search(does=raise_(kind("broken")))
     assert outcome.code == 1
     assert "Traceback" in outcome.err
-    assert "RuntimeError: broken" in outcome.err
+    assert f"{kind.__name__}: " in outcome.err
+    assert outcome.err.endswith("please report it with the lines above\n")
+
+
+@pytest.mark.parametrize("error", [UserError("mine"), OSError(errno.EACCES, "Permission denied", "x")])
+def test_nobody_is_asked_to_report_a_mistake(error: Exception, search: Command) -> None:
+    assert "report" not in search(does=raise_(error)).err
 
 
 def test_a_value_error_of_a_library_is_a_defect(search: Command) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,32 @@ import torch
 
 from natsl import checkpoint
 from natsl.config import Precision, Sandwich, SupernetConfig
+from natsl.signals import TerminatedError, sigterm_raises
 from natsl.train import train_supernet
 from tests.oracles import tiny_data
 from tests.train_helpers import Killed, Record, assert_equal, kill_at, make_model, recipe
+
+
+@pytest.mark.parametrize("stops", [[1], [3, 4], [7]], ids=str)
+def test_sigterm_stores_the_step_and_the_resumed_run_equals_an_unbroken_one(tmp_path: Path, stops: list[int]) -> None:
+    unbroken = make_model()
+    train_supernet(unbroken, tiny_data(), recipe(), tmp_path / "unbroken")
+    folder = tmp_path / "broken"
+
+    def terminate(record: Record) -> None:
+        if record["step"] == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for stop in stops:
+        with pytest.raises(TerminatedError), sigterm_raises():
+            train_supernet(make_model(), tiny_data(), recipe(), folder, terminate)
+        assert max(checkpoint.steps(folder)) == stop
+        assert not list(folder.glob(".*"))
+    resumed = make_model(init=1)
+    tail: list[Record] = []
+    train_supernet(resumed, tiny_data(), recipe(), folder, tail.append)
+    assert_equal(unbroken, resumed)
+    assert [r["step"] for r in tail] == list(range(stops[-1] + 1, 8))
 
 
 @pytest.mark.parametrize("kind", ["plain", "noise"])

@@ -28,6 +28,10 @@ _use_tables = True
 _generation = 0  # counts how often the tables were read anew
 
 
+class InvalidTableError(ValueError):
+    """A file that should hold launch parameters holds something else."""
+
+
 def stored_path() -> Path:
     """File of the user's own tuning results."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -35,7 +39,7 @@ def stored_path() -> Path:
 
 
 def read_table(path: Path) -> Table:
-    """A stored table, empty where there is no file. Raises ``ValueError`` naming a file that holds something else."""
+    """A stored table, empty where there is no file; ``InvalidTableError`` naming a file that holds something else."""
     if not path.exists():
         return {}
     try:
@@ -46,7 +50,9 @@ def read_table(path: Path) -> Table:
                     if not all(isinstance(value, int) for value in parameters.values()):
                         raise ValueError("a launch parameter is no integer")
     except (AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is not a table of launch parameters ({error}): delete it or tune again") from error
+        raise InvalidTableError(
+            f"{path} is not a table of launch parameters ({error}): delete it or tune again"
+        ) from error
     return table
 
 

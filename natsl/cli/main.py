@@ -1,7 +1,7 @@
 """``natsl <verb>``: the verbs, options by Hydra, one line for a user's mistake, notes on stderr, exit codes.
 
-Exit codes: 0 done, 2 a mistake of the user, 1 a failure, 130 Ctrl-C. Hydra makes no folder, changes no directory and
-configures no logging here. Nothing heavy is imported before a command runs.
+Exit codes: 0 done, 2 a mistake of the user, 1 a failure, 130 Ctrl-C, 143 SIGTERM. Hydra makes no folder, changes no
+directory and configures no logging here. Nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from natsl import __version__
 from natsl.cli.verbs import VERBS, load
 from natsl.errors import UserError
 from natsl.secrets import redact_text
+from natsl.signals import TerminatedError, sigterm_raises
+from natsl.space.check import InvalidValueError
 
 if TYPE_CHECKING:
     import argparse
@@ -120,10 +122,14 @@ def _guard(action: Callable[[], int | None]) -> None:
     warnings.showwarning = _show_warning
     _show_log()
     try:
-        code = action()
+        with sigterm_raises():
+            code = action()
     except KeyboardInterrupt:
         _say("interrupted")
-        code = 130
+        code = 128 + signal.SIGINT
+    except TerminatedError:
+        _say("terminated")
+        code = 128 + signal.SIGTERM
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
@@ -132,9 +138,11 @@ def _guard(action: Callable[[], int | None]) -> None:
         if line is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
             _say(redact_text(traceback.format_exc()).rstrip())
             code = 1
-        if line is not None:
+        if line is None:
+            _say("error: this is a defect of natsl, not of what you typed: please report it with the lines above")
+        else:
             _say(f"error: {line}")
-            code = 1 if isinstance(error, OSError) and error.errno else 2
+            code = 2 if isinstance(error, ValueError) or _is_hydra(error) else 1
     if code:
         sys.exit(code)
 
@@ -176,25 +184,19 @@ def user_line(error: Exception) -> str | None:
 
 
 def _text(error: Exception) -> str | None:
-    if isinstance(error, UserError):
-        return str(error)
+    if isinstance(error, UserError | InvalidValueError) or type(error).__name__ == "InvalidTableError":
+        return str(error)  # kernels/ knows nothing of natsl, and its tables are too slow to import for their error
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: use smaller batches or another device ({str(error) or 'no more is known'})"
     if isinstance(error, OSError) and error.errno in _PLAIN_ERRNO:
         return f"{error.strerror}: {error.filename}" if error.filename else str(error)
-    if isinstance(error, ValueError) and not _from_library(error):
-        return str(error)
     if "omegaconf" in sys.modules and "hydra" in sys.modules:
         return _hydra_text(error)
     return None
 
 
-def _from_library(error: Exception) -> bool:
-    """Whether an exception was raised by an installed package: then it is our defect, not the user's mistake."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None or str(last.tb_frame.f_globals.get("__name__", "")).partition(".")[0] == "natsl":
-        return False
-    return "site-packages" in Path(last.tb_frame.f_code.co_filename).parts
+def _is_hydra(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] in ("hydra", "omegaconf")
 
 
 def _hydra_text(error: Exception) -> str | None:

@@ -1,0 +1,57 @@
+"""SIGTERM as an exception that clean-up sees; a training holds it back until its step is done and stored."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+class TerminatedError(BaseException):
+    """SIGTERM: the process is to end. Like ``KeyboardInterrupt``, no ``except Exception`` takes it for a failure."""
+
+
+class _State:
+    held = 0  # how many blocks hold it back
+    pending = False
+
+
+def pending() -> bool:
+    """Whether a SIGTERM has come that ``held`` holds back."""
+    return _State.pending
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Hold a first SIGTERM back until the block ends; a second one ends it at once."""
+    _State.held += 1
+    try:
+        yield
+    finally:
+        _State.held -= 1
+    if _State.pending and not _State.held:
+        _State.pending = False
+        raise TerminatedError
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Within the block SIGTERM raises ``TerminatedError`` in the main thread; elsewhere the block changes nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        yield
+    finally:
+        _State.pending = False
+        signal.signal(signal.SIGTERM, before)
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    if _State.held and not _State.pending:
+        _State.pending = True
+        return
+    raise TerminatedError
