@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,6 +25,7 @@ from natsl.errors import UserError
 from natsl.files import check_name, read_json, to_plain, write_json
 from natsl.progress import Progress
 from natsl.run import Run
+from natsl.signals import TerminatedError, sigterm_raises
 from natsl.space.check import check, check_counts
 from natsl.tasks import DataConfig
 
@@ -110,8 +112,11 @@ def run_job(job: Job) -> dict[str, Any]:
     recipe = TrainRecipe(c.train, c.variant(job.variant), job.seed)
     torch.manual_seed(job.seed)
     model = RoutedLM(c.model, recipe.supernet.calibration_points).to(resolve_device(c.device))
-    with tempfile.TemporaryDirectory() as folder:
-        train_supernet(model, data, recipe, Path(folder))
+    try:
+        with sigterm_raises(), tempfile.TemporaryDirectory() as folder:
+            train_supernet(model, data, recipe, Path(folder))
+    except TerminatedError:
+        os._exit(128 + signal.SIGTERM)  # a worker that is gone ends the pool, one that returns would be replaced
     sets = data.eval_sets(Split.test)
     kinds, chunk = model.kinds, c.model.chunk_size
 
@@ -149,8 +154,13 @@ def run_jobs(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(waiting)), mp_context=context, max_tasks_per_child=1) as pool:
-        for future in as_completed([pool.submit(run_job, job) for job in waiting]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(run_job, job) for job in waiting]):
+                yield future.result()
+        except BaseException:
+            for child in multiprocessing.active_children():  # else the pool would wait for all jobs
+                child.terminate()
+            raise
 
 
 def table(results: list[dict[str, Any]], config: AblationConfig) -> str:
