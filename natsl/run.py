@@ -39,6 +39,7 @@ class Run:
         self.supernet = path / "supernet"
         self.calibration = path / "calibration.json"
         self.study_db = path / "study.db"
+        self.scores = path / "scores.jsonl"
         self.front_json = path / "front.json"
         self.front_csv = path / "front.csv"
         self.front_png = path / "front.png"

@@ -37,6 +37,7 @@ from natsl.search.report.html import render
 from natsl.search.report.png import front_png
 from natsl.search.report.terminal import print_front, print_nothing_to_do
 from natsl.search.score import Scorer, make_judge, score, steps_to_score
+from natsl.search.score_cache import ScoreCache
 from natsl.search.source import obtain_supernet, source_run, take_settings
 from natsl.search.storage import connect
 from natsl.search.study import PolicyStudy, Problem, Record, first_policies, open_policy_study
@@ -180,6 +181,7 @@ class _Search:
             folder.report.unlink(missing_ok=True)  # so that the next call does not take the search for finished
         folder.write_config(self.config)
         judge = make_judge(model.to(self.device), self.data, settings.batch_size)
+        judge = ScoreCache(folder.scores, self._made_from()).judge(judge)
         scorer = Scorer(judge, self.problem, settings, self.config.seed, study.records)
         journal = Journal(folder, self.tracker)
         with reported_faults():
@@ -191,17 +193,20 @@ class _Search:
         print_front(front, folder, self._select, exported)
         return front
 
-    def _study(self) -> PolicyStudy:
+    def _made_from(self) -> dict[str, Any]:
+        """What results depend on, beside the policy."""
         record = checkpoint.read_newest(self.folder.supernet)
         assert record is not None, "the supernet was stored or copied before"
-        made_from = {
+        return {
             "natsl": __version__,
             "model": to_plain(self.config.model),
             "data": self.data.fingerprint,
             "supernet": record[1]["sha256"],
         }
+
+    def _study(self) -> PolicyStudy:
         path, name = self.folder.study_db, self.folder.name
-        return open_policy_study(path, name, self.config.search, self.problem, self.config.seed, made_from)
+        return open_policy_study(path, name, self.config.search, self.problem, self.config.seed, self._made_from())
 
     def _trials(self, study: PolicyStudy, scorer: Scorer, journal: Journal) -> Scale:
         try:

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from natsl.errors import UserError
+from natsl.evaluate import Evaluation, evaluate
 from natsl.run import Run
-from natsl.search import score
+from natsl.search import pipeline, score
 from natsl.search.pipeline import run_search
+from natsl.space.policy import RoutingPolicy
+from natsl.tasks.sequences import Batch
 from tests.test_pipeline import interrupting, results, tiny
 
 
@@ -49,3 +52,43 @@ def test_the_same_command_goes_on_after_the_memory_was_full(
     assert run_search(tiny(tmp_path, text)) is not None
     assert results(run) == straight
     assert run_search(tiny(tmp_path, text)) is None
+
+
+@pytest.mark.parametrize("at", [3, 8, 9, 14, 20], ids=lambda at: f"interrupted at {at}")
+def test_nothing_is_evaluated_twice(
+    at: int, straight: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of trials, test scores, baselines and controls only the evaluation that was cut off is made again."""
+    calls: list[tuple[object, ...]] = []
+    cut_off: list[tuple[object, ...]] = []
+
+    def counted(model: object, policy: RoutingPolicy, sets: dict[str, Batch], **named: Any) -> Evaluation:
+        (sequences, *_) = [batch.tokens.sum().item() for batch in sets.values()]
+        calls.append((policy.digest(), sequences, named.get("random_routing")))
+        if len(calls) == at and not cut_off:
+            cut_off.append(calls.pop())
+            raise KeyboardInterrupt
+        return evaluate(model, policy, sets, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(score, "evaluate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_search(tiny(tmp_path, text))
+    assert run_search(tiny(tmp_path, text)) is not None
+    assert calls.count(cut_off[0]) == 1
+    assert len(calls) == len(set(calls)) > 20
+    assert results(Run.open("first", tmp_path, create=False)) == straight
+
+
+def test_a_search_cut_off_while_its_report_is_written_scores_nothing_again(
+    straight: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "front_png", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_search(tiny(tmp_path, text))
+    monkeypatch.undo()
+    monkeypatch.setattr(score, "evaluate", interrupted)
+    assert run_search(tiny(tmp_path, text)) is not None
+    assert results(Run.open("first", tmp_path, create=False)) == straight

@@ -1,0 +1,119 @@
+"""Stored results of evaluations: used again only for exactly what they were made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from natsl.evaluate import Evaluation
+from natsl.search.score import Judge
+from natsl.search.score_cache import ScoreCache
+from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
+from tests.search_helpers import CHUNK, synthetic, synthetic_judge
+
+POLICY = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(budget=0.2), LayerPolicy(Op.softmax)), CHUNK)
+OTHER = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(budget=0.3), LayerPolicy(Op.softmax)), CHUNK)
+MADE_FROM = {"supernet": "s", "data": "d"}
+FRACTIONS = (0.0, 0.1 + 0.2, 1.0)
+
+
+class Counting:
+    """A judge that counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def judge(self) -> Judge:
+        inner = synthetic_judge()
+
+        def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
+            self.calls += 1
+            return inner.random(policy, fractions, seed)
+
+        return Judge(self._count(inner.search), self._count(inner.test), random)
+
+    def _count(self, inner: Callable[[RoutingPolicy], Evaluation]) -> Callable[[RoutingPolicy], Evaluation]:
+        def call(policy: RoutingPolicy) -> Evaluation:
+            self.calls += 1
+            return inner(policy)
+
+        return call
+
+
+def judged(path: Path, counting: Counting, made_from: dict[str, str] | None = None) -> Judge:
+    return ScoreCache(path, made_from or MADE_FROM).judge(counting.judge())
+
+
+def ask_all(judge: Judge) -> list[Evaluation]:
+    return [judge.search(POLICY), judge.test(POLICY), judge.random(POLICY, FRACTIONS, 7)]
+
+
+def test_a_later_process_evaluates_nothing_again(tmp_path: Path) -> None:
+    path, counting = tmp_path / "scores.jsonl", Counting()
+    first = ask_all(judged(path, counting))
+    assert counting.calls == 3
+    assert ask_all(judged(path, counting)) == first == ask_all(synthetic_judge())
+    assert counting.calls == 3
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda judge: judge.search(OTHER),
+        lambda judge: judge.test(OTHER),
+        lambda judge: judge.random(POLICY, FRACTIONS, 8),
+        lambda judge: judge.random(POLICY, (0.0, 0.3, 1.0), 7),
+        lambda judge: judge.random(OTHER, FRACTIONS, 7),
+    ],
+    ids=["other policy", "other policy tested", "other draw", "other fractions", "other policy at random"],
+)
+def test_another_question_is_evaluated(ask: Callable[[Judge], Evaluation], tmp_path: Path) -> None:
+    path, counting = tmp_path / "scores.jsonl", Counting()
+    ask_all(judged(path, counting))
+    assert ask(judged(path, counting)) == ask(synthetic_judge())
+    assert counting.calls == 4
+
+
+@pytest.mark.parametrize("change", [{"supernet": "t"}, {"data": "e"}], ids=lambda change: next(iter(change)))
+def test_results_of_another_supernet_or_other_data_are_not_used(change: dict[str, str], tmp_path: Path) -> None:
+    path, counting = tmp_path / "scores.jsonl", Counting()
+    ask_all(judged(path, counting))
+    ask_all(judged(path, counting, MADE_FROM | change))
+    assert counting.calls == 6
+    ask_all(judged(path, counting))
+    assert counting.calls == 6
+
+
+@pytest.mark.parametrize("left", ["half a line", "nothing", "no JSON", "other JSON"])
+def test_a_damaged_line_is_evaluated_again(left: str, tmp_path: Path) -> None:
+    path, counting = tmp_path / "scores.jsonl", Counting()
+    first = ask_all(judged(path, counting))
+    lines = path.read_text().splitlines(keepends=True)
+    damaged = {"half a line": lines[-1][:50], "nothing": "", "no JSON": "\0\0\n", "other JSON": '["evaluation"]\n'}
+    path.write_text("".join(lines[:-1]) + damaged[left])
+    assert ask_all(judged(path, counting)) == first
+    assert counting.calls == 4
+    assert ask_all(judged(path, counting)) == first
+    assert counting.calls == 4
+
+
+def test_what_is_not_finite_is_stored_as_it_is(tmp_path: Path) -> None:
+    judge = replace(synthetic_judge(), test=lambda policy: replace(synthetic(policy), val_loss=math.nan))
+    for _ in range(2):
+        loss = ScoreCache(tmp_path / "scores.jsonl", MADE_FROM).judge(judge).test(POLICY).val_loss
+        assert loss is not None
+        assert math.isnan(loss)
+
+
+def test_an_evaluation_that_raises_is_not_stored(tmp_path: Path) -> None:
+    def test(policy: RoutingPolicy) -> Evaluation:
+        raise FloatingPointError("logits are not finite")
+
+    cache = ScoreCache(tmp_path / "scores.jsonl", MADE_FROM)
+    with pytest.raises(FloatingPointError):
+        cache.judge(replace(synthetic_judge(), test=test)).test(POLICY)
+    assert not (tmp_path / "scores.jsonl").exists()
