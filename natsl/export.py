@@ -33,6 +33,7 @@ from natsl.files import (
 )
 from natsl.load import EXPORT_FILES, EXPORT_FORMAT, Choice, load_choice, load_exported
 from natsl.run import Run
+from natsl.secrets import redact
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
     from torch import Tensor
@@ -107,7 +108,8 @@ def _write(folder: Path, model: RoutedLM, policy: RoutingPolicy, provenance: Map
     write_json(folder / "config.json", shape)
     write_json(folder / "policy.json", policy.to_dict())
     write_json(folder / "calibration.json", {"quantiles_of_margins": table, "axes": ["layer", "head", "quantile"]})
-    write_json(folder / "provenance.json", {"natsl": __version__, **provenance})
+    read_back = {"data": provenance.get("data")}  # all else is only shown
+    write_json(folder / "provenance.json", {"natsl": __version__, **redact(to_plain(provenance)), **read_back})
     sums = {name: file_sha256(folder / name) for name in EXPORT_FILES}
     write_json(folder / "manifest.json", {**made_by, "files": sums})
 
