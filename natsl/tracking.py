@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import tempfile
 import threading
 import warnings
@@ -18,13 +19,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from natsl.files import to_plain
+from natsl.files import to_plain, write_text
 from natsl.run import Run
 from natsl.secrets import redact
 from natsl.space.check import check
 
 _INIT_SECONDS = 20  # how long a start may wait for the network
 _FINISH_SECONDS = 60  # how long the end may wait for uploads
+_staging: dict[str, str] = {}  # the folder that this process has made wandb stage artifacts in
 
 
 class TrackingMode(Enum):
@@ -100,8 +102,10 @@ class WandbTracker(Tracker):
         run.wandb.mkdir(exist_ok=True)
         with tempfile.TemporaryFile(dir=run.wandb):  # wandb would go to /tmp without a word
             pass
-        # Artifacts are staged there until they are sent; the default is the home directory.
-        os.environ.setdefault("WANDB_DATA_DIR", str(run.wandb.absolute()))
+        # Artifacts are staged there until they are sent; the default is the home directory. Each job of a sweep has its
+        # own folder, unless the user has named one.
+        if os.environ.get("WANDB_DATA_DIR") in (None, _staging.get("folder")):
+            os.environ["WANDB_DATA_DIR"] = _staging["folder"] = str(run.wandb.absolute())
         import wandb
 
         wandb.setup(settings=wandb.Settings(silent=True))
@@ -111,6 +115,8 @@ class WandbTracker(Tracker):
         self._folder = run.wandb
         self._stages: set[str] = set()
         self._run: Any = wandb.init(
+            id=_wandb_id(run),
+            resume="allow" if config.mode is TrackingMode.online else None,
             project=redact(config.project),
             group=redact(config.group),
             tags=redact(config.tags),
@@ -193,6 +199,14 @@ class WandbTracker(Tracker):
     def _tear_down(self) -> None:
         with contextlib.suppress(Exception):
             self._wandb.teardown(exit_code=1)
+
+
+def _wandb_id(run: Run) -> str:
+    """The id of a run at wandb, the same whenever it is resumed."""
+    path = run.wandb / "id"
+    if not path.is_file():
+        write_text(path, secrets.token_hex(4))
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _warn(error: Exception) -> None:

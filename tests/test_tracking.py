@@ -112,6 +112,31 @@ def test_offline_records_everything_but_secrets(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["runs"]
 
 
+JOBS = """
+import sys
+from pathlib import Path
+from wandb.sdk.artifacts.staging import get_staging_dir
+from natsl.run import Run
+from natsl.tracking import TrackingConfig, start_tracker
+for name in ("a", "b", "a"):
+    run = Run.open(name, sys.argv[1])
+    (run.path / "a.txt").write_text(name)
+    tracker = start_tracker(TrackingConfig(), run, {})
+    assert Path(get_staging_dir()) == run.wandb.absolute() / "artifacts" / "staging"
+    tracker.file("text", run.path / "a.txt")
+    tracker.finish()
+"""
+
+
+def test_a_resumed_run_is_one_wandb_run_and_jobs_stage_apart(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", JOBS, str(tmp_path)]
+    done = subprocess.run(command, env=fresh_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ids = {name: [path.name for path in (tmp_path / name / "wandb").glob("offline-run-*/run-*.wandb")] for name in "ab"}
+    assert len(set(ids["a"])) == 1, "twice the same id"
+    assert set(ids["a"]).isdisjoint(ids["b"])
+
+
 def count_warnings(action: Callable[[], None]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
