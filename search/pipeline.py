@@ -83,7 +83,7 @@ def held_out_data(config: SearchRunConfig) -> tuple[TaskData, TrainedText | None
     settings = config.data
     source = None if config.supernet_from is None else source_run(config)
     trained = None if source is None else trained_text(source)
-    text = load_text(settings.path, settings.text_rules(config.root), trained)
+    text = load_text(settings.path, settings.text_rules(str(user_path(config.root, "root"))), trained)
     data = TaskData(settings, text, config.model.vocab_size)
     if source is not None and trained is None:
         newest = checkpoint.read_newest(source.supernet)

@@ -121,7 +121,7 @@ def test_printed_commands_work_for_odd_roots(root: str, shell: Shell, tmp_path: 
     for line in (generate, *commands(exported.out)):
         drawn = shell.paste(line)
         assert (drawn.code, drawn.out[:4]) == (0, "def "), drawn.err
-    assert read_json(folder / "front.json")["facts"]["setting"]["text"].startswith(text)
+    assert read_json(folder / "front.json")["facts"]["setting"]["text"].startswith(str(tmp_path / "work" / text))
     made = {text} if root.startswith("~/") else {text, Path(root).name}
     assert {item.name for item in (tmp_path / "work").iterdir()} == made
 

@@ -142,6 +142,10 @@ def test_files_of_a_group_hold_text_as_typed(search: Command, tmp_path: Path) ->
     (tmp_path / "tracking").mkdir()
     (tmp_path / "tracking" / "mine.yaml").write_text("group: true\nproject: 0x10\ntags: [on, 1.0]\n")
     (job,) = search(f"--config-dir={tmp_path}", "experiment=2026").jobs
-    assert (job.name, job.tracking.group, job.data.path) == ("1.10", "1e3", "2026-11-26")
+    assert (job.name, job.tracking.group, job.data.path) == (
+        "1.10",
+        "1e3",
+        str(Path("2026-11-26").absolute()),  # paths are stored so that they mean the same from every folder
+    )
     (job,) = search(f"--config-dir={tmp_path}", "+tracking=mine").jobs
     assert (job.tracking.group, job.tracking.project, job.tracking.tags) == ("true", "0x10", ["on", "1.0"])

@@ -229,7 +229,7 @@ def run_training(config: TrainRunConfig) -> None:
 
     check_batch(config.model.layers, config.train, config.supernet)
     check_chunks(config.model.chunk_size, config.data.seq_len)
-    text = load_text(config.data.path, config.data.text_rules(config.root))
+    text = load_text(config.data.path, config.data.text_rules(str(user_path(config.root, "root"))))
     data = TaskData(config.data, text, config.model.vocab_size)
     run = Run.open(config.name, config.root)
     with run.lock():

@@ -7,6 +7,7 @@ task's name.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +73,7 @@ class DataConfig:
 
     def text_rules(self, *runs: str) -> TextRules:
         """Which files are text; ``runs``: folders of runs, which are never entered."""
-        return TextRules(tuple(self.include), tuple(self.exclude), self.field, runs)
+        return TextRules(tuple(self.include), tuple(self.exclude), self.field, tuple(map(os.path.expanduser, runs)))
 
     def build(self, task: str) -> Task[Any]:
         """A task with its options; ``ValueError`` for an unknown name."""
