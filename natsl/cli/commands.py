@@ -353,7 +353,8 @@ def run_calibration(config: CalibrateConfig) -> None:
     for budget in CHECKED_BUDGETS:
         policy = RoutingPolicy.uniform(model.kinds, model.config.chunk_size, budget)
         print(f"{budget:6.2f} {evaluate(model, policy, sets).kept_fraction:6.3f}")
-    options = {**run_options(run.name, config.root), "calibration": config.name, "budget": 0.1}
+    named = {} if config.data.path is None else {"data.path": data.config.path}  # where the table holds
+    options = {**run_options(run.name, config.root), "calibration": config.name, "budget": 0.1, **named}
     print(f"try it: {command('evaluate', options)}")
 
 
