@@ -21,7 +21,6 @@ from natsl.errors import UserError
 from natsl.files import read_json, to_plain, user_path, write_bytes, write_json, write_text
 from natsl.heldout import keep_record, trained_text
 from natsl.load import read_policy
-from natsl.model import RoutedLM
 from natsl.progress import Progress
 from natsl.record import TrainedText
 from natsl.resume import REPORT_OPTIONS, check_resume
@@ -36,7 +35,7 @@ from natsl.search.pareto import Scale, Volume
 from natsl.search.report.html import render
 from natsl.search.report.png import front_png
 from natsl.search.report.terminal import print_front, print_nothing_to_do
-from natsl.search.score import Scorer, make_judge, score, steps_to_score
+from natsl.search.score import Judge, Scorer, make_judge, score, steps_to_score
 from natsl.search.score_cache import ScoreCache
 from natsl.search.source import obtain_supernet, source_run, take_settings
 from natsl.search.storage import connect
@@ -167,21 +166,21 @@ class _Search:
     def run(self, finished: bool, outdated: bool) -> Front | None:
         folder = self.folder
         model = obtain_supernet(self.config, folder, self.data, self.device, self.tracker)
-        with contextlib.closing(self._study()) as study:
-            return self._search(model, study, finished, outdated)
-
-    def _search(self, model: RoutedLM, study: PolicyStudy, finished: bool, outdated: bool) -> Front | None:
-        folder, settings = self.folder, self.config.search
-        if finished:
+        made_from = self._made_from()
+        with contextlib.closing(self._study(made_from)) as study:
+            if not finished:
+                judge = make_judge(model.to(self.device), self.data, self.config.search.batch_size)
+                return self._search(study, ScoreCache(folder.scores, made_from).judge(judge), outdated)
             print_nothing_to_do(folder, trials_reported(folder))
             if self.config.export:
                 export_knee(folder)  # it is missing if the search was cut off after its report
             return None
+
+    def _search(self, study: PolicyStudy, judge: Judge, outdated: bool) -> Front:
+        folder, settings = self.folder, self.config.search
         if outdated:
             folder.report.unlink(missing_ok=True)  # so that the next call does not take the search for finished
         folder.write_config(self.config)
-        judge = make_judge(model.to(self.device), self.data, settings.batch_size)
-        judge = ScoreCache(folder.scores, self._made_from()).judge(judge)
         scorer = Scorer(judge, self.problem, settings, self.config.seed, study.records)
         journal = Journal(folder, self.tracker)
         with reported_faults():
@@ -194,7 +193,7 @@ class _Search:
         return front
 
     def _made_from(self) -> dict[str, Any]:
-        """What results depend on, beside the policy."""
+        """What results depend on besides the policy; reads the checkpoint to its end, for its checksum."""
         record = checkpoint.read_newest(self.folder.supernet)
         assert record is not None, "the supernet was stored or copied before"
         return {
@@ -204,9 +203,9 @@ class _Search:
             "supernet": record[1]["sha256"],
         }
 
-    def _study(self) -> PolicyStudy:
+    def _study(self, made_from: dict[str, Any]) -> PolicyStudy:
         path, name = self.folder.study_db, self.folder.name
-        return open_policy_study(path, name, self.config.search, self.problem, self.config.seed, self._made_from())
+        return open_policy_study(path, name, self.config.search, self.problem, self.config.seed, made_from)
 
     def _trials(self, study: PolicyStudy, scorer: Scorer, journal: Journal) -> Scale:
         try:
