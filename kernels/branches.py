@@ -16,7 +16,7 @@ from natsl.kernels.dispatch import (
     split_values,
     use_kernels,
 )
-from natsl.kernels.reference import sample
+from natsl.kernels.reference import sample, scale_gradient
 from natsl.kernels.shape import LARGEST_GRID, LARGEST_KEY_DIM, LARGEST_VALUE_DIM
 from natsl.kernels.softmax import routed_softmax
 
@@ -37,6 +37,7 @@ def routed_branches(
     route: Tensor,
     *,
     chunk_size: int,
+    delta_route: Tensor | None = None,
     counterfactual: str = "none",
     counterfactual_rate: float = 1.0,
     backend: str = "auto",
@@ -45,14 +46,20 @@ def routed_branches(
 
     q, k [B,T,R,K], v [B,T,R,V], g, beta [B,T,R] as the delta rule takes them (q and k are normalised inside);
     q_softmax, k_softmax [B,T,Hs,Ks], already normed, with Hs = R·G: softmax head r·G + j reads the j-th slice of v's
-    head r. route [B,N,R]; ``counterfactual`` and its rate as in ``routed_softmax``.
+    head r. route [B,N,R]: 1 = softmax keeps the chunk; delta_route [B,N,R]: 1 = the delta rule does not write it (None:
+    ``route``, so what softmax keeps is not written). With both, a chunk may be kept and written, or neither.
+    ``counterfactual`` and its rate as in ``routed_softmax``; one draw per chunk and head samples both sides.
+
+    route.grad is that of softmax and delta_route.grad that of the delta rule; without delta_route, route.grad is their
+    sum.
 
     Returns o_delta [B,T,R,V] and o_softmax [B,T,Hs,V/G]. On CUDA the two run on two streams, forward and backward; the
     results are those of two calls. Raises ``ValueError`` naming the argument. Source: arXiv 2602.03681, section 3.
     """
     op = "routed_branches"
     heads = {"q": q, "k": k, "v": v, "q_softmax": q_softmax, "k_softmax": k_softmax}
-    check_tensors(op, {**heads, "g": g, "beta": beta, "route": route})
+    routes = {"route": route} if delta_route is None else {"route": route, "delta_route": delta_route}
+    check_tensors(op, {**heads, "g": g, "beta": beta, **routes})
     check_heads(op, heads, chunk_size)
     B, T, R, K = q.shape
     V, Hs, Ks = v.shape[3], *q_softmax.shape[2:]
@@ -63,31 +70,47 @@ def routed_branches(
     check_shape(op, "k_softmax", k_softmax, (B, T, Hs, Ks))
     check_shape(op, "g", g, (B, T, R))
     check_shape(op, "beta", beta, (B, T, R))
-    check_shape(op, "route", route, (B, *count_chunks([T], chunk_size), R))
+    for name, tensor in routes.items():
+        check_shape(op, name, tensor, (B, *count_chunks([T], chunk_size), R))
     check_counterfactual(op, counterfactual, counterfactual_rate)
     sizes = {"K": K, "V": V, "Ks": Ks, "batch · heads": max(1, B * R)}
+    if delta_route is route:  # torch.compile takes no tensor twice as inputs of one node
+        delta_route = None
     if not use_kernels(op, backend, q.device, LIMITS.reason(q.dtype, chunk_size, sizes)):
-        options = {"counterfactual": counterfactual, "counterfactual_rate": counterfactual_rate, "backend": backend}
-        o_delta, _ = routed_delta_rule(q, k, v, g, beta, route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
+        delta_route = route if delta_route is None else delta_route
+        sampling = counterfactual != "none" and counterfactual_rate < 1.0
+        if sampling and (route.requires_grad or delta_route.requires_grad):
+            weight = sample(route.detach(), counterfactual_rate)  # one draw for both ops, which then sample nothing
+            left, erased = route.detach() <= 0, delta_route.detach() >= 1
+            route = scale_gradient(route, torch.where(left, weight, 1.0))
+            delta_route = scale_gradient(delta_route, torch.where(erased, weight, 1.0))
+        options = {"counterfactual": counterfactual, "backend": backend}
+        o_delta, _ = routed_delta_rule(q, k, v, g, beta, delta_route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
         values = split_values(v, Hs)
         o_softmax = routed_softmax(q_softmax, k_softmax, values, route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
         return o_delta, o_softmax
     from natsl.kernels._triton import branches as branches_triton
 
     route = route.float().contiguous()
-    sampled, written = _gradient_weights(route.detach(), counterfactual, counterfactual_rate)
-    inputs = branches_triton.BranchInputs(q, k, v, q_softmax, k_softmax, g, beta, route)
+    delta_route = None if delta_route is None else delta_route.float().contiguous()
+    sampled, written = _gradient_weights(route, delta_route, counterfactual, counterfactual_rate)
+    inputs = branches_triton.BranchInputs(q, k, v, q_softmax, k_softmax, g, beta, route, delta_route)
     settings = branches_triton.BranchOptions(chunk_size, K**-0.5, Ks**-0.5)
     return branches_triton.routed_branches(inputs, sampled, written, settings, counterfactual)
 
 
-def _gradient_weights(route: Tensor, counterfactual: str, rate: float) -> tuple[Tensor, Tensor]:
-    """Weights of the routes' gradient [B,N,R]: of the softmax side where it was not chosen, and of the delta side.
+def _gradient_weights(
+    route: Tensor, delta_route: Tensor | None, counterfactual: str, rate: float
+) -> tuple[Tensor, Tensor]:
+    """Weights of the routes' gradients [B,N,R]: of the softmax side where it was not chosen, and of the delta side.
 
-    The side that was chosen weighs 1, the other nothing (none; the first result is not read) or an unbiased sample.
+    The side that was chosen weighs 1, the other nothing (none; the first result is not read) or an unbiased sample: the
+    same one for both sides of a chunk, should neither be chosen.
     """
-    unchosen = route <= 0.5  # by softmax
+    route = route.detach()
+    left = route <= 0.5  # out by softmax
+    written = left if delta_route is None else delta_route <= 0.5
     if counterfactual == "none":
-        return route, unchosen
+        return route, written
     weight = sample(route, rate)
-    return weight * unchosen, torch.where(unchosen, 1.0, weight)
+    return weight * left, torch.where(written, 1.0, weight)

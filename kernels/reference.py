@@ -150,12 +150,17 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * weight, None
 
 
+def scale_gradient(x: Tensor, weight: Tensor) -> Tensor:
+    """x, its gradient multiplied by a weight of its shape."""
+    return _ScaleGradient.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def weighted_route(route: Tensor, unchosen: Tensor, counterfactual: str, rate: float) -> Tensor:
     """The routes, their gradient restricted to the chosen side (none) or sampled on the other (rate < 1)."""
     if not route.requires_grad or (counterfactual != "none" and rate >= 1.0):
         return route
     weight = sampling_weight(route.detach(), unchosen, counterfactual, rate)
-    return _ScaleGradient.apply(route, weight)  # type: ignore[no-any-return, no-untyped-call]
+    return scale_gradient(route, weight)
 
 
 def routed_softmax(

@@ -22,21 +22,36 @@ def make(T: int, dtype: torch.dtype, *, B: int = 2, R: int = 2, K: int = 16, V: 
     return [*(x.to(DEVICE, dtype) for x in wide), *(x.to(DEVICE) for x in scalars)]
 
 
+def make_two_routes(T: int, dtype: torch.dtype) -> list[Tensor]:
+    """The same, and the routes of the delta rule; the first chunks have all four combinations."""
+    inputs = make(T, dtype)
+    route = inputs[7]
+    delta_route = (torch.rand_like(route) < 0.5).float()
+    for n, (kept, erased) in enumerate(((0, 1), (1, 0), (0, 0), (1, 1))[: route.shape[1]]):
+        route[:, n, 0], delta_route[:, n, 0] = kept, erased
+    return [*inputs, delta_route]
+
+
+def together(ts: list[Tensor], mode: str = "none", rate: float = 1.0, backend: str = "triton") -> tuple[Tensor, Tensor]:
+    """``routed_branches`` of the eight inputs, or of these and the routes of the delta rule."""
+    delta_route = ts[8] if len(ts) > 8 else None
+    options = {"counterfactual": mode, "counterfactual_rate": rate, "backend": backend}
+    return routed_branches(*ts[:8], chunk_size=C, delta_route=delta_route, **options)  # type: ignore[arg-type]
+
+
 def apart(ts: list[Tensor], mode: str) -> tuple[Tensor, Tensor]:
     """The two public ops on the torch backend."""
-    q, k, v, qs, ks, g, beta, route = ts
-    o_delta, _ = routed_delta_rule(q, k, v, g, beta, route, chunk_size=C, counterfactual=mode, backend="torch")
+    q, k, v, qs, ks, g, beta, route = ts[:8]
+    delta_route = ts[8] if len(ts) > 8 else route
+    o_delta, _ = routed_delta_rule(q, k, v, g, beta, delta_route, chunk_size=C, counterfactual=mode, backend="torch")
     values = v.reshape(*qs.shape[:3], -1)
     return o_delta, routed_softmax(qs, ks, values, route, chunk_size=C, counterfactual=mode, backend="torch")
 
 
-@pytest.mark.parametrize("mode", ["none", "derivative", "insertion"])
-@pytest.mark.parametrize("T", [1, 16, 51])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_equals_two_calls(backend: str, T: int, mode: str) -> None:
-    inputs = make(T, torch.float32)
+def assert_equal_two_calls(inputs: list[Tensor], mode: str, backend: str) -> None:
+    """Outputs and all gradients are those of the two ops in float64."""
     ours, exact = leaves(inputs), leaves(inputs, torch.float64)
-    got = routed_branches(*ours, chunk_size=C, counterfactual=mode, backend=backend)
+    got = together(ours, mode, backend=backend)
     expected = apart(exact, mode)
     weights = [torch.randn_like(x) for x in got]
     loss, exact_loss = (
@@ -48,6 +63,72 @@ def test_equals_two_calls(backend: str, T: int, mode: str) -> None:
         (*got, *torch.autograd.grad(loss, ours)), (*expected, *torch.autograd.grad(exact_loss, exact)), strict=True
     ):
         assert_near(x, y, torch.float32)
+
+
+@pytest.mark.parametrize("mode", ["none", "derivative", "insertion"])
+@pytest.mark.parametrize("T", [1, 16, 51])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_equals_two_calls(backend: str, T: int, mode: str) -> None:
+    assert_equal_two_calls(make(T, torch.float32), mode, backend)
+
+
+@pytest.mark.parametrize("mode", ["none", "derivative", "insertion"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_two_routes_equal_two_calls(backend: str, mode: str) -> None:
+    assert_equal_two_calls(make_two_routes(67, torch.float32), mode, backend)
+
+
+@pytest.mark.parametrize("mode", ["none", "insertion"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_second_route_equal_to_the_first_changes_nothing(backend: str, mode: str) -> None:
+    inputs = make(51, torch.float32)
+    one, two, same = leaves(inputs), leaves([*inputs, inputs[7]]), leaves(inputs)
+    results = []
+    for ts in (one, two, [*same, same[7]]):
+        got = together(ts, mode, backend=backend)
+        results.append([*got, *torch.autograd.grad(sum(o.square().sum() for o in got), ts)])  # type: ignore[arg-type]
+    expected, split, passed_twice = results
+    for x, y in zip(split[:9], expected[:9], strict=True):
+        assert torch.equal(x, y)
+    assert_near(split[9] + split[10], expected[9])
+    for x, y in zip(passed_twice[:10], expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("wanted", [7, 8], ids=["route", "delta_route"])
+def test_gradient_of_only_one_of_two_routes(wanted: int) -> None:
+    ts = leaves(make_two_routes(51, torch.float32))
+    expected = torch.autograd.grad(sum(o.square().sum() for o in together(ts, "insertion")), ts[wanted])  # type: ignore[arg-type]
+    ts[15 - wanted].requires_grad_(False)
+    got = torch.autograd.grad(sum(o.square().sum() for o in together(ts, "insertion")), ts[wanted])  # type: ignore[arg-type]
+    assert torch.equal(*got, *expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_one_draw_samples_both_sides_of_a_chunk(backend: str) -> None:
+    inputs = make(16 * 6, torch.float32)
+    weights = []
+    for rate in (1.0, 0.5):
+        ts = leaves([*inputs[:7], torch.zeros_like(inputs[7]), torch.ones_like(inputs[7])])  # kept nowhere
+        loss = sum(o.square().sum() for o in together(ts, "insertion", rate, backend))
+        weights.append([grad[:, :-1] for grad in torch.autograd.grad(loss, ts[7:])])  # type: ignore[arg-type]
+    for exact in weights[0]:
+        assert exact.all()
+    softmax, delta = (sampled / exact for exact, sampled in zip(*weights, strict=True))
+    torch.testing.assert_close(softmax, delta)
+    assert 0 < float((delta > 1).float().mean()) < 1
+    torch.testing.assert_close(softmax, 2.0 * (softmax > 1))
+
+
+def test_gradients_of_real_routes_are_exact() -> None:
+    inputs = [x.double() for x in make(9, torch.float64, B=1, K=4, V=4)]
+    routes = leaves([torch.rand(1, 3, 2).double(), torch.rand(1, 3, 2).double()])
+
+    def outputs(route: Tensor, delta_route: Tensor) -> tuple[Tensor, Tensor]:
+        ts = [*inputs[:7], route]
+        return routed_branches(*ts, chunk_size=4, delta_route=delta_route, counterfactual="derivative", backend="torch")
+
+    assert torch.autograd.gradcheck(outputs, routes)
 
 
 def test_only_one_output_and_no_route_gradient() -> None:
@@ -70,14 +151,30 @@ def test_bit_equal_repeats() -> None:
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-def test_whole_graph_compiles() -> None:
-    inputs = make(20, torch.float32, B=1)
-
+@pytest.mark.parametrize("routes", [1, 2])
+def test_whole_graph_compiles(routes: int) -> None:
     def layer(*ts: Tensor) -> Tensor:
-        o_delta, o_softmax = routed_branches(*ts, chunk_size=C, counterfactual="insertion", backend="triton")
+        o_delta, o_softmax = together(list(ts), "insertion")
         return (o_delta.reshape(o_softmax.shape) * o_softmax.sigmoid()).sum()
 
-    assert_compiles(layer, inputs)
+    assert_compiles(layer, make_two_routes(20, torch.float32)[: 7 + routes])
+
+
+@pytest.mark.parametrize("routes", [1, 2])
+def test_the_ops_keep_the_rules_of_custom_ops(routes: int) -> None:
+    inputs = make_two_routes(20, torch.float32)
+    delta_route = inputs[8] if routes == 2 else None
+    options = (C, 0.25, 0.35)
+    ops = torch.ops.natsl
+    torch.library.opcheck(ops.routed_branches.default, (*inputs[:8], delta_route, *options))
+    *softmax, o_delta, saved = ops.routed_branches(*inputs[:8], delta_route, *options)
+    gradients = (inputs[7] < 0.5, torch.randn_like(o_delta), torch.randn_like(softmax[0]))
+    arguments = (*gradients, *inputs[:8], delta_route, inputs[7], softmax, o_delta, saved, *options)
+    for wanted in ((True, True), (False, False)):
+        checks = ("test_schema", "test_faketensor")[: 2 if all(wanted) else 1]
+        torch.library.opcheck(
+            ops.routed_branches_backward.default, (*arguments, "insertion", *wanted), test_utils=checks
+        )
 
 
 def test_compiles_for_any_length() -> None:
@@ -96,7 +193,7 @@ def test_compiles_for_any_length() -> None:
 def test_weights_of_the_route_gradient(rate: float) -> None:
     """The chosen side weighs 1, the other an unbiased sample; a route of one half counts as left out."""
     route = torch.tensor([0.0, 0.5, 1.0], device=DEVICE).expand(1, 20000, 3)
-    sampled, written = _gradient_weights(route, "insertion", rate)
+    sampled, written = _gradient_weights(route, None, "insertion", rate)
     assert sampled.dtype is written.dtype is torch.float32
     assert not sampled[..., 2].any()
     assert (written[..., :2] == 1).all()
@@ -105,9 +202,9 @@ def test_weights_of_the_route_gradient(rate: float) -> None:
         torch.testing.assert_close(weight.unique().cpu(), values)
         assert abs(float(weight.mean()) - 1) < 0.06  # 5 standard deviations of 20,000 draws
     left, kept = (route <= 0.5), route > 0.5
-    read, mode_none = _gradient_weights(route, "none", rate)
+    read, mode_none = _gradient_weights(route, None, "none", rate)
     assert torch.equal(mode_none, left)
-    assert read is route
+    assert torch.equal(read, route)
     assert not (mode_none & kept).any()
 
 
@@ -149,3 +246,13 @@ def test_mistakes_name_the_argument(index: int, shape: tuple[int, ...], message:
     inputs[index] = torch.zeros(shape, device=DEVICE)
     with pytest.raises(ValueError, match=message):
         routed_branches(*inputs, chunk_size=C)
+
+
+def test_a_wrong_second_route_is_named() -> None:
+    inputs = make(9, torch.float32)
+    for delta_route, message in (
+        (torch.zeros(2, 2, 2), "delta_route has shape"),
+        (torch.zeros(2, 1, 2).int(), "floating"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            routed_branches(*inputs, chunk_size=C, delta_route=delta_route.to(DEVICE))

@@ -26,7 +26,7 @@ from natsl.kernels.launch.replay import Replayed, side_by_side
 
 
 class BranchInputs(NamedTuple):
-    """What the two branches read; all but g, beta and route, which are float32, of one dtype."""
+    """What the two branches read; all but g, beta and the routes, which are float32, of one dtype."""
 
     q: Tensor  # [B,T,R,K]
     k: Tensor  # [B,T,R,K]
@@ -35,10 +35,12 @@ class BranchInputs(NamedTuple):
     k_softmax: Tensor  # [B,T,Hs,Ks]
     g: Tensor  # [B,T,R]
     beta: Tensor  # [B,T,R]
-    route: Tensor  # [B,N,R] of 0 and 1
+    route: Tensor  # [B,N,R] of 0 and 1; 1: softmax keeps the chunk
+    delta_route: Tensor | None = None  # [B,N,R] of 0 and 1; 1: the delta rule does not write it; None: as route
 
     def delta(self) -> DeltaInputs:
-        return DeltaInputs(self.q, self.k, self.v, self.g, self.beta, self.route)
+        route = self.route if self.delta_route is None else self.delta_route
+        return DeltaInputs(self.q, self.k, self.v, self.g, self.beta, route)
 
     def softmax(self) -> SoftmaxInputs:
         values = split_values(self.v, self.q_softmax.shape[2])
@@ -56,10 +58,10 @@ class BranchOptions(NamedTuple):
 @Replayed
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
-    chunk_size: int, scale: float, scale_softmax: float,
+    delta_route: Tensor | None, chunk_size: int, scale: float, scale_softmax: float,
 ) -> list[Tensor]:  # fmt: skip
     """Output and saved tensors of softmax (``SoftmaxOutputs``), then output and saved buffer of the delta rule."""
-    x = BranchInputs(q, k, v, q_softmax, k_softmax, g, beta, route)
+    x = BranchInputs(q, k, v, q_softmax, k_softmax, g, beta, route, delta_route)
     delta_options, softmax_options = DeltaOptions(chunk_size, scale, True), SoftmaxOptions(chunk_size, scale_softmax)
     delta, softmax = side_by_side(
         q.device,
@@ -71,9 +73,9 @@ def _launch_forward(
 
 def _fake_forward(
     q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
-    chunk_size: int, scale: float, scale_softmax: float,
+    delta_route: Tensor | None, chunk_size: int, scale: float, scale_softmax: float,
 ) -> list[Tensor]:  # fmt: skip
-    x = BranchInputs(q, k, v, q_softmax, k_softmax, g, beta, route)
+    x = BranchInputs(q, k, v, q_softmax, k_softmax, g, beta, route, delta_route)
     delta = delta_triton.empty_outputs(x.delta(), None, chunk_size, False)
     return [*softmax_triton.empty_outputs(x.softmax()), delta.o, delta.saved]
 
@@ -84,7 +86,7 @@ def _launch_backward(
     o_delta: Tensor, saved: Tensor,
     chunk_size: int, scale: float, scale_softmax: float, counterfactual: str, want_route: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """All gradients but that of the route, of which both sides come last: that of softmax in parts to be summed."""
+    """All gradients but that of the routes, of which both sides come last: that of softmax in parts to be summed."""
     x = BranchInputs(*inputs)
     x_softmax = x.softmax()
     delta_options = DeltaOptions(chunk_size, scale, True)
@@ -103,32 +105,41 @@ def _launch_backward(
 def _run_backward(
     written: Tensor, do_delta: Tensor, do_softmax: Tensor,
     q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
-    sampled: Tensor, softmax: list[Tensor], o_delta: Tensor, saved: Tensor,
-    chunk_size: int, scale: float, scale_softmax: float, counterfactual: str, want_route: bool,
+    delta_route: Tensor | None, sampled: Tensor, softmax: list[Tensor], o_delta: Tensor, saved: Tensor,
+    chunk_size: int, scale: float, scale_softmax: float, counterfactual: str, want_route: bool, want_delta_route: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of the inputs, in their order; that of the route is unwritten unless ``want_route``."""
+    """Gradients of the inputs that are there, in their order; those of the routes are meaningless unless wanted."""
+    inputs = [x for x in (q, k, v, q_softmax, k_softmax, g, beta, route, delta_route) if x is not None]
     *grads, parts, droute = _launch_backward(
-        do_delta, do_softmax, [q, k, v, q_softmax, k_softmax, g, beta, route], sampled, softmax, o_delta, saved,
+        do_delta, do_softmax, inputs, sampled, softmax, o_delta, saved,
         chunk_size, scale, scale_softmax, counterfactual, want_route,
     )  # fmt: skip
-    return [*grads, torch.addcmul(parts.sum(-1), droute, written) if want_route else droute]
+    if delta_route is None:
+        return [*grads, torch.addcmul(parts.sum(-1), droute, written) if want_route else droute]
+    dsoftmax_route = parts.sum(-1) if want_route else parts.new_empty(parts.shape[:3])
+    return [*grads, dsoftmax_route, droute * written if want_delta_route else droute]
 
 
 def _fake_backward(
     written: Tensor, do_delta: Tensor, do_softmax: Tensor,
     q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
-    *rest: Any,
+    delta_route: Tensor | None, *rest: Any,
 ) -> list[Tensor]:  # fmt: skip
-    return [x.new_empty(x.shape) for x in (q, k, v, q_softmax, k_softmax, g, beta, route)]
+    inputs = (q, k, v, q_softmax, k_softmax, g, beta, route, delta_route)
+    return [x.new_empty(x.shape) for x in inputs if x is not None]
 
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor q_softmax, Tensor k_softmax, Tensor g, Tensor beta, Tensor route"
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor q_softmax, Tensor k_softmax, Tensor g, Tensor beta, Tensor route, "
+    "Tensor? delta_route"
+)
 _OPTIONS = "int chunk_size, float scale, float scale_softmax"
 _forward_op = register("routed_branches", f"({_INPUTS}, {_OPTIONS}) -> Tensor[]", _launch_forward, _fake_forward)
 _backward_op = register(
     "routed_branches_backward",
     f"(Tensor written, Tensor do_delta, Tensor do_softmax, {_INPUTS}, Tensor sampled, Tensor[] softmax, "
-    f"Tensor o_delta, Tensor saved, {_OPTIONS}, str counterfactual, bool want_route) -> Tensor[]",
+    f"Tensor o_delta, Tensor saved, {_OPTIONS}, str counterfactual, bool want_route, bool want_delta_route) -> "
+    "Tensor[]",
     _run_backward,
     _fake_backward,
 )
@@ -138,9 +149,10 @@ class _RoutedBranches(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor,
-        route: Tensor, sampled: Tensor, written: Tensor, options: BranchOptions, counterfactual: str,
+        route: Tensor, delta_route: Tensor | None, sampled: Tensor, written: Tensor, options: BranchOptions,
+        counterfactual: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        inputs = (q, k, v, q_softmax, k_softmax, g, beta, route)
+        inputs = (q, k, v, q_softmax, k_softmax, g, beta, route, delta_route)
         o_softmax, lse, starts, count, o_delta, saved = _forward_op(*inputs, *options)
         ctx.save_for_backward(*inputs, sampled, written, o_softmax, lse, starts, count, o_delta, saved)
         ctx.options, ctx.counterfactual = options, counterfactual
@@ -153,12 +165,13 @@ class _RoutedBranches(torch.autograd.Function):
         *inputs, sampled, written, o_softmax, lse, starts, count, o_delta, saved = ctx.saved_tensors
         do_delta = torch.zeros_like(o_delta) if do_delta is None else last_contiguous(do_delta)
         do_softmax = torch.zeros_like(o_softmax) if do_softmax is None else last_contiguous(do_softmax)
-        _, _, _, _, _, _, _, want_route, *_ = ctx.needs_input_grad
-        *grads, droute = _backward_op(
+        want_route, want_delta_route = ctx.needs_input_grad[7:9]
+        grads = _backward_op(
             written, do_delta, do_softmax, *inputs, sampled, [o_softmax, lse, starts, count], o_delta, saved,
-            *ctx.options, ctx.counterfactual, want_route,
+            *ctx.options, ctx.counterfactual, want_route, want_delta_route,
         )  # fmt: skip
-        return *grads, (droute if want_route else None), None, None, None, None
+        droute, ddelta_route = grads[7] if want_route else None, grads[8] if want_delta_route else None
+        return *grads[:7], droute, ddelta_route, None, None, None, None
 
 
 def routed_branches(
@@ -178,6 +191,7 @@ def routed_branches(
         x.g.float().contiguous(),
         x.beta.float().contiguous(),
         x.route,
+        x.delta_route,
         sampled,
         written,
         options,
