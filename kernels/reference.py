@@ -286,10 +286,3 @@ def routed_mix(
     mixed = w_delta * (rms_normalise(o_delta.to(dtype), eps) * weight_delta.to(dtype))
     mixed = mixed + w_softmax * (rms_normalise(o_softmax.to(dtype), eps) * weight_softmax.to(dtype))
     return (F.silu(gate.to(dtype)) * mixed).to(o_delta.dtype)
-
-
-def cap_limits(chunks: int, cap: float, burst: int, device: torch.device) -> Tensor:
-    """How many of the first n chunks may be kept, n = 1…``chunks``: ceil(cap·n) + burst, int64 [chunks]."""
-    n = torch.arange(1, chunks + 1, device=device, dtype=torch.float64)
-    # 1e-9 keeps a product such as 0.07·100 = 7.000000000000001 from rounding up to the next integer
-    return torch.ceil(cap * n - 1e-9).to(torch.int64) + burst

@@ -1,4 +1,4 @@
-"""Margins → routes: thresholds, calibrated budgets and the hard causal cap.
+"""Margins → routes: thresholds, calibrated budgets and hard causal limits.
 
 Shapes: B batch, T tokens, C chunk size, N = ceil(T/C) chunks, R routing heads, D width, P table points.
 Everything here is causal: the route of chunk n depends only on chunks ≤ n.
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from natsl.kernels.dispatch import resolve
-from natsl.kernels.reference import cap_limits
 
 
 def chunk_means(x: Tensor, chunk_size: int, lengths: Tensor | None = None) -> Tensor:
@@ -46,47 +45,73 @@ def threshold_routes(margins: Tensor, threshold: Tensor | float) -> Tensor:
     return (margins > threshold).to(margins.dtype)
 
 
-def cap_routes(route: Tensor, cap: float, burst: int = 0) -> Tensor:
-    """Enforce the hard limit: chunk n is kept only if the number kept before is < ceil(cap·(n+1)) + burst.
+def cap_limits(chunks: int, cap: float | Tensor, burst: int | Tensor, device: torch.device) -> Tensor:
+    """How many of the first n chunks may be kept, n = 1…``chunks``: ceil(cap·n) + burst, int64 [N] or [B,N].
 
-    route [B,N,R] of 0/1, the chunks that are wanted. Returns 0/1 [B,N,R]. The sequential rule is K_n = min(K_{n−1} +
-    w_n, L_n) with the rising limit L_n, so K_n = W_n + min(0, min_{j ≤ n}(L_j − W_j)) with W the cumulative sum of w:
-    no loop. Which chunks a cap leaves out is first come first served; a larger budget under the same cap is not
-    nested.
+    cap in [0, 1], a number or float64 [B]; burst ≥ 0, a number or int64 [B]; [B,N] is returned if one is a tensor. A
+    cap of 1 limits nothing. Tensors are not read, so only numbers are checked: raises ``ValueError`` for one outside
+    its range and for a cap of another dtype.
     """
-    _check_cap(cap, burst)
-    limit = cap_limits(route.shape[1], cap, burst, route.device)[None, :, None]
+    if isinstance(cap, Tensor):
+        if cap.dtype != torch.float64:  # 0.07 in float32 is a little more than 0.07, and a chunk more of 100
+            raise ValueError(f"cap is {cap.dtype}, it must be torch.float64")
+        cap = cap[:, None]
+    elif not 0.0 <= cap <= 1.0:
+        raise ValueError(f"cap = {cap!r} is not allowed: it must lie in [0, 1]")
+    if isinstance(burst, Tensor):
+        burst = burst[:, None]
+    elif burst < 0:
+        raise ValueError(f"burst = {burst!r} is not allowed: it must be ≥ 0")
+    n = torch.arange(1, chunks + 1, device=device, dtype=torch.float64)
+    # 1e-9 keeps a product such as 0.07·100 = 7.000000000000001 from rounding up to the next integer
+    return torch.ceil(cap * n - 1e-9).to(torch.int64) + burst
+
+
+def limit_routes(route: Tensor, limits: Tensor) -> Tensor:
+    """Enforce hard limits: chunk n is kept only if the number kept before is < limits[n].
+
+    route [B,N,R] of 0/1, the chunks that are wanted; limits ≥ 0 and never falling along a row, integers broadcastable
+    to [B,N]. Returns 0/1 [B,N,R]. The sequential rule is K_n = min(K_{n−1} + w_n, L_n) with the rising limit L_n, so
+    K_n = W_n + min(0, min_{j ≤ n}(L_j − W_j)) with W the cumulative sum of w: no loop. Which chunks a limit leaves out
+    is first come first served; a larger budget under the same limits is not nested.
+    """
     wanted = (route > 0.5).to(torch.int64)
     total = wanted.cumsum(1)
-    kept = total + (limit - total).cummin(1).values.clamp(max=0)
+    kept = total + (limits.expand(route.shape[:2])[:, :, None] - total).cummin(1).values.clamp(max=0)
     return kept.diff(dim=1, prepend=torch.zeros_like(kept[:, :1])).to(route.dtype)
 
 
-def _check_cap(cap: float, burst: int) -> None:
-    if not 0.0 <= cap <= 1.0:
-        raise ValueError(f"cap = {cap!r} is not allowed: it must lie in [0, 1]")
-    if burst < 0:
-        raise ValueError(f"burst = {burst!r} is not allowed: it must be ≥ 0")
-
-
 def route_margins(
-    margins: Tensor, threshold: Tensor | float, cap: float | None, burst: int = 0, backend: str = "auto"
+    margins: Tensor, threshold: Tensor | float, limits: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Threshold the margins and, unless ``cap`` is None, enforce the hard limit on what is kept.
+    """Threshold the margins and, unless ``limits`` is None, enforce these on what is kept.
 
-    margins [B,N,R]; threshold broadcastable to it. The same as ``threshold_routes`` and ``cap_routes`` one after the
-    other, bit for bit; with a cap one kernel on CUDA. Returns float 0/1 [B,N,R] in margins' dtype, without a gradient.
-    Raises ``ValueError`` for a cap or a burst outside its range.
+    margins [B,N,R]; threshold broadcastable to it; limits int32 or int64, broadcastable to [B,N], as ``cap_limits``
+    makes them and ``limit_routes`` reads them. The same as ``threshold_routes`` and ``limit_routes`` one after the
+    other, bit for bit; with limits one kernel on CUDA. Returns float 0/1 [B,N,R] in margins' dtype, without a gradient.
+    Raises ``ValueError`` for limits of another kind or shape.
     """
     name = resolve(backend, "route_margins", margins.device)
-    if cap is None:
+    if limits is None:
         return threshold_routes(margins.detach(), threshold)
-    _check_cap(cap, burst)
+    _check_limits(limits, margins)
     if name == "triton":
         from natsl.kernels._triton.routing import capped_routes
 
-        return capped_routes(margins, threshold, cap, burst)
-    return cap_routes(threshold_routes(margins.detach(), threshold), cap, burst)
+        return capped_routes(margins, threshold, limits)
+    return limit_routes(threshold_routes(margins.detach(), threshold), limits)
+
+
+def _check_limits(limits: Tensor, margins: Tensor) -> None:
+    if not isinstance(limits, Tensor) or limits.dtype not in (torch.int32, torch.int64):
+        kind = limits.dtype if isinstance(limits, Tensor) else type(limits).__name__
+        raise ValueError(f"route_margins: limits must be an integer tensor, int32 or int64, found {kind}")
+    if limits.device != margins.device:
+        raise ValueError(f"route_margins: limits is on {limits.device}, but margins is on {margins.device}")
+    sizes, shape = tuple(margins.shape[:2]), tuple(limits.shape)
+    fits = all(size in (1, whole) for size, whole in zip(reversed(shape), reversed(sizes), strict=False))
+    if len(shape) > 2 or not fits:
+        raise ValueError(f"route_margins: limits has shape {shape}, it must be broadcastable to {sizes}")
 
 
 def quantile_table(margins: Tensor, points: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from natsl.config import CalibrationScope, SupernetConfig
-from natsl.kernels.routing import budget_threshold, chunk_means, complete_chunks, route_margins
+from natsl.kernels.routing import budget_threshold, cap_limits, chunk_means, complete_chunks, route_margins
 from natsl.space.policy import LayerPolicy, Op
 
 
@@ -107,7 +107,10 @@ def _route_group(margins: Tensor, complete: Tensor | int, policy: LayerPolicy, c
             theta = quantile_threshold(margins, complete, policy.budget, training)
         else:
             theta = budget_threshold(context.calibration, policy.budget).to(margins.dtype)[None, None]
-    route = route_margins(margins.detach(), theta.detach(), policy.cap, policy.burst)
+    limits = None
+    if policy.cap is not None:
+        limits = cap_limits(margins.shape[1], policy.cap, policy.burst, margins.device)
+    route = route_margins(margins.detach(), theta.detach(), limits)
     if training is not None and torch.is_grad_enabled() and finite:
         route = straight_through(margins, theta, route, training.route_temperature)
         if training.gradient_clamp > 0:

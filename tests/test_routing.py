@@ -15,9 +15,10 @@ from natsl.kernels import dispatch
 from natsl.kernels.dispatch import resolve
 from natsl.kernels.routing import (
     budget_threshold,
-    cap_routes,
+    cap_limits,
     chunk_means,
     complete_chunks,
+    limit_routes,
     quantile_table,
     threshold_routes,
 )
@@ -106,7 +107,11 @@ def test_budget_outside_its_range(budget: float) -> None:
         budget_threshold(torch.zeros(1, 17), budget)
 
 
-# Cap
+# Limits
+
+
+def cap_routes(route: Tensor, cap: float, burst: int = 0) -> Tensor:
+    return limit_routes(route, cap_limits(route.shape[1], cap, burst, route.device))
 
 
 def sequential_cap(wanted: list[int], cap: str, burst: int) -> list[int]:
@@ -147,6 +152,23 @@ def test_cap_0_and_1() -> None:
     assert cap_routes(route, 0.0, burst=2).flatten().tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
     assert torch.equal(cap_routes(route, 1.0), route)
     assert cap_routes(torch.ones(0, 4, 2), 0.5).shape == (0, 4, 2)
+
+
+def test_caps_of_a_batch_equal_those_of_its_rows() -> None:
+    caps, bursts = [0.0, 1.0, 0.07, 0.5, 0.29], [2, 0, 0, 10**12, 1]
+    limits = cap_limits(200, torch.tensor(caps, dtype=torch.float64), torch.tensor(bursts), torch.device("cpu"))
+    assert limits.dtype is torch.int64
+    for row, cap, burst in zip(limits, caps, bursts, strict=True):
+        assert torch.equal(row, cap_limits(200, cap, burst, row.device))
+        assert row.tolist() == [math.ceil(Fraction(str(cap)) * n) + burst for n in range(1, 201)]
+    one_burst = cap_limits(200, torch.tensor(caps, dtype=torch.float64), 3, limits.device)
+    assert torch.equal(one_burst - 3, limits - torch.tensor(bursts)[:, None])
+    assert torch.equal(
+        cap_limits(200, 0.5, torch.tensor([0, 4]), limits.device)[1], cap_limits(200, 0.5, 4, limits.device)
+    )
+    assert cap_limits(0, torch.tensor(caps, dtype=torch.float64), 0, limits.device).shape == (5, 0)
+    with pytest.raises(ValueError, match=r"cap is torch.float32, it must be torch.float64"):
+        cap_limits(3, torch.tensor(caps), 0, limits.device)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from natsl.kernels._triton.routing import capped_routes, kept_chunks, packed_blocks
-from natsl.kernels.routing import cap_routes, route_margins, threshold_routes
+from natsl.kernels.routing import cap_limits, limit_routes, route_margins, threshold_routes
 from tests.oracles import chunk_count
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -103,14 +103,49 @@ def test_capped_routes_equal_those_of_torch(N: int) -> None:
     threshold = torch.tensor([-0.3, 0.4], device=DEVICE)
     cases = [(0.07, 0), (0.3, 3)] if N > 1000 else [(0.0, 0), (0.0, 2), (0.07, 0), (0.3, 1), (0.5, 10**12), (1.0, 0)]
     for cap, burst in cases:
-        expected = cap_routes(threshold_routes(margins, threshold), cap, burst)
-        assert torch.equal(capped_routes(margins, threshold, cap, burst), expected), (cap, burst)
+        for limits in (cap_limits(N, cap, burst, DEVICE), cap_limits(N, cap, min(burst, N), DEVICE).int()):
+            expected = limit_routes(threshold_routes(margins, threshold), limits)
+            assert torch.equal(capped_routes(margins, threshold, limits), expected), (cap, burst)
 
 
 def test_caps_where_the_limit_is_an_integer() -> None:
     margins = torch.ones(1, 100, 1, device=DEVICE)
     for cap in (0.01, 0.07, 0.1, 0.29, 1 / 3, 0.57):
-        assert torch.equal(capped_routes(margins, 0.0, cap), cap_routes(margins, cap)), cap
+        limits = cap_limits(100, cap, 0, DEVICE)
+        assert torch.equal(capped_routes(margins, 0.0, limits), limit_routes(margins, limits)), cap
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("N", [0, 1, 40, 129, 1025])
+def test_limits_of_a_batch_equal_those_of_its_rows(N: int, backend: str) -> None:
+    caps = torch.tensor([0.0, 1.0, 0.3, 0.5, 0.07], dtype=torch.float64, device=DEVICE)
+    bursts = torch.tensor([0, 0, 2, 10**15, 0], device=DEVICE)
+    margins = torch.randn(5, N, 2, device=DEVICE)
+    margins[:, 3::7] = math.nan
+    limits = cap_limits(N, caps, bursts, DEVICE)
+    route = route_margins(margins, -0.5, limits, backend=backend)
+    assert route.shape == margins.shape
+    for b in range(5):
+        row = slice(b, b + 1)
+        alone = cap_limits(N, float(caps[b]), int(bursts[b]), DEVICE)
+        assert torch.equal(route[row], route_margins(margins[row], -0.5, alone, backend=backend))
+    unlimited = threshold_routes(margins, -0.5)
+    assert not route[0].any()
+    assert torch.equal(route[1], unlimited[1])
+    assert torch.equal(route[3], unlimited[3])
+    assert N < 40 or (route[2] != unlimited[2]).any()
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [torch.tensor(3), torch.tensor([2]), torch.tensor([[1], [4]]), torch.tensor([[0, 1, 1, 2, 5]])],
+    ids=lambda x: str(tuple(x.shape)),
+)
+def test_every_shape_of_limits(limits: Tensor) -> None:
+    margins, limits = torch.ones(2, 5, 3, device=DEVICE), limits.to(DEVICE)
+    expected = route_margins(margins, 0.0, limits.expand(2, 5).contiguous(), backend="torch")
+    for backend in ("torch", "triton"):
+        assert torch.equal(route_margins(margins, 0.0, limits, backend=backend), expected)
 
 
 @pytest.mark.parametrize(
@@ -121,10 +156,9 @@ def test_caps_where_the_limit_is_an_integer() -> None:
 def test_every_shape_of_threshold(threshold: Tensor | float) -> None:
     threshold = threshold.to(DEVICE) if isinstance(threshold, Tensor) else threshold
     margins = torch.randn(3, 9, 2, device=DEVICE).permute(2, 1, 0)  # [2,9,3], strided
-    for cap in (None, 0.4):
-        expected = route_margins(margins, threshold, cap, 1, backend="torch")
-        assert torch.equal(capped_routes(margins, threshold, cap, 1), expected)
-        assert torch.equal(route_margins(margins, threshold, cap, 1, backend="triton"), expected)
+    for limits in (None, cap_limits(9, 0.4, 1, DEVICE)):
+        expected = route_margins(margins, threshold, limits, backend="torch")
+        assert torch.equal(route_margins(margins, threshold, limits, backend="triton"), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
@@ -132,37 +166,52 @@ def test_every_shape_of_threshold(threshold: Tensor | float) -> None:
 def test_margins_are_compared_in_the_wider_dtype(dtype: torch.dtype, other: torch.dtype) -> None:
     margins = torch.full((1, 4, 1), 0.1, dtype=dtype, device=DEVICE)
     for threshold in (torch.full((1,), 0.1, dtype=other, device=DEVICE), torch.tensor(0.1, dtype=other, device=DEVICE)):
-        route = capped_routes(margins, threshold, 0.5)
+        limits = cap_limits(4, 0.5, 0, DEVICE)
+        route = capped_routes(margins, threshold, limits)
         assert route.dtype is dtype
-        assert torch.equal(route, cap_routes(threshold_routes(margins, threshold), 0.5))
+        assert torch.equal(route, limit_routes(threshold_routes(margins, threshold), limits))
 
 
 def test_capped_routes_carry_no_gradient_and_allow_an_empty_batch() -> None:
     margins = torch.randn(1, 5, 2, device=DEVICE, requires_grad=True)
     for backend in ("torch", "triton"):
-        for cap in (None, 0.5):
-            assert not route_margins(margins, 0.0, cap, backend=backend).requires_grad
-            assert route_margins(margins[:0], 0.0, cap, backend=backend).shape == (0, 5, 2)
+        for limits in (None, cap_limits(5, 0.5, 0, DEVICE)):
+            assert not route_margins(margins, 0.0, limits, backend=backend).requires_grad
+            assert route_margins(margins[:0], 0.0, limits, backend=backend).shape == (0, 5, 2)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize(("cap", "burst", "message"), [(1.2, 0, "cap = 1.2"), (math.nan, 0, "cap"), (0.5, -1, "burst")])
-def test_mistakes_name_the_argument(backend: str, cap: float, burst: int, message: str) -> None:
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (0.5, "limits must be an integer tensor, int32 or int64, found float"),
+        (torch.ones(4), "found torch.float32"),
+        (torch.ones(3).long(), r"limits has shape \(3,\), it must be broadcastable to \(1, 4\)"),
+        (torch.ones(2, 4).long(), r"limits has shape \(2, 4\)"),
+        (torch.ones(1, 1, 4).long(), r"limits has shape \(1, 1, 4\)"),
+    ],
+    ids=["number", "float", "chunks", "rows", "dimensions"],
+)
+def test_mistakes_name_the_argument(backend: str, limits: Tensor, message: str) -> None:
+    limits = limits.to(DEVICE) if isinstance(limits, Tensor) else limits
     with pytest.raises(ValueError, match=message):
-        route_margins(torch.ones(1, 4, 1, device=DEVICE), 0.0, cap, burst, backend=backend)
+        route_margins(torch.ones(1, 4, 1, device=DEVICE), 0.0, limits, backend=backend)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="a CPU has nothing to wait for")
 def test_nothing_waits_for_the_device() -> None:
     margins, cu_seqlens = torch.randn(1, 5, 2, device=DEVICE), packed([7, 0, 17, 1])
+    cap = torch.full((1,), 0.5, dtype=torch.float64, device=DEVICE)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        kept_chunks(capped_routes(margins, 0.1, 0.5, 1), None, 8, 40)
-        kept_chunks(capped_routes(margins, 0.1, None), cu_seqlens, 8, 25)
+        kept_chunks(route_margins(margins, 0.1, cap_limits(5, cap, 1, DEVICE)), None, 8, 40)
+        kept_chunks(route_margins(margins, 0.1, cap_limits(5, 0.5, 1, DEVICE)), None, 8, 40)
+        kept_chunks(route_margins(margins, 0.1), cu_seqlens, 8, 25)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_op_keeps_the_rules_of_custom_ops() -> None:
-    arguments = (torch.randn(2, 5, 3, device=DEVICE), torch.zeros(3, device=DEVICE), 0.3, 1)
-    torch.library.opcheck(torch.ops.natsl.capped_routes.default, arguments)
+    margins, threshold = torch.randn(2, 5, 3, device=DEVICE), torch.zeros(3, device=DEVICE)
+    for limits in (cap_limits(5, 0.3, 1, DEVICE), torch.tensor([[1], [3]], device=DEVICE)):
+        torch.library.opcheck(torch.ops.natsl.capped_routes.default, (margins, threshold, limits))

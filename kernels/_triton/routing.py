@@ -15,7 +15,6 @@ from torch import Tensor
 
 from natsl.kernels.launch.launcher import Launcher
 from natsl.kernels.launch.library import register
-from natsl.kernels.reference import cap_limits
 
 
 @triton.jit
@@ -26,24 +25,26 @@ def _minimum(a, b):
 @Launcher
 @triton.jit(
     do_not_specialize=[
-        "N", "R", "s_margin_b", "s_margin_n", "s_margin_r", "s_threshold_b", "s_threshold_n", "s_threshold_r"
+        "N", "R", "s_margin_b", "s_margin_n", "s_margin_r", "s_threshold_b", "s_threshold_n", "s_threshold_r",
+        "s_limit_b", "s_limit_n",
     ]
 )  # fmt: skip
 def routing_capped_routes_kernel(
     p_margin, p_threshold, p_limit, p_route,
     N, R,
-    s_margin_b, s_margin_n, s_margin_r, s_threshold_b, s_threshold_n, s_threshold_r,
+    s_margin_b, s_margin_n, s_margin_r, s_threshold_b, s_threshold_n, s_threshold_r, s_limit_b, s_limit_n,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Routes [B,N,R], contiguous, from margins and thresholds (expanded) [B,N,R] and limits [N] int32.
+    """Routes [B,N,R], contiguous, from margins and thresholds (expanded) [B,N,R] and limits (expanded) [B,N].
 
     One program per (b, r). Kept before chunk n: K = W + min(0, min over j < n of L_j − W_j), W the number of chunks
-    wanted so far.
+    wanted so far. No row keeps more than N chunks, so a larger limit is read as N and stays within 32 bits.
     """
     i_b = (tl.program_id(0) // R).to(tl.int64)
     i_r = (tl.program_id(0) % R).to(tl.int64)
     p_margin += i_b * s_margin_b + i_r * s_margin_r
     p_threshold += i_b * s_threshold_b + i_r * s_threshold_r
+    p_limit += i_b * s_limit_b
     p_route += i_b * N * R + i_r
     n_wanted = tl.zeros((), tl.int32)
     slack = tl.zeros((), tl.int32)  # min(0, min of L − W over the blocks that are done)
@@ -54,8 +55,9 @@ def routing_capped_routes_kernel(
         b_margin = tl.load(p_margin + o_n * s_margin_n, mask=m_n, other=0.0).to(b_threshold.dtype)
         b_wanted = ((b_margin > b_threshold) & m_n).to(tl.int32)
         b_total = n_wanted + tl.cumsum(b_wanted, 0)
-        b_limit = tl.load(p_limit + o_n, mask=m_n, other=0)
-        b_previous_limit = tl.load(p_limit + o_n - 1, mask=m_n & (o_n > 0), other=0)
+        b_limit = tl.minimum(tl.load(p_limit + o_n * s_limit_n, mask=m_n, other=0), N).to(tl.int32)
+        b_previous_limit = tl.load(p_limit + (o_n - 1) * s_limit_n, mask=m_n & (o_n > 0), other=0)
+        b_previous_limit = tl.minimum(b_previous_limit, N).to(tl.int32)
         # L − W of the chunk before; there is none before chunk 0, and past the end nothing may count
         b_slack = tl.where(m_n & (o_n > 0), b_previous_limit - (b_total - b_wanted), 0)
         b_slack = tl.minimum(slack, tl.associative_scan(b_slack, 0, _minimum))
@@ -156,36 +158,34 @@ def kept_chunks(route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, token
     return starts, count
 
 
-def _run_capped_routes(margins: Tensor, threshold: Tensor, cap: float, burst: int) -> Tensor:
+def _run_capped_routes(margins: Tensor, threshold: Tensor, limits: Tensor) -> Tensor:
     B, N, R = margins.shape
     route = torch.empty_like(margins, memory_format=torch.contiguous_format)
     if route.numel() == 0:
         return route
-    # no row keeps more than N chunks, so a larger burst is the same and stays within 32 bits
-    limits = cap_limits(N, cap, min(burst, N), margins.device).to(torch.int32)
+    limits = limits.expand(B, N)
     wide = threshold.to(torch.result_type(margins, threshold)).expand(B, N, R)  # what torch compares in
     routing_capped_routes_kernel[(B * R,)](
-        margins, wide, limits, route, N, R, *margins.stride(), *wide.stride(), **_block(N)
+        margins, wide, limits, route, N, R, *margins.stride(), *wide.stride(), *limits.stride(), **_block(N)
     )
     return route
 
 
 _capped_routes = register(
     "capped_routes",
-    "(Tensor margins, Tensor threshold, float cap, int burst) -> Tensor",
+    "(Tensor margins, Tensor threshold, Tensor limits) -> Tensor",
     _run_capped_routes,
     lambda margins, *unused: torch.empty_like(margins, memory_format=torch.contiguous_format),
 )
 
 
-def capped_routes(margins: Tensor, threshold: Tensor | float, cap: float | None, burst: int = 0) -> Tensor:
-    """Threshold and causal token bucket in one kernel: ``cap_routes(threshold_routes(margins, threshold), cap, burst)``
+def capped_routes(margins: Tensor, threshold: Tensor | float, limits: Tensor) -> Tensor:
+    """Threshold and causal token bucket in one kernel: ``limit_routes(threshold_routes(margins, threshold), limits)``
 
-    margins [B,N,R]; threshold broadcastable to it. Returns float 0/1 [B,N,R] in margins' dtype, without a gradient.
+    margins [B,N,R]; threshold broadcastable to it; limits int32 or int64, broadcastable to [B,N]. Returns float 0/1
+    [B,N,R] in margins' dtype, without a gradient.
     """
     if not isinstance(threshold, Tensor):
         threshold = margins.new_full((1, 1, 1), threshold)
-    if cap is None:
-        return (margins > threshold).to(margins.dtype)
-    route: Tensor = _capped_routes(margins.detach(), threshold.detach(), cap, burst)
+    route: Tensor = _capped_routes(margins.detach(), threshold.detach(), limits)
     return route
