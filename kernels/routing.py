@@ -114,22 +114,34 @@ def _check_limits(limits: Tensor, margins: Tensor) -> None:
         raise ValueError(f"route_margins: limits has shape {shape}, it must be broadcastable to {sizes}")
 
 
-def quantile_table(margins: Tensor, points: int) -> Tensor:
-    """Calibration table of one layer: ascending quantiles of margins [M,R] at P even levels; returns [P,R]."""
-    levels = torch.linspace(0.0, 1.0, points, dtype=torch.float64, device=margins.device)
-    return torch.quantile(margins.to(torch.float64), levels, dim=0)
+def quantile_table(margins: Tensor, levels: Tensor) -> Tensor:
+    """Calibration table of one layer: the quantiles of margins [M,R] at ``levels`` [P], float64 from 0 to 1.
+
+    Returns float64 [P,R], NaN for a head with a NaN. The same as ``torch.quantile``, which has a bound on M. Raises
+    ``ValueError`` for M = 0.
+    """
+    if margins.shape[0] == 0:
+        raise ValueError("quantile_table: no margins")
+    ordered = margins.to(torch.float64).sort(0).values  # NaN last
+    place = levels * (margins.shape[0] - 1)
+    low, high = place.to(torch.int64), place.ceil().to(torch.int64)
+    table = torch.lerp(ordered[low], ordered[high], (place - low)[:, None])
+    return table.masked_fill(ordered[-1].isnan(), float("nan"))
 
 
-def budget_threshold(table: Tensor, budget: float) -> Tensor:
-    """Threshold θ(budget) by linear interpolation in a calibration table.
+def budget_threshold(table: Tensor, levels: Tensor, budget: Tensor) -> Tensor:
+    """Thresholds θ(budget) by linear interpolation in calibration tables.
 
-    table [R,P] ascending quantiles of the margins. Returns [R]: the quantile 1 − budget; budget 0 gives +inf (keep
+    table [...,P] quantiles of the margins at ``levels`` [P], which rise from 0 to 1; budget float64 [...], as levels.
+    The leading dimensions broadcast. Returns [...] in table's dtype: the quantile 1 − budget; budget 0 gives +inf (keep
     nothing) and budget 1 gives −inf (keep everything).
     """
-    if not 0.0 <= budget <= 1.0:
-        raise ValueError(f"budget = {budget!r} is not allowed: it must lie in [0, 1]")
-    if budget in (0.0, 1.0):
-        return torch.full_like(table[:, 0], float("inf") if budget == 0.0 else float("-inf"))
-    place = (1.0 - budget) * (table.shape[1] - 1)
-    low = min(int(place), table.shape[1] - 2)
-    return torch.lerp(table[:, low], table[:, low + 1], place - low)
+    level = (1.0 - budget).contiguous()
+    low = (torch.searchsorted(levels, level, right=True) - 1).clamp(0, levels.shape[0] - 2)
+    weight = (level - levels[low]) / (levels[low + 1] - levels[low])
+    shape = torch.broadcast_shapes(table.shape[:-1], budget.shape)
+    ends = torch.stack((low, low + 1), -1).expand(*shape, 2)
+    below, above = table.expand(*shape, -1).gather(-1, ends).unbind(-1)
+    theta = torch.lerp(below, above, weight.to(table.dtype).expand(shape))
+    theta = theta.masked_fill(budget <= 0.0, float("inf"))
+    return theta.masked_fill(budget >= 1.0, float("-inf"))

@@ -106,7 +106,10 @@ def _route_group(margins: Tensor, complete: Tensor | int, policy: LayerPolicy, c
         if training is not None:
             theta = quantile_threshold(margins, complete, policy.budget, training)
         else:
-            theta = budget_threshold(context.calibration, policy.budget).to(margins.dtype)[None, None]
+            device, points = context.calibration.device, context.calibration.shape[-1]
+            levels = torch.linspace(0.0, 1.0, points, dtype=torch.float64, device=device)
+            budget = torch.full((1,), policy.budget, dtype=torch.float64, device=device)
+            theta = budget_threshold(context.calibration, levels, budget).to(margins.dtype)[None, None]
     limits = None
     if policy.cap is not None:
         limits = cap_limits(margins.shape[1], policy.cap, policy.burst, margins.device)

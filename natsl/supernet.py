@@ -190,5 +190,6 @@ def calibrate(model: RoutedLM, data: TaskData, config: SupernetConfig, seed: int
         margins = torch.cat(pool)  # [M,R]
         if config.calibration is CalibrationScope.layer:
             margins = margins.reshape(-1, 1)
-        table = quantile_table(margins, model.calibration.shape[2])  # [P,R], or [P,1] for all heads
+        levels = torch.linspace(0.0, 1.0, model.calibration.shape[2], dtype=torch.float64, device=margins.device)
+        table = quantile_table(margins, levels)  # [P,R], or [P,1] for all heads
         model.calibration[i] = table.T.to(model.calibration)

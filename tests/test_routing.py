@@ -64,22 +64,80 @@ def test_threshold_routes_are_nested() -> None:
 # Budgets
 
 
+def even_levels(points: int) -> Tensor:
+    return torch.linspace(0.0, 1.0, points, dtype=torch.float64)
+
+
+def even_threshold(table: Tensor, budget: float) -> Tensor:
+    """θ(budget) from quantiles [R,P] at even levels, one budget at a time."""
+    if budget in (0.0, 1.0):
+        return torch.full_like(table[:, 0], math.inf if budget == 0.0 else -math.inf)
+    place = (1.0 - budget) * (table.shape[1] - 1)
+    low = min(int(place), table.shape[1] - 2)
+    return torch.lerp(table[:, low], table[:, low + 1], place - low)
+
+
+def thresholds(table: Tensor, levels: Tensor, budgets: list[float]) -> Tensor:
+    """[budgets,R] from a table [R,P]."""
+    return budget_threshold(table, levels, torch.tensor(budgets, dtype=torch.float64)[:, None])
+
+
+@pytest.mark.parametrize("M", [1, 2, 100, 4001])
+def test_quantiles_are_those_of_torch(M: int) -> None:
+    margins = torch.randn(M, 3)
+    levels = torch.cat((torch.zeros(1), torch.rand(20).sort().values, torch.ones(1))).double()
+    for at in (levels, even_levels(65)):
+        assert torch.equal(quantile_table(margins, at), torch.quantile(margins.double(), at, dim=0))
+    margins[0, 1] = math.nan
+    assert quantile_table(margins, levels).isnan().all(0).tolist() == [False, True, False]
+
+
+def test_quantiles_of_more_margins_than_torch_takes() -> None:
+    table = quantile_table(torch.arange(2**24 + 1, dtype=torch.float32)[:, None], even_levels(3))
+    assert table.flatten().tolist() == [0, 2**23, 2**24]
+
+
+def test_quantiles_of_nothing() -> None:
+    with pytest.raises(ValueError, match="no margins"):
+        quantile_table(torch.zeros(0, 2), even_levels(3))
+
+
+def test_even_levels_interpolate_as_place_in_the_table() -> None:
+    rng = random.Random(0)
+    budgets = [i / 1000 for i in range(1001)] + [i / 64 for i in range(65)]
+    budgets += [rng.random() for _ in range(2000)] + [5e-324, 1e-17, 1 - 2**-53, math.nextafter(0.5, 0)]
+    levels = even_levels(65)
+    assert levels.tolist() == [i / 64 for i in range(65)]
+    for R in (1, 6):
+        table = torch.randn(R, 65).sort(1).values
+        together = thresholds(table, levels, budgets)
+        assert together.dtype is torch.float32
+        for budget, theta in zip(budgets, together, strict=True):
+            assert torch.equal(theta, even_threshold(table, budget)), budget
+            assert torch.equal(thresholds(table, levels, [budget])[0], theta), budget
+
+
 def test_budgets_give_quantiles() -> None:
     margins = torch.randn(4001, 2).double()
-    table = quantile_table(margins, 65).T
-    assert table.shape == (2, 65)
-    assert (table.diff(dim=1) >= 0).all()
-    assert torch.equal(table[:, 0], margins.amin(0))
-    assert torch.equal(table[:, -1], margins.amax(0))
-    for budget in (0.05, 0.1, 0.25, 0.5, 0.77, 0.95):
-        kept = (margins > budget_threshold(table, budget)).double().mean(0)
-        assert (kept - budget).abs().max() < 0.01
+    levels = torch.tensor(
+        [0.0, 0.02, 0.04, 0.06, 0.1, 0.2, 0.3, 0.45, 0.5, 0.6, 0.7, 0.75, 0.9, 0.95, 0.98, 1.0]
+    ).double()
+    for at in (even_levels(65), levels):
+        table = quantile_table(margins, at).T
+        assert table.shape == (2, len(at))
+        assert (table.diff(dim=1) >= 0).all()
+        assert torch.equal(table[:, 0], margins.amin(0))
+        assert torch.equal(table[:, -1], margins.amax(0))
+        budgets = [0.05, 0.1, 0.25, 0.5, 0.77, 0.95]
+        for budget, theta in zip(budgets, thresholds(table, at, budgets), strict=True):
+            kept = (margins > theta).double().mean(0)
+            assert (kept - budget).abs().max() < 0.015
 
 
 def test_budget_thresholds_fall_as_the_budget_grows() -> None:
-    table = quantile_table(torch.randn(100, 3), 17).T.float()
-    budgets = torch.linspace(0, 1, 501).tolist()
-    thetas = torch.stack([budget_threshold(table, b) for b in budgets])  # [501,3]
+    levels = torch.cat((torch.zeros(1), torch.rand(20).sort().values, torch.ones(1))).double()
+    table = quantile_table(torch.randn(100, 3), levels).T.float()
+    thetas = thresholds(table, levels, torch.linspace(0, 1, 501).tolist())  # [501,3]
     assert (thetas.diff(dim=0) <= 0).all()
     margins = torch.randn(2, 50, 3)
     kept = torch.stack([threshold_routes(margins, theta) for theta in thetas])
@@ -88,23 +146,35 @@ def test_budget_thresholds_fall_as_the_budget_grows() -> None:
     assert kept[-1].all()
 
 
-def test_interpolation_between_the_points_of_a_table() -> None:
+@pytest.mark.parametrize(
+    ("levels", "budgets"),
+    [
+        ([0.0, 0.5, 1.0], [1.0, 0.75, 0.5, 0.25, 0.125, 0.0]),
+        ([0.0, 0.125, 1.0], [1.0, 0.9375, 0.875, 0.4375, 0.21875, 0.0]),
+    ],
+    ids=["even", "uneven"],
+)
+def test_interpolation_between_the_points_of_a_table(levels: list[float], budgets: list[float]) -> None:
     table = torch.tensor([[0.0, 1.0, 3.0]])
-    values = [float(budget_threshold(table, b)) for b in (1.0, 0.75, 0.5, 0.25, 0.125, 0.0)]
+    values = thresholds(table, torch.tensor(levels, dtype=torch.float64), budgets).flatten().tolist()
     assert values == [-math.inf, 0.5, 1.0, 2.0, 2.5, math.inf]
 
 
+def test_one_budget_per_table() -> None:
+    tables, budgets = torch.randn(4, 3, 17).sort(-1).values, torch.tensor([0.0, 0.3, 0.9, 1.0], dtype=torch.float64)
+    theta = budget_threshold(tables, even_levels(17), budgets[:, None])
+    assert theta.shape == (4, 3)
+    for table, budget, row in zip(tables, budgets.tolist(), theta, strict=True):
+        assert torch.equal(row, even_threshold(table, budget))
+    every = budgets.expand(3, 4).T  # no stride of a row
+    assert torch.equal(budget_threshold(tables, even_levels(17), every), theta)
+
+
 def test_equal_margins_keep_nothing_but_at_budget_1() -> None:
-    table = quantile_table(torch.zeros(50, 1), 17).T
+    table = quantile_table(torch.zeros(50, 1), even_levels(17)).T
     margins = torch.zeros(1, 8, 1)
-    kept = [threshold_routes(margins, budget_threshold(table, b)).mean().item() for b in (0, 0.5, 0.99, 1)]
-    assert kept == [0, 0, 0, 1]
-
-
-@pytest.mark.parametrize("budget", [-0.1, 1.1, math.nan])
-def test_budget_outside_its_range(budget: float) -> None:
-    with pytest.raises(ValueError, match=r"budget = .* must lie in \[0, 1\]"):
-        budget_threshold(torch.zeros(1, 17), budget)
+    thetas = thresholds(table, even_levels(17), [0, 0.5, 0.99, 1])
+    assert [threshold_routes(margins, theta).mean().item() for theta in thetas] == [0, 0, 0, 1]
 
 
 # Limits

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from natsl.kernels._triton.routing import capped_routes, kept_chunks, packed_blocks
-from natsl.kernels.routing import cap_limits, limit_routes, route_margins, threshold_routes
+from natsl.kernels.routing import budget_threshold, cap_limits, limit_routes, route_margins, threshold_routes
 from tests.oracles import chunk_count
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -201,10 +201,12 @@ def test_mistakes_name_the_argument(backend: str, limits: Tensor, message: str) 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="a CPU has nothing to wait for")
 def test_nothing_waits_for_the_device() -> None:
     margins, cu_seqlens = torch.randn(1, 5, 2, device=DEVICE), packed([7, 0, 17, 1])
-    cap = torch.full((1,), 0.5, dtype=torch.float64, device=DEVICE)
+    cap, levels = torch.full((1,), 0.5, dtype=torch.float64, device=DEVICE), torch.rand(9, device=DEVICE).double()
+    table = torch.rand(2, 9, device=DEVICE)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        kept_chunks(route_margins(margins, 0.1, cap_limits(5, cap, 1, DEVICE)), None, 8, 40)
+        theta = budget_threshold(table, levels.sort().values, cap)
+        kept_chunks(route_margins(margins, theta, cap_limits(5, cap, 1, DEVICE)), None, 8, 40)
         kept_chunks(route_margins(margins, 0.1, cap_limits(5, 0.5, 1, DEVICE)), None, 8, 40)
         kept_chunks(route_margins(margins, 0.1), cu_seqlens, 8, 25)
     finally:
