@@ -219,8 +219,7 @@ class TaskData:
                 parts.append(self.config.build(name).make(self.corpus.train, request, own))
         if len(parts) == 1:
             return parts[0]
-        batch = Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "targets", "recall")))
-        return batch.rows(torch.randperm(count, generator=generator))
+        return Batch.cat(parts).rows(torch.randperm(count, generator=generator))
 
     def eval_sets(self, split: Split) -> dict[str, Batch]:
         """The fixed held-out sequences of every task: the same in every run on the same data."""

@@ -30,7 +30,8 @@ def make_data(corpus: Corpus | None = None, vocab_size: int = 384, **options: ob
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("tokens", "targets", "recall"))
+    names = ("tokens", "targets", "recall", "relevant")
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
 def pairs_of(tokens: list[int]) -> dict[int, int]:

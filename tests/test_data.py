@@ -237,6 +237,7 @@ def test_train_batches_follow_weights_seed_and_step() -> None:
         assert same(batch, data.train_batch(12, 0, step))
         assert batch.tokens.shape == (12, 384)
         has_pairs = batch.recall.any(dim=1)
+        assert torch.equal(batch.relevant.any(dim=1), has_pairs), "masks stay with their sequences"
         assert has_pairs.sum() == 8
         orders.add(tuple(has_pairs.tolist()))
         source = bytes(data.corpus.train.tolist())
@@ -268,6 +269,8 @@ def test_batches_move_and_slice() -> None:
     assert len(part) == 2
     assert torch.equal(part.targets, batch.targets[2:4])
     assert torch.equal(batch.rows(torch.tensor([5])).recall, batch.recall[5:])
+    assert torch.equal(part.relevant, batch.relevant[2:4])
+    assert same(Batch.cat([batch.rows(slice(0, 2)), part, batch.rows(slice(4, 6))]), batch)
 
 
 def test_fingerprint_covers_text_and_settings_but_not_the_path() -> None:

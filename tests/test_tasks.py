@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import subprocess
 import sys
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -99,10 +102,10 @@ def test_every_target_is_right(task: str, split: Split) -> None:
 def test_shapes_and_ranges(task: str, length: int | None, count: int) -> None:
     batch = make_data().batch(task, Split.test, count, 0, length=length)
     shape = (count, length or 384)
-    assert batch.tokens.shape == batch.targets.shape == batch.recall.shape == shape
+    assert batch.tokens.shape == batch.targets.shape == batch.recall.shape == batch.relevant.shape == shape
     assert len(batch) == count
     assert batch.tokens.dtype is batch.targets.dtype is torch.int64
-    assert batch.recall.dtype is torch.bool
+    assert batch.recall.dtype is batch.relevant.dtype is torch.bool
     assert batch.tokens.min() >= 0
     assert batch.tokens.max() < (384 if TASKS[task].needs_pairs else 256)
     scored = batch.targets != IGNORED
@@ -110,7 +113,9 @@ def test_shapes_and_ranges(task: str, length: int | None, count: int) -> None:
     assert ((batch.targets >= 0) & (batch.targets < 384))[scored].all()
     assert scored[batch.recall].all()
     assert batch.recall.any() == (TASKS[task].metric is not None)
-    assert all(t.is_contiguous() for t in (batch.tokens, batch.targets, batch.recall))
+    if not batch.recall.any():
+        assert not batch.relevant.any(), "nothing is asked"
+    assert all(t.is_contiguous() for t in (batch.tokens, batch.targets, batch.recall, batch.relevant))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -150,6 +155,100 @@ def test_shortest_text(task: str) -> None:
     batch = data.batch(task, Split.test, 3, 0)
     source = bytes(data.corpus.test.tolist())
     check_sequence(source, batch.tokens[2].tolist(), batch.targets[2].tolist(), batch.recall[2].tolist())
+
+
+# What a question is answered from
+
+
+def relevant_by_hand(batch: Batch) -> torch.Tensor:
+    """The tokens of every pair whose key is asked, found token by token."""
+    relevant = torch.zeros_like(batch.recall)
+    for row, (tokens, recall) in enumerate(zip(batch.tokens.tolist(), batch.recall.tolist(), strict=True)):
+        asked = {token for token, is_asked in zip(tokens, recall, strict=True) if is_asked}
+        for t, (key, value) in enumerate(pairwise(tokens)):
+            if key in asked and value in VALUES:
+                relevant[row, t : t + 2] = True
+    return relevant
+
+
+@pytest.mark.parametrize("keys", [64, 70])
+@pytest.mark.parametrize("task", ["mqar", "needle"])
+def test_answers_are_in_the_relevant_tokens(task: str, keys: int) -> None:
+    data = make_data(vocab_size=390, keys=keys, needle=NeedleConfig(needles=3))
+    for seed in range(4):
+        batch = data.batch(task, Split.test, 8, seed)
+        for tokens, targets, recall, relevant in zip(
+            *(x.tolist() for x in (batch.tokens, batch.targets, batch.recall, batch.relevant)), strict=True
+        ):
+            found = {(tokens[t], tokens[t + 1]) for t in range(384 - 1) if relevant[t] and relevant[t + 1]}
+            questions = [t for t in range(384) if recall[t]]
+            assert questions
+            assert all((tokens[t], targets[t]) in found for t in questions)
+            assert sum(relevant) == 2 * len({tokens[t] for t in questions}), "and nothing else is"
+            assert not any(relevant[t] for t in questions)
+
+
+def test_pairs_that_are_never_asked_are_not_relevant() -> None:
+    """48 pairs and 32 questions: a third of the pairs is there to be ignored."""
+    batch = make_data().batch("mqar", Split.test, 16, 0)
+    assert torch.equal(batch.relevant, relevant_by_hand(batch))
+    pairs = (batch.tokens >= 256) & ~batch.recall
+    assert (pairs & ~batch.relevant).sum() == 16 * 16 * 2
+
+
+def test_every_occurrence_of_a_repeated_pair_is_relevant() -> None:
+    data = make_data(mqar=MqarConfig(easy_share=1.0, easy_pairs=[40], query_segments=1))
+    batch = data.batch("mqar", Split.train, 16, 0)
+    assert torch.equal(batch.relevant, relevant_by_hand(batch))
+    assert (batch.relevant.sum(dim=1) > 2 * 16).any(), "no pair that is asked is repeated"
+    assert (batch.relevant.sum(dim=1) < 2 * 48).all(), "all pairs are asked"
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 16, 384, 500])
+def test_relevant_chunks_of_needles_hold_them(chunk: int) -> None:
+    batch = make_data(needle=NeedleConfig(needles=3)).batch("needle", Split.test, 64, 0)
+    chunks = batch.relevant_chunks(chunk)
+    assert chunks.dtype is torch.bool
+    assert chunks.shape == (64, -(-384 // chunk))
+    straddling = 0
+    for tokens, row in zip(batch.tokens.tolist(), chunks.tolist(), strict=True):
+        starts = [t for t in range(384 - 3) if tokens[t] in KEYS]
+        assert len(starts) == 3
+        assert {n for n, is_relevant in enumerate(row) if is_relevant} == {
+            t // chunk for s in starts for t in (s, s + 1)
+        }
+        straddling += sum(s // chunk < (s + 1) // chunk for s in starts)
+    assert (straddling > 0) == (chunk < 384)
+
+
+def test_relevant_chunks_need_a_size() -> None:
+    with pytest.raises(ValueError, match="chunk_size = 0 is not allowed"):
+        make_data().batch("needle", Split.test, 1, 0).relevant_chunks(0)
+
+
+def test_a_task_need_not_say_what_is_relevant() -> None:
+    made = make_data().batch("mqar", Split.test, 3, 0)
+    batch = Batch(made.tokens, made.targets, made.recall)
+    assert torch.equal(batch.relevant, torch.zeros(3, 384, dtype=torch.bool))
+    assert not batch.relevant_chunks(16).any()
+
+
+def digest(batches: Iterable[Batch]) -> str:
+    found = hashlib.sha256()
+    for batch in batches:
+        for x in (batch.tokens, batch.targets, batch.recall):
+            found.update(x.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def test_sequences_are_those_of_earlier_versions() -> None:
+    """Checkpoints, stored scores and published tables are of these sequences."""
+    tasks = ("bytes", "mqar", "needle")
+    options: dict[str, Any] = {"mqar": MqarConfig(easy_share=0.5), "needle": NeedleConfig(needles=3)}
+    data = make_data(tasks=dict.fromkeys(tasks, 1.0), **options)
+    found = {name: digest(data.batch(name, split, 5, seed) for split in Split for seed in range(4)) for name in tasks}
+    assert found == {"bytes": "ee81767ddb0cc69b", "mqar": "bcb03778472f5eee", "needle": "14509cf9ff7237e2"}
+    assert digest(data.train_batch(7, 1, step) for step in range(4)) == "007fcb3f0bba3d54"
 
 
 # mqar

@@ -6,10 +6,14 @@ beyond 64.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from natsl.space.check import check_counts
 
 BYTES = range(256)
 KEYS = range(256, 320)
@@ -23,12 +27,24 @@ class Batch:
 
     ``tokens`` int64 [B, T]; ``targets`` int64 [B, T], the token to predict at each position (already shifted) or
     -100 where nothing is scored; ``recall`` bool [B, T], true where the target has to be recalled from earlier in the
-    sequence, such as the value of a queried key (the other scored targets are next bytes of the text).
+    sequence, such as the value of a queried key (the other scored targets are next bytes of the text); ``relevant``
+    bool [B, T], true on the tokens that the answers are to be found in, such as a queried key and its value (by default
+    nowhere: the task does not say). No model sees it: it is what an ideal router would keep.
     """
 
     tokens: Tensor
     targets: Tensor
     recall: Tensor
+    relevant: Tensor = None  # type: ignore[assignment]  # a default that needs the shape
+
+    def __post_init__(self) -> None:
+        if self.relevant is None:
+            object.__setattr__(self, "relevant", torch.zeros_like(self.recall))
+
+    @staticmethod
+    def cat(batches: Iterable[Batch]) -> Batch:
+        """The sequences of all batches, which have one length, in order."""
+        return Batch(*map(torch.cat, zip(*(batch._tensors() for batch in batches), strict=True)))
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -41,11 +57,20 @@ class Batch:
             pin = target.type == "cuda" and x.device.type == "cpu"
             return (x.pin_memory() if pin else x).to(target, non_blocking=pin)
 
-        return Batch(move(self.tokens), move(self.targets), move(self.recall))
+        return Batch(*map(move, self._tensors()))
 
     def rows(self, index: slice | Tensor) -> Batch:
         """Some of the sequences."""
-        return Batch(self.tokens[index], self.targets[index], self.recall[index])
+        return Batch(*(x[index] for x in self._tensors()))
+
+    def relevant_chunks(self, chunk_size: int) -> Tensor:
+        """The chunks with a relevant token, bool [B, ceil(T / chunk_size)]; the last one may be incomplete."""
+        check_counts(1, {"chunk_size": chunk_size})
+        padded = F.pad(self.relevant, (0, -self.relevant.shape[1] % chunk_size))
+        return padded.view(len(self), -1, chunk_size).any(dim=2)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.tokens, self.targets, self.recall, self.relevant
 
 
 def draw_uniform(generator: torch.Generator) -> float:
@@ -87,11 +112,18 @@ def interleave(text: Tensor, is_pair: Tensor, pairs: Tensor, generator: torch.Ge
 def append_questions(body: Tensor, is_pair: Tensor, keys: Tensor, values: Tensor) -> Batch:
     """Append the queried keys; score next bytes inside stretches of text, and at each query its value.
 
-    ``body`` and ``is_pair`` [B, S], ``keys`` and ``values`` [B, Q]; the batch has T = S + Q.
+    ``body`` and ``is_pair`` [B, S], ``keys`` and ``values`` [B, Q]; the batch has T = S + Q. Every occurrence of a
+    queried key in the body and the value after it are relevant.
     """
     targets = torch.full_like(body, IGNORED)
     inside = ~(is_pair[:, :-1] | is_pair[:, 1:])  # a byte whose next token is the next byte of the text
     targets[:, :-1] = torch.where(inside, body[:, 1:], IGNORED)
     recall = torch.zeros(body.shape[0], body.shape[1] + keys.shape[1], dtype=torch.bool)
     recall[:, body.shape[1] :] = True
-    return Batch(torch.cat((body, keys), dim=1), torch.cat((targets, values), dim=1), recall)
+    tokens = torch.cat((body, keys), dim=1)
+    asked = torch.zeros(len(body), int(tokens.max()) + 1, dtype=torch.bool).scatter_(1, keys, True)  # by token
+    is_key = asked.gather(1, body)  # text and values share no token with keys
+    relevant = torch.zeros_like(recall)
+    relevant[:, : body.shape[1]] = is_key
+    relevant[:, 1 : body.shape[1]] |= is_key[:, :-1]  # the value
+    return Batch(tokens, torch.cat((targets, values), dim=1), recall, relevant)
