@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ class Evaluation:
 
     ``errors``: metric of every task → its error (None: the task was not evaluated). ``kept_fraction`` is the mean over
     the layers with a router; ``kept_by_layer`` has an entry per layer, ``kept_by_head`` one per layer and routing head.
+    All three are over the sequences of all tasks together. ``kept_fraction_by_task`` and ``kept_by_task`` are
+    ``kept_fraction`` and ``kept_by_head`` of each task's own sequences: one threshold serves all tasks, and need not
+    spend its budget evenly on them. Both are empty in values from before they were measured.
     """
 
     val_loss: float | None
@@ -42,10 +45,15 @@ class Evaluation:
     kept_fraction: float
     kept_by_layer: tuple[float, ...]
     kept_by_head: tuple[tuple[float, ...], ...]
+    kept_fraction_by_task: Mapping[str, float] = field(default_factory=dict)
+    kept_by_task: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, flat: the errors stand between the losses and the fractions, each under its metric."""
-        return {
+        """JSON-ready form, flat: the errors stand between the losses and the fractions, each under its metric.
+
+        ``kept_by_task``, left out if nothing is known of it, is an entry per task: ``kept_fraction`` and ``by_head``.
+        """
+        plain = {
             "val_loss": self.val_loss,
             "bits_per_byte": self.bits_per_byte,
             **self.errors,
@@ -53,18 +61,30 @@ class Evaluation:
             "kept_by_layer": self.kept_by_layer,
             "kept_by_head": self.kept_by_head,
         }
+        by_task = {
+            task: {"kept_fraction": self.kept_fraction_by_task[task], "by_head": heads}
+            for task, heads in self.kept_by_task.items()
+        }
+        return plain | ({"kept_by_task": by_task} if by_task else {})
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Evaluation:
         """The inverse of ``to_dict``, also after JSON; a task that is newer than the values has no error."""
+        by_task = plain.get("kept_by_task", {})
         return cls(
             val_loss=plain["val_loss"],
             bits_per_byte=plain["bits_per_byte"],
             errors={metric: plain.get(metric) for metric in metrics().values()},
             kept_fraction=plain["kept_fraction"],
             kept_by_layer=tuple(plain["kept_by_layer"]),
-            kept_by_head=tuple(tuple(heads) for heads in plain["kept_by_head"]),
+            kept_by_head=_nested(plain["kept_by_head"]),
+            kept_fraction_by_task={task: kept["kept_fraction"] for task, kept in by_task.items()},
+            kept_by_task={task: _nested(kept["by_head"]) for task, kept in by_task.items()},
         )
+
+
+def _nested(rows: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in rows)
 
 
 @torch.no_grad()
@@ -85,10 +105,10 @@ def evaluate(
     drawn = None if random_routing is None else _random_routes(policy, random_routing, sets, model.config.heads)
     text_sum, text_count = 0.0, 0
     errors: dict[str, float] = {}
-    counts = torch.zeros(len(model.kinds), model.config.heads, dtype=torch.float64, device=device)
-    chunks = 0
+    counts = torch.zeros(len(sets), len(model.kinds), model.config.heads, dtype=torch.float64, device=device)  # kept
+    chunks = [len(batch) * (batch.tokens.shape[1] // chunk) for batch in sets.values()]
     model.eval()
-    for task, batch in sets.items():
+    for i, (task, batch) in enumerate(sets.items()):
         right, asked = 0, 0
         for first in range(0, len(batch), batch_size):
             part = batch.rows(slice(first, first + batch_size)).to(device)
@@ -105,21 +125,27 @@ def evaluate(
             text_count += int(text.sum())
             right += int(tokens.right[part.recall].sum())
             asked += int(part.recall.sum())
-            chunks += B * (T // chunk)
-            counts += torch.stack([layer.route[:, : T // chunk].sum((0, 1)) for layer in tokens.layers]).double()
+            counts[i] += torch.stack([layer.route[:, : T // chunk].sum((0, 1)) for layer in tokens.layers]).double()
         if asked:
             errors[task] = 1.0 - right / asked
-    kept = counts.cpu() / max(chunks, 1)
-    by_layer = kept.mean(1)
+    counts = counts.cpu()
+    kept = counts.sum(0) / max(sum(chunks), 1)
+    kept_by_task = {task: count / max(n, 1) for task, count, n in zip(sets, counts, chunks, strict=True)}
     routed = [i for i, kind in enumerate(model.kinds) if kind is Op.routed]
+
+    def over_routers(kept: Tensor) -> float:
+        return float(kept.mean(1)[routed].mean()) if routed else 0.0
+
     val_loss = text_sum / text_count if text_count else None
     return Evaluation(
         val_loss=val_loss,
         bits_per_byte=None if val_loss is None else val_loss / math.log(2),
         errors={metric: errors.get(task) for task, metric in metrics().items()},
-        kept_fraction=float(by_layer[routed].mean()) if routed else 0.0,
-        kept_by_layer=tuple(by_layer.tolist()),
-        kept_by_head=tuple(tuple(row) for row in kept.tolist()),
+        kept_fraction=over_routers(kept),
+        kept_by_layer=tuple(kept.mean(1).tolist()),
+        kept_by_head=_nested(kept.tolist()),
+        kept_fraction_by_task={task: over_routers(own) for task, own in kept_by_task.items()},
+        kept_by_task={task: _nested(own.tolist()) for task, own in kept_by_task.items()},
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,8 +105,7 @@ class Scorer:
         try:
             seeds = [_seed(self._seed, policy, draw) for draw in range(self._draws)]
             draws = [self._judge.random(policy, model.kept_by_layer, seed) for seed in seeds]
-            rows = [evaluation.to_dict() for evaluation in draws]
-            mean = Evaluation.from_dict({key: _mean([row[key] for row in rows]) for key in rows[0]})
+            mean = Evaluation.from_dict(_mean([evaluation.to_dict() for evaluation in draws]))
             # equal by construction; taken over so that the order of additions decides no comparison
             mean = replace(mean, kept_fraction=model.kept_fraction, kept_by_layer=model.kept_by_layer)
             values, feasible = self._values(mean, policy), self._feasible(mean, policy)
@@ -203,10 +202,15 @@ def _cached(
 
 
 def _mean(values: Sequence[Any]) -> Any:
-    """Mean of numbers, or of nested tuples of them, or None where there is none."""
+    """Mean of numbers, or of nested tuples and mappings of them, or None where there is none.
+
+    A mapping keeps the keys that all have: a draw that an older version has stored may lack some.
+    """
     first = values[0]
     if first is None:
         return None
+    if isinstance(first, Mapping):
+        return {key: _mean([value[key] for value in values]) for key in first if all(key in value for value in values)}
     if isinstance(first, tuple):
         return tuple(_mean([value[i] for value in values]) for i in range(len(first)))
     return statistics.fmean(values)

@@ -95,6 +95,40 @@ def test_the_error_of_a_new_task_is_reported(monkeypatch: pytest.MonkeyPatch) ->
     assert Evaluation.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 
+def test_fractions_of_each_task_are_those_of_its_sequences_by_themselves() -> None:
+    model, sets = make_model("rds"), make_sets()
+    sets["bytes"] = tiny_data(tasks={"bytes": 1.0}, seq_len=52).eval_sets(Split.search)["bytes"].rows(slice(0, 3))
+    p = policy(LayerPolicy(threshold=0.1), LayerPolicy(Op.delta), LayerPolicy(Op.softmax))
+    result = evaluate(model, p, sets, batch_size=2)
+    assert list(result.kept_by_task) == list(result.kept_fraction_by_task) == list(sets)
+    for task, batch in sets.items():
+        alone = evaluate(model, p, {task: batch})
+        assert result.kept_by_task[task] == alone.kept_by_head == alone.kept_by_task[task]
+        assert result.kept_fraction_by_task[task] == alone.kept_fraction == alone.kept_fraction_by_task[task]
+        with torch.no_grad():
+            margins = model(batch.tokens, p).layers[0].margins
+        assert margins is not None
+        by_head = (margins[:, : batch.tokens.shape[1] // 8] > 0.1).double().mean((0, 1))
+        assert result.kept_by_task[task][0] == pytest.approx(by_head.tolist())
+        assert result.kept_by_task[task][1:] == ((0, 0), (1, 1))
+    chunks = {task: len(batch) * (batch.tokens.shape[1] // 8) for task, batch in sets.items()}
+    assert len(set(chunks.values())) == 2, "tasks of other sizes weigh otherwise"
+    assert len(set(result.kept_fraction_by_task.values())) > 1
+    pooled = sum(chunks[task] * result.kept_fraction_by_task[task] for task in sets) / sum(chunks.values())
+    assert result.kept_fraction == pytest.approx(pooled)
+
+
+def test_fractions_of_tasks_are_readable_and_read_back() -> None:
+    result = evaluate(make_model("rd"), policy(ROUTED, LayerPolicy(Op.delta)), make_sets())
+    plain = json.loads(json.dumps(result.to_dict()))
+    assert list(plain)[-1] == "kept_by_task"
+    assert list(plain["kept_by_task"]) == ["bytes", "mqar", "needle"]
+    for task, kept in plain["kept_by_task"].items():
+        assert kept["kept_fraction"] == pytest.approx(sum(kept["by_head"][0]) / 2)
+        assert kept["by_head"] == [list(heads) for heads in result.kept_by_task[task]]
+    assert Evaluation.from_dict(plain) == result
+
+
 STORED = """{"val_loss": 2.5, "bits_per_byte": 3.6, "recall_error": 0.25, "needle_error": null, "kept_fraction": 0.5,
 "kept_by_layer": [0.5, 1.0], "kept_by_head": [[0.25, 0.75], [1.0, 1.0]]}"""
 
@@ -106,6 +140,7 @@ def test_a_stored_evaluation_is_read_and_written_back_as_it_was(monkeypatch: pyt
     assert stored == Evaluation(
         2.5, 3.6, {"recall_error": 0.25, "needle_error": None}, 0.5, (0.5, 1.0), ((0.25, 0.75), (1.0, 1.0))
     )
+    assert (stored.kept_by_task, stored.kept_fraction_by_task) == ({}, {})
     assert json.dumps(stored.to_dict()) == STORED.replace("\n", " ")
     monkeypatch.setattr(tasks, "TASKS", {**tasks.TASKS, "echo": EchoTask})
     assert Evaluation.from_dict(json.loads(STORED)).errors["echo_error"] is None
@@ -145,6 +180,7 @@ def test_model_without_a_router_keeps_nothing() -> None:
     result = evaluate(make_model("ds"), policy(LayerPolicy(Op.delta), LayerPolicy(Op.softmax)), make_sets())
     assert result.kept_fraction == 0
     assert result.kept_by_layer == (0, 1)
+    assert result.kept_fraction_by_task == dict.fromkeys(("bytes", "mqar", "needle"), 0.0)
 
 
 def test_batch_size_does_not_matter() -> None:

@@ -113,6 +113,29 @@ def test_random_routing_dominates_a_point_if_its_quality_is_better(names: list[s
     assert points[0].dominated_by == (("random@t0000",) if better else ())
 
 
+@pytest.mark.parametrize("older", [0, 2, 3], ids=["none", "the first two", "all"])
+def test_fractions_of_tasks_are_means_over_the_draws_that_all_have_them(older: int) -> None:
+    calls = 0
+
+    def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
+        nonlocal calls
+        calls += 1
+        if calls <= older:  # stored before tasks had fractions of their own
+            return synthetic(policy, str(seed))
+        heads = ((0.0, 0.0), (0.1 * calls, 0.2 * calls), (0.0, 0.0))
+        found = synthetic(policy, str(seed))
+        return replace(found, kept_fraction_by_task={"mqar": 0.05 * calls}, kept_by_task={"mqar": heads})
+
+    judge = replace(synthetic_judge(), random=random)
+    _, (control,) = score(scorer(judge, config=SearchConfig(random_draws=3)), records([GOOD]), [], lambda _: None)
+    if older:
+        assert "kept_by_task" not in control.measured
+    else:
+        kept = control.measured["kept_by_task"]["mqar"]
+        assert kept["kept_fraction"] == pytest.approx(0.1)
+        assert kept["by_head"][1] == pytest.approx((0.2, 0.4))
+
+
 def test_a_baseline_that_breaks_a_constraint_dominates_nothing() -> None:
     fixed = baselines(ROUTED, CHUNK, (0.25,), SearchSpace())
     expensive = RoutingPolicy((LayerPolicy(budget=0.9), LayerPolicy(Op.delta), LayerPolicy(Op.delta)), CHUNK)

@@ -88,6 +88,25 @@ def test_results_of_another_supernet_or_other_data_are_not_used(change: dict[str
     assert counting.calls == 6
 
 
+def test_fractions_of_tasks_are_stored_and_older_lines_have_none(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    heads = ((0.0, 0.0), (0.1, 0.3), (1.0, 1.0))
+
+    def test(policy: RoutingPolicy) -> Evaluation:
+        return replace(synthetic(policy), kept_fraction_by_task={"mqar": 0.4}, kept_by_task={"mqar": heads})
+
+    judge = replace(synthetic_judge(), test=test)
+    old, new = ScoreCache(path, MADE_FROM).judge(synthetic_judge()), ScoreCache(path, MADE_FROM).judge(judge)
+    stored = old.search(POLICY), new.test(POLICY)
+    assert "kept_by_task" not in path.read_text().splitlines()[0]
+    counting = Counting()
+    again = judged(path, counting)
+    assert (again.search(POLICY), again.test(POLICY)) == stored
+    assert counting.calls == 0
+    assert stored[0].kept_by_task == {}
+    assert stored[1].kept_by_task == {"mqar": heads}
+
+
 @pytest.mark.parametrize("left", ["half a line", "nothing", "no JSON", "other JSON"])
 def test_a_damaged_line_is_evaluated_again(left: str, tmp_path: Path) -> None:
     path, counting = tmp_path / "scores.jsonl", Counting()
