@@ -96,6 +96,12 @@ def amount(item: Point | Baseline, name: str) -> float | None:
     return None if value is None else float(value)
 
 
+def kept_in(item: Point | Baseline, task: str) -> float | None:
+    """The fraction kept in the sequences of one task (None: an older evaluation, which has only that of all)."""
+    kept = item.measured.get("kept_by_task", {}).get(task)
+    return None if kept is None else float(kept["kept_fraction"])
+
+
 @dataclass(frozen=True)
 class Front:
     """Everything that a report shows.
@@ -152,6 +158,12 @@ class Front:
         """What a table of a front shows: the objectives, the fraction kept, the measure of quality."""
         return list(dict.fromkeys([*self.objectives, "kept_fraction", self.quality]))
 
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks whose kept fractions are shown beside each other; none if there are fewer than two."""
+        names = list(dict.fromkeys(task for item in self.rows for task in item.measured.get("kept_by_task", {})))
+        return names if len(names) > 1 else []
+
     def to_dict(self) -> dict[str, Any]:
         """``front.json``."""
         return {
@@ -167,11 +179,12 @@ class Front:
         }
 
     def to_csv(self) -> str:
-        """``front.csv``: one row per point and baseline."""
+        """``front.csv``: one row per point and baseline; with several tasks ``kept_<task>`` is the fraction of each."""
         measures = list(dict.fromkeys([*self.objectives, "kept_fraction", *QUALITY]))
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         head = ["name", "kind", "digest", "policy", *measures]
+        head += [f"kept_{task}" for task in self.tasks]
         head += [f"search_{name}" for name in self.objectives] + [f"std_{name}" for name in measures]
         table.writerow([*head, "dominated_by", "knee"])
         for item in self.rows:
@@ -179,6 +192,7 @@ class Front:
             row: list[Any] = [item.name, "front" if isinstance(item, Point) else item.kind.value]
             row += [item.policy.digest(), item.policy.describe()]
             row += [amount(item, name) for name in measures]
+            row += [kept_in(item, task) for task in self.tasks]
             row += [(item.search_values or {}).get(name) for name in self.objectives]
             row += [std.get(name) for name in measures]
             row.append(" ".join(item.dominated_by) if isinstance(item, Point) else None)

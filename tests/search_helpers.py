@@ -15,7 +15,7 @@ from natsl.evaluate import Evaluation
 from natsl.run import Run
 from natsl.search.baseline import baselines
 from natsl.search.config import SearchConfig
-from natsl.search.front import Front
+from natsl.search.front import Baseline, Front, Point
 from natsl.search.objective import CostContext, find_objectives
 from natsl.search.pareto import Volume
 from natsl.search.score import Judge, Scorer, score
@@ -71,6 +71,23 @@ def problem(config: SearchConfig, kinds: Sequence[Op] = ROUTED) -> Problem:
     objectives = find_objectives(config.objectives, {"mqar"}, config.constraints)
     first = first_policies(config, kinds, CHUNK, [])
     return Problem(tuple(kinds), CHUNK, CostContext(shapes(kinds), config.context), objectives, first)
+
+
+def with_tasks(front: Front, *tasks: str) -> Front:
+    """The front as if its sequences were of these tasks, of which the first keeps least and the last everything."""
+
+    def measured(item: Point | Baseline) -> dict[str, Any]:
+        kept = {task: i / max(len(tasks) - 1, 1) for i, task in enumerate(tasks)}
+        by_task = {
+            task: {"kept_fraction": fraction, "by_head": [[fraction] * HEADS for _ in item.policy.layers]}
+            for task, fraction in kept.items()
+        }
+        return item.measured | {"kept_by_task": by_task}
+
+    points = tuple(replace(point, measured=measured(point)) for point in front.points)
+    return replace(
+        front, points=points, baselines=tuple(replace(item, measured=measured(item)) for item in front.baselines)
+    )
 
 
 def read_log(run: Run) -> list[dict[str, Any]]:

@@ -108,7 +108,10 @@ def test_a_task_is_a_file_and_its_error_an_objective(tmp_path: Path) -> None:
         assert item["values"]["copy_error"] == item["measured"]["copy_error"]
         assert item["measured"]["recall_error"] is not None
         assert item["measured"]["needle_error"] is None
-    assert "copy error" in (tree / "runs" / "copies" / "report.html").read_text()
+        assert list(item["measured"]["kept_by_task"]) == ["mqar", "copying"]
+    report = (tree / "runs" / "copies" / "report.html").read_text()
+    assert "copy error" in report
+    assert "in copying" in report
 
 
 def test_a_sampler_is_a_file_and_its_name(tmp_path: Path) -> None:

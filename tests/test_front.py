@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 from natsl.search.front import Baseline, Front, Kind, Point
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
-from tests.search_helpers import CHUNK
+from tests.search_helpers import CHUNK, with_tasks
 
 
 def small_front() -> Front:
@@ -73,6 +74,26 @@ def test_front_csv_has_a_row_per_point_and_baseline() -> None:
     assert (rows[0]["recall_error"], rows[0]["search_recall_error"], rows[0]["val_loss"]) == ("0.1", "0.1", "2.0")
     assert (rows[0]["knee"], rows[0]["dominated_by"], rows[0]["policy"]) == ("knee", "only-layer-1", "D .5")
     assert (rows[2]["std_recall_error"], rows[2]["search_recall_error"], rows[1]["knee"]) == ("0.02", "", "")
+
+
+def test_front_csv_has_the_kept_fraction_of_each_of_several_tasks() -> None:
+    front = small_front()
+    older, single = front.to_csv(), with_tasks(front, "mqar").to_csv()
+    assert older == single
+    several = with_tasks(front, "bytes", "mqar", "needle")
+    rows = list(csv.DictReader(io.StringIO(several.to_csv())))
+    for row in rows:
+        assert [row.pop(f"kept_{task}") for task in ("bytes", "mqar", "needle")] == ["0.0", "0.5", "1.0"]
+    assert rows == list(csv.DictReader(io.StringIO(older)))
+    mixed = replace(several, baselines=front.baselines)  # these were stored by an older version
+    last = list(csv.DictReader(io.StringIO(mixed.to_csv())))[-1]
+    assert (last["kept_bytes"], last["kept_mqar"]) == ("", "")
+
+
+def test_front_json_has_the_kept_fraction_of_each_task() -> None:
+    plain = json.loads(json.dumps(with_tasks(small_front(), "bytes", "mqar").to_dict(), allow_nan=False))
+    for item in (*plain["points"], *plain["baselines"]):
+        assert item["measured"]["kept_by_task"]["mqar"] == {"kept_fraction": 1.0, "by_head": [[1.0, 1.0], [1.0, 1.0]]}
 
 
 def test_quality_and_cost_are_chosen_from_the_objectives() -> None:

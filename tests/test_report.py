@@ -17,7 +17,7 @@ from natsl.search.report.html import render
 from natsl.search.report.plane import planes, show
 from natsl.search.report.png import front_png
 from natsl.space.policy import Op
-from tests.search_helpers import built, is_png, searched
+from tests.search_helpers import built, is_png, searched, with_tasks
 
 HOSTILE = "<script>alert('&')</script>$x_1$"
 
@@ -84,6 +84,23 @@ def test_a_report_holds_every_point_with_its_export_command(front: Front) -> Non
     assert "python -m search name=first" in text
     links = {value for name, value in Page(render(front)).attributes if name == "href"}
     assert links == {f"#{point.id}" for point in front.points}
+
+
+def test_the_kept_fraction_of_each_of_several_tasks_is_in_the_rows(front: Front) -> None:
+    older = render(front)
+    assert "in mqar" not in older
+    assert render(with_tasks(front, "mqar")) == older
+    several = with_tasks(front, "bytes", "mqar", "needle")
+    html = render(several)
+    Page(html)
+    cells = "".join(f"<td>{show('kept_fraction', kept)}</td>" for kept in (0.0, 0.5, 1.0))
+    rows = [line for line in html.split("<tr") if cells in line]
+    assert len(rows) == len(front.points) + len(front.baselines)
+    assert html.count("<th>kept<small>in bytes</small></th><th>kept<small>in mqar</small></th>") == 2
+    unknown = render(replace(several, points=front.points))  # these were stored by an older version
+    assert unknown.count("<td>–</td><td>–</td><td>–</td>") >= len(front.points)
+    hostile = render(with_tasks(front, "bytes", HOSTILE))
+    assert "<script" not in hostile
 
 
 def test_the_headline_compares_with_random_routing_and_baselines(front: Front) -> None:

@@ -12,7 +12,7 @@ from natsl.run import Run
 from natsl.search.config import SearchConfig
 from natsl.search.front import Front
 from natsl.search.report.terminal import print_front, print_nothing_to_do
-from tests.search_helpers import built, searched
+from tests.search_helpers import built, searched, with_tasks
 
 Show = Callable[..., str]
 
@@ -60,6 +60,15 @@ def test_a_long_front_is_thinned_except_for_its_ends_and_the_knee(knee: int, fro
     assert f"t{knee:04d} knee" in shown
     assert f"{len(shown)} of 100 points; all of them are in" in text
     assert "export  export/here" in text
+
+
+def test_several_tasks_have_a_column_of_kept_fractions(front: Front, printed: Show) -> None:
+    assert "kept in" not in printed(front)
+    assert "kept in" not in printed(with_tasks(front, "mqar"))
+    text = printed(with_tasks(front, "bytes", "mqar", "needle"))
+    assert "kept in bytes, mqar, needle" in text
+    cell = "0.0 %, 50.0 %, 100.0 %".replace(" %", "\N{NO-BREAK SPACE}%")
+    assert text.count(cell) == len(rows(text))
 
 
 def test_what_comes_from_outside_is_no_markup(front: Front, printed: Show) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from natsl.search.front import Front, Kind, amount
+from natsl.search.front import Baseline, Front, Kind, Point, amount, kept_in
 from natsl.search.objective import OBJECTIVES
 from natsl.search.report.chart import Axis, Mark, Marker, Series, chart, dumbbells, legend
 from natsl.search.report.headline import headline
@@ -183,6 +183,7 @@ def _points(front: Front) -> str:
     extra = [name for name in dict.fromkeys(("kept_fraction", quality, "val_loss")) if name not in front.objectives]
     heads = [f"<th>{escape(OBJECTIVES[name].label)}<small>search split</small></th>" for name in front.objectives]
     heads += [f"<th>{escape(OBJECTIVES[name].label)}</th>" for name in extra]
+    heads.append(_task_heads(front))
     titles = (f"{OBJECTIVES[quality].label}, random routing", "dominated by", "export")
     tail = "".join(f"<th>{escape(title)}</th>" for title in titles)
     head = f"<tr><th>point</th><th>policy</th>{''.join(heads)}{tail}</tr>"
@@ -193,6 +194,7 @@ def _points(front: Front) -> str:
             for name in front.objectives
         ]
         cells += [f"<td>{show(name, amount(point, name))}</td>" for name in extra]
+        cells.append(_task_cells(front, point))
         control = front.random_of(point.id)
         if control is None:
             cells.append("<td>–</td>")
@@ -211,20 +213,36 @@ def _points(front: Front) -> str:
         "delta, S all-softmax, a number is the budget of a routed layer. The knee (◎) has the least sum of objectives, "
         "each scaled from the better (0) to the worse (1) of all-softmax and all-delta on the search split."
     )
+    if front.tasks:
+        note += (
+            " A threshold serves all tasks and need not keep as much of each: the chunks kept in a task are those of "
+            "its own sequences."
+        )
     return _section("Points and how to take one", _table(head, rows), note)
 
 
 def _baselines(front: Front) -> str:
     names = list(dict.fromkeys([*front.objectives, "kept_fraction", front.quality, "val_loss"]))
-    head = f"<tr><th>baseline</th>{''.join(f'<th>{escape(OBJECTIVES[name].label)}</th>' for name in names)}</tr>"
+    titles = "".join(f"<th>{escape(OBJECTIVES[name].label)}</th>" for name in names)
+    head = f"<tr><th>baseline</th>{titles}{_task_heads(front)}</tr>"
     rows = []
     for item in front.baselines:
         cells = []
         for name in names:
             spread = f"<small>± {show(name, item.std[name])}</small>" if name in item.std else ""
             cells.append(f"<td>{show(name, amount(item, name))}{spread}</td>")
-        rows.append(f"<tr><th>{escape(item.name)}</th>{''.join(cells)}</tr>")
+        rows.append(f"<tr><th>{escape(item.name)}</th>{''.join(cells)}{_task_cells(front, item)}</tr>")
     return _section("Baselines", _folded(f"All {len(rows)} baselines on the test split", head, rows))
+
+
+def _task_heads(front: Front) -> str:
+    """Titles of the columns of ``_task_cells``."""
+    return "".join(f"<th>kept<small>in {escape(task)}</small></th>" for task in front.tasks)
+
+
+def _task_cells(front: Front, item: Point | Baseline) -> str:
+    """The fraction kept in each task, if there are several."""
+    return "".join(f"<td>{show('kept_fraction', kept_in(item, task))}</td>" for task in front.tasks)
 
 
 def _volume(front: Front) -> str:

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from natsl.run import Run
-from natsl.search.front import Front, Point, amount
+from natsl.search.front import Front, Point, amount, kept_in
 from natsl.search.objective import OBJECTIVES
 from natsl.search.report.headline import headline
 from natsl.search.report.plane import show
@@ -58,12 +58,15 @@ def _shown(front: Front) -> list[Point]:
 def _table(front: Front, points: list[Point]) -> Table:
     table = Table(title=f"front of {escape(front.run)}, test split", title_justify="left")
     labels = [OBJECTIVES[name].label for name in front.measures]
+    labels += [f"kept in {', '.join(front.tasks)}"] if front.tasks else []
     for title in ("point", "policy", *labels, "random routing", "dominated by"):
         table.add_column(title)
     for point in points:
         control = front.random_of(point.id)
         random = None if control is None else amount(control, front.quality)
         values = [show(name, amount(point, name)) for name in front.measures]
+        kept = ", ".join(show("kept_fraction", kept_in(point, task)) for task in front.tasks)
+        values += [kept] if front.tasks else []
         mark = " knee" if point.id == front.knee else ""
         cells = [point.id + mark, point.policy.describe(), *values, show(front.quality, random)]
         table.add_row(*map(escape, cells), escape(", ".join(point.dominated_by) or "–"))
