@@ -29,6 +29,7 @@ from natsl.progress import Progress
 from natsl.resume import is_free_on_resume
 from natsl.run import Run
 from natsl.supernet import Loss, N, calibrate, sandwich_backward, sandwich_policies, seed_of
+from natsl.threads import resume_threads, threads_restored
 from natsl.tracking import Tracker
 
 OnStep = Callable[[dict[str, float]], None]
@@ -193,6 +194,7 @@ def to_host(values: Tensor) -> list[float]:
 
 
 @signals.held()
+@threads_restored()
 def train_supernet(
     model: RoutedLM,
     data: TaskData,
@@ -226,6 +228,8 @@ def train_supernet(
 
     def store(step: int, finished: bool = False) -> None:
         record = {**meta, "finished": finished}
+        if trainer.device.type == "cpu":
+            record["threads"] = torch.get_num_threads()
         checkpoint.save(folder, step, model, trainer.optimizer, record, train.keep_checkpoints)
 
     model.train()
@@ -304,6 +308,8 @@ def _resume(folder: Path, model: RoutedLM, optimizer: torch.optim.Optimizer, met
     state = {key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")}
     model.load_state_dict(state)
     checkpoint.load_optimizer(optimizer, tensors)
+    if not record["finished"] and model.embed.weight.device.type == "cpu":
+        resume_threads(record)
     return int(record["step"]), bool(record["finished"])
 
 

@@ -27,6 +27,7 @@ from natsl.errors import UserError
 from natsl.secrets import redact_text
 from natsl.signals import TerminatedError, sigterm_raises
 from natsl.space.check import InvalidValueError
+from natsl.threads import choose_threads
 
 if TYPE_CHECKING:
     import argparse
@@ -96,7 +97,15 @@ def run_verb(name: str, arguments: Sequence[str] | None = None, command: str | N
         return
     if arguments is not None:
         sys.argv[:] = [command or command_name(), *arguments]  # which this function reads by itself
-    _guard(lambda: load(verb.function)())
+    _guard(lambda: _call(verb.function))
+
+
+def _call(function: str) -> int | None:
+    """Call what reads the command line by itself."""
+    if not {"-h", "--help"}.intersection(sys.argv[1:]):
+        choose_threads()
+    result: int | None = load(function)()
+    return result
 
 
 def run_main(
@@ -251,7 +260,9 @@ def _main(
         return _show(loader, config_name, args, parser)
     _note_ignored(args.overrides)
     if not (args.multirun or "hydra.mode=MULTIRUN" in args.overrides):
-        return function(_to_object(_compose(loader, config_name, args.overrides), config_class)) or 0
+        config = _to_object(_compose(loader, config_name, args.overrides), config_class)
+        choose_threads()  # after all checks, before anything loads torch
+        return function(config) or 0
     lines = _jobs(loader, args.overrides)
     jobs = [_to_object(_compose(loader, config_name, line), config_class) for line in lines]
     targets = [
@@ -261,6 +272,7 @@ def _main(
     ]
     if len(set(targets)) < len(targets):
         raise UserError(f"the {len(jobs)} jobs need different names, for example name=a,b or name='s${{seed}}'")
+    choose_threads()
     for number, (line, job) in enumerate(zip(lines, jobs, strict=True), 1):
         _say(redact_text(f"job {number} of {len(jobs)}: {' '.join(line)}"))
         code = function(job)
