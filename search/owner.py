@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import secrets
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,9 @@ def claim(storage: RDBStorage, study_id: int, name: str, folder: Path) -> Owner:
         owner = None if stored is None else Owner.parse(stored)
         if owner is not None and owner.blocks(mine):
             here = (owner.boot, owner.pids) == (mine.boot, mine.pids)
-            advice = "" if here else f"; if that machine is gone, remove the attribute {OWNER} of the study"
+            options = ["--study-name", name, "--key", OWNER, "--value", "none"]
+            command = shlex.join(["optuna", "study", "set-user-attr", "--storage", "URL", *options])
+            advice = "" if here else f"; if that machine is gone, free the study: {command} (URL: search.storage)"
             raise UserError(
                 f"the study {name!r} is in use by process {owner.pid} on {owner.host}: wait until it has ended, "
                 f"or choose another name{advice}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -111,6 +112,19 @@ def test_of_two_processes_that_claim_at_once_one_succeeds(
     with pytest.raises(UserError, match="in use by process 1 on"):
         claim(storage, study._study_id, "first", tmp_path / "ours")
     assert optuna.load_study(storage=url, study_name="first").user_attrs[OWNER]["pid"] == 1
+
+
+def test_a_machine_that_is_gone_is_freed_by_the_command_of_the_message(url: str, tmp_path: Path) -> None:
+    opened(url, tmp_path / "theirs").close()
+    gone = {"host": "gone", "machine": "gone", "boot": "gone"}
+    other = replace(Owner.this_process(tmp_path / "theirs"), **gone)  # type: ignore[arg-type]
+    optuna.load_study(storage=url, study_name="first").set_user_attr(OWNER, vars(other))
+    with pytest.raises(UserError, match=r"on gone: wait .* if that machine is gone, free the study: optuna") as caught:
+        opened(url, tmp_path / "ours")
+    program, *arguments = shlex.split(str(caught.value).partition("free the study: ")[2].partition(" (")[0])
+    arguments[arguments.index("URL")] = url
+    subprocess.run([Path(sys.executable).with_name(program), *arguments], check=True, capture_output=True)
+    assert opened(url, tmp_path / "ours").remaining == 4
 
 
 @pytest.mark.parametrize(
