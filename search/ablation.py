@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch
+from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch, check_chunks
 from natsl.device import resolve_device
 from natsl.errors import UserError
 from natsl.files import check_name, read_json, to_plain, write_json
@@ -187,17 +187,19 @@ def table(results: list[dict[str, Any]], config: AblationConfig) -> str:
 
 def run_ablation(config: AblationConfig) -> None:
     """The command ``search.ablation``."""
-    from natsl.data import load_text
+    from natsl.data import TaskData, load_text
 
+    check_chunks(config.model.chunk_size, config.data.seq_len)
     config = dataclasses.replace(config, device=str(resolve_device(config.device)))
+    text = load_text(config.data.path, config.data.text_rules(config.root))
+    TaskData(config.data, text, config.model.vocab_size)  # which refuses what does not go together
     run = Run.open(config.name, config.root)
     with run.lock():
         run.write_config(config)
         folder = run.path / "jobs"
         folder.mkdir(exist_ok=True)
-        text = load_text(config.data.path, config.data.text_rules(config.root)).fingerprint
         jobs = [
-            Job(config, name, seed, folder / f"{i:02d}-{seed}.json", text)
+            Job(config, name, seed, folder / f"{i:02d}-{seed}.json", text.fingerprint)
             for seed in config.seeds
             for i, name in enumerate(config.variants)
         ]

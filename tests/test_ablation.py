@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +100,49 @@ def test_variants_change_one_thing() -> None:
 def test_bad_variants_are_refused(variants: dict[str, dict[str, object]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(Path("unused"), variants)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq_len": 8}, r"data.seq_len = 8 is not allowed: calibration needs complete chunks"),
+        ({"seq_len": 72}, r"data.seq_len = 72 is not allowed: mqar needs a multiple of data.mqar.segment = 16"),
+    ],
+    ids=["shorter than a chunk", "not for the task"],
+)
+def test_data_that_do_not_fit_are_refused_before_there_is_a_run(
+    options: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    c = config(tmp_path)
+    c.data = replace(c.data, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        run_ablation(c)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_ends_the_workers_too(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    options = [f"root={tmp_path}", "name=a", "device=cpu", "seeds=[0,1]", "variants={base: {}}", "data.seq_len=64"]
+    options += ["train.steps=1000000", "train.checkpoint_every=1", "train.warmup_steps=0"]
+    environment = os.environ | {"TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "natsl", "ablation", *options]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            for _ in range(1200):
+                trained = {path.parent for path in scratch.glob("*/step-*.json")}
+                if len(trained) == 2 or process.poll() is not None:
+                    break
+                time.sleep(0.1)
+            process.terminate()
+            out, err = process.communicate(timeout=120)  # ends only once no worker holds the pipes any more
+        finally:
+            process.kill()
+    assert len(trained) == 2, err
+    assert (process.returncode, out, err.splitlines()[-1]) == (143, "", "terminated")
+    assert "Traceback" not in err
+    assert list(scratch.iterdir()) == []
+    assert list((tmp_path / "a" / "jobs").iterdir()) == []
 
 
 def test_the_table_shows_mean_and_lowest_seed(tmp_path: Path) -> None:
