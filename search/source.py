@@ -14,7 +14,7 @@ from natsl import checkpoint
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig
 from natsl.data import TaskData
 from natsl.errors import UserError
-from natsl.files import child_folder
+from natsl.files import child_folder, user_path
 from natsl.model import RoutedLM
 from natsl.run import Run
 from natsl.search.config import SearchRunConfig
@@ -49,8 +49,9 @@ def take_settings(config: SearchRunConfig) -> SearchRunConfig:
 
 def source_run(config: SearchRunConfig) -> Run:
     """The run whose supernet is copied, or the search's own run if that was removed and its copy is there."""
-    own = Run(child_folder(Path(config.root), config.name, "name"))
-    source = child_folder(Path(config.root), str(config.supernet_from), "supernet_from")
+    root = user_path(config.root, "root")
+    own = Run(child_folder(root, config.name, "name"))
+    source = child_folder(root, str(config.supernet_from), "supernet_from")
     if not source.exists() and checkpoint.steps(own.supernet):
         return own
     return Run.open(source.name, config.root, create=False)

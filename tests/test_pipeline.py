@@ -292,6 +292,17 @@ def test_a_source_that_was_removed_or_trained_again(done: tuple[Run, Front], tex
         run_search(config)
 
 
+def test_a_source_that_was_removed_from_a_home_folder(
+    done: tuple[Run, Front], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(done[0].path, tmp_path / "first")
+    config = replace(tiny(tmp_path, text, n_trials=1), root="~", name="second", supernet_from="first")
+    assert run_search(config) is not None
+    shutil.rmtree(tmp_path / "first")
+    assert run_search(config) is None
+
+
 def test_a_finished_search_is_reported_again_under_other_baselines(text: str, tmp_path: Path) -> None:
     run_search(tiny(tmp_path, text, n_trials=2))
     front = run_search(tiny(tmp_path, text, n_trials=2, uniform_budgets=[0.5], random_draws=3))
