@@ -25,7 +25,7 @@ def pending() -> bool:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Hold a first SIGTERM back until the block ends; a second one ends it at once."""
+    """Hold a first SIGTERM back until the block ends; a second one meanwhile ends it at once."""
     _State.held += 1
     try:
         yield
@@ -33,12 +33,15 @@ def held() -> Iterator[None]:
         _State.held -= 1
     if _State.pending and not _State.held:
         _State.pending = False
-        raise TerminatedError
+        raise _terminated()
 
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Within the block SIGTERM raises ``TerminatedError`` in the main thread; elsewhere the block changes nothing."""
+    """Within the block SIGTERM raises ``TerminatedError`` in the main thread; elsewhere the block changes nothing.
+
+    Once it is raised the block is left undisturbed: a further SIGTERM would interrupt what cleans up.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -54,4 +57,10 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
     if _State.held and not _State.pending:
         _State.pending = True
         return
-    raise TerminatedError
+    raise _terminated()
+
+
+def _terminated() -> TerminatedError:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return TerminatedError()

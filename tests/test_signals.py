@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,26 @@ def test_one_signal_is_held_back_and_a_second_one_is_not() -> None:
             work(signals)
     assert reached == [(0, False), (1, True)]
     assert not pending()
+
+
+def test_a_further_signal_does_not_interrupt_what_cleans_up() -> None:
+    cleaned = []
+
+    @held()
+    def work() -> None:
+        terminate()
+
+    def interrupt(action: Callable[[], None]) -> None:
+        try:
+            action()
+        finally:
+            terminate()
+            cleaned.append(action)
+
+    for action in (terminate, work):
+        with pytest.raises(TerminatedError), sigterm_raises():
+            interrupt(action)
+    assert cleaned == [terminate, work]
 
 
 @pytest.mark.parametrize("where", ["natsl.export.verify", "natsl.export.write_json", "natsl.export._put_in_place"])
