@@ -122,7 +122,7 @@ def test_one_draw_samples_both_sides_of_a_chunk(backend: str) -> None:
 
 def test_gradients_of_real_routes_are_exact() -> None:
     inputs = [x.double() for x in make(9, torch.float64, B=1, K=4, V=4)]
-    routes = leaves([torch.rand(1, 3, 2).double(), torch.rand(1, 3, 2).double()])
+    routes = leaves([torch.rand(1, 3, 2, device=DEVICE).double(), torch.rand(1, 3, 2, device=DEVICE).double()])
 
     def outputs(route: Tensor, delta_route: Tensor) -> tuple[Tensor, Tensor]:
         ts = [*inputs[:7], route]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import shutil
@@ -268,7 +269,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_resume_under_other_settings_is_refused(case: str, tmp_path: Path) -> None:
-    opened(tmp_path, SearchConfig(n_trials=3)).run(synthetic)
+    with contextlib.closing(opened(tmp_path, SearchConfig(n_trials=3))) as study:  # all of it is in the file afterwards
+        study.run(synthetic)
     before = (tmp_path / "study.db").read_bytes()
     settings, made_from, text = CHANGES[case]
     with pytest.raises(UserError, match=text):
