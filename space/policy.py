@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, NoReturn
@@ -37,9 +37,11 @@ class LayerPolicy:
     """What one layer does.
 
     op: ``delta``, ``softmax`` or ``routed``.
-    budget: fraction of chunks that softmax may keep, in [0, 1]; the calibration table turns it into a threshold.
-    threshold: margin in logits above which a chunk is kept (may be ±inf). ``routed`` takes either a budget or a
-        threshold, the other ops neither.
+    budget: fraction of chunks that softmax may keep, in [0, 1], for the layer or a list with one per routing head; the
+        calibration table turns it into thresholds: one number by the quantiles of the scope that was calibrated, a
+        list by those of each head. 0 keeps nothing and 1 everything, without a table: static heads are policies.
+    threshold: margin in logits above which a chunk is kept (may be ±inf), one or one per routing head. ``routed`` takes
+        either a budget or a threshold, the other ops neither.
     cap, burst: hard causal limit, only for ``routed``: chunk n may be kept only if the number kept so far is
         < ceil(cap·(n + 1)) + burst. cap in [0, 1], burst an integer ≥ 0 that needs a cap.
     mix_temperature: finite, > 0; divides the logits that weigh the outputs of the two branches.
@@ -48,8 +50,8 @@ class LayerPolicy:
     """
 
     op: Op = Op.routed
-    budget: float | None = None
-    threshold: float | None = None
+    budget: float | tuple[float, ...] | None = None
+    threshold: float | tuple[float, ...] | None = None
     cap: float | None = None
     burst: int = 0
     mix_temperature: float = 1.0
@@ -66,9 +68,9 @@ class LayerPolicy:
                 value = getattr(self, name)
                 check(value is None, name, value, f"op {self.op.value} takes none (only op routed does)")
         if self.budget is not None:
-            self._set("budget", check_number("budget", self.budget, 0, 1))
+            self._set("budget", _per_head("budget", self.budget, 0, 1))
         if self.threshold is not None:
-            self._set("threshold", check_number("threshold", self.threshold))
+            self._set("threshold", _per_head("threshold", self.threshold))
         if self.cap is not None:
             self._set("cap", check_number("cap", self.cap, 0, 1))
         self._set("burst", check_count("burst", self.burst, 0))
@@ -82,29 +84,43 @@ class LayerPolicy:
         # Frozen, yet numbers are stored in one form (1 as 1.0), so that equal policies have equal JSON.
         object.__setattr__(self, name, value)
 
+    def heads(self) -> int | None:
+        """For how many routing heads it says something of their own (None: it says the same for all)."""
+        value = self.threshold if self.budget is None else self.budget
+        return len(value) if isinstance(value, tuple) else None
+
+    def mean_budget(self) -> float | None:
+        """The budget, of a list the mean over the heads (None: a threshold, or another op)."""
+        return sum(self.budget) / len(self.budget) if isinstance(self.budget, tuple) else self.budget
+
+    def needs_calibration(self) -> bool:
+        """Whether a budget lies strictly between 0 and 1, so that it takes a table to become a threshold."""
+        budgets = self.budget if isinstance(self.budget, tuple) else (self.budget or 0.0,)
+        return any(0 < budget < 1 for budget in budgets)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields: ``op``, then those that differ from their defaults (infinite thresholds as strings)."""
         plain: dict[str, Any] = {"op": self.op.value}
         for item in fields(self)[1:]:
             value = getattr(self, item.name)
             if value != item.default:
-                plain[item.name] = value
-        if self.threshold is not None and math.isinf(self.threshold):
-            plain["threshold"] = "inf" if self.threshold > 0 else "-inf"
+                plain[item.name] = list(value) if isinstance(value, tuple) else value
+        if "threshold" in plain:
+            plain["threshold"] = _map(plain["threshold"], _infinity_to_text)
         return plain
 
     @classmethod
     def from_dict(cls, plain: object) -> LayerPolicy:
         """The inverse of ``to_dict``; ``ValueError`` for unknown keys and wrong types or values."""
         values = _keys(plain, "layer policy", tuple(item.name for item in fields(cls)))
-        threshold = values.get("threshold")
-        if isinstance(threshold, str):
-            check(threshold in _INFINITIES, "threshold", threshold, "it must be a number, 'inf' or '-inf'")
-            values["threshold"] = _INFINITIES[threshold]
+        if "threshold" in values:
+            values["threshold"] = _map(values["threshold"], _text_to_infinity)
         return cls(**values)
 
     def describe(self) -> str:
-        """Short text: ``D``, ``S``, a budget ``.25`` or a threshold ``θ1.5``; then ``≤cap+burst`` and ``/mix``."""
+        """Short text: ``D``, ``S``, a budget ``.25``, budgets of heads ``[.1,0]`` or a threshold ``θ1.5``; then
+        ``≤cap+burst`` and ``/mix``.
+        """
         if self.op is Op.routed:
             text = _short(self.budget) if self.budget is not None else "θ" + _short(self.threshold or 0.0)
         else:
@@ -129,8 +145,12 @@ class RoutingPolicy:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "chunk_size", check_count("policy.chunk_size", self.chunk_size, 1))
 
-    def check(self, kinds: Sequence[Op], chunk_size: int) -> None:
-        """Raise ``ValueError`` unless the policy fits a model with these layer kinds and this chunk size."""
+    def check(self, kinds: Sequence[Op], chunk_size: int, heads: int | None = None) -> None:
+        """Raise ``ValueError`` unless the policy fits a model with these layer kinds and this chunk size.
+
+        ``heads``: routing heads of a layer, which a list of budgets or thresholds must have one for each of (None: that
+        is not checked).
+        """
         check(
             self.chunk_size == chunk_size,
             "policy.chunk_size",
@@ -146,6 +166,11 @@ class RoutingPolicy:
                 layer.op,
                 f"this layer is of kind {kind.value}, which takes {', '.join(op.value for op in allowed)}",
             )
+            own = layer.heads()
+            if heads is not None and own not in (None, heads):
+                name = "threshold" if layer.budget is None else "budget"
+                values = getattr(layer, name)
+                check(False, f"policy.layers[{i}].{name}", values, f"the layer has {heads} routing heads, not {own}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form: ``{"chunk_size": 64, "layers": [{"op": "softmax"}, {"op": "routed", "budget": 0.25}]}``."""
@@ -213,7 +238,33 @@ class RoutingPolicy:
         return cls(tuple(layer if kind is Op.routed else LayerPolicy(kind) for kind in kinds), chunk_size)
 
 
-def _short(value: float) -> str:
+def _per_head(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float | tuple[float, ...]:
+    """A number, or a tuple of numbers from a list of at least one; ``ValueError`` for anything else."""
+    if not isinstance(value, list | tuple):
+        return check_number(name, value, low, high)
+    check(len(value) > 0, name, value, "a list needs one number for each routing head")
+    return tuple(check_number(f"{name}[{i}]", item, low, high) for i, item in enumerate(value))
+
+
+def _map(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Apply ``change`` to a value, or to each item of a list."""
+    return [change(item) for item in value] if isinstance(value, list | tuple) else change(value)
+
+
+def _infinity_to_text(value: float) -> float | str:
+    return value if math.isfinite(value) else "inf" if value > 0 else "-inf"
+
+
+def _text_to_infinity(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    check(value in _INFINITIES, "threshold", value, "it must be a number, 'inf' or '-inf'")
+    return _INFINITIES[value]
+
+
+def _short(value: float | tuple[float, ...]) -> str:
+    if isinstance(value, tuple):
+        return "[" + ",".join(map(_short, value)) + "]"
     text = f"{value:.4g}"
     return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
 

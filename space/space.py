@@ -211,7 +211,8 @@ class SearchSpace:
         return params
 
     @staticmethod
-    def _within(name: str, value: float | None, low: float, high: float) -> float:
+    def _within(name: str, value: float | tuple[float, ...] | None, low: float, high: float) -> float:
+        check(not isinstance(value, tuple), name, value, "the space has one number per layer")
         number = check_number(name, value, low, high)
         ok = round(number, DECIMALS) == number
         check(ok, name, number, f"the space has numbers of at most {DECIMALS} decimals")

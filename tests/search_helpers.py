@@ -39,7 +39,7 @@ def synthetic(policy: RoutingPolicy, split: str = "search", useful: float = 0.22
     """Recall from how much of the ``useful`` share of chunks each layer keeps; random routing has ``useful`` = 1."""
     kept, error = [], 0.98
     for i, layer in enumerate(policy.layers):
-        fraction = 1.0 if layer.op is Op.softmax else (layer.budget or 0.0)
+        fraction = 1.0 if layer.op is Op.softmax else (layer.mean_budget() or 0.0)
         if 0 < fraction < 1:
             fraction = min(1.0, max(0.0, fraction * (1 + 0.03 * noise(policy.digest(), split, useful, i))))
         kept.append(fraction)

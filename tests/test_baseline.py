@@ -58,7 +58,7 @@ def test_one_routed_layer_has_each_policy_once() -> None:
 def test_schedules_over_depth_have_the_mean_of_their_name() -> None:
     for item in baselines(HYBRID, CHUNK, (), SearchSpace()):
         if item.name.startswith(("rising", "falling")):
-            budgets = [layer.budget for layer in item.policy.layers if layer.budget is not None]
+            budgets = [b for layer in item.policy.layers if (b := layer.mean_budget()) is not None]
             assert sum(budgets) / 4 == pytest.approx(float(item.name.split("-")[1]), abs=1e-4)
             assert all(0 <= budget <= 1 for budget in budgets)
 

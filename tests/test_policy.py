@@ -114,6 +114,38 @@ def test_policies_are_frozen_values() -> None:
     assert isinstance(listed.layers, tuple)
 
 
+def test_one_number_per_head() -> None:
+    layers = (
+        LayerPolicy(budget=[0.1, 0, 1]),  # type: ignore[arg-type]
+        LayerPolicy(threshold=(-math.inf, 0.5, math.inf)),
+        LayerPolicy(budget=(0.25,)),
+    )
+    policy = RoutingPolicy(layers, 16)
+    assert layers[0].budget == (0.1, 0.0, 1.0)
+    assert policy.describe() == "[.1,0,1] θ[-inf,.5,inf] [.25]"
+    assert policy.to_dict()["layers"][0] == {"op": "routed", "budget": [0.1, 0.0, 1.0]}
+    assert '"threshold":["-inf",0.5,"inf"]' in policy.to_json()
+    assert RoutingPolicy.from_json(policy.to_json()) == policy
+    assert pickle.loads(pickle.dumps(policy)) == policy
+    assert LayerPolicy(budget=(0.25, 0.25)) != LayerPolicy(budget=0.25)
+    assert [layer.heads() for layer in layers] == [3, 3, 1]
+    assert [layer.needs_calibration() for layer in layers] == [True, False, True]
+    assert not LayerPolicy(budget=(0.0, 1.0)).needs_calibration()
+    policy.check([Op.routed] * 3, 16)
+    with pytest.raises(ValueError, match=r"layers\[2\].budget = \(0.25,\) .* 3 routing heads, not 1"):
+        policy.check([Op.routed] * 3, 16, 3)
+
+
+def test_policies_of_one_number_keep_their_json() -> None:
+    """Digests name points of fronts and folders of exports: those of before lists must stay."""
+    layers = (LayerPolicy(budget=0.25, cap=0.5, burst=2), LayerPolicy(threshold=math.inf), LayerPolicy(Op.softmax))
+    policy = RoutingPolicy(layers, 16)
+    assert policy.to_json() == (
+        '{"chunk_size":16,"layers":[{"budget":0.25,"burst":2,"cap":0.5,"op":"routed"},'
+        '{"op":"routed","threshold":"inf"},{"op":"softmax"}]}'
+    )
+
+
 NAN = math.nan
 BAD_LAYERS: list[tuple[str, dict[str, Any], str]] = [
     ("budget above 1", {"budget": 1.2}, r"budget = 1.2 .* \[0, 1\]"),
@@ -127,7 +159,10 @@ BAD_LAYERS: list[tuple[str, dict[str, Any], str]] = [
     ("both controls", {"budget": 0.5, "threshold": 1.0}, "threshold = 1.0 .* budget = 0.5 is set"),
     ("threshold nan", {"threshold": NAN}, "threshold = nan"),
     ("threshold huge int", {"threshold": 10**400}, "threshold = 1000"),
-    ("threshold list", {"threshold": [1]}, r"threshold = \[1\] .* a number"),
+    ("threshold in a list", {"threshold": [1, NAN]}, r"threshold\[1\] = nan .* a number"),
+    ("list in a list", {"threshold": [[1]]}, r"threshold\[0\] = \[1\] .* a number"),
+    ("empty list", {"budget": []}, r"budget = \[\] .* one number for each routing head"),
+    ("budget in a list", {"budget": [0.1, 1.2]}, r"budget\[1\] = 1.2 .* \[0, 1\]"),
     ("budget on delta", {"op": Op.delta, "budget": 0.5}, "budget = 0.5 .* op delta takes none"),
     ("budget 0 on delta", {"op": Op.delta, "budget": 0.0}, "budget = 0.0 .* op delta takes none"),
     ("threshold on softmax", {"op": Op.softmax, "threshold": 0.0}, "threshold = 0.0 .* op softmax takes none"),

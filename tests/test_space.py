@@ -73,7 +73,8 @@ def test_drawn_policies_are_legal_and_come_back_as_parameters(space: SearchSpace
         for name, limits in trial.ranges.items():  # samplers need one range per name
             assert ranges.setdefault(name, limits) == limits
         for layer in policy.layers:
-            for value in (layer.budget, layer.threshold, layer.mix_temperature):
+            assert not isinstance(layer.threshold, tuple)
+            for value in (layer.mean_budget(), layer.threshold, layer.mix_temperature):
                 assert value is None or round(value, 3) == value
 
 

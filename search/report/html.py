@@ -134,7 +134,7 @@ def _budgets(front: Front) -> str:
     rows = []
     for item in uniform:
         if item.kind is Kind.uniform:
-            asked = next(layer.budget for layer in item.policy.layers if layer.op is Op.routed)
+            asked = next(layer.mean_budget() for layer in item.policy.layers if layer.op is Op.routed)
             layers = "".join(f"<td>{show('kept_fraction', v)}</td>" for v in item.measured["kept_by_layer"])
             total = show("kept_fraction", amount(item, "kept_fraction"))
             rows.append(f"<tr><td>{show('kept_fraction', asked)}</td><td>{total}</td>{layers}</tr>")
