@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from natsl.calibration import upgraded
 from natsl.config import ModelConfig, Precision
 from natsl.errors import UserError
 from natsl.files import follow_umask, sync, to_plain, write_text
@@ -143,9 +144,10 @@ def build_model(config: dict[str, Any], state: dict[str, Tensor]) -> RoutedLM:
         shape = ModelConfig(**config)
     except TypeError as error:
         raise UserError(f"the model configuration cannot be read: {error}") from None
-    if "calibration" not in state:
+    state = upgraded(state)
+    if "calibration.levels" not in state:
         raise UserError("the weights hold no calibration table")
-    model = RoutedLM(shape, state["calibration"].shape[-1])
+    model = RoutedLM(shape, state["calibration.levels"].shape[0])
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -14,6 +14,10 @@ from natsl.space.check import check, check_at_least, check_choice, check_counts
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op
 
+# What decides a training besides its settings: how policies are drawn, the gradient clamped, budgets calibrated.
+# It is stored with every checkpoint and counts up where one of them changes.
+TRAINING_VERSION = 2
+
 
 class Counterfactual(Enum):
     """Which router gradient is computed for the side a chunk was not routed to."""
@@ -123,10 +127,11 @@ class ModelConfig:
 class SupernetConfig:
     """How one set of weights is trained under many policies (sandwich rule) and how the router gets its gradient.
 
-    Budgets of the random policies lie in [``budget_min``, ``budget_max``]; ``anneal_steps`` widens the range from
-    ``budget_max`` downwards; the first ``dense_steps`` steps train only the largest policy. ``route_temperature``
-    is the straight-through τ in logits. ``gradient_clamp``: the gradient with respect to the routes is clamped at this
-    many times its mean magnitude (0: no clamp).
+    Budgets of the random policies, averaged over the layers, lie in [``budget_min``, ``budget_max``]; ``anneal_steps``
+    widens the range from ``budget_max`` downwards. Policies with a budget per head go down to 0 in the end. The first
+    ``dense_steps`` steps train only the largest policy. ``route_temperature`` is the straight-through τ in logits.
+    ``gradient_clamp``: the gradient with respect to the routes is clamped at this many times its mean magnitude (0: no
+    clamp).
     """
 
     sandwich: Sandwich = Sandwich.groups

@@ -102,12 +102,11 @@ def _write(folder: Path, model: RoutedLM, policy: RoutingPolicy, provenance: Map
     with weights.open("rb+") as file:
         sync(file.fileno())
     follow_umask(weights)
-    table = model.calibration.tolist()
     made_by = {"format": EXPORT_FORMAT, "natsl": __version__}
     shape = {**made_by, "precision": model.precision.value, "model": to_plain(model.config)}
     write_json(folder / "config.json", shape)
     write_json(folder / "policy.json", policy.to_dict())
-    write_json(folder / "calibration.json", {"quantiles_of_margins": table, "axes": ["layer", "head", "quantile"]})
+    write_json(folder / "calibration.json", model.calibration.to_plain())
     read_back = {"data": provenance.get("data")}  # all else is only shown
     write_json(folder / "provenance.json", {"natsl": __version__, **redact(to_plain(provenance)), **read_back})
     sums = {name: file_sha256(folder / name) for name in EXPORT_FILES}

@@ -109,7 +109,7 @@ def generate(
         min(prompt) >= 0 and max(prompt) < size, "prompt", [min(prompt), max(prompt)], f"ids must lie in 0–{size - 1}"
     )
     check_counts(1, {"max_new_tokens": max_new_tokens})
-    policy.check(model.kinds, model.config.chunk_size)
+    policy.check(model.kinds, model.config.chunk_size, model.config.heads)
     return _tokens(model.eval(), policy, list(prompt), max_new_tokens, sampling)
 
 
@@ -120,9 +120,10 @@ def _tokens(
 
     device = model.embed.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)  # on the CPU: the same draws on every device
+    compiled = model.compile_policy(policy, 1)
     for _ in range(max_new_tokens):
         with torch.no_grad():
-            logits = model(torch.tensor([text], device=device), policy).logits[0, -1].double().cpu()
+            logits = model(torch.tensor([text], device=device), compiled).logits[0, -1].double().cpu()
         if not bool(logits.isfinite().all()):
             raise UserError("the model's logits are not finite: it cannot be used")
         if sampling.temperature == 0:

@@ -6,7 +6,6 @@ torch is imported where it is used, so that importing this module stays fast.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,14 @@ from natsl.errors import UserError
 from natsl.files import check_name, child_folder, read_config, read_json, user_path
 from natsl.run import Run
 from natsl.space.check import check, check_choice
-from natsl.space.policy import Op, RoutingPolicy
+from natsl.space.policy import RoutingPolicy
 from natsl.tasks import DataConfig
 
 if TYPE_CHECKING:
     from natsl.model import RoutedLM
 
-EXPORT_FORMAT = 1
+EXPORT_FORMAT = 2
+_READABLE = (1, 2)  # 1: a calibration at even levels, in one tensor
 _SCORES = ("values", "search_values", "measured", "dominated_by", "gain_over_random")  # of a point of a front
 EXPORT_FILES = ("config.json", "model.safetensors", "policy.json", "calibration.json", "provenance.json")
 
@@ -114,14 +114,14 @@ def load_point(run: Run, pick: str) -> tuple[RoutedLM, RoutingPolicy, dict[str, 
 
 def check_model(model: RoutedLM, policy: RoutingPolicy) -> None:
     """Raise ``ValueError`` unless the policy fits the model and all numbers that it uses are finite."""
-    policy.check(model.kinds, model.config.chunk_size)
+    policy.check(model.kinds, model.config.chunk_size, model.config.heads)
     for name, value in model.named_parameters():
         if not bool(value.isfinite().all()):
             raise UserError(f"the weights {name} hold numbers that are not finite: the supernet cannot be used")
-    for i, layer in enumerate(policy.layers):
-        needs = layer.op is Op.routed and layer.budget is not None and 0 < layer.budget < 1
-        if needs and not bool(model.calibration[i].isfinite().all()):
-            raise UserError(f"layer {i} has a budget, but the model is not calibrated: finish its training first")
+    try:
+        model.calibration.check([policy], range(len(policy.layers)))
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def load_exported(path: str | Path) -> tuple[RoutedLM, RoutingPolicy]:
@@ -139,11 +139,10 @@ def load_exported(path: str | Path) -> tuple[RoutedLM, RoutingPolicy]:
         raise UserError(f"{folder} is not an exported model: it has no manifest.json")
     manifest = read_json(folder / "manifest.json")
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != EXPORT_FORMAT:
+    if found not in _READABLE:
         needed = manifest.get("natsl", "unknown") if isinstance(manifest, dict) else "unknown"
-        raise UserError(
-            f"{folder} has the export format {found!r}, this natsl reads {EXPORT_FORMAT}: use natsl {needed}"
-        )
+        formats = " and ".join(map(str, _READABLE))
+        raise UserError(f"{folder} has the export format {found!r}, this natsl reads {formats}: use natsl {needed}")
     sums = manifest.get("files")
     for name in EXPORT_FILES:
         if not isinstance(sums, dict) or name not in sums or not (folder / name).is_file():
@@ -191,12 +190,12 @@ def load_choice(choice: Choice) -> tuple[RoutedLM, RoutingPolicy, dict[str, Any]
         policy = RoutingPolicy.uniform(model.kinds, model.config.chunk_size, choice.budget)
         record |= {"budget": choice.budget, "digest": policy.digest(), "policy": policy.to_dict()}
     assert policy is not None, "one of the four sources has given it"
-    if choice.calibration is not None and not any(0 < (layer.budget or 0) < 1 for layer in policy.layers):
+    if choice.calibration is not None and not any(layer.needs_calibration() for layer in policy.layers):
         raise UserError(f"calibration = {choice.calibration!r} has no effect: no budget of the policy is in (0, 1)")
     if choice.policy is not None:
         record |= {"policy_file": Path(choice.policy).name, "digest": policy.digest(), "policy": policy.to_dict()}
         try:
-            policy.check(model.kinds, model.config.chunk_size)
+            policy.check(model.kinds, model.config.chunk_size, model.config.heads)
         except ValueError as error:
             raise UserError(f"policy: {choice.policy} does not fit the model: {error}") from None
     check_model(model, policy)
@@ -225,8 +224,6 @@ def use_calibration(model: RoutedLM, run: Run, name: str, sha256: str) -> dict[s
     sha256: of the model's checkpoint. Returns name, date, data and seed of the table. ``UserError`` if there is none of
     that name, it belongs to another checkpoint, or it does not fit the model.
     """
-    import torch
-
     path = calibration_path(run, name)
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("[!.]*.json"))) or "none"
@@ -234,8 +231,6 @@ def use_calibration(model: RoutedLM, run: Run, name: str, sha256: str) -> dict[s
     record = read_json(path)
     try:
         made_for = record["checkpoint"]["sha256"]
-        rows = [[[math.nan if v is None else float(v) for v in row] for row in layer] for layer in record["margins"]]
-        table = torch.tensor(rows)
         facts = {"name": name, **{key: record[key] for key in ("date", "data", "sequences", "seed")}}
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is not a calibration table written by natsl") from None
@@ -243,10 +238,13 @@ def use_calibration(model: RoutedLM, run: Run, name: str, sha256: str) -> dict[s
         raise UserError(
             f"calibration = {name!r} was made for another supernet than the one in run {run.name!r}: calibrate again"
         )
-    routed = [i for i, kind in enumerate(model.kinds) if kind is Op.routed]
-    if table.shape != model.calibration.shape or not bool(table[routed].isfinite().all()):
-        raise UserError(f"{path} is not a calibration table of this model")
-    model.calibration.copy_(table)
+    try:
+        model.calibration.load_plain(record)
+        model.calibration.check(
+            [RoutingPolicy.uniform(model.kinds, model.config.chunk_size, 0.5)], range(len(model.kinds))
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        raise UserError(f"{path} is not a calibration table of this model") from None
     return facts
 
 

@@ -7,21 +7,21 @@ routing head. Source: arXiv 2602.03681, section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from natsl.compiled import CompiledLayer, Run
 from natsl.config import ModelConfig
 from natsl.kernels.branches import routed_branches
 from natsl.kernels.delta import routed_delta_rule
 from natsl.kernels.mix import gated_norm, routed_mix
 from natsl.kernels.softmax import routed_softmax
 from natsl.modules import RMSNorm, causal_attention, short_convolution
-from natsl.router import LayerContext, LayerRouting, Router, route_chunks
-from natsl.space.policy import LayerPolicy, Op
+from natsl.router import LayerContext, LayerRouting, RoutePair, Router, route_chunks
+from natsl.space.policy import Op
 
 
 def rotate(x: Tensor, theta: float) -> Tensor:
@@ -38,7 +38,7 @@ def rotate(x: Tensor, theta: float) -> Tensor:
 class _Rows:
     """Rows of the batch that share a computation, after the projections.
 
-    q, k [B,T,R·K], v [B,T,R·V], gate [B,T,Hs,Vs], route [B,N,R]; ``gates`` (g, beta) where the delta rule takes part,
+    q, k [B,T,R·K], v [B,T,R·V], gate [B,T,Hs,Vs], routes [B,N,R]; ``gates`` (g, beta) where the delta rule takes part,
     ``logits`` [B,T,Hs,2] where both memories do.
     """
 
@@ -46,7 +46,7 @@ class _Rows:
     k: Tensor
     v: Tensor
     gate: Tensor
-    route: Tensor
+    routes: RoutePair
     gates: tuple[Tensor, Tensor] | None
     logits: Tensor | None
 
@@ -126,18 +126,34 @@ class RoutedMixer(nn.Module):
         router = self.router if self.kind is Op.routed else None
         routing = route_chunks(router, x, c.heads, c.chunk_size, context)
         outputs = []
-        for rows, op, temperature in self._runs(context.policies, B):
+        for run in context.policy.plan.runs:
+            rows = run.rows
             q, k, v = qkv[rows].split((self.key_width, self.key_width, self.value_width), -1)
             gates = logits = None
-            if self.kind is Op.routed and op is Op.routed:
-                logits = self.mix_proj(q).view(-1, T, c.softmax_heads, 2) / temperature
+            if run.both:
+                logits = self._mix_logits(q, context.policy, run)
             if self.kind is not Op.softmax:
                 gates = self._gates(x[rows])
+            keep = routing.route[rows]
+            routes = RoutePair(keep, keep if routing.skip is routing.route else routing.skip[rows])
+            if not run.learns:  # the ops then leave out the routes' gradient
+                routes = RoutePair(routes.keep.detach(), routes.skip.detach())
             # autocast would make half precision of the products inside the torch backend, which are float32 on purpose
             with torch.autocast(x.device.type, enabled=False):
-                outputs.append(self._mix(_Rows(q, k, v, gate[rows], routing.route[rows], gates, logits), context))
+                outputs.append(self._mix(_Rows(q, k, v, gate[rows], routes, gates, logits), context))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self.out_proj(y.reshape(B, T, -1)), LayerRouting(routing.margins, routing.route.detach())
+        routing = LayerRouting(routing.margins, routing.route.detach(), routing.skip.detach())
+        return self.out_proj(y.reshape(B, T, -1)), routing
+
+    def _mix_logits(self, q: Tensor, policy: CompiledLayer, run: Run) -> Tensor:
+        """Logits [B,T,Hs,2] of the branches' weights for the rows of a run, whose queries are q [B,T,R·K]."""
+        logits: Tensor = self.mix_proj(q).view(*q.shape[:2], -1, 2)
+        if run.tempered:
+            logits = (logits.float() / policy.temperature[run.rows, None, None, None]).to(logits.dtype)
+        if run.masked:
+            softmax = torch.arange(2, device=q.device) > 0
+            logits = logits.masked_fill(policy.delta_only[run.rows, None, None, None] & softmax, -math.inf)
+        return logits
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Log decay g and write strength beta of the delta rule, float32 [B,T,R]."""
@@ -162,12 +178,20 @@ class RoutedMixer(nn.Module):
             if context.route is None and v.is_cuda:
                 o_softmax = causal_attention(qs, ks, values)
             else:
-                o_softmax = routed_softmax(qs, ks, values, rows.route, chunk_size=c.chunk_size)
+                o_softmax = routed_softmax(qs, ks, values, rows.routes.keep, chunk_size=c.chunk_size)
             return gated_norm(o_softmax, rows.gate, self.softmax_norm, eps=c.norm_eps)
         g, beta = rows.gates
         if rows.logits is None:
             o_delta, _ = routed_delta_rule(
-                q, k, v, g, beta, rows.route, chunk_size=c.chunk_size, counterfactual=mode, counterfactual_rate=rate
+                q,
+                k,
+                v,
+                g,
+                beta,
+                rows.routes.skip,
+                chunk_size=c.chunk_size,
+                counterfactual=mode,
+                counterfactual_rate=rate,
             )
             o_delta = o_delta.reshape(rows.gate.shape)
             return gated_norm(o_delta, rows.gate, self.delta_norm, eps=c.norm_eps)
@@ -179,7 +203,8 @@ class RoutedMixer(nn.Module):
             ks,
             g,
             beta,
-            rows.route,
+            rows.routes.keep,
+            delta_route=rows.routes.skip,
             chunk_size=c.chunk_size,
             counterfactual=mode,
             counterfactual_rate=rate,
@@ -193,16 +218,3 @@ class RoutedMixer(nn.Module):
             self.softmax_norm,
             eps=c.norm_eps,
         )
-
-    @staticmethod
-    def _runs(policies: Sequence[LayerPolicy], batch: int) -> list[tuple[slice, Op, float]]:
-        """Consecutive rows that share a computation: (rows, delta or routed, mix temperature)."""
-        size = batch // len(policies)
-        runs: list[tuple[slice, Op, float]] = []
-        for i, policy in enumerate(policies):
-            op = Op.delta if policy.op is Op.delta else Op.routed
-            if runs and runs[-1][1:] == (op, policy.mix_temperature):
-                runs[-1] = (slice(runs[-1][0].start, (i + 1) * size), op, policy.mix_temperature)
-            else:
-                runs.append((slice(i * size, (i + 1) * size), op, policy.mix_temperature))
-        return runs

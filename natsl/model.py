@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from natsl.calibration import Calibration, upgraded
+from natsl.compiled import CompiledPolicy, Fit, compile_policies
 from natsl.config import ModelConfig, Precision, SupernetConfig
 from natsl.mixer import RoutedMixer
 from natsl.modules import RMSNorm, SwiGLU, linear_cross_entropy
-from natsl.router import LayerContext, LayerRouting
+from natsl.router import LayerContext, LayerRouting, RoutePair
 from natsl.space.policy import Op, RoutingPolicy
+
+Policies: TypeAlias = RoutingPolicy | Sequence[RoutingPolicy]
+Routes: TypeAlias = Sequence[Tensor | RoutePair | None]  # per layer
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,10 @@ class Block(nn.Module):
 
 
 class RoutedLM(nn.Module):
-    """Language model over ``config.layers``; ``calibration`` [layers,R,P] turns budgets into thresholds (NaN: none).
+    """Language model over ``config.layers``; ``calibration`` turns budgets into thresholds.
 
     ``precision``: what it computes in, set by whoever trains or loads it; the weights are float32 in both.
     """
-
-    calibration: Tensor
 
     def __init__(self, config: ModelConfig, calibration_points: int = 65) -> None:
         super().__init__()
@@ -77,38 +81,63 @@ class RoutedLM(nn.Module):
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=config.width**-0.5)
-        table = torch.full((len(self.kinds), config.heads, calibration_points), math.nan)
-        self.register_buffer("calibration", table)
-        self._calibrated: tuple[Tensor, int, list[bool]] | None = None
+        self.calibration = Calibration(len(self.kinds), config.heads, calibration_points)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module. Called on the model itself, it also takes states from before a calibration had levels."""
+        return super().load_state_dict(upgraded(state_dict), strict, assign)
+
+    def compile_policy(
+        self,
+        policy: Policies,
+        batch: int,
+        routes: Routes | None = None,
+        *,
+        per_kind: bool = True,
+        training: bool = False,
+    ) -> CompiledPolicy:
+        """Compile policies for a batch of this size (see ``natsl.compiled``); ``forward`` takes the result too.
+
+        ``policy`` and ``routes`` as in ``forward``, with its errors: a layer with fixed routes needs no calibration,
+        nor does ``training``.
+        """
+        policies = [policy] if isinstance(policy, RoutingPolicy) else list(policy)
+        if not policies or batch % len(policies):
+            raise ValueError(f"a batch of {batch} does not split into {len(policies)} equal policies")
+        for p in policies:
+            p.check(self.kinds, self.config.chunk_size, self.config.heads)
+        layers = range(len(self.kinds))
+        unchecked = [i for i in layers if training or (routes is not None and routes[i] is not None)]
+        self.calibration.check(policies, [i for i in layers if i not in unchecked])
+        return compile_policies(policies, self.kinds, self.config.heads, self.calibration, batch, per_kind, unchecked)
 
     def forward(
         self,
         tokens: Tensor,
-        policy: RoutingPolicy | Sequence[RoutingPolicy],
+        policy: Policies | CompiledPolicy,
         *,
         attention_mask: Tensor | None = None,
-        routes: Sequence[Tensor | None] | None = None,
+        routes: Routes | None = None,
         training: SupernetConfig | None = None,
     ) -> LMOutput:
         """Next-token logits under a policy.
 
         tokens [B,T] int64. ``policy``: one for the whole batch, or several, each for an equal consecutive slice of
-        it. ``attention_mask`` [B,T], true on real tokens, padding on the left, the right or both sides: real tokens
-        get the logits of the unpadded sequence, logits of padding are unspecified. ``routes``: per layer None or
-        fixed routes [B,N,R] instead of the router's. ``training``: budgets are exact quantiles of the slice (not
-        causal: only for training and calibration) and routes carry the router's gradient.
+        it, or what ``compile_policy`` has made of them. ``attention_mask`` [B,T], true on real tokens, padding on the
+        left, the right or both sides: real tokens get the logits of the unpadded sequence, logits of padding are
+        unspecified. ``routes``: per layer None or fixed routes [B,N,R] instead of the router's, one for both memories
+        or a ``RoutePair``. ``training``: budgets are exact quantiles of the slice (not causal: only for training and
+        calibration) and routes carry the router's gradient.
 
         Raises ``ValueError`` if a policy does not fit the model, a token is not in the vocabulary, the batch does not
         split, the mask has holes, or a layer without calibration gets a budget.
         """
-        policies = self._check(tokens, policy, routes)
+        compiled = self._compiled(tokens, policy, routes, training)
         lengths = order = None
         if attention_mask is not None:
             tokens, lengths, order = _pack_right(tokens, attention_mask)
-        if training is None:
-            self._check_calibration(policies, routes)
         with self._autocast(tokens.device):
-            x, layers = self._hidden(tokens, policies, lengths, routes, training)
+            x, layers = self._hidden(tokens, compiled, lengths, routes, training)
             logits = F.linear(x, self._output_weight()).float()
         if order is not None:
             logits = torch.empty_like(logits).scatter_(1, order[..., None].expand_as(logits), logits)
@@ -117,44 +146,41 @@ class RoutedLM(nn.Module):
     def token_losses(
         self,
         tokens: Tensor,
-        policy: RoutingPolicy | Sequence[RoutingPolicy],
+        policy: Policies | CompiledPolicy,
         targets: Tensor,
         training: SupernetConfig | None = None,
-        routes: Sequence[Tensor | None] | None = None,
+        routes: Routes | None = None,
     ) -> TokenLosses:
         """Cross-entropy of every token against ``targets`` [B,T] (−100: not scored) without keeping the logits.
 
         The other arguments and the errors are those of ``forward``.
         """
-        policies = self._check(tokens, policy, routes)
-        if training is None:
-            self._check_calibration(policies, routes)
+        compiled = self._compiled(tokens, policy, routes, training)
         with self._autocast(tokens.device):
-            x, layers = self._hidden(tokens, policies, None, routes, training)
+            x, layers = self._hidden(tokens, compiled, None, routes, training)
             return TokenLosses(*linear_cross_entropy(x, self._output_weight(), targets), layers)
 
     def routing(
         self,
         tokens: Tensor,
-        policy: RoutingPolicy | Sequence[RoutingPolicy],
+        policy: Policies | CompiledPolicy,
         training: SupernetConfig | None = None,
     ) -> list[LayerRouting]:
         """What each layer's router does with ``tokens``, without computing logits.
 
         The arguments and the errors are those of ``forward``.
         """
-        policies = self._check(tokens, policy, None)
-        if training is None:
-            self._check_calibration(policies, None)
+        compiled = self._compiled(tokens, policy, None, training)
         with self._autocast(tokens.device):
-            return self._hidden(tokens, policies, None, None, training)[1]
+            return self._hidden(tokens, compiled, None, None, training)[1]
 
-    def _check(
+    def _compiled(
         self,
         tokens: Tensor,
-        policy: RoutingPolicy | Sequence[RoutingPolicy],
-        routes: Sequence[Tensor | None] | None,
-    ) -> list[RoutingPolicy]:
+        policy: Policies | CompiledPolicy,
+        routes: Routes | None,
+        training: SupernetConfig | None,
+    ) -> CompiledPolicy:
         if tokens.dim() != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int32, torch.int64):
             form = f"{tokens.dtype} {tuple(tokens.shape)}"
             raise ValueError(f"tokens must be integers [batch ≥ 1, tokens ≥ 1], found {form}")
@@ -162,30 +188,14 @@ class RoutedLM(nn.Module):
         if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
             span = f"{int(tokens.min())} to {int(tokens.max())}"
             raise ValueError(f"tokens are {span}: they must lie in [0, {self.config.vocab_size})")
-        policies = [policy] if isinstance(policy, RoutingPolicy) else list(policy)
-        if not policies or tokens.shape[0] % len(policies):
-            raise ValueError(f"a batch of {tokens.shape[0]} does not split into {len(policies)} equal policies")
-        for p in policies:
-            p.check(self.kinds, self.config.chunk_size)
         if routes is not None and len(routes) != len(self.kinds):
             raise ValueError(f"routes has {len(routes)} entries for {len(self.kinds)} layers")
-        return policies
-
-    def _check_calibration(self, policies: Sequence[RoutingPolicy], routes: Sequence[Tensor | None] | None) -> None:
-        """Refuse a budget for a layer without a table. The table is looked at once, unless it has changed."""
-        budgeted = [
-            i
-            for i in range(len(self.kinds))
-            if (routes is None or routes[i] is None) and any(0 < (p.layers[i].budget or 0) < 1 for p in policies)
-        ]
-        if not budgeted:
-            return
-        table = self.calibration
-        version = 0 if table.is_inference() else table._version  # an inference tensor has no version
-        if self._calibrated is None or self._calibrated[0] is not table or self._calibrated[1] != version:
-            self._calibrated = (table, version, (~table.isnan().any(2).any(1)).tolist())
-        if not all(self._calibrated[2][i] for i in budgeted):
-            raise ValueError("the model is not calibrated: budgets need a calibration table, thresholds do not")
+        if not isinstance(policy, CompiledPolicy):
+            return self.compile_policy(policy, tokens.shape[0], routes, training=training is not None)
+        fixed = [routes is not None and routes[i] is not None for i in range(len(self.kinds))]
+        fit = Fit(tuple(self.kinds), self.config.heads, self.config.chunk_size)
+        policy.check(fit, tokens.shape[0], training is not None, fixed)
+        return policy
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         if self.precision is Precision.float32:
@@ -198,9 +208,9 @@ class RoutedLM(nn.Module):
     def _hidden(
         self,
         tokens: Tensor,
-        policies: Sequence[RoutingPolicy],
+        policy: CompiledPolicy,
         lengths: Tensor | None,
-        routes: Sequence[Tensor | None] | None,
+        routes: Routes | None,
         training: SupernetConfig | None,
     ) -> tuple[Tensor, list[LayerRouting]]:
         """What the output layer reads, [B,T,D], and what each layer's router did."""
@@ -210,9 +220,8 @@ class RoutedLM(nn.Module):
         layers = []
         for i, block in enumerate(self.blocks):
             context = LayerContext(
-                policies=[p.layers[i] for p in policies],
+                policy=policy.layer(i),
                 lengths=lengths,
-                calibration=self.calibration[i],
                 route=None if routes is None else routes[i],
                 training=training,
             )

@@ -16,19 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natsl.config import CalibrationScope, Sandwich, SupernetConfig, check_chunks
-from natsl.data import Split, TaskData
-from natsl.kernels.routing import quantile_table
+from natsl.config import Sandwich, SupernetConfig
 from natsl.model import RoutedLM, TokenLosses
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.tasks.sequences import IGNORED, Batch
 
 # Share of the routed layers that a random policy makes delta-only, so that searched policies that mix ops are trained.
 DELTA_SHARE = 0.25
-CALIBRATION_POLICIES = 8
-# Tokens of a pass of calibration: as many policies as have room, but at least eight sequences of one.
-CALIBRATION_TOKENS = 32768
-CALIBRATION_ROWS = 8
+# Share of the random policies with a budget per head, and in them the share of heads that are drawn to keep nothing.
+HEAD_SHARE = 0.25
+EMPTY_SHARE = 0.5
+# Share of the steps whose smallest policy runs both memories with nothing kept, as small budgets nearly do.
+EMPTY_STEPS = 0.5
 
 N = TypeVar("N")  # a number: 0-dim tensor or float
 
@@ -64,19 +63,56 @@ def random_policy(kinds: Sequence[Op], chunk_size: int, low: float, high: float,
     return RoutingPolicy(tuple(layers), chunk_size)
 
 
+def random_head_policy(
+    kinds: Sequence[Op], heads: int, chunk_size: int, low: float, high: float, rng: random.Random
+) -> RoutingPolicy:
+    """A policy with a budget per head, whose mean over all heads is uniform in [low, high] and split at random.
+
+    Heads that are drawn to keep nothing have the budget 0, also all of a layer: both memories then run in it.
+    """
+    units = [(i, r) for i, kind in enumerate(kinds) if kind is Op.routed for r in range(heads)]
+    total = rng.uniform(low, high) * len(units)  # in fully kept heads: at least so many must keep something
+    shuffled = rng.sample(units, len(units))
+    active = [unit for n, unit in enumerate(shuffled) if n < total or rng.random() >= EMPTY_SHARE]
+    budgets = split_budget(total / max(1, len(active)), [rng.expovariate(1.0) for _ in active])
+    chosen = dict(zip(active, budgets, strict=True))
+    return RoutingPolicy(
+        tuple(
+            LayerPolicy(budget=tuple(chosen.get((i, r), 0.0) for r in range(heads)))
+            if kind is Op.routed
+            else LayerPolicy(kind)
+            for i, kind in enumerate(kinds)
+        ),
+        chunk_size,
+    )
+
+
 def sandwich_policies(model: RoutedLM, config: SupernetConfig, seed: int, step: int) -> list[RoutingPolicy]:
     """The policies of one step: largest, smallest and random ones, determined by (seed, step) on every rank."""
     kinds, chunk = model.kinds, model.config.chunk_size
     largest = RoutingPolicy.all_softmax(kinds, chunk)
     if step < config.dense_steps:
         return [largest]
-    low = config.budget_min
-    if config.anneal_steps > 0:
-        done = min(1.0, (step - config.dense_steps) / config.anneal_steps)
-        low = config.budget_max - done * (config.budget_max - config.budget_min)
+    low, low_head = config.budget_min, 0.0
+    if step - config.dense_steps < config.anneal_steps:
+        done = (step - config.dense_steps) / config.anneal_steps
+        low = low_head = config.budget_max - done * (config.budget_max - config.budget_min)
     rng = random.Random(seed_of("sandwich", seed, step))
-    middle = [random_policy(kinds, chunk, low, config.budget_max, rng) for _ in range(config.random_policies)]
-    return [largest, RoutingPolicy.all_delta(kinds, chunk), *middle]
+    middle = [
+        random_head_policy(kinds, model.config.heads, chunk, low_head, config.budget_max, rng)
+        if rng.random() < HEAD_SHARE
+        else random_policy(kinds, chunk, low, config.budget_max, rng)
+        for _ in range(config.random_policies)
+    ]
+    smallest = RoutingPolicy.all_delta(kinds, chunk)
+    if smallest_is_empty(seed, step):
+        smallest = RoutingPolicy.fill(kinds, chunk, LayerPolicy(budget=0.0))
+    return [largest, smallest, *middle]
+
+
+def smallest_is_empty(seed: int, step: int) -> bool:
+    """Whether the smallest policy of a step is not delta-only but routed with nothing kept."""
+    return random.Random(seed_of("smallest", seed, step)).random() < EMPTY_STEPS
 
 
 @dataclass(frozen=True)
@@ -147,49 +183,3 @@ def losses_of(logits: Tensor, targets: Tensor) -> TokenLosses:
     """Losses per token from logits [B,T,V] that had to be computed anyway."""
     ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return TokenLosses(ce.view_as(targets), logits.detach().argmax(-1) == targets)
-
-
-@torch.no_grad()
-def calibrate(model: RoutedLM, data: TaskData, config: SupernetConfig, seed: int) -> None:
-    """Fill the model's calibration table from held-out text, under a mix of random policies.
-
-    The margins of a layer depend on what earlier layers kept: they are pooled over policies as varied as in training,
-    each with the exact quantiles of its slice as thresholds, over complete chunks (and over heads in ``layer``
-    scope). A slice that is too large for one pass is cut into parts, each with quantiles of its own. Raises
-    ``ValueError`` if sequences are shorter than a chunk.
-    """
-    device = model.embed.weight.device
-    rng = random.Random(seed_of("calibration", seed))
-    kinds, chunk = model.kinds, model.config.chunk_size
-    if Op.routed not in kinds:
-        return
-    check_chunks(chunk, data.config.seq_len)
-    policies = [
-        random_policy(kinds, chunk, config.budget_min, config.budget_max, rng) for _ in range(CALIBRATION_POLICIES)
-    ]
-    pooled: list[list[Tensor]] = [[] for _ in kinds]
-    weights = data.config.tasks
-    total = sum(weights[name] for name in data.tasks)
-    for name in data.tasks:
-        share = config.calibration_sequences * weights[name] / total / len(policies)
-        rows = max(1, round(share))
-        tokens = data.batch(name, Split.search, rows * len(policies), seed=1).tokens
-        T = tokens.shape[1]
-        at_once = max(1, CALIBRATION_TOKENS // (rows * T))
-        for first in range(0, len(policies), at_once):
-            group = policies[first : first + at_once]
-            block = tokens[first * rows : (first + len(group)) * rows]
-            parts = block.split(max(CALIBRATION_ROWS, CALIBRATION_TOKENS // T)) if len(group) == 1 else [block]
-            for part in parts:
-                for i, layer in enumerate(model.routing(part.to(device), group, training=config)):
-                    if layer.margins is not None:
-                        pooled[i].append(layer.margins[:, : T // chunk].flatten(0, 1))
-    for i, pool in enumerate(pooled):
-        if not pool:
-            continue
-        margins = torch.cat(pool)  # [M,R]
-        if config.calibration is CalibrationScope.layer:
-            margins = margins.reshape(-1, 1)
-        levels = torch.linspace(0.0, 1.0, model.calibration.shape[2], dtype=torch.float64, device=margins.device)
-        table = quantile_table(margins, levels)  # [P,R], or [P,1] for all heads
-        model.calibration[i] = table.T.to(model.calibration)

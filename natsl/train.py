@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from natsl import checkpoint, signals
-from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, check_batch, check_chunks
+from natsl.calibrate import calibrate
+from natsl.config import (
+    TRAINING_VERSION,
+    ModelConfig,
+    Precision,
+    SupernetConfig,
+    TrainConfig,
+    check_batch,
+    check_chunks,
+)
 from natsl.data import TaskData
 from natsl.errors import UserError
 from natsl.files import to_plain
@@ -28,7 +37,7 @@ from natsl.model import RoutedLM
 from natsl.progress import Progress
 from natsl.resume import is_free_on_resume
 from natsl.run import Run
-from natsl.supernet import Loss, N, calibrate, sandwich_backward, sandwich_policies, seed_of
+from natsl.supernet import Loss, N, sandwich_backward, sandwich_policies, seed_of, smallest_is_empty
 from natsl.threads import resume_threads, threads_restored
 from natsl.tracking import Tracker
 
@@ -227,7 +236,7 @@ def train_supernet(
         return
 
     def store(step: int, finished: bool = False) -> None:
-        record = {**meta, "finished": finished}
+        record = {"version": TRAINING_VERSION, **meta, "finished": finished}
         if trainer.device.type == "cpu":
             record["threads"] = torch.get_num_threads()
         checkpoint.save(folder, step, model, trainer.optimizer, record, train.keep_checkpoints)
@@ -251,7 +260,7 @@ def train_supernet(
                 f"train again under another name with a lower train.lr{where}"
             )
         if on_step is not None and numbers is not None:
-            record = _record(numbers, step, train)
+            record = _record(numbers, step, recipe)
             speed = (done - start) / (time.monotonic() - began)
             record["skipped"] = float(health.skipped)
             record["tokens_per_second"] = speed * train.batch_size * data.config.seq_len
@@ -266,18 +275,22 @@ def train_supernet(
         store(train.steps)  # whatever happens in calibration, the training is not lost
     trainer.optimizer.zero_grad(set_to_none=True)
     model.eval()
-    torch.manual_seed(seed_of("calibration", seed))  # route noise, if there is any: the same after a resume
     calibrate(model, data, supernet, seed)
     store(train.steps, finished=True)
 
 
-def _record(result: StepResult[float], step: int, train: TrainConfig) -> dict[str, float]:
-    """One line of the log: losses and recall per sandwich policy (the random ones averaged)."""
+def _record(result: StepResult[float], step: int, recipe: TrainRecipe) -> dict[str, float]:
+    """One line of the log: losses and recall per sandwich policy (the random ones averaged).
+
+    The smallest policy is ``delta``, or ``empty`` where both memories ran and nothing was kept.
+    """
+    train = recipe.train
     record = {"step": step + 1.0, "steps": float(train.steps), "lr": learning_rate(train, step)}
     record |= {"grad_norm": result.grad_norm, "router_grad_norm": result.router_grad_norm}
     losses = result.losses
     record["loss"] = sum(loss.total for loss in losses) / len(losses)
-    for name, group in (("softmax", losses[:1]), ("delta", losses[1:2]), ("random", losses[2:])):
+    smallest = "empty" if smallest_is_empty(recipe.seed, step) else "delta"
+    for name, group in (("softmax", losses[:1]), (smallest, losses[1:2]), ("random", losses[2:])):
         columns = {
             "loss": [loss.total for loss in group],  # shown also where it is not finite
             "text": [loss.text for loss in group if not math.isnan(loss.text)],  # NaN: the batch has no such task
@@ -293,6 +306,13 @@ def _resume(folder: Path, model: RoutedLM, optimizer: torch.optim.Optimizer, met
     if newest is None:
         return 0, False
     tensors, record = newest
+    version = record.get("version", 1)  # older checkpoints do not have it
+    if version != TRAINING_VERSION and not record["finished"]:
+        raise UserError(
+            f"the checkpoints in {folder} were begun by a natsl that draws policies, clamps the router's gradient and "
+            f"calibrates in another way (training version {version}, now {TRAINING_VERSION}): finish the run with it "
+            "or choose another name"
+        )
     for key, value in {**meta, "model": to_plain(model.config)}.items():
         old = record.get(key)
         if key == "train" and isinstance(old, dict):  # older checkpoints do not have it
@@ -335,16 +355,17 @@ def fit(
     if device.type == "cuda":
         compile_kernels(model, data.config.seq_len, recipe, device)
     steps = recipe.train.steps
+    names = ("softmax", "random", "delta")
+    recall: dict[str, float] = {}  # the last of each: a group may have drawn no such sequence, or be another policy
     with Progress("train", steps) as progress:
 
         def on_step(record: dict[str, float]) -> None:
             run.log({"event": "step", **record})
             tracker.log({f"train/{key}": value for key, value in record.items()}, step=int(record["step"]))
             parts = [f"loss {record['loss']:.3f}"]
-            names = ("softmax", "random", "delta")
-            recall = [record.get(f"recall_{name}") for name in names]  # a group may have drawn no such sequence
-            if any(value is not None for value in recall):
-                values = "/".join("–" if value is None else f"{value:.2f}" for value in recall)
+            recall.update({name: record[f"recall_{name}"] for name in names if f"recall_{name}" in record})
+            if recall:
+                values = "/".join(f"{recall[name]:.2f}" if name in recall else "–" for name in names)
                 parts.append(f"recall {'/'.join(names)} {values}")
             parts.append(f"{record['tokens_per_second'] / 1e3:.1f}k tokens/s")
             progress.update(int(record["step"]), " · ".join(parts))
@@ -356,9 +377,7 @@ def fit(
 
 def write_calibration(run: Run, net: RoutedLM) -> None:
     """Write the calibration table of a run's supernet to ``calibration.json``."""
-    points = net.calibration.shape[-1]
-    levels = [i / (points - 1) for i in range(points)]
-    run.write_json(run.calibration, {"quantiles": levels, "margins": net.calibration.tolist()})
+    run.write_json(run.calibration, net.calibration.to_plain())
 
 
 if __name__ == "__main__":

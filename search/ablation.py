@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch, check_chunks
+from natsl.config import TRAINING_VERSION, ModelConfig, SupernetConfig, TrainConfig, check_batch, check_chunks
 from natsl.device import resolve_device
 from natsl.errors import UserError
 from natsl.files import check_name, read_json, to_plain, write_json
@@ -134,6 +134,7 @@ def run_job(job: Job) -> dict[str, Any]:
         draws = [recall(policy, RandomRouting(draw, fractions))[0] for draw in range(c.random_draws)]
         scores[f"{budget:g}"] = {"learned": learned, "kept": kept, "random": statistics.mean(draws)}
     result = {"variant": job.variant, "seed": job.seed, "fingerprint": job.fingerprint(), "recall": scores}
+    result["version"] = TRAINING_VERSION
     result["text"] = data.corpus.fingerprint
     write_json(job.path, result)
     return result
@@ -141,17 +142,24 @@ def run_job(job: Job) -> dict[str, Any]:
 
 def run_jobs(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
     """Results of the jobs as they finish; those on disk come first. ``UserError`` if those are of other text."""
-    waiting = []
+    waiting, versions = [], {}
     for job in jobs:
         old = read_json(job.path) if job.path.exists() else {}
         if old.get("fingerprint") in (job.fingerprint(), job.fingerprint(relative=True)):
             if job.text not in (None, old.get("text", job.text)):
                 raise UserError(f"{job.path} is of other text than data.path holds now: choose another name")
+            versions[job.path] = old.get("version", 1)  # older results do not have it
             yield old
         else:
             waiting.append(job)
     if not waiting:
         return
+    other = next((path for path, version in versions.items() if version != TRAINING_VERSION), None)
+    if other is not None:
+        raise UserError(
+            f"{other} is of a natsl that trains in another way (training version {versions[other]}, now "
+            f"{TRAINING_VERSION}): finish the ablation with it or choose another name"
+        )
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(waiting)), mp_context=context, max_tasks_per_child=1) as pool:
         try:

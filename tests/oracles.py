@@ -6,18 +6,21 @@ Shapes: B batch, T tokens, C chunk size, N chunks, R routing heads, Hq/Hs query/
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from natsl.config import ModelConfig
+from natsl.calibration import Calibration
+from natsl.compiled import compile_policies
+from natsl.config import ModelConfig, SupernetConfig
 from natsl.data import Corpus, TaskData
 from natsl.mixer import RoutedMixer
 from natsl.model import Block, RoutedLM
-from natsl.space.policy import Op
+from natsl.router import LayerContext, RoutePair
+from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.tasks import DataConfig
 
 # Largest error, relative to the largest entry of the expected tensor, by dtype; the same in every test.
@@ -162,9 +165,27 @@ def mixer_of(model: RoutedLM, layer: int = 0) -> RoutedMixer:
     return block.mixer
 
 
+def layer_context(
+    policies: Sequence[LayerPolicy],
+    batch: int,
+    lengths: Tensor | None = None,
+    route: Tensor | RoutePair | None = None,
+    training: SupernetConfig | None = None,
+    *,
+    kind: Op = Op.routed,
+    heads: int = 2,
+) -> LayerContext:
+    """What a single layer of this kind is given for policies of equal slices of a batch; it has no calibration."""
+    groups = [RoutingPolicy((policy,), 8) for policy in policies]
+    compiled = compile_policies(groups, [kind], heads, Calibration(1, heads, 17), batch)
+    return LayerContext(compiled.layer(0), lengths, route, training)
+
+
 def fill_calibration(model: RoutedLM) -> None:
     """A calibration table that is good enough for tests of everything else: evenly spread thresholds around 0."""
-    model.calibration.copy_(torch.linspace(-1, 1, model.calibration.shape[2]))
+    table = model.calibration
+    for buffer in (table.by_layer, table.by_head):
+        buffer.copy_(2 * table.levels - 1)
 
 
 def tiny_data(**options: object) -> TaskData:

@@ -27,7 +27,8 @@ def make_model() -> RoutedLM:
     torch.manual_seed(1)
     model = RoutedLM(ModelConfig(layers=KINDS, width=16, mlp_width=16, key_dim=8, value_dim=8, chunk_size=8))
     with torch.no_grad():
-        model.calibration[[0, 2]] = torch.linspace(-0.02, 0.02, model.calibration.shape[2])
+        for buffer in (model.calibration.by_layer, model.calibration.by_head):
+            buffer[[0, 2]] = torch.linspace(-0.02, 0.02, model.calibration.points)
     return model.eval()
 
 

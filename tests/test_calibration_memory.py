@@ -1,73 +1,23 @@
-"""Calibration and evaluation in batches: as much memory as a batch needs, and the table of a single pass."""
+"""Calibration after the last checkpoint and evaluation in batches: what runs out of memory loses nothing."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from natsl import checkpoint, modules, supernet
+from natsl import checkpoint, modules
+from natsl.calibrate import calibrate
 from natsl.config import SupernetConfig
 from natsl.data import Split
 from natsl.evaluate import evaluate
 from natsl.files import write_text
-from natsl.model import RoutedLM
 from natsl.space.policy import RoutingPolicy
-from natsl.supernet import calibrate
 from natsl.train import train_supernet
-from tests.oracles import tiny_data, tiny_model
+from tests.oracles import tiny_data
 from tests.train_helpers import Record, assert_equal, make_model, recipe
-
-
-def table(config: SupernetConfig) -> Tensor:
-    torch.manual_seed(0)
-    model = tiny_model("rr")
-    calibrate(model, tiny_data(tasks={"mqar": 1.0, "bytes": 1.0}), config, seed=0)
-    return model.calibration
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Sequences and policies of every pass of calibration."""
-    seen: list[tuple[int, int]] = []
-    routing = RoutedLM.routing
-
-    def spy(self: RoutedLM, tokens: Tensor, policy: Any, training: Any = None) -> Any:
-        seen.append((len(tokens), len(policy)))
-        return routing(self, tokens, policy, training)
-
-    monkeypatch.setattr(RoutedLM, "routing", spy)
-    return seen
-
-
-def test_batches_give_the_table_of_a_single_pass(
-    passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every policy meets the same sequences and has the same thresholds."""
-    whole = table(SupernetConfig())
-    assert passes == [(24, 8), (24, 8)]
-    for tokens, expected in ((3 * 3 * 64, [(9, 3), (9, 3), (6, 2)]), (1, [(3, 1)] * 8)):
-        passes.clear()
-        monkeypatch.setattr(supernet, "CALIBRATION_TOKENS", tokens)
-        torch.testing.assert_close(table(SupernetConfig()), whole, rtol=1e-5, atol=1e-6)
-        assert passes == expected * 2
-
-
-def test_many_sequences_are_never_in_one_pass(passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supernet, "CALIBRATION_TOKENS", 10 * 64)
-    table(SupernetConfig(calibration_sequences=400))
-    assert passes == [(10, 1), (10, 1), (5, 1)] * 16
-
-
-def test_no_logits_are_made_to_calibrate(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("logits were made")
-
-    monkeypatch.setattr(RoutedLM, "_output_weight", refuse)
-    assert not table(SupernetConfig()).isnan().any()
 
 
 def test_an_evaluation_holds_the_logits_of_a_part_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ import torch
 from natsl import checkpoint
 from natsl.cli.commands import (
     CalibrateConfig,
-    CalibrationDataConfig,
     EvaluateRunConfig,
     ExportConfig,
     GenerateConfig,
@@ -31,6 +30,7 @@ from natsl.generate import read_prompt
 from natsl.load import Choice, load_choice, load_exported
 from natsl.run import Run
 from natsl.space.policy import RoutingPolicy
+from natsl.tasks import CalibrationDataConfig
 from tests.run_helpers import BUDGET, KINDS, SOFTMAX, make_model, make_run, save, write_letters
 
 
@@ -70,16 +70,16 @@ def test_the_table_follows_the_text_and_training_s_own_stays(run: Run, capsys: p
     run_calibration(options(run, "other", data=CalibrationDataConfig(str(run.path.parent / "other.txt"))))
     assert contents(run) == before
     own, other = table(run, "own"), table(run, "other")
-    assert own["margins"] != other["margins"]
+    assert own["by_layer"] != other["by_layer"]
     assert own["data"]["fingerprint"] != other["data"]["fingerprint"]
     assert "other.txt" in other["data"]["text"]
     assert own["data"]["settings"]["seq_len"] == other["data"]["settings"]["seq_len"] == 44
     assert own["checkpoint"] == {"step": 3, "sha256": read_json(run.supernet / "step-000003.json")["sha256"]}
     assert (own["seed"], own["sequences"], own["natsl"]) == (5, 16, "0.1.0")
-    assert own["quantiles"][0] == 0
-    assert own["quantiles"][-1] == 1
-    assert len(own["quantiles"]) == len(own["margins"][0][0]) == make_model().calibration.shape[2]
-    assert own["margins"][1] == [[None] * 65] * 2  # a layer without a router
+    assert own["levels"][0] == 0
+    assert own["levels"][-1] == 1
+    assert len(own["levels"]) == len(own["by_head"][0][0]) == len(own["by_layer"][0]) == 65
+    assert own["by_head"][1] == [[None] * 65] * 2  # a layer without a router
     lines = capsys.readouterr().out.splitlines()
     start = lines.index("budget   kept")
     asked, measured = zip(*(map(float, line.split()) for line in lines[start + 1 : start + 5]), strict=True)
@@ -94,11 +94,11 @@ def test_options_of_a_calibration(calibrated: Run) -> None:
     changes: dict[str, dict[str, Any]] = {"more": {"sequences": 32}, "seed": {"seed": 6}, "tasks": {"data": tasks}}
     for name, more in changes.items():
         run_calibration(options(calibrated, name, **{"data": CalibrationDataConfig(path), **more}))
-        assert table(calibrated, name)["margins"] != table(calibrated, "other")["margins"]
+        assert table(calibrated, name)["by_layer"] != table(calibrated, "other")["by_layer"]
     assert table(calibrated, "more")["sequences"] == 32
     assert table(calibrated, "tasks")["data"]["settings"]["tasks"] == {"bytes": 1.0, "needle": 1.0}
     run_calibration(options(calibrated, "again", data=CalibrationDataConfig(path)))
-    assert table(calibrated, "again")["margins"] == table(calibrated, "other")["margins"]
+    assert table(calibrated, "again")["by_layer"] == table(calibrated, "other")["by_layer"]
 
 
 def test_a_name_is_taken_once(calibrated: Run) -> None:
@@ -107,7 +107,7 @@ def test_a_name_is_taken_once(calibrated: Run) -> None:
         run_calibration(options(calibrated, "own", seed=9))
     assert table(calibrated, "own") == before
     run_calibration(options(calibrated, "own", seed=9, overwrite=True))
-    assert table(calibrated, "own")["margins"] != before["margins"]
+    assert table(calibrated, "own")["by_layer"] != before["by_layer"]
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "../x", ".hidden", "a b", "a\0b", "x" * 65])
@@ -173,10 +173,10 @@ def test_an_export_holds_the_table_that_is_named(calibrated: Run, monkeypatch: p
         folders.append(calibrated.exports / ("t0002" if calibration is None else "t0002-own"))
     (own, policy), (stored, _) = (load_exported(folder) for folder in folders)
     assert policy == BUDGET
-    expected = table(calibrated, "own")["margins"][0]
-    assert own.calibration[0].tolist() == expected
-    assert read_json(folders[0] / "calibration.json")["quantiles_of_margins"][0] == expected
-    assert torch.equal(stored.calibration[0], make_model().calibration[0])
+    expected = table(calibrated, "own")["by_head"][0]
+    assert own.calibration.by_head[0].tolist() == expected
+    assert read_json(folders[0] / "calibration.json")["by_head"][0] == expected
+    assert torch.equal(stored.calibration.by_head[0], make_model().calibration.by_head[0])
     made_from = read_json(folders[0] / "provenance.json")
     assert made_from["calibration"]["name"] == "own"
     # the scores of the search were measured under training's table
@@ -191,17 +191,47 @@ def refused(run: Run, name: str) -> str:
     return str(error.value)
 
 
+def test_static_heads_and_budgets_of_heads_are_policies(run: Run, tmp_path: Path) -> None:
+    root, path = str(run.path.parent), tmp_path / "heads.json"
+
+    def kept(first: list[float]) -> list[float]:
+        layers = [{"op": "routed", "budget": first}, {"op": "delta"}, {"op": "delta"}]
+        write_json(path, {"chunk_size": 8, "layers": layers})
+        found = evaluate_choice(EvaluateRunConfig("r", root, policy=str(path), device="cpu"))
+        assert found.kept_by_head[1:] == ((0.0, 0.0), (0.0, 0.0))
+        return list(found.kept_by_head[0])
+
+    assert kept([1, 0]) == [1.0, 0.0]
+    assert kept([0, 1]) == [0.0, 1.0]
+    learned = kept([0.5, 0])
+    assert 0 < learned[0] < 1
+    assert learned[1] == 0
+    with pytest.raises(UserError, match=r"heads.json does not fit the model: .* 2 routing heads, not 3"):
+        kept([0.1, 0.2, 0.3])
+
+
+def test_a_table_of_an_older_version_gives_its_thresholds(calibrated: Run) -> None:
+    path = calibrated.path / "calibrations" / "own.json"
+    new = read_json(path)
+    older = {name: new[name] for name in ("natsl", "date", "checkpoint", "data", "sequences", "seed")}
+    row = [i / 64 for i in range(65)]
+    write_json(path, {**older, "quantiles": row, "margins": [[row] * 2, [[None] * 65] * 2, [row] * 2]})
+    choice = Choice(run="r", root=str(calibrated.path.parent), budget=0.3, calibration="own")
+    model, policy, _ = load_choice(choice)
+    assert model.compile_policy(policy, 1).threshold[0, 0].tolist() == pytest.approx([0.7] * 2)
+
+
 def test_tables_that_cannot_be_used(calibrated: Run) -> None:
     assert refused(calibrated, "mine") == "run 'r' has no calibration 'mine'; known: other, own"
     path = calibrated.path / "calibrations" / "own.json"
     good = read_json(path)
-    short = [[row[:-1] for row in layer] for layer in good["margins"]]
+    short = [[row[:-1] for row in layer] for layer in good["by_head"]]
     for bad, message in (
-        ({**good, "margins": [[["x"]]]}, "is not a calibration table written by natsl"),
-        ({"margins": good["margins"]}, "is not a calibration table written by natsl"),
+        ({"by_head": good["by_head"]}, "is not a calibration table written by natsl"),
         ([], "is not a calibration table written by natsl"),
-        ({**good, "margins": short}, "is not a calibration table of this model"),
-        ({**good, "margins": [good["margins"][1]] * 3}, "is not a calibration table of this model"),
+        ({**good, "by_head": [[["x"]]]}, "is not a calibration table of this model"),
+        ({**good, "by_head": short}, "is not a calibration table of this model"),
+        ({**good, "by_layer": [good["by_layer"][1]] * 3}, "is not a calibration table of this model"),
     ):
         write_json(path, bad)
         assert refused(calibrated, "own") == f"{path} {message}"

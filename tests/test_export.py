@@ -59,7 +59,7 @@ def test_export_and_reload(run: Run) -> None:
     provenance = read_json(folder / "provenance.json")
     assert (provenance["run"], provenance["id"], provenance["digest"]) == ("r", "t0002", BUDGET.digest())
     assert provenance["checkpoint"]["step"] == 3
-    assert read_json(folder / "calibration.json")["quantiles_of_margins"][1][0][0] is None
+    assert read_json(folder / "calibration.json")["by_head"][1][0][0] is None
 
 
 def test_a_fresh_process_elsewhere_gives_the_same_logits(run: Run, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_weights_that_are_not_finite(value: float, run: Run) -> None:
 
 def test_a_budget_without_calibration(run: Run) -> None:
     model = make_model()
-    model.calibration.fill_(float("nan"))
+    model.calibration.by_layer.fill_(float("nan"))
     save(run, model)
     with pytest.raises(UserError, match="the model is not calibrated"):
         export_point(run, "t0002")
@@ -179,7 +179,7 @@ def test_a_budget_without_calibration(run: Run) -> None:
 @pytest.mark.usefixtures("fast")
 def test_a_policy_without_budgets_needs_no_calibration(run: Run) -> None:
     model = make_model()
-    model.calibration.fill_(float("nan"))
+    model.calibration.by_layer.fill_(float("nan"))
     save(run, model)
     assert load_exported(export_point(run, "t0013"))[1] == SOFTMAX
 

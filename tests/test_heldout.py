@@ -14,7 +14,6 @@ import pytest
 
 from natsl.cli.commands import (
     CalibrateConfig,
-    CalibrationDataConfig,
     EvaluateRunConfig,
     evaluate_choice,
     run_calibration,
@@ -32,7 +31,7 @@ from natsl.run import Run
 from natsl.search.config import SearchConfig, SearchRunConfig
 from natsl.search.pipeline import held_out_data, run_search
 from natsl.space.policy import Op
-from natsl.tasks import DataConfig, OtherTextConfig
+from natsl.tasks import CalibrationDataConfig, DataConfig, OtherTextConfig
 from natsl.tasks.mqar import MqarConfig
 from natsl.tracking import TrackingConfig, TrackingMode
 from tests.run_helpers import make_model, make_run, save, write_letters

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from natsl.checkpoint import file_sha256
 from natsl.errors import UserError
 from natsl.export import export_point
 from natsl.files import read_json, write_json
-from natsl.load import EXPORT_FILES, Choice, load_choice, load_exported, read_point, stored_data
+from natsl.load import EXPORT_FILES, Choice, check_model, load_choice, load_exported, read_point, stored_data
 from natsl.run import Run
-from natsl.space.policy import Op, RoutingPolicy
+from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from tests.run_helpers import BUDGET, KINDS, SOFTMAX, make_model, make_run, point, save, write_front
 
 
@@ -107,13 +108,33 @@ def test_sealed_nonsense(name: str, content: str, message: str, exported: Path) 
         load_exported(folder)
 
 
+def test_an_export_of_format_1_gives_its_thresholds(exported: Path) -> None:
+    weights = exported / "model.safetensors"
+    tensors = {name: t for name, t in load_file(weights).items() if not name.startswith("calibration.")}
+    row = torch.linspace(-0.02, 0.03, 65)
+    save_file({**tensors, "calibration": row.expand(3, 2, 65).contiguous()}, weights)
+    write_json(exported / "policy.json", BUDGET.to_dict())
+    seal(exported)
+    manifest = read_json(exported / "manifest.json")
+    write_json(exported / "manifest.json", {**manifest, "format": 1})
+    model, policy = load_exported(exported)
+    first = model.compile_policy(policy, 1).threshold[0, 0]
+    place = 0.7 * 64  # of the budget .3
+    expected = torch.lerp(row[int(place)], row[int(place) + 1], place - int(place))
+    assert first.tolist() == [float(expected)] * 2
+    lists = RoutingPolicy((LayerPolicy(budget=(0.3, 0.3)), *policy.layers[1:]), 8)
+    with pytest.raises(UserError, match="only for whole layers: make a table with natsl calibrate"):
+        check_model(model, lists)
+    check_model(model, RoutingPolicy((LayerPolicy(budget=(0.0, 1.0)), *policy.layers[1:]), 8))
+
+
 def test_folders_that_are_no_exports(exported: Path, tmp_path: Path) -> None:
     folder = exported
     (folder / "policy.json").unlink()
     with pytest.raises(UserError, match=r"is incomplete: policy\.json is missing"):
         load_exported(folder)
-    write_json(folder / "manifest.json", {"format": 2, "natsl": "9.0"})
-    with pytest.raises(UserError, match=r"the export format 2, this natsl reads 1: use natsl 9\.0"):
+    write_json(folder / "manifest.json", {"format": 3, "natsl": "9.0"})
+    with pytest.raises(UserError, match=r"the export format 3, this natsl reads 1 and 2: use natsl 9\.0"):
         load_exported(folder)
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(UserError, match="is not an exported model"):
@@ -199,10 +220,10 @@ def test_policy_files_that_cannot_be_used(text: str | None, message: str, run: R
 
 def test_a_policy_with_budgets_needs_calibration(run: Run, tmp_path: Path) -> None:
     model = make_model()
-    model.calibration.fill_(float("nan"))
+    model.calibration.by_layer.fill_(float("nan"))
     save(run, model)
     (tmp_path / "p.json").write_text(BUDGET.to_json())
-    with pytest.raises(UserError, match="layer 0 has a budget, but the model is not calibrated"):
+    with pytest.raises(UserError, match="the model is not calibrated: budgets need a calibration table"):
         load_choice(Choice(run="r", root=str(run.path.parent), policy=str(tmp_path / "p.json")))
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from natsl.config import Counterfactual, SupernetConfig
 from natsl.mixer import RoutedMixer, rotate
-from natsl.router import LayerContext, quantile_threshold
+from natsl.router import LayerContext, RoutePair, group_threshold
 from natsl.space.policy import ALLOWED_OPS, LayerPolicy, Op
-from tests.oracles import assert_near, dense_softmax, tiny_config, token_delta
+from tests.oracles import assert_near, dense_softmax, layer_context, tiny_config, token_delta
 
 KINDS = {"delta": "d", "softmax": "s", "routed": "r"}
 
@@ -27,16 +27,21 @@ def make_mixer(kind: str, **options: object) -> RoutedMixer:
     return mixer
 
 
-def context(policy: LayerPolicy, B: int, T: int, route: Tensor | None = None) -> LayerContext:
-    return LayerContext([policy], torch.full((B,), T), torch.full((2, 17), math.nan), route)
+def context(
+    policy: LayerPolicy, B: int, T: int, route: Tensor | RoutePair | None = None, kind: str = "routed"
+) -> LayerContext:
+    return layer_context([policy], B, torch.full((B,), T), route, kind=Op(kind))
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
     return weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def plain_layer(m: RoutedMixer, x: Tensor, op: Op, route: Tensor, temperature: float = 1.0) -> Tensor:
-    """The layer as the paper defines it; x [B,T,D], route [B,N,R] of 0 and 1."""
+def plain_layer(
+    m: RoutedMixer, x: Tensor, op: Op, route: Tensor, temperature: float = 1.0, skip: Tensor | None = None
+) -> Tensor:
+    """The layer as the paper defines it; x [B,T,D], route [B,N,R] of 0 and 1, and ``skip`` where the two differ."""
+    skip = route if skip is None else skip
     B, T, _ = x.shape
     c = m.config
     Hs = c.softmax_heads
@@ -61,7 +66,7 @@ def plain_layer(m: RoutedMixer, x: Tensor, op: Op, route: Tensor, temperature: f
         g = -m.A_log.exp() * torch.log1p((x @ m.a_proj.weight.T + m.dt_bias).exp())
         beta = torch.sigmoid(x @ m.b_proj.weight.T + m.b_proj.bias)
         heads = [z.view(B, T, c.heads, -1) for z in (q, k, v)]
-        out, _ = token_delta(heads[0], heads[1], heads[2], g, beta, route, chunk_size=c.chunk_size)
+        out, _ = token_delta(heads[0], heads[1], heads[2], g, beta, skip, chunk_size=c.chunk_size)
         o[Op.delta] = norm(out.reshape(B, T, Hs, -1), m.delta_norm)
     if len(o) == 1:
         (mixed,) = o.values()
@@ -98,7 +103,7 @@ def test_layer_equals_its_definition(T: int, options: dict[str, object], kind: s
             margins[:, n] = z.view(2, 2, 2)[..., 1] - z.view(2, 2, 2)[..., 0]
     fixed = {"delta": torch.zeros_like(margins), "softmax": torch.ones_like(margins)}
     route = fixed.get(op, (margins > 0).double())
-    y, routing = mixer(x, context(policy, 2, T))
+    y, routing = mixer(x, context(policy, 2, T, kind=kind))
     assert torch.equal(routing.route, route.float())
     if kind == "routed":
         assert routing.margins is not None
@@ -114,6 +119,20 @@ def test_given_routes_take_the_place_of_the_routers() -> None:
     y, routing = mixer(x, context(LayerPolicy(Op.routed, threshold=-math.inf), 2, 21, route))
     assert torch.equal(routing.route, route)
     assert_near(y, plain_layer(mixer, x, Op.routed, route.double()), torch.float32)
+
+
+@pytest.mark.parametrize("case", ["nowhere", "both", "mixed"])
+def test_a_chunk_may_be_kept_nowhere_or_kept_and_written(case: str) -> None:
+    mixer = make_mixer("routed")
+    x = torch.randn(2, 21, 16).double()
+    keep = {"nowhere": torch.zeros(2, 3, 2), "both": torch.ones(2, 3, 2)}.get(case, (torch.rand(2, 3, 2) < 0.5).float())
+    skip = 1 - keep if case != "mixed" else (torch.rand(2, 3, 2) < 0.5).float()
+    y, routing = mixer(x, context(LayerPolicy(threshold=0.0), 2, 21, RoutePair(keep, skip)))
+    assert torch.equal(routing.route, keep)
+    assert torch.equal(routing.skip, skip)
+    assert_near(y, plain_layer(mixer, x, Op.routed, keep.double(), skip=skip.double()), torch.float32)
+    together, _ = mixer(x, context(LayerPolicy(threshold=0.0), 2, 21, keep))
+    assert not torch.allclose(y, together)
 
 
 def test_rotation_is_relative() -> None:
@@ -144,7 +163,7 @@ def test_sequences_without_a_complete_chunk_have_no_router_gradient() -> None:
     mixer = make_mixer("routed")
     x = torch.randn(4, 7, 16).double()
     for lengths in (None, torch.full((4,), 7)):
-        rows = LayerContext([LayerPolicy(budget=0.4)], lengths, torch.zeros(2, 17), None, SupernetConfig())
+        rows = layer_context([LayerPolicy(budget=0.4)], 4, lengths, training=SupernetConfig())
         y, routing = mixer(x, rows)
         assert routing.route.all()
         grads = torch.autograd.grad(y.sum(), mixer.router.weight, allow_unused=True)
@@ -158,7 +177,7 @@ def test_no_lengths_stand_for_whole_sequences(T: int) -> None:
     results = []
     for lengths in (None, torch.full((4,), T)):
         policies = [LayerPolicy(budget=0.4), LayerPolicy(budget=0.7)]
-        rows = LayerContext(policies, lengths, torch.zeros(2, 17), None, SupernetConfig())
+        rows = layer_context(policies, 4, lengths, training=SupernetConfig())
         y, routing = mixer(x, rows)
         weights = torch.linspace(-1, 1, y.numel()).double().view_as(y)
         results.append((y, routing.route, torch.autograd.grad((y * weights).sum(), mixer.router.weight)[0]))
@@ -170,9 +189,7 @@ def test_no_lengths_stand_for_whole_sequences(T: int) -> None:
 def run_training(training: SupernetConfig, x: Tensor, mixer: RoutedMixer) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a linear loss: margins, router weights, input."""
     x = x.clone().requires_grad_()
-    rows = LayerContext(
-        [LayerPolicy(Op.routed, budget=0.4)], torch.full((4,), x.shape[1]), torch.zeros(2, 17), None, training
-    )
+    rows = layer_context([LayerPolicy(budget=0.4)], 4, torch.full((4,), x.shape[1]), training=training)
     y, routing = mixer(x, rows)
     assert routing.margins is not None
     loss = (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
@@ -205,7 +222,7 @@ def test_chosen_sides_have_the_same_gradient_in_every_mode() -> None:
     )
     _, routing = mixer(x, context(LayerPolicy(threshold=0.0), 4, 32))
     assert routing.margins is not None
-    theta = quantile_threshold(routing.margins.detach(), torch.ones(4, 4, dtype=torch.bool), 0.4, config)
+    theta = group_threshold(routing.margins.detach(), torch.ones(4, 4, dtype=torch.bool), 0.4, config)
     kept = routing.margins > theta
     torch.testing.assert_close(derivative[kept], insertion[kept])
     assert not torch.allclose(derivative[:, :-1], insertion[:, :-1])
@@ -216,7 +233,7 @@ def test_route_noise_is_drawn_anew() -> None:
     mixer = make_mixer("routed")
     x = torch.randn(4, 64, 16).double()
     policies = [LayerPolicy(Op.routed, budget=0.5)]
-    noisy = LayerContext(policies, torch.full((4,), 64), torch.zeros(2, 17), None, SupernetConfig(route_noise=3.0))
+    noisy = layer_context(policies, 4, torch.full((4,), 64), training=SupernetConfig(route_noise=3.0))
     routes = [mixer(x, noisy)[1].route for _ in range(2)]
     assert not torch.equal(*routes)
     assert all(r.sum() == 32 for r in routes), "noise reorders the chunks, the budget holds"

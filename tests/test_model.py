@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from natsl.config import ModelConfig, Precision, SupernetConfig
+from natsl.config import CalibrationScope, ModelConfig, Precision, SupernetConfig
 from natsl.kernels import dispatch
 from natsl.model import LMOutput, RoutedLM, count_parameters
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
@@ -234,7 +234,8 @@ def test_threshold_is_a_margin_in_logits() -> None:
 
 def test_calibration_is_per_head() -> None:
     model, x = calibrated("r"), tokens()
-    model.calibration[0, 1] += 100
+    model.calibration.set_scope(CalibrationScope.head)
+    model.calibration.by_head[0, 1] += 100
     route = run(model, x, policy(R)).layers[0].route
     assert route[..., 0].any()
     assert not route[..., 1].any()
@@ -265,17 +266,17 @@ def test_a_change_of_the_calibration_is_noticed() -> None:
     fill_calibration(model)
     run(model, x, policy(budget, budget))
     with torch.no_grad():
-        model.calibration[1] = math.nan
+        model.calibration.by_layer[1] = math.nan
     run(model, x, policy(budget, threshold))
     run(model, x, policy(LayerPolicy(budget=0.0), LayerPolicy(budget=1.0)))
     with pytest.raises(ValueError, match="not calibrated"):
         run(model, x, [policy(budget, threshold), policy(threshold, budget)])
     run(model, x, policy(budget, budget), routes=[None, torch.zeros(2, 5, 2)])
     run(model, x, policy(budget, budget), training=SupernetConfig())
-    model.calibration = torch.zeros_like(model.calibration)
+    model.calibration.by_layer = torch.zeros_like(model.calibration.by_layer)
     run(model, x, policy(budget, budget))
     with torch.inference_mode():
-        model.calibration = torch.zeros_like(model.calibration)
+        model.calibration.by_layer = torch.zeros_like(model.calibration.by_layer)
         model(x, policy(budget, budget))
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from natsl.config import CalibrationScope, SupernetConfig
-from natsl.router import LayerContext, Router, clamp_gradient, quantile_threshold, route_chunks, straight_through
+from natsl.router import Router, clamped_routes, group_threshold, route_chunks, straight_through
 from natsl.space.policy import LayerPolicy, Op
-from tests.oracles import assert_near
+from tests.oracles import assert_near, layer_context
 
 
 def test_a_router_starts_and_is_stored_as_a_linear_layer() -> None:
@@ -45,7 +46,9 @@ def test_every_group_follows_its_policy(routed: bool) -> None:
     policies = [LayerPolicy(Op.softmax), LayerPolicy(Op.delta)]
     policies += [LayerPolicy(threshold=-math.inf), LayerPolicy(threshold=0.1)] if routed else [LayerPolicy(Op.softmax)]
     x = x[: 6 - 6 % len(policies)]
-    routing = route_chunks(router, x, 3, 8, LayerContext(policies, None, torch.zeros(3, 17)))
+    routing = route_chunks(
+        router, x, 3, 8, layer_context(policies, len(x), heads=3, kind=Op.routed if routed else Op.softmax)
+    )
     size = len(x) // len(policies)
     groups = routing.route.split(size)
     assert groups[0].all()
@@ -69,7 +72,7 @@ def test_straight_through_is_binary_forward_and_a_sigmoid_backward() -> None:
 
 
 def group_route(margins: Tensor, complete: Tensor, budget: float, training: SupernetConfig) -> Tensor:
-    theta = quantile_threshold(margins, complete, budget, training)
+    theta = group_threshold(margins, complete, budget, training)
     hard = (margins.detach() > theta.detach()).to(margins.dtype)
     return straight_through(margins, theta, hard, training.route_temperature)
 
@@ -92,7 +95,7 @@ def test_projected_gradient_has_no_part_along_a_common_shift(budget: float, scop
     over = (0, 1, 2) if scope is CalibrationScope.layer else (0, 1)
     assert grad.sum(over).abs().max() < 1e-9
     assert free.sum(over).abs().max() > 1e-3
-    theta = quantile_threshold(margins.detach(), complete, budget, training)
+    theta = group_threshold(margins.detach(), complete, budget, training)
     y = torch.sigmoid((margins.detach() - theta) / 0.5)
     slope = y * (1 - y)
     assert_near(free, slope / 0.5 * upstream)
@@ -126,27 +129,114 @@ def test_chunks_known_on_the_host_and_a_mask_give_the_same_threshold(project: bo
     picked = margins.detach()[mask].view(-1, 1 if scope is CalibrationScope.layer else 2)
     found = []
     for complete in (6, mask):
-        theta = quantile_threshold(margins, complete, 0.3, training)
-        assert_near(theta[0, 0].detach(), torch.quantile(picked, 0.7, dim=0))
-        weights = torch.linspace(1, 2, theta.numel()).double().view_as(theta)
+        theta = group_threshold(margins, complete, 0.3, training)
+        assert_near(theta[0, 0].detach(), torch.quantile(picked, 0.7, dim=0).expand(2))
+        weights = torch.linspace(1, 2, 2).double().view_as(theta)
         found.append(torch.autograd.grad((theta * weights).sum(), margins)[0] if project else theta.detach())
     assert_near(found[0], found[1])
     assert not project or not found[0][:, 6:].any()
 
 
-def test_extreme_budgets_and_incomplete_groups_have_infinite_thresholds() -> None:
+def test_budgets_of_0_and_1_and_incomplete_groups_have_infinite_thresholds() -> None:
     margins, none = torch.randn(2, 3, 2), torch.zeros(2, 3, dtype=torch.bool)
     training = SupernetConfig()
-    assert (quantile_threshold(margins, ~none, 0.0, training) == math.inf).all()
-    assert (quantile_threshold(margins, ~none, 1.0, training) == -math.inf).all()
-    assert (quantile_threshold(margins, none, 0.5, training) == -math.inf).all()
-    assert (quantile_threshold(margins, 0, 0.5, training) == -math.inf).all()
+    ends = group_threshold(margins, ~none, torch.tensor([0.0, 1.0]).double(), training)
+    assert ends.flatten().tolist() == [math.inf, -math.inf]
+    assert (group_threshold(margins, none, 0.5, training) == -math.inf).all()
+    assert (group_threshold(margins, 0, 0.5, training) == -math.inf).all()
+    mixed = torch.tensor([0.0, 0.5]).double()
+    for complete in (0, none):
+        assert group_threshold(margins, complete, mixed, training).flatten().tolist() == [math.inf, -math.inf]
 
 
-def test_clamp() -> None:
-    x = torch.zeros(8, requires_grad=True)
-    route = x * 1
-    clamp_gradient(route, 2.0)
-    upstream = torch.tensor([1.0, -1, 1, -1, 1, -1, 1, 33.0])
-    (grad,) = torch.autograd.grad((route * upstream).sum(), x)
-    assert grad.tolist() == [1, -1, 1, -1, 1, -1, 1, 10.0]  # 2 · mean |g| = 2 · 40 / 8
+def gradient(
+    keep: Tensor, skip: Tensor, route: Tensor, decided: Tensor, groups: int, training: SupernetConfig
+) -> Tensor:
+    """What reaches the routes from these gradients of the two memories' routes."""
+    leaf = route.clone().requires_grad_()
+    pair = clamped_routes(leaf, decided, groups, training)
+    assert torch.equal(pair.keep, route)
+    assert torch.equal(pair.skip, route)
+    return torch.autograd.grad((pair.keep * keep + pair.skip * skip).sum(), leaf)[0]
+
+
+def test_clamp_at_a_multiple_of_the_mean_of_a_group() -> None:
+    """Both sides together, over the heads whose threshold is finite, each group by itself."""
+    total = torch.tensor([1.0, -1, 1, -1, 1, -1, 1, 33.0]).view(1, 8, 1)
+    keep = torch.cat((total, 100 * total)).expand(2, 8, 2)
+    decided = torch.tensor([[[True, False]], [[True, True]]])
+    route = (torch.arange(16).view(2, 8, 1) % 3 > 0).float().expand(2, 8, 2)
+    training = SupernetConfig(gradient_clamp=2.0)
+    found = gradient(0.25 * keep, 0.75 * keep, route, decided, 2, training)
+    clamped = torch.tensor([1.0, -1, 1, -1, 1, -1, 1, 10.0])  # 2 · mean |g| = 2 · 40 / 8
+    torch.testing.assert_close(found[0, :, 0], clamped)
+    assert not found[0, :, 1].any()
+    torch.testing.assert_close(found[1], 100 * clamped[:, None].expand(8, 2))
+    free = gradient(keep, 2 * keep, route, decided, 2, replace(training, gradient_clamp=0.0))
+    torch.testing.assert_close(free, 3 * keep)
+
+
+@pytest.mark.parametrize("clamp", [0.0, 10.0])
+def test_what_is_not_decided_passes_no_gradient_on(clamp: float) -> None:
+    """Not even one that is not finite, which would take the whole step with it."""
+    router = Router(16, 2)
+    policies = [LayerPolicy(Op.softmax), LayerPolicy(budget=(0.3, 0.0))]
+    training = SupernetConfig(gradient_clamp=clamp)
+    routing = route_chunks(router, torch.randn(4, 40, 16), 2, 8, layer_context(policies, 4, training=training))
+    upstream = torch.ones(4, 5, 2)
+    upstream[0, 1, 0] = upstream[2, 1, 1] = math.inf
+    (grad,) = torch.autograd.grad((routing.route, routing.skip), router.weight, (upstream, upstream))
+    assert grad.isfinite().all()
+    assert grad.any()
+
+
+def test_a_group_that_decides_nothing_gets_a_finite_gradient() -> None:
+    decided = torch.zeros(2, 1, 2, dtype=torch.bool)
+    found = gradient(torch.randn(2, 4, 2), torch.randn(2, 4, 2), torch.ones(2, 4, 2), decided, 1, SupernetConfig())
+    assert not found.any()
+
+
+@pytest.mark.parametrize("against", [0.0, 0.7], ids=["unrelated", "opposed"])
+@pytest.mark.parametrize("rate", [1.0, 0.5, 0.1])
+def test_sampled_sides_are_clamped_before_they_are_scaled(rate: float, against: float) -> None:
+    """In expectation over the sample the gradient is the clamped one of all sides, whose tails are heavy.
+
+    ``against``: how far the two sides of a chunk cancel.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (8, 32, 4)
+    sides = torch.randn(2, *shape, generator=generator) * torch.randn(2, *shape, generator=generator).exp()
+    sides[1] = (1 - against) * sides[1] - against * sides[0]
+    route = (torch.rand(shape, generator=generator) < 0.3).float()
+    decided = torch.ones(8, 1, 4, dtype=torch.bool)
+    training = SupernetConfig(gradient_clamp=3.0)
+    exact = gradient(sides[0], sides[1], route, decided, 1, training)
+    assert (exact.abs() < sides.sum(0).abs() - 1e-4).any(), "the clamp has to do something"
+    mean, draws = torch.zeros(shape), 400 if rate < 1 else 1
+    for _ in range(draws):
+        weight = (torch.rand(shape, generator=generator) < rate).float() / rate
+        keep, skip = (
+            torch.where(route > 0, sides[0], weight * sides[0]),
+            torch.where(route > 0, weight * sides[1], sides[1]),
+        )
+        mean += gradient(keep, skip, route, decided, 1, replace(training, counterfactual_rate=rate)) / draws
+    similarity = float((mean * exact).sum() / (mean.norm() * exact.norm()))
+    projection = float((mean * exact).sum() / exact.square().sum())
+    assert similarity > (0.99 if against == 0 else 0.95)
+    assert projection == pytest.approx(1.0, abs=0.03 if against == 0 else 0.1)
+
+
+@pytest.mark.parametrize("project", [True, False], ids=["projected", "free"])
+def test_budgets_of_heads_are_quantiles_of_each_head(project: bool) -> None:
+    margins = (torch.randn(5, 20, 4) * torch.tensor([1.0, 10, 0.1, 1])).requires_grad_()
+    budgets = (0.1, 0.45, 0.0, 1.0)
+    training = SupernetConfig(project_budget=project)
+    rows = layer_context([LayerPolicy(budget=budgets)], 5, heads=4).policy
+    theta = group_threshold(margins, 20, rows.budget[0], training)
+    assert theta.shape == (1, 1, 4)
+    kept = (margins > theta).sum((0, 1)).tolist()
+    assert kept == [10, 45, 0, 100]
+    masked = group_threshold(margins, torch.ones(5, 20, dtype=torch.bool), rows.budget[0], training)
+    torch.testing.assert_close(masked, theta)
+    one = group_threshold(margins, 20, 0.1, replace(training, calibration=CalibrationScope.head))
+    torch.testing.assert_close(theta[..., 0], one[..., 0])

@@ -1,4 +1,4 @@
-"""The sandwich: how policies are drawn, what they are scored by, where gradients flow, and calibration."""
+"""The sandwich: how policies are drawn, what they are scored by, and where gradients flow."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from natsl import supernet
-from natsl.config import CalibrationScope, Sandwich, SupernetConfig
-from natsl.data import Split
+from natsl.config import Sandwich, SupernetConfig
 from natsl.model import RoutedLM
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.supernet import (
-    calibrate,
     losses_of,
+    random_head_policy,
     random_policy,
     sandwich_backward,
     sandwich_policies,
@@ -35,7 +34,7 @@ KINDS = [Op.routed, Op.delta, Op.routed, Op.softmax, Op.routed]
 
 def budgets_of(policy: RoutingPolicy, kinds: list[Op]) -> list[float]:
     """Budgets of the layers that have a router; one made delta-only keeps nothing."""
-    return [p.budget or 0.0 for p, kind in zip(policy.layers, kinds, strict=True) if kind is Op.routed]
+    return [p.mean_budget() or 0.0 for p, kind in zip(policy.layers, kinds, strict=True) if kind is Op.routed]
 
 
 # Drawing policies
@@ -89,6 +88,49 @@ def test_a_single_routed_layer_carries_the_whole_budget() -> None:
     assert random_policy([Op.delta, Op.softmax], 8, 0.2, 0.4, rng).describe() == "D S"
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.6), (0.0, 1.0), (0.3, 0.3)])
+def test_random_budgets_of_heads(low: float, high: float) -> None:
+    """Their total is uniform; heads that keep nothing, also all of a layer, heads that keep all, and tiny budgets."""
+    rng, heads = random.Random(0), 4
+    totals, layers = [], list[tuple[float, ...]]()
+    for _ in range(2000):
+        policy = random_head_policy(KINDS, heads, 8, low, high, rng)
+        policy.check(KINDS, 8, heads)
+        drawn = [p.budget for p, kind in zip(policy.layers, KINDS, strict=True) if kind is Op.routed]
+        layers += [b for b in drawn if isinstance(b, tuple)]
+        totals.append(sum(map(sum, layers[-3:])) / (3 * heads))
+    assert len(layers) == 6000
+    budgets = [b for layer in layers for b in layer]
+    assert all(low - 1e-12 <= total <= high + 1e-12 for total in totals)
+    if high > low:
+        totals.sort()
+        assert abs(totals[500] - (low + (high - low) / 4)) < 0.05
+        assert abs(totals[1500] - (low + 3 * (high - low) / 4)) < 0.05
+        assert sum(0 < b < 0.01 for b in budgets) / len(budgets) > 0.01
+    assert 0.1 < sum(b == 0 for b in budgets) / len(budgets) < 0.5
+    assert 0.002 < sum(not any(layer) for layer in layers) / len(layers) < 0.2
+    assert sum(b > 1 - 1e-9 for b in budgets) / len(budgets) > 0.01
+
+
+def test_some_policies_of_a_step_have_budgets_of_heads() -> None:
+    model, config = RoutedLM(tiny_config()), SupernetConfig()
+    drawn = [p for step in range(300) for p in sandwich_policies(model, config, 0, step)[2:]]
+    share = sum(any(layer.heads() for layer in p.layers) for p in drawn) / len(drawn)
+    assert abs(share - supernet.HEAD_SHARE) < 0.06
+    annealed = replace(config, anneal_steps=1000)
+    early = [p for step in range(50) for p in sandwich_policies(model, annealed, 0, step)[2:]]
+    totals = [sum(layer.mean_budget() or 0.0 for layer in p.layers) / 3 for p in early]
+    assert min(totals) > 0.5, "small budgets come later, of layers and of heads"
+
+
+def test_the_smallest_policy_is_delta_or_routed_with_nothing_kept() -> None:
+    model = RoutedLM(tiny_config("rdr"))
+    smallest = [sandwich_policies(model, SupernetConfig(), 0, step)[1].describe() for step in range(200)]
+    assert set(smallest) == {"D D D", "0 D 0"}
+    assert abs(smallest.count("0 D 0") / 200 - supernet.EMPTY_STEPS) < 0.1
+    assert [supernet.smallest_is_empty(0, step) for step in range(200)] == [text == "0 D 0" for text in smallest]
+
+
 def test_policies_of_a_step_follow_from_seed_and_step() -> None:
     model, config = RoutedLM(tiny_config()), SupernetConfig()
     torch.manual_seed(1)
@@ -96,7 +138,8 @@ def test_policies_of_a_step_follow_from_seed_and_step() -> None:
     first = sandwich_policies(model, config, 3, 5)
     random.seed(2)
     assert sandwich_policies(model, config, 3, 5) == first
-    assert [p.describe() for p in first[:2]] == ["S S S", "D D D"]
+    assert first[0].describe() == "S S S"
+    assert first[1].describe() == ("0 0 0" if supernet.smallest_is_empty(3, 5) else "D D D")
     assert len(first) == 4
     seen = {sandwich_policies(model, config, seed, step)[2].digest() for seed in range(3) for step in range(20)}
     assert len(seen) == 60
@@ -120,9 +163,13 @@ def test_annealing_widens_the_range_downwards() -> None:
     model = RoutedLM(tiny_config())
     config = SupernetConfig(budget_min=0.1, budget_max=0.9, anneal_steps=10, dense_steps=2, random_policies=200)
     for step, low in [(2, 0.9), (7, 0.5), (12, 0.1), (50, 0.1)]:
-        totals = [sum(budgets_of(p, model.kinds)) / 3 for p in sandwich_policies(model, config, 0, step)[2:]]
-        assert all(low - 1e-9 <= total <= 0.9 + 1e-9 for total in totals)
-        assert min(totals) < low + 0.1
+        drawn = sandwich_policies(model, config, 0, step)[2:]
+        for by_head in (False, True):
+            chosen = [p for p in drawn if any(layer.heads() for layer in p.layers) is by_head]
+            totals = [sum(budgets_of(p, model.kinds)) / 3 for p in chosen]
+            least = 0.0 if by_head and step >= 12 else low
+            assert all(least - 1e-9 <= total <= 0.9 + 1e-9 for total in totals)
+            assert min(totals) < least + 0.1
 
 
 # Loss
@@ -233,71 +280,3 @@ def test_router_gradient_of_a_step_is_orthogonal_to_shifting_a_groups_margins() 
             else:
                 assert not by_group[group].any()
         assert not grad[:, -1].any()
-
-
-# Calibration
-
-
-def kept_fractions(model: RoutedLM, policy: RoutingPolicy, x: Tensor) -> Tensor:
-    """Kept fraction [layers,R]."""
-    with torch.no_grad():
-        layers = model(x, policy).layers
-    return torch.stack([layer.route.mean((0, 1)) for layer in layers])
-
-
-@pytest.mark.parametrize("scope", CalibrationScope, ids=lambda s: s.value)
-def test_calibrated_budgets_hold_on_fresh_data(scope: CalibrationScope) -> None:
-    model, data = tiny_model("rr"), tiny_data(tasks={"mqar": 1.0, "bytes": 1.0})
-    config = SupernetConfig(calibration=scope, calibration_sequences=256, budget_min=0.2, budget_max=0.6)
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    calibrate(model, data, config, seed=0)
-    changed = [name for name, t in model.state_dict().items() if not torch.equal(t, before[name])]
-    assert changed == ["calibration"]
-    assert (model.calibration.diff(dim=2) >= 0).all()
-    assert torch.equal(model.calibration[:, 0], model.calibration[:, 1]) is (scope is CalibrationScope.layer)
-    fresh = torch.cat([data.batch(task, Split.test, 100, seed=9).tokens for task in ("mqar", "bytes")])
-    for budget in (0.1, 0.25, 0.5, 0.8):
-        kept = kept_fractions(model, RoutingPolicy.uniform(model.kinds, 8, budget), fresh)
-        kept = kept if scope is CalibrationScope.head else kept.mean(1)
-        assert (kept - budget).abs().max() < 0.06
-
-
-def test_calibration_is_determined_by_the_seed() -> None:
-    data, tables = tiny_data(), []
-    for seed in (0, 0, 1):
-        torch.manual_seed(0)
-        model = tiny_model("rr")
-        calibrate(model, data, SupernetConfig(), seed)
-        tables.append(model.calibration)
-    assert torch.equal(tables[0], tables[1])
-    assert not torch.equal(tables[0], tables[2])
-
-
-def test_layers_without_a_router_have_no_table() -> None:
-    model = tiny_model("drs")
-    calibrate(model, tiny_data(), SupernetConfig(), seed=0)
-    assert model.calibration.isnan().all(2).all(1).tolist() == [True, False, True]
-    assert not model.calibration[1].isnan().any()
-    unrouted = tiny_model("ds")
-    calibrate(unrouted, tiny_data(), SupernetConfig(), seed=0)
-    assert unrouted.calibration.isnan().all()
-
-
-def test_calibration_needs_complete_chunks() -> None:
-    model = tiny_model("r", chunk_size=128)
-    with pytest.raises(ValueError, match="sequences are shorter than chunk_size = 128"):
-        calibrate(model, tiny_data(), SupernetConfig(), seed=0)
-
-
-def test_calibration_never_reads_the_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, seen = tiny_data(), []
-    batch = data.batch
-
-    def spy(task: str, split: Split, count: int, seed: int) -> Batch:
-        seen.append(split)
-        return batch(task, split, count, seed)
-
-    monkeypatch.setattr(data, "batch", spy)
-    calibrate(tiny_model("r"), data, replace(SupernetConfig(), calibration_sequences=1), seed=0)
-    assert seen == [Split.search]
-    assert supernet.CALIBRATION_POLICIES > 1

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from natsl import checkpoint
 from natsl.config import Precision, Sandwich, SupernetConfig
+from natsl.errors import UserError
 from natsl.signals import TerminatedError, sigterm_raises
 from natsl.train import train_supernet
 from tests.oracles import tiny_data
@@ -122,6 +124,38 @@ def test_checkpoints_of_another_run_are_refused(tmp_path: Path, change: dict[str
         train_supernet(model, change.get("data", tiny_data()), change.get("recipe", recipe()), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert all(torch.equal(t, weights[name]) or t.isnan().all() for name, t in model.state_dict().items())
+
+
+def make_older(folder: Path) -> None:
+    """Rewrite the checkpoints of a folder as versions wrote them whose training had no version yet."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("model.calibration.")}
+        save_file({**tensors, "model.calibration": torch.zeros(2, 2, 17)}, path)
+        record = json.loads(path.with_suffix(".json").read_text())
+        del record["version"]
+        path.with_suffix(".json").write_text(json.dumps({**record, "sha256": checkpoint.file_sha256(path)}))
+
+
+def test_an_older_training_that_draws_otherwise_is_not_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train_supernet(make_model(), tiny_data(), recipe(), tmp_path, kill_at(3))
+    make_older(tmp_path)
+    with pytest.raises(UserError, match=r"draws policies, clamps .* \(training version 1, now 2\): finish the run"):
+        train_supernet(make_model(), tiny_data(), recipe(), tmp_path)
+
+
+def test_an_older_training_that_is_finished_is_taken(tmp_path: Path) -> None:
+    trained, again = make_model(), make_model(init=5)
+    train_supernet(trained, tiny_data(), recipe(), tmp_path)
+    make_older(tmp_path)
+    records: list[Record] = []
+    train_supernet(again, tiny_data(), recipe(), tmp_path, records.append)
+    assert not records
+    assert torch.equal(again.embed.weight, trained.embed.weight)
+    assert again.calibration.levels.tolist() == [i / 16 for i in range(17)]
+    assert not again.calibration.by_layer.any()
+    assert again.calibration.by_head.isnan().all()
 
 
 def test_how_often_to_log_and_how_many_to_keep_may_change(tmp_path: Path) -> None:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from natsl import __version__
 from natsl.command import changed_options, command, run_options
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch, check_chunks
 from natsl.device import resolve_device
 from natsl.errors import UserError
-from natsl.files import check_name, to_plain, user_path, write_json
-from natsl.load import Choice, calibration_path, load_choice
+from natsl.files import check_name, to_plain, user_path
+from natsl.load import Choice, load_choice
 from natsl.resume import check_resume
 from natsl.run import Run
 from natsl.secrets import redact
 from natsl.space.check import check, check_at_least, check_counts
 from natsl.space.policy import RoutingPolicy
-from natsl.tasks import DataConfig, OtherTextConfig
+from natsl.tasks import CalibrationDataConfig, DataConfig, OtherTextConfig
 from natsl.tracking import TrackingConfig, start_tracker
 
 if TYPE_CHECKING:
@@ -168,18 +167,6 @@ class GenerateConfig:
 
 
 @dataclass
-class CalibrationDataConfig(OtherTextConfig):
-    """What to calibrate on.
-
-    ``path``: a text file or a folder of them (null: the run's own text), of which the part for the search is used.
-    ``include``, ``exclude``, ``field``: what of it is read; they go with ``path``. ``tasks``: weight of each task ({}:
-    those of the run). All else is as in the run.
-    """
-
-    tasks: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
 class CalibrateConfig:
     """Make a calibration table of a run's supernet on other text: what turns a budget into a threshold of the router.
 
@@ -187,7 +174,7 @@ class CalibrateConfig:
     needs another table to be kept at the same fraction. ``run``: a run below ``root`` whose supernet is trained to its
     end. ``name``: the table goes to ``root/run/calibrations/<name>.json``, beside training's own, which stays as it is;
     ``calibration=<name>`` makes evaluate, generate and export use it. ``sequences``: how many to calibrate on, over all
-    tasks; ``seed`` of the policies that the margins are pooled over (null for either: as in training).
+    tasks; ``seed`` that they are drawn with (null for either: as in training).
     ``allow_other_data`` takes the run's own text also where it has changed, and the table says so. ``overwrite``
     replaces a table of that name.
     """
@@ -302,57 +289,31 @@ def run_generation(config: GenerateConfig) -> None:
 def run_calibration(config: CalibrateConfig) -> None:
     """Store a calibration table beside that of training, and print what budgets keep under it."""
     run = Run.open(config.run, config.root, create=False)
-    path = calibration_path(run, config.name, "name")
-    if path.exists() and not config.overwrite:
-        raise UserError(f"{path} exists: choose another name or give overwrite=true")
     device = resolve_device(config.device)
-    import torch
-
-    from natsl import checkpoint
+    from natsl.calibrate import make_table
     from natsl.data import Split
     from natsl.evaluate import evaluate
-    from natsl.heldout import held_out
-    from natsl.supernet import calibrate, seed_of
 
-    model, record = checkpoint.load_model(run.supernet)
-    if not record.get("finished"):
-        raise UserError(f"the supernet of run {run.name!r} is not trained to its end: resume that run first")
-    try:
-        supernet = SupernetConfig(**record["supernet"])
-        seed = int(record["seed"]) if config.seed is None else config.seed
-    except (KeyError, TypeError):
-        raise UserError(f"the checkpoint in {run.supernet} does not say how it was trained") from None
-    sequences = supernet.calibration_sequences if config.sequences is None else config.sequences
-    choice, vocab = Choice(run=config.run, root=config.root), model.config.vocab_size
-    held = held_out(choice, config.data, vocab, config.allow_other_data, config.data.tasks, scored=False)
-    data = held.data
-    model.to(device)
-    torch.manual_seed(seed_of("calibration", seed))  # route noise, if the supernet has any
-    calibrate(model, data, replace(supernet, calibration_sequences=sequences), seed)
-    points = model.calibration.shape[-1]
-    made = {
-        "natsl": __version__,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "checkpoint": {"step": record.get("step"), "sha256": record.get("sha256")},
-        "data": {
-            "fingerprint": data.fingerprint,
-            "text": data.corpus.description,
-            "other_data": held.other,
-            "settings": data.config,
-        },
-        "sequences": sequences,
-        "seed": seed,
-        "quantiles": [i / (points - 1) for i in range(points)],
-        "margins": model.calibration.tolist(),
-    }
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, made)
-    print(f"{path}: calibrated on {data.corpus.description}")
-    print("budget   kept")
+    made = make_table(
+        run,
+        config.name,
+        config.data,
+        device,
+        sequences=config.sequences,
+        seed=config.seed,
+        allow_other_data=config.allow_other_data,
+        overwrite=config.overwrite,
+    )
+    data, model = made.held.data, made.model
+    print(f"{made.path}: calibrated on {data.corpus.description}")
+    tasks = data.tasks if len(data.tasks) > 1 else []
+    print("budget   kept" + "".join(f"  {task:>8}" for task in tasks))
     sets = data.eval_sets(Split.test)  # calibrated on the part for the search
     for budget in CHECKED_BUDGETS:
         policy = RoutingPolicy.uniform(model.kinds, model.config.chunk_size, budget)
-        print(f"{budget:6.2f} {evaluate(model, policy, sets).kept_fraction:6.3f}")
+        kept = evaluate(model, policy, sets)
+        by_task = "".join(f"  {kept.kept_fraction_by_task[task]:8.3f}" for task in tasks)
+        print(f"{budget:6.2f} {kept.kept_fraction:6.3f}{by_task}")
     named = {} if config.data.path is None else {"data.path": data.config.path}  # where the table holds
     options = {**run_options(run.name, config.root), "calibration": config.name, "budget": 0.1, **named}
     print(f"try it: {command('evaluate', options)}")

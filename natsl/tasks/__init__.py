@@ -101,6 +101,18 @@ class OtherTextConfig:
             check(self.path is not None or not value, f"data.{name}", value, "it goes with data.path")
 
 
+@dataclass
+class CalibrationDataConfig(OtherTextConfig):
+    """What to calibrate on.
+
+    ``path``: a text file or a folder of them (null: the run's own text), of which the part for the search is used.
+    ``include``, ``exclude``, ``field``: what of it is read; they go with ``path``. ``tasks``: weight of each task ({}:
+    those of the run). All else is as in the run.
+    """
+
+    tasks: dict[str, float] = field(default_factory=dict)
+
+
 def _check_patterns(include: list[str], exclude: list[str]) -> None:
     for name, patterns in (("data.include", include), ("data.exclude", exclude)):
         check(all(patterns), name, patterns, "a pattern must not be empty")
