@@ -18,7 +18,7 @@ from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 
 
 @dataclass(frozen=True)
-class Run:
+class Span:
     """Consecutive rows of the batch that share a computation: the delta rule only, or both memories.
 
     ``masked``: rows of op delta are among them, whose softmax branch weighs nothing. ``tempered``: the mix temperature
@@ -42,7 +42,7 @@ class LayerPlan:
     """
 
     policies: tuple[LayerPolicy, ...]
-    runs: tuple[Run, ...]
+    spans: tuple[Span, ...]
     capped: bool
     calibrated: bool
 
@@ -140,7 +140,7 @@ def compile_policies(
     """Compile one policy for each equal consecutive slice of ``batch`` rows, on the calibration's device.
 
     ``unchecked``: layers whose budgets may have no quantiles. ``per_kind``: rows that need only the delta rule are
-    computed without softmax, and caps are read only if there are any. Without it every routed layer runs both memories
+    computed without softmax, and caps are read only if there are any. Without it every routed layer spans both memories
     for all rows. Nothing waits for the device.
     """
     columns = [[_numbers(layer, heads) for layer in (p.layers[i] for p in policies)] for i in range(len(kinds))]
@@ -189,22 +189,22 @@ def _plan(policies: Sequence[LayerPolicy], kind: Op, batch: int, per_kind: bool,
     size = batch // len(policies)
     calibrated = checked or not any(policy.needs_calibration() for policy in policies)
     if not per_kind:
-        runs = [Run(slice(0, batch), both=kind is Op.routed, masked=True, tempered=True, learns=True)]
-        return LayerPlan(tuple(policies), tuple(runs), capped=True, calibrated=calibrated)
-    runs = []
+        spans = [Span(slice(0, batch), both=kind is Op.routed, masked=True, tempered=True, learns=True)]
+        return LayerPlan(tuple(policies), tuple(spans), capped=True, calibrated=calibrated)
+    spans = []
     for i, policy in enumerate(policies):
         both = kind is Op.routed and policy.op is not Op.delta
-        tempered, learns = policy.mix_temperature != 1, learns_routes(policy)
+        tempered, learns = policy.mix_temperature != 1, _learns(policy)
         first = i * size
-        if runs and runs[-1].both == both:
-            first, tempered, learns = runs[-1].rows.start, tempered or runs[-1].tempered, learns or runs[-1].learns
-            runs.pop()
-        runs.append(Run(slice(first, (i + 1) * size), both, masked=False, tempered=tempered, learns=learns))
+        if spans and spans[-1].both == both:
+            first, tempered, learns = spans[-1].rows.start, tempered or spans[-1].tempered, learns or spans[-1].learns
+            spans.pop()
+        spans.append(Span(slice(first, (i + 1) * size), both, masked=False, tempered=tempered, learns=learns))
     capped = any(policy.cap is not None for policy in policies)
-    return LayerPlan(tuple(policies), tuple(runs), capped, calibrated)
+    return LayerPlan(tuple(policies), tuple(spans), capped, calibrated)
 
 
-def learns_routes(policy: LayerPolicy) -> bool:
+def _learns(policy: LayerPolicy) -> bool:
     """Whether the router decides something: a budget strictly between 0 and 1, or a finite threshold."""
     if policy.budget is not None:
         return policy.needs_calibration()

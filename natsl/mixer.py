@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from natsl.compiled import CompiledLayer, Run
+from natsl.compiled import CompiledLayer, Span
 from natsl.config import ModelConfig
 from natsl.kernels.branches import routed_branches
 from natsl.kernels.delta import routed_delta_rule
@@ -126,17 +126,17 @@ class RoutedMixer(nn.Module):
         router = self.router if self.kind is Op.routed else None
         routing = route_chunks(router, x, c.heads, c.chunk_size, context)
         outputs = []
-        for run in context.policy.plan.runs:
-            rows = run.rows
+        for span in context.policy.plan.spans:
+            rows = span.rows
             q, k, v = qkv[rows].split((self.key_width, self.key_width, self.value_width), -1)
             gates = logits = None
-            if run.both:
-                logits = self._mix_logits(q, context.policy, run)
+            if span.both:
+                logits = self._mix_logits(q, context.policy, span)
             if self.kind is not Op.softmax:
                 gates = self._gates(x[rows])
             keep = routing.route[rows]
             routes = RoutePair(keep, keep if routing.skip is routing.route else routing.skip[rows])
-            if not run.learns:  # the ops then leave out the routes' gradient
+            if not span.learns:  # the ops then leave out the routes' gradient
                 routes = RoutePair(routes.keep.detach(), routes.skip.detach())
             # autocast would make half precision of the products inside the torch backend, which are float32 on purpose
             with torch.autocast(x.device.type, enabled=False):
@@ -145,14 +145,14 @@ class RoutedMixer(nn.Module):
         routing = LayerRouting(routing.margins, routing.route.detach(), routing.skip.detach())
         return self.out_proj(y.reshape(B, T, -1)), routing
 
-    def _mix_logits(self, q: Tensor, policy: CompiledLayer, run: Run) -> Tensor:
-        """Logits [B,T,Hs,2] of the branches' weights for the rows of a run, whose queries are q [B,T,R·K]."""
+    def _mix_logits(self, q: Tensor, policy: CompiledLayer, span: Span) -> Tensor:
+        """Logits [B,T,Hs,2] of the branches' weights for the rows of a span, whose queries are q [B,T,R·K]."""
         logits: Tensor = self.mix_proj(q).view(*q.shape[:2], -1, 2)
-        if run.tempered:
-            logits = (logits.float() / policy.temperature[run.rows, None, None, None]).to(logits.dtype)
-        if run.masked:
+        if span.tempered:
+            logits = (logits.float() / policy.temperature[span.rows, None, None, None]).to(logits.dtype)
+        if span.masked:
             softmax = torch.arange(2, device=q.device) > 0
-            logits = logits.masked_fill(policy.delta_only[run.rows, None, None, None] & softmax, -math.inf)
+            logits = logits.masked_fill(policy.delta_only[span.rows, None, None, None] & softmax, -math.inf)
         return logits
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:

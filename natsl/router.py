@@ -104,7 +104,7 @@ def route_chunks(router: Router | None, x: Tensor, heads: int, chunk_size: int, 
         theta = _training_thresholds(logits, complete, policy, training)
     limits = cap_limits(N, policy.cap, policy.burst, x.device) if policy.plan.capped else None
     route = route_margins(logits.detach(), theta.detach(), limits)
-    if training is not None and torch.is_grad_enabled() and any(run.learns for run in policy.plan.runs):
+    if training is not None and torch.is_grad_enabled() and any(span.learns for span in policy.plan.spans):
         decided = theta.detach().isfinite()
         soft = straight_through(logits, theta.masked_fill(~decided, 0.0), route, training.route_temperature)
         # where nothing is decided no gradient flows, whatever arrives there

@@ -45,11 +45,11 @@ def test_what_a_policy_is_compiled_to() -> None:
     assert first.burst.tolist() == [3, 3, 0, 0]
     assert first.temperature.tolist() == [2.0, 2.0, 1.0, 1.0]
     assert first.delta_only.tolist() == [False, False, True, True]
-    assert [(run.rows, run.both, run.learns) for run in first.plan.runs] == [
+    assert [(span.rows, span.both, span.learns) for span in first.plan.spans] == [
         (slice(0, 2), True, True),
         (slice(2, 4), False, False),
     ]
-    assert [run.rows for run in delta.plan.runs] == [slice(0, 4)]
+    assert [span.rows for span in delta.plan.spans] == [slice(0, 4)]
     assert last.threshold[:2].tolist() == [[-math.inf] * 2] * 2
     # the quantile .75 of an even spread from −1 to 1
     torch.testing.assert_close(last.threshold[2:], torch.full((2, 2), 0.5))
