@@ -81,8 +81,11 @@ class Calibration(nn.Module):
                 if not layer.needs_calibration():
                     continue
                 single, by_head = self._available()
-                if layer.heads() is None and not single[i]:
-                    raise ValueError("the model is not calibrated: budgets need a calibration table, thresholds do not")
+                if not single[i] and (layer.heads() is None or not by_head[i]):
+                    raise ValueError(
+                        "the model is not calibrated: budgets need a calibration table, which is made at the end of "
+                        "training; thresholds do not"
+                    )
                 if layer.heads() is not None and not by_head[i]:
                     raise ValueError(
                         f"layer {i} has budgets per head, but the model is calibrated only for whole layers: make a "

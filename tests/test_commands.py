@@ -81,7 +81,7 @@ def test_the_table_follows_the_text_and_training_s_own_stays(run: Run, capsys: p
     assert len(own["levels"]) == len(own["by_head"][0][0]) == len(own["by_layer"][0]) == 65
     assert own["by_head"][1] == [[None] * 65] * 2  # a layer without a router
     lines = capsys.readouterr().out.splitlines()
-    start = lines.index("budget   kept")
+    start = lines.index("kept of the test part:") + 1
     asked, measured = zip(*(map(float, line.split()) for line in lines[start + 1 : start + 5]), strict=True)
     assert asked == (0.05, 0.1, 0.25, 0.5)
     assert sorted(measured) == list(measured)

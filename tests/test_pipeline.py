@@ -445,11 +445,18 @@ def test_mistakes_are_told_before_training(
     ("policy", "error"),
     [
         ({"chunk_size": 8, "layers": [{"op": "delta"}] * 2, "speed": 1}, "unknown key 'speed'"),
-        ({"chunk_size": 8, "layers": [{"op": "delta"}] * 3}, "the model has 2 layers"),
+        (
+            {"chunk_size": 8, "layers": [{"op": "delta"}] * 3},
+            r"search.policies: .*policy.json: .* the model has 2 layers",
+        ),
+        (
+            {"chunk_size": 8, "layers": [{"op": "routed", "budget": [1, 0]}] * 2},
+            r"\(1.0, 0.0\) .* one number per layer",
+        ),
         ({"chunk_size": 8, "layers": [{"op": "routed", "budget": 1.2}, {"op": "delta"}]}, "budget = 1.2"),
         ({"chunk_size": 8, "layers": [{"op": "routed", "threshold": 0.1}, {"op": "delta"}]}, "budget"),
     ],
-    ids=["unknown key", "other depth", "budget 1.2", "outside the space"],
+    ids=["unknown key", "other depth", "one per head", "budget 1.2", "outside the space"],
 )
 def test_a_policy_of_the_users_that_cannot_be_tried_is_rejected(
     policy: dict[str, Any], error: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

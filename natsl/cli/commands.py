@@ -57,10 +57,10 @@ class EvaluateRunConfig:
 
     Either ``run`` (below ``root``) or ``export`` (a folder made by natsl export). Of a run: ``pick`` (``knee``, an id
     of the front or its beginning; null: the knee), or else ``policy`` (a JSON file) or ``budget`` (the same in every
-    routed layer), which need no front; of an export, these two replace the policy that it holds. ``calibration``: a
-    table made by natsl calibrate instead of the run's own. ``split``: search or test. The text is what the run was
-    judged on, or what ``data.path`` names; where it has changed, ``allow_other_data`` scores it all the same. Any
-    result on other text says so in ``other_data``.
+    routed layer; 0 and 1 are the ops delta and softmax), which need no front; of an export, these two replace the
+    policy that it holds. ``calibration``: a table made by natsl calibrate instead of the run's own. ``split``: search
+    or test. The text is what the run was judged on, or what ``data.path`` names; where it has changed,
+    ``allow_other_data`` scores it all the same. Any result on other text says so in ``other_data``.
     """
 
     run: str | None = None
@@ -307,13 +307,18 @@ def run_calibration(config: CalibrateConfig) -> None:
     data, model = made.held.data, made.model
     print(f"{made.path}: calibrated on {data.corpus.description}")
     tasks = data.tasks if len(data.tasks) > 1 else []
+    total = sum(data.config.tasks[task] for task in data.tasks)
+    print("kept of the test part" + (", tasks by weight:" if tasks else ":"))
     print("budget   kept" + "".join(f"  {task:>8}" for task in tasks))
     sets = data.eval_sets(Split.test)  # calibrated on the part for the search
     for budget in CHECKED_BUDGETS:
         policy = RoutingPolicy.uniform(model.kinds, model.config.chunk_size, budget)
         kept = evaluate(model, policy, sets)
-        by_task = "".join(f"  {kept.kept_fraction_by_task[task]:8.3f}" for task in tasks)
-        print(f"{budget:6.2f} {kept.kept_fraction:6.3f}{by_task}")
+        by_task = kept.kept_fraction_by_task
+        mean = sum(data.config.tasks[task] * by_task[task] for task in data.tasks) / total  # as the table was made
+        print(f"{budget:6.2f} {mean:6.3f}" + "".join(f"  {by_task[task]:8.3f}" for task in tasks))
+    if config.data.tasks:  # evaluate would score the tasks of the run
+        return
     named = {} if config.data.path is None else {"data.path": data.config.path}  # where the table holds
     options = {**run_options(run.name, config.root), "calibration": config.name, "budget": 0.1, **named}
     print(f"try it: {command('evaluate', options)}")
