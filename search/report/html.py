@@ -137,9 +137,10 @@ def _budgets(front: Front) -> str:
             asked = next(layer.mean_budget() for layer in item.policy.layers if layer.op is Op.routed)
             layers = "".join(f"<td>{show('kept_fraction', v)}</td>" for v in item.measured["kept_by_layer"])
             total = show("kept_fraction", amount(item, "kept_fraction"))
-            rows.append(f"<tr><td>{show('kept_fraction', asked)}</td><td>{total}</td>{layers}</tr>")
+            tasks = _task_cells(front, item)
+            rows.append(f"<tr><td>{show('kept_fraction', asked)}</td><td>{total}</td>{tasks}{layers}</tr>")
     heads = "".join(f"<th>layer {i}</th>" for i in range(len(uniform[0].policy.layers)))
-    head = f"<tr><th>budget asked for</th><th>kept</th>{heads}</tr>"
+    head = f"<tr><th>budget asked for</th><th>kept</th>{_task_heads(front)}{heads}</tr>"
     table = _folded("Budget asked for and fraction measured", head, rows)
     return _section("Quality over budget", f'<div class="figures">{"".join(figures)}</div>{table}')
 
