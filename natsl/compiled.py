@@ -56,8 +56,8 @@ class Fit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CompiledLayer:
-    """The policies of a batch for one layer.
+class _Tensors:
+    """What is read of policies, [B,…] for one layer or [L,B,…] for all.
 
     ``threshold`` float32 [B,R]: the margin above which a chunk is kept; +inf for op delta, −inf for op softmax, NaN
     for a budget without calibration. ``budget`` float64 [B,R], NaN where a threshold was given. ``cap`` float64 [B] (1:
@@ -70,23 +70,23 @@ class CompiledLayer:
     burst: Tensor
     temperature: Tensor
     delta_only: Tensor
+
+
+@dataclass(frozen=True)
+class CompiledLayer(_Tensors):
+    """The policies of a batch for one layer: tensors [B,…] (see ``_Tensors``) and how its rows are computed."""
+
     plan: LayerPlan
 
 
 @dataclass(frozen=True)
-class CompiledPolicy:
-    """Policies for a batch as tensors [L,B,…] (see ``CompiledLayer``), made by ``RoutedLM.compile_policy``.
+class CompiledPolicy(_Tensors):
+    """Policies for a batch as tensors [L,B,…] (see ``_Tensors``), made by ``RoutedLM.compile_policy``.
 
     With one plan for all policies (``per_kind=False``) a captured CUDA graph that reads these tensors follows whatever
     ``copy_`` puts into them.
     """
 
-    threshold: Tensor
-    budget: Tensor
-    cap: Tensor
-    burst: Tensor
-    temperature: Tensor
-    delta_only: Tensor
     plans: tuple[LayerPlan, ...]
     fit: Fit
     per_kind: bool
@@ -98,7 +98,7 @@ class CompiledPolicy:
 
     def layer(self, i: int) -> CompiledLayer:
         """Views of what layer ``i`` reads."""
-        return CompiledLayer(**{name: getattr(self, name)[i] for name in _TENSORS}, plan=self.plans[i])
+        return CompiledLayer(**{name: getattr(self, name)[i] for name in _names()}, plan=self.plans[i])
 
     def copy_(self, other: CompiledPolicy) -> None:
         """Take over the policies of ``other`` in place, for evaluation.
@@ -110,7 +110,7 @@ class CompiledPolicy:
             raise ValueError(
                 "only calibrated policies compiled with per_kind=False for one model and batch can be exchanged"
             )
-        for name in _TENSORS:
+        for name in _names():
             getattr(self, name).copy_(getattr(other, name))
 
     def check(self, fit: Fit, batch: int, training: bool, fixed: Sequence[bool]) -> None:
@@ -125,7 +125,8 @@ class CompiledPolicy:
             raise ValueError("the policy was compiled without calibration: its budgets are for training only")
 
 
-_TENSORS = tuple(item.name for item in fields(CompiledPolicy) if item.type == "Tensor")
+def _names() -> list[str]:
+    return [item.name for item in fields(_Tensors)]
 
 
 def compile_policies(
