@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -35,3 +36,23 @@ def _seed() -> None:
     """Every test starts from the same random state, whatever ran before it."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A text of a user's, large enough for three splits."""
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(3000)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, text: str) -> dict[str, Any]:
+    """The results of a small search that nothing cut off."""
+    from natsl.run import Run
+    from natsl.search.pipeline import run_search
+    from tests.test_pipeline import results, tiny
+
+    root = tmp_path_factory.mktemp("straight")
+    run_search(tiny(root, text))
+    return results(Run.open("first", root, create=False))

@@ -150,22 +150,6 @@ def test_a_disk_full_leaves_no_half_line_in_the_log(tmp_path: Path, monkeypatch:
     assert [record["step"] for record in read_log(run)] == [1, 3]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A text of a user's, large enough for three splits."""
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text("".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(3000)))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, text: str) -> dict[str, Any]:
-    """The results of a search with space enough."""
-    root = tmp_path_factory.mktemp("straight")
-    run_search(tiny(root, text))
-    return results(Run.open("first", root, create=False))
-
-
 @pytest.mark.parametrize("kilobytes", [8, 120, 160, 340, 460, 800, 1100, 1180])
 def test_a_search_goes_on_after_space_is_freed(
     kilobytes: int, disk: Path, text: str, straight: dict[str, Any], capsys: pytest.CaptureFixture[str]

@@ -39,14 +39,6 @@ from tests.search_helpers import read_log
 KEY = "sk-0123456789abcdef"
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A text of a user's, large enough for three splits."""
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text("".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(3000)))
-    return str(path)
-
-
 def tiny(root: Path, text: str, **changes: Any) -> SearchRunConfig:
     """A search of seconds. ``changes``: fields of the search config."""
     settings: dict[str, Any] = {"n_trials": 7, "random_draws": 2, "uniform_budgets": [0.25], "batch_size": 8}

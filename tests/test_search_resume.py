@@ -18,22 +18,6 @@ from natsl.tasks.sequences import Batch
 from tests.test_pipeline import interrupting, results, tiny
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A text of a user's, large enough for three splits."""
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text("".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(3000)))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, text: str) -> dict[str, Any]:
-    """The results of a search that nothing cut off."""
-    root = tmp_path_factory.mktemp("straight")
-    run_search(tiny(root, text))
-    return results(Run.open("first", root, create=False))
-
-
 @pytest.mark.parametrize("at", [5, 14], ids=["in a trial", "while testing"])
 def test_the_same_command_goes_on_after_the_memory_was_full(
     at: int, straight: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
