@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from natsl.command import changed_options, command, run_options
@@ -51,8 +51,16 @@ class TrainRunConfig:
         check_counts(0, {"seed": self.seed})
 
 
+class _Choosing:
+    """Options that name a model and a policy, by the names of the fields of ``Choice``."""
+
+    def choice(self) -> Choice:
+        """Model and policy; ``ValueError`` for options that exclude each other."""
+        return Choice(**{item.name: getattr(self, item.name) for item in fields(Choice) if hasattr(self, item.name)})
+
+
 @dataclass
-class EvaluateRunConfig:
+class EvaluateRunConfig(_Choosing):
     """Score a point of a run's front, any other policy, or an exported model on held-out data.
 
     Either ``run`` (below ``root``) or ``export`` (a folder made by natsl export). Of a run: ``pick`` (``knee``, an id
@@ -81,21 +89,9 @@ class EvaluateRunConfig:
         check(self.split in ("search", "test"), "split", self.split, "it must be search or test")
         check_counts(1, {"batch_size": self.batch_size})
 
-    def choice(self) -> Choice:
-        """Model and policy; ``ValueError`` for options that exclude each other."""
-        return Choice(
-            run=self.run,
-            root=self.root,
-            export=self.export,
-            pick=self.pick,
-            policy=self.policy,
-            budget=self.budget,
-            calibration=self.calibration,
-        )
-
 
 @dataclass
-class ExportConfig:
+class ExportConfig(_Choosing):
     """Write one point of a run's front, or any other policy, as a model of its own; verify it in a fresh process.
 
     ``run``: a run below ``root``. ``pick``: ``knee``, an id of the front, or the beginning of an id or of a policy's
@@ -115,13 +111,9 @@ class ExportConfig:
     def __post_init__(self) -> None:
         self.choice()
 
-    def choice(self) -> Choice:
-        """Model and policy; ``ValueError`` for options that exclude each other."""
-        return Choice(run=self.run, root=self.root, pick=self.pick, policy=self.policy, calibration=self.calibration)
-
 
 @dataclass
-class GenerateConfig:
+class GenerateConfig(_Choosing):
     """Continue a prompt with a point of a run's front, any other policy, or an exported model.
 
     Either ``run`` (below ``root``) with ``pick`` (null: the knee) or ``policy`` (a JSON file, which needs no front), or
@@ -153,17 +145,6 @@ class GenerateConfig:
         check_counts(1, {"max_new_tokens": self.max_new_tokens})
         check_at_least(0, {"temperature": self.temperature})
         check_counts(0, {"top_k": self.top_k, "seed": self.seed})
-
-    def choice(self) -> Choice:
-        """Model and policy; ``ValueError`` for options that exclude each other."""
-        return Choice(
-            run=self.run,
-            root=self.root,
-            export=self.export,
-            pick=self.pick,
-            policy=self.policy,
-            calibration=self.calibration,
-        )
 
 
 @dataclass
