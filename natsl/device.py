@@ -33,7 +33,7 @@ def resolve_device(name: str) -> torch.device:
     if count <= int(index or 0):
         raise UserError(f"device = {name!r} is not there: this machine has {count} usable GPUs; use device=auto or cpu")
     if index:
-        torch.cuda.set_device(int(index))  # kernels are launched on the current device
+        torch.cuda.set_device(int(index))  # what names no device, such as an event, is on it
     return torch.device(name)
 
 

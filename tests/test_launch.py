@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +15,10 @@ from torch import Tensor
 
 from natsl.kernels.launch import parameters, replay
 from natsl.kernels.launch.launcher import Launcher
+from natsl.kernels.launch.library import on_own_device
 from natsl.kernels.launch.replay import Replayed
 from natsl.kernels.registry import OPS, Options, layer_inputs
+from natsl.kernels.routing import cap_limits, route_margins
 from natsl.kernels.shape import Case, Shape
 from tests.oracles import triton_modules
 
@@ -329,6 +333,54 @@ def test_every_op_can_be_replayed(T: int, monkeypatch: pytest.MonkeyPatch) -> No
     for function in replayed:
         assert function.plans
         assert None not in function.plans.values()
+
+
+def test_the_device_of_the_tensors_is_current_inside_and_the_callers_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current, switches = [0], []
+
+    @contextmanager
+    def switch(device: torch.device) -> Iterator[None]:
+        switches.append(device.index)
+        current.append(device.index)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[-1], raising=False)
+    monkeypatch.setattr(torch.cuda, "device", switch)
+    tensors = [SimpleNamespace(is_cuda=True, get_device=lambda i=i: i, device=torch.device("cuda", i)) for i in (0, 1)]
+    function = on_own_device(lambda x, divisor: (current[-1], 1 // divisor))
+    assert [function(x, 1) for x in tensors] == [(0, 1), (1, 1)]
+    for x in tensors:
+        with pytest.raises(ZeroDivisionError):
+            function(x, 0)
+    assert current == [0]
+    assert switches == [1, 1]  # none where the device is current anyway
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is launched")
+def test_every_launch_is_made_by_a_registered_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which makes the device of its tensors the current one, in the forward pass and in the backward pass."""
+    inside = on_own_device(print).__code__
+    launches: list[bool] = []
+
+    def launch(self: Launcher, *arguments: Any, **constants: Any) -> None:
+        frame = sys._getframe()
+        while frame.f_back is not None and frame.f_code is not inside:
+            frame = frame.f_back
+        launches.append(frame.f_code is inside)
+
+    monkeypatch.setattr(Launcher, "_launch", launch)
+    inputs = layer_inputs(Shape(2, 32, 32, 1, 16, "float32"), Case(1, 64, 0.4), torch.device("cpu"))
+    for spec in OPS.values():
+        spec.differentiate(inputs, Options(16, "insertion", 0.5, "triton"))
+    margins = torch.randn(1, 4, 2)
+    route_margins(margins, 0.0, cap_limits(4, 0.5, 1, margins.device), backend="triton")
+    assert len(launches) > 30
+    assert all(launches)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

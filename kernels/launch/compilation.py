@@ -22,7 +22,7 @@ class Compilation:
     """Triton kernels to be compiled, collected by running code whose launches do nothing."""
 
     def __init__(self) -> None:
-        self._jobs: dict[tuple[Any, str], str] = {}  # (jit function, its key) → specialisation
+        self._jobs: dict[tuple[Any, str, int], str] = {}  # (jit function, its key, device) → specialisation
         self.failures: dict[str, str] = {}  # kernel → why it does not compile
 
     @contextmanager
@@ -42,7 +42,7 @@ class Compilation:
         def collect_job(
             *, key: str, repr: str, fn: Any, compile: dict[str, Any], is_manual_warmup: bool, already_compiled: bool
         ) -> bool:
-            self._jobs[fn.jit_function, key] = compile["specialization_data"]
+            self._jobs[fn.jit_function, key, compile["device"]] = compile["specialization_data"]
             return True  # stands for: done, do not compile
 
         global _collecting
@@ -58,15 +58,15 @@ class Compilation:
         Triton works outside of Python's lock for all but some hundredths of a second per kernel. What does not compile
         is in ``failures``.
         """
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        on_gpu = torch.cuda.is_available()
 
-        def compile_one(job: tuple[tuple[Any, str], str]) -> bool:
-            (function, _), specialisation = job
-            if device is not None:  # a setting of the thread
+        def compile_one(job: tuple[tuple[Any, str, int], str]) -> bool:
+            (function, _, device), specialisation = job
+            if on_gpu:  # a setting of the thread
                 torch.cuda.set_device(device)
             try:
                 kernel = function.preload(specialisation)
-                if device is not None:
+                if on_gpu:
                     kernel[1, 1, 1]  # loads it and builds its launcher, which Triton leaves to the first launch
             except Exception as error:  # whatever the compiler raises, the others go on
                 lines = str(error).strip().splitlines() or [type(error).__name__]

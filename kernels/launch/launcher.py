@@ -19,7 +19,8 @@ class Launcher:
 
     Triton works out anew at every launch which variant of the kernel the arguments need, and asks the driver about
     every pointer. Here the variant is remembered by what it depends on, and pointers are passed as numbers. What needs
-    variants of its own takes Triton's way: tensors not aligned to 16 bytes, sizes of more than 31 bits.
+    variants of its own takes Triton's way: tensors not aligned to 16 bytes, sizes of more than 31 bits. The tensors are
+    on the current device, as ``register`` sees to.
     """
 
     def __init__(self, function: Any) -> None:

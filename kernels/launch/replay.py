@@ -65,7 +65,7 @@ def _join(here: torch.cuda.Stream, there: torch.cuda.Stream, fork: torch.cuda.Ev
 def side_by_side(
     device: torch.device, side: Callable[[], A], main: Callable[[A, Callable[[], None]], B]
 ) -> tuple[A, B]:
-    """Results of both functions, whose kernels run at the same time on a GPU.
+    """Results of both functions, whose kernels run at the same time on a GPU, which is the current device.
 
     ``main`` gets the side's results and a function that makes it wait for them, which it must call before it reads
     them. What the side stream allocates needs no record: it is used after the join, and the next fork waits for its
