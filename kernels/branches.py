@@ -10,9 +10,9 @@ from natsl.kernels.dispatch import (
     Limits,
     check_counterfactual,
     check_heads,
+    check_routes,
     check_shape,
     check_tensors,
-    count_chunks,
     split_values,
     use_kernels,
 )
@@ -70,8 +70,7 @@ def routed_branches(
     check_shape(op, "k_softmax", k_softmax, (B, T, Hs, Ks))
     check_shape(op, "g", g, (B, T, R))
     check_shape(op, "beta", beta, (B, T, R))
-    for name, tensor in routes.items():
-        check_shape(op, name, tensor, (B, *count_chunks([T], chunk_size), R))
+    check_routes(op, routes, q, R, None, chunk_size)
     check_counterfactual(op, counterfactual, counterfactual_rate)
     sizes = {"K": K, "V": V, "Ks": Ks, "batch · heads": max(1, B * R)}
     if delta_route is route:  # torch.compile takes no tensor twice as inputs of one node

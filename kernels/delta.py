@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,12 +12,10 @@ from natsl.kernels.dispatch import (
     Limits,
     check_counterfactual,
     check_heads,
-    check_packed_route,
-    check_packing,
+    check_routes,
     check_shape,
     check_tensors,
-    count_chunks,
-    sequence_bounds,
+    packed_lengths,
     use_kernels,
 )
 from natsl.kernels.shape import LARGEST_GRID, LARGEST_KEY_DIM, LARGEST_VALUE_DIM
@@ -72,16 +69,12 @@ def routed_delta_rule(
     check_shape(op, "beta", beta, (B, T, R))
     check_counterfactual(op, counterfactual, counterfactual_rate)
     scale = K**-0.5 if scale is None else scale
-    sequences = B if cu_seqlens is None else check_packing(op, cu_seqlens, q)
+    sequences = check_routes(op, {"route": route}, q, R, cu_seqlens, chunk_size)
     sizes = {"K": K, "V": V, "sequences · heads": max(1, sequences * R)}
     on_kernels = use_kernels(op, backend, q.device, LIMITS.reason(q.dtype, chunk_size, sizes))
     if initial_state is not None:
         check_tensors(op, {"q": q, "initial_state": initial_state})
         check_shape(op, "initial_state", initial_state, (sequences, R, K, V))
-    if cu_seqlens is None:
-        check_shape(op, "route", route, (B, *count_chunks([T], chunk_size), R))
-    else:
-        check_packed_route(op, route, R, T, sequences, chunk_size)
 
     if on_kernels:
         from natsl.kernels._triton import delta as delta_triton
@@ -104,10 +97,7 @@ def routed_delta_rule(
         o, state = run(q, k, v, g, beta, route, initial_state=initial_state)
         return o, state if output_final_state else None
 
-    bounds = sequence_bounds(op, cu_seqlens, T)
-    lengths = [b - a for a, b in pairwise(bounds)]
-    chunks = count_chunks(lengths, chunk_size)
-    check_shape(op, "route", route, (B, sum(chunks), R))
+    lengths, chunks = packed_lengths(op, {"route": route}, T, cu_seqlens, chunk_size)
     outputs, states = [], []
     parts = zip(*(x.split(lengths, 1) for x in (q, k, v, g, beta)), route.split(chunks, 1), strict=True)
     for i, part in enumerate(parts):

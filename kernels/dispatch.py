@@ -155,38 +155,62 @@ def split_values(v: torch.Tensor, heads: int) -> torch.Tensor:
     return split
 
 
-def check_packing(op: str, cu_seqlens: torch.Tensor, like: torch.Tensor) -> int:
-    """Number of packed sequences in ``like`` [1,T,…]; ``ValueError`` for what shows without reading the tensor."""
-    if like.shape[0] != 1:
-        raise ValueError(f"{op}: cu_seqlens packs sequences into batch 1, found batch {like.shape[0]}")
+def _count_packed(op: str, cu_seqlens: torch.Tensor, q: torch.Tensor) -> int:
+    """Number of sequences packed into q [1,T,…]; ``ValueError`` for what shows without reading ``cu_seqlens``."""
+    if q.shape[0] != 1:
+        raise ValueError(f"{op}: cu_seqlens packs sequences into batch 1, found batch {q.shape[0]}")
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dim() != 1:
         raise ValueError(f"{op}: cu_seqlens must be a 1-D integer tensor")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{op}: cu_seqlens must be a 1-D integer tensor, int32 or int64, found {cu_seqlens.dtype}")
-    if cu_seqlens.device != like.device:
-        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, but q is on {like.device}")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, but q is on {q.device}")
     if cu_seqlens.shape[0] < 2:
         raise ValueError(f"{op}: cu_seqlens has {cu_seqlens.shape[0]} entries, it needs sequences + 1")
     return cu_seqlens.shape[0] - 1
 
 
-def check_packed_route(op: str, route: torch.Tensor, heads: int, tokens: int, sequences: int, chunk_size: int) -> None:
-    """Raise ``ValueError`` unless route is [1,N,heads] with a number of chunks that so many tokens can have."""
-    fewest, most = -(-tokens // chunk_size), tokens // chunk_size + sequences
-    if route.dim() != 3 or (route.shape[0], route.shape[2]) != (1, heads) or not fewest <= route.shape[1] <= most:
+def check_routes(
+    op: str,
+    routes: Mapping[str, torch.Tensor],
+    q: torch.Tensor,
+    heads: int,
+    cu_seqlens: torch.Tensor | None,
+    chunk_size: int,
+) -> int:
+    """Number of sequences in q [B,T,…], whose routes must be [B,N,heads]: B, or those packed into B = 1.
+
+    Raises ``ValueError`` for a route of another shape (packed, its N must be one that T tokens of so many sequences can
+    have) and for what is wrong with ``cu_seqlens`` and shows without reading it.
+    """
+    B, T = q.shape[:2]
+    fewest = -(-T // chunk_size)
+    if cu_seqlens is None:
+        for name, route in routes.items():
+            check_shape(op, name, route, (B, fewest, heads))
+        return B
+    sequences = _count_packed(op, cu_seqlens, q)
+    most = T // chunk_size + sequences
+    for name, route in routes.items():
         shape = tuple(route.shape)
-        raise ValueError(f"{op}: route has shape {shape}, expected (1, {fewest} to {most} chunks, {heads})")
+        if len(shape) != 3 or (shape[0], shape[2]) != (1, heads) or not fewest <= shape[1] <= most:
+            raise ValueError(f"{op}: {name} has shape {shape}, expected (1, {fewest} to {most} chunks, {heads})")
+    return sequences
 
 
-def sequence_bounds(op: str, cu_seqlens: torch.Tensor, tokens: int) -> list[int]:
-    """Borders of packed sequences as a list, checked: from 0, never falling, to ``tokens``. Waits for the device."""
+def packed_lengths(
+    op: str, routes: Mapping[str, torch.Tensor], tokens: int, cu_seqlens: torch.Tensor, chunk_size: int
+) -> tuple[list[int], list[int]]:
+    """Tokens and chunks of each packed sequence, a partial chunk counted.
+
+    Raises ``ValueError`` unless the borders go from 0, never falling, to ``tokens`` and all routes [1,N,R] have their
+    chunks. Waits for the device.
+    """
     bounds: list[int] = cu_seqlens.tolist()
-    rising = all(a <= b for a, b in pairwise(bounds))
-    if bounds[0] != 0 or bounds[-1] != tokens or not rising:
+    lengths = [b - a for a, b in pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0:
         raise ValueError(f"{op}: cu_seqlens = {bounds} must rise from 0 to the number of tokens, {tokens}")
-    return bounds
-
-
-def count_chunks(lengths: list[int], chunk_size: int) -> list[int]:
-    """Number of chunks of each sequence, a partial one counted."""
-    return [-(-length // chunk_size) for length in lengths]
+    chunks = [-(-length // chunk_size) for length in lengths]
+    for name, route in routes.items():
+        check_shape(op, name, route, (1, sum(chunks), route.shape[2]))
+    return lengths, chunks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,12 +12,10 @@ from natsl.kernels.dispatch import (
     Limits,
     check_counterfactual,
     check_heads,
-    check_packed_route,
-    check_packing,
+    check_routes,
     check_shape,
     check_tensors,
-    count_chunks,
-    sequence_bounds,
+    packed_lengths,
     use_kernels,
 )
 from natsl.kernels.shape import LARGEST_GRID, LARGEST_KEY_DIM, LARGEST_VALUE_DIM
@@ -74,11 +71,7 @@ def routed_softmax(
         )
     check_counterfactual(op, counterfactual, counterfactual_rate)
     scale = Ks**-0.5 if scale is None else scale
-    sequences = B if cu_seqlens is None else check_packing(op, cu_seqlens, q)
-    if cu_seqlens is None:
-        check_shape(op, "route", route, (B, *count_chunks([T], chunk_size), route.shape[2]))
-    else:
-        check_packed_route(op, route, route.shape[2], T, sequences, chunk_size)
+    check_routes(op, {"route": route}, q, route.shape[2], cu_seqlens, chunk_size)
 
     limit = LIMITS.reason(q.dtype, chunk_size, {"Ks": Ks, "Vs": v.shape[3], "batch": max(1, B)})
     if limit is None and not scale > 0.0:
@@ -100,9 +93,6 @@ def routed_softmax(
     )
     if cu_seqlens is None:
         return run(q, k, v, route)
-    bounds = sequence_bounds(op, cu_seqlens, T)
-    lengths = [b - a for a, b in pairwise(bounds)]
-    chunks = count_chunks(lengths, chunk_size)
-    check_shape(op, "route", route, (B, sum(chunks), route.shape[2]))
+    lengths, chunks = packed_lengths(op, {"route": route}, T, cu_seqlens, chunk_size)
     parts = zip(*(x.split(lengths, 1) for x in (q, k, v)), route.split(chunks, 1), strict=True)
     return torch.cat([run(*part) for part in parts if part[0].shape[1]], 1)
