@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from natsl.kernels.dispatch import (
     check_routes,
     check_shape,
     check_tensors,
+    packed_lengths,
     split_values,
     use_kernels,
 )
@@ -21,7 +24,7 @@ from natsl.kernels.shape import LARGEST_GRID, LARGEST_KEY_DIM, LARGEST_VALUE_DIM
 from natsl.kernels.softmax import routed_softmax
 
 LIMITS = Limits(
-    {"K": LARGEST_KEY_DIM, "V": LARGEST_VALUE_DIM, "Ks": LARGEST_KEY_DIM, "batch · heads": LARGEST_GRID},
+    {"K": LARGEST_KEY_DIM, "V": LARGEST_VALUE_DIM, "Ks": LARGEST_KEY_DIM, "sequences · heads": LARGEST_GRID},
     chunk_keys=True,
 )
 
@@ -38,6 +41,7 @@ def routed_branches(
     *,
     chunk_size: int,
     delta_route: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     counterfactual: str = "none",
     counterfactual_rate: float = 1.0,
     backend: str = "auto",
@@ -48,7 +52,9 @@ def routed_branches(
     q_softmax, k_softmax [B,T,Hs,Ks], already normed, with Hs = R·G: softmax head r·G + j reads the j-th slice of v's
     head r. route [B,N,R]: 1 = softmax keeps the chunk; delta_route [B,N,R]: 1 = the delta rule does not write it (None:
     ``route``, so what softmax keeps is not written). With both, a chunk may be kept and written, or neither.
-    ``counterfactual`` and its rate as in ``routed_softmax``; one draw per chunk and head samples both sides.
+    ``cu_seqlens`` [sequences + 1], int32 or int64, packs sequences into B = 1 as in ``routed_softmax``: nothing crosses
+    a border. ``counterfactual`` and its rate are those of ``routed_softmax`` too; one draw per chunk and head samples
+    both sides.
 
     route.grad is that of softmax and delta_route.grad that of the delta rule; without delta_route, route.grad is their
     sum.
@@ -70,12 +76,14 @@ def routed_branches(
     check_shape(op, "k_softmax", k_softmax, (B, T, Hs, Ks))
     check_shape(op, "g", g, (B, T, R))
     check_shape(op, "beta", beta, (B, T, R))
-    check_routes(op, routes, q, R, None, chunk_size)
+    sequences = check_routes(op, routes, q, R, cu_seqlens, chunk_size)
     check_counterfactual(op, counterfactual, counterfactual_rate)
-    sizes = {"K": K, "V": V, "Ks": Ks, "batch · heads": max(1, B * R)}
+    sizes = {"K": K, "V": V, "Ks": Ks, "sequences · heads": max(1, sequences * R)}
     if delta_route is route:  # torch.compile takes no tensor twice as inputs of one node
         delta_route = None
     if not use_kernels(op, backend, q.device, LIMITS.reason(q.dtype, chunk_size, sizes)):
+        if cu_seqlens is not None:
+            packed_lengths(op, routes, T, cu_seqlens, chunk_size)  # else one of the two ops would name itself
         delta_route = route if delta_route is None else delta_route
         sampling = counterfactual != "none" and counterfactual_rate < 1.0
         if sampling and (route.requires_grad or delta_route.requires_grad):
@@ -83,11 +91,14 @@ def routed_branches(
             left, erased = route.detach() <= 0, delta_route.detach() >= 1
             route = scale_gradient(route, torch.where(left, weight, 1.0))
             delta_route = scale_gradient(delta_route, torch.where(erased, weight, 1.0))
-        options = {"counterfactual": counterfactual, "backend": backend}
-        o_delta, _ = routed_delta_rule(q, k, v, g, beta, delta_route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
-        values = split_values(v, Hs)
-        o_softmax = routed_softmax(q_softmax, k_softmax, values, route, chunk_size=chunk_size, **options)  # type: ignore[arg-type]
-        return o_delta, o_softmax
+        options: dict[str, Any] = {
+            "chunk_size": chunk_size,
+            "cu_seqlens": cu_seqlens,
+            "counterfactual": counterfactual,
+            "backend": backend,
+        }
+        o_delta, _ = routed_delta_rule(q, k, v, g, beta, delta_route, **options)
+        return o_delta, routed_softmax(q_softmax, k_softmax, split_values(v, Hs), route, **options)
     from natsl.kernels._triton import branches as branches_triton
 
     route = route.float().contiguous()
@@ -95,7 +106,7 @@ def routed_branches(
     sampled, written = _gradient_weights(route, delta_route, counterfactual, counterfactual_rate)
     inputs = branches_triton.BranchInputs(q, k, v, q_softmax, k_softmax, g, beta, route, delta_route)
     settings = branches_triton.BranchOptions(chunk_size, K**-0.5, Ks**-0.5)
-    return branches_triton.routed_branches(inputs, sampled, written, settings, counterfactual)
+    return branches_triton.routed_branches(inputs, cu_seqlens, sampled, written, settings, counterfactual)
 
 
 def _gradient_weights(

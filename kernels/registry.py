@@ -49,9 +49,10 @@ class Options:
 
     @property
     def routing(self) -> dict[str, Any]:
-        """What every op that routes takes by name, but for packing."""
+        """What every op that routes takes by name."""
         return {
             "chunk_size": self.chunk_size,
+            "cu_seqlens": self.cu_seqlens,
             "counterfactual": self.counterfactual,
             "counterfactual_rate": self.rate,
             "backend": self.backend,
@@ -118,7 +119,6 @@ class OpSpec:
             "Ks": shape.softmax_key_dim,
             "Vs": shape.softmax_value_dim,
             "batch": batch,
-            "batch · heads": batch * shape.heads,
             "sequences · heads": batch * shape.heads,
         }
         dtype: torch.dtype = getattr(torch, shape.dtype)
@@ -195,12 +195,12 @@ def layer_inputs(
 def _call_softmax(x: Tensors, options: Options) -> tuple[Tensor, ...]:
     values = split_values(x["v"], x["q_softmax"].shape[2])
     tensors = x["q_softmax"], x["k_softmax"], values, x["route"]
-    return (softmax.routed_softmax(*tensors, cu_seqlens=options.cu_seqlens, **options.routing),)
+    return (softmax.routed_softmax(*tensors, **options.routing),)
 
 
 def _call_delta(x: Tensors, options: Options) -> tuple[Tensor, ...]:
     tensors = [x[name] for name in _DELTA]
-    o, _ = delta.routed_delta_rule(*tensors, cu_seqlens=options.cu_seqlens, **options.routing)
+    o, _ = delta.routed_delta_rule(*tensors, **options.routing)
     return (o,)
 
 
@@ -364,6 +364,7 @@ OPS: dict[str, OpSpec] = {
             call=_call_branches,
             limits=(branches.LIMITS,),
             work=OpWork(_sum(softmax_forward, delta_forward), _sum(softmax_backward, delta_backward)),
+            packs=True,
             fixed_routes=True,
         ),
         OpSpec(
@@ -383,6 +384,7 @@ OPS: dict[str, OpSpec] = {
             work=OpWork(
                 _sum(softmax_forward, delta_forward, mix_forward), _sum(softmax_backward, delta_backward, mix_backward)
             ),
+            packs=True,
             checked=False,  # after a norm, a small row's rounding is no longer small beside the largest entry
         ),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,16 +17,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 C = 16
 
 
-def make(T: int, dtype: torch.dtype, *, B: int = 2, R: int = 2, K: int = 16, V: int = 32, G: int = 2) -> list[Tensor]:
-    """q, k, v, the queries and keys of the softmax heads, g, beta and routes."""
+def make(
+    T: int, dtype: torch.dtype, *, B: int = 2, R: int = 2, K: int = 16, V: int = 32, G: int = 2, N: int = 0
+) -> list[Tensor]:
+    """q, k, v, the queries and keys of the softmax heads, g, beta and routes (of ``N`` chunks, if T are packed)."""
     wide = [torch.randn(B, T, h, w) for h, w in ((R, K), (R, K), (R, V), (R * G, K // G), (R * G, K // G))]
-    scalars = [-torch.rand(B, T, R), torch.rand(B, T, R), (torch.rand(B, chunk_count(T, C), R) < 0.5).float()]
+    scalars = [-torch.rand(B, T, R), torch.rand(B, T, R), (torch.rand(B, N or chunk_count(T, C), R) < 0.5).float()]
     return [*(x.to(DEVICE, dtype) for x in wide), *(x.to(DEVICE) for x in scalars)]
 
 
-def make_two_routes(T: int, dtype: torch.dtype) -> list[Tensor]:
+def make_two_routes(T: int, dtype: torch.dtype, **shape: int) -> list[Tensor]:
     """The same, and the routes of the delta rule; the first chunks have all four combinations."""
-    inputs = make(T, dtype)
+    inputs = make(T, dtype, **shape)
     route = inputs[7]
     delta_route = (torch.rand_like(route) < 0.5).float()
     for n, (kept, erased) in enumerate(((0, 1), (1, 0), (0, 0), (1, 1))[: route.shape[1]]):
@@ -32,10 +36,18 @@ def make_two_routes(T: int, dtype: torch.dtype) -> list[Tensor]:
     return [*inputs, delta_route]
 
 
-def together(ts: list[Tensor], mode: str = "none", rate: float = 1.0, backend: str = "triton") -> tuple[Tensor, Tensor]:
+def make_packed(lengths: list[int], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """The same for packed sequences, and their borders."""
+    borders = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    return make_two_routes(sum(lengths), dtype, B=1, N=sum(chunk_count(n, C) for n in lengths)), borders
+
+
+def together(
+    ts: list[Tensor], mode: str = "none", rate: float = 1.0, backend: str = "triton", borders: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``routed_branches`` of the eight inputs, or of these and the routes of the delta rule."""
     delta_route = ts[8] if len(ts) > 8 else None
-    options = {"counterfactual": mode, "counterfactual_rate": rate, "backend": backend}
+    options = {"counterfactual": mode, "counterfactual_rate": rate, "backend": backend, "cu_seqlens": borders}
     return routed_branches(*ts[:8], chunk_size=C, delta_route=delta_route, **options)  # type: ignore[arg-type]
 
 
@@ -76,6 +88,45 @@ def test_equals_two_calls(backend: str, T: int, mode: str) -> None:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_two_routes_equal_two_calls(backend: str, mode: str) -> None:
     assert_equal_two_calls(make_two_routes(67, torch.float32), mode, backend)
+
+
+@pytest.mark.parametrize("mode", ["none", "derivative", "insertion"])
+@pytest.mark.parametrize(
+    ("lengths", "routes"), [([40], 2), ([1, 0, 15, 16, 17], 2), ([1, 0, 15, 16, 17], 1), ([0, 33, 0], 2)], ids=str
+)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_packed_sequences_equal_single_ones(backend: str, lengths: list[int], routes: int, mode: str) -> None:
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    inputs, borders = make_packed(lengths, dtype)
+    inputs = [x.to(dtype) for x in inputs[: 7 + routes]]
+    ts = leaves(inputs)
+    packed = together(ts, mode, backend=backend, borders=borders)
+    weights = [torch.randn_like(x) for x in packed]
+    loss = sum((o * w).sum() for o, w in zip(packed, weights, strict=True))
+    gradients = torch.autograd.grad(loss, ts)  # type: ignore[arg-type]
+    chunk_borders = torch.tensor([0, *(chunk_count(n, C) for n in lengths)]).cumsum(0).tolist()
+    for (a, b), (m, n) in zip(pairwise(borders.tolist()), pairwise(chunk_borders), strict=True):
+        if a == b:
+            continue
+        places = [slice(a, b)] * 7 + [slice(m, n)] * routes
+        single = leaves([x[:, place] for x, place in zip(inputs, places, strict=True)], torch.float64)
+        expected = apart(single, mode)
+        loss = sum((o * w[:, a:b]).sum() for o, w in zip(expected, weights, strict=True))
+        # in one chunk alone no output depends on the route of the delta rule
+        wanted = torch.autograd.grad(loss, single, materialize_grads=True)  # type: ignore[arg-type]
+        for x, y in zip(packed, expected, strict=True):
+            assert_near(x[:, a:b], y)
+        for x, y, place in zip(gradients, wanted, places, strict=True):
+            assert_near(x[:, place], y)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_borders_of_any_integers_and_strides(backend: str) -> None:
+    inputs, borders = make_packed([5, 20], torch.float32)
+    expected = together(inputs, backend=backend, borders=borders)
+    for same in (borders.int(), borders.repeat_interleave(2)[::2]):
+        for x, y in zip(together(inputs, backend=backend, borders=same), expected, strict=True):
+            assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("mode", ["none", "insertion"])
@@ -160,16 +211,26 @@ def test_whole_graph_compiles(routes: int) -> None:
     assert_compiles(layer, make_two_routes(20, torch.float32)[: 7 + routes])
 
 
-@pytest.mark.parametrize("routes", [1, 2])
-def test_the_ops_keep_the_rules_of_custom_ops(routes: int) -> None:
-    inputs = make_two_routes(20, torch.float32)
+def test_packed_sequences_compile() -> None:
+    inputs, borders = make_packed([5, 0, 20], torch.float32)
+
+    def layer(*ts: Tensor) -> Tensor:
+        o_delta, o_softmax = together(list(ts), "insertion", borders=borders)
+        return (o_delta.reshape(o_softmax.shape) * o_softmax.sigmoid()).sum()
+
+    assert_compiles(layer, inputs)
+
+
+@pytest.mark.parametrize(("routes", "packed"), [(1, False), (2, False), (2, True)], ids=str)
+def test_the_ops_keep_the_rules_of_custom_ops(routes: int, packed: bool) -> None:
+    inputs, borders = make_packed([5, 20], torch.float32) if packed else (make_two_routes(20, torch.float32), None)
     delta_route = inputs[8] if routes == 2 else None
     options = (C, 0.25, 0.35)
     ops = torch.ops.natsl
-    torch.library.opcheck(ops.routed_branches.default, (*inputs[:8], delta_route, *options))
-    *softmax, o_delta, saved = ops.routed_branches(*inputs[:8], delta_route, *options)
+    torch.library.opcheck(ops.routed_branches.default, (*inputs[:8], delta_route, borders, *options))
+    *softmax, o_delta, saved = ops.routed_branches(*inputs[:8], delta_route, borders, *options)
     gradients = (inputs[7] < 0.5, torch.randn_like(o_delta), torch.randn_like(softmax[0]))
-    arguments = (*gradients, *inputs[:8], delta_route, inputs[7], softmax, o_delta, saved, *options)
+    arguments = (*gradients, *inputs[:8], delta_route, borders, inputs[7], softmax, o_delta, saved, *options)
     for wanted in ((True, True), (False, False)):
         checks = ("test_schema", "test_faketensor")[: 2 if all(wanted) else 1]
         torch.library.opcheck(
@@ -209,11 +270,13 @@ def test_weights_of_the_route_gradient(rate: float) -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-def test_replay_of_a_cuda_graph_equals_eager() -> None:
-    ts = leaves(make(300, torch.bfloat16))
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+def test_replay_of_a_cuda_graph_equals_eager(packed: bool) -> None:
+    inputs, borders = make_packed([100, 0, 177], torch.bfloat16) if packed else (make(300, torch.bfloat16), None)
+    ts = leaves(inputs)
 
     def step() -> list[Tensor]:
-        got = routed_branches(*ts, chunk_size=C, counterfactual="derivative")
+        got = together(ts, "derivative", borders=borders)
         grads = torch.autograd.grad(sum(o.float().square().sum() for o in got), ts)  # type: ignore[arg-type]
         return [*(o.detach() for o in got), *grads]  # a graph kept alive would tie the leaves to this stream
 
@@ -256,3 +319,43 @@ def test_a_wrong_second_route_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             routed_branches(*inputs, chunk_size=C, delta_route=delta_route.to(DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("borders", "message"),
+    [
+        ([0, 5, 20], "cu_seqlens = \\[0, 5, 20\\] must rise from 0 to the number of tokens, 25"),
+        ([1, 5, 25], "cu_seqlens = \\[1, 5, 25\\] must rise"),
+        ([0, 20, 5, 25], "cu_seqlens = .* must rise"),
+        ([25], "cu_seqlens has 1 entries"),
+        ([[0, 25]], "cu_seqlens must be a 1-D integer tensor"),
+        ([0.0, 25.0], "cu_seqlens must be a 1-D integer tensor, int32 or int64, found torch.float32"),
+        ([0, 16, 25], "route has shape \\(1, 3, 2\\), expected \\(1, 2, 2\\)"),
+        ([0, 5, 25, 25], "delta_route has shape \\(1, 4, 2\\), expected \\(1, 3, 2\\)"),
+    ],
+    ids=["short", "late", "falling", "single", "2-d", "float", "chunks", "chunks of delta_route"],
+)
+def test_borders_that_do_not_fit_are_named(borders: list[object], message: str) -> None:
+    inputs, _ = make_packed([5, 20], torch.float32)
+    if "delta_route" in message:
+        inputs[8] = torch.zeros(1, 4, 2, device=DEVICE)
+    with pytest.raises(ValueError, match=f"routed_branches: {message}"):
+        together(inputs, backend="torch", borders=torch.tensor(borders, device=DEVICE))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_mistakes_in_packing_show_without_reading_the_borders(backend: str) -> None:
+    inputs, borders = make_packed([5, 20], torch.float32)
+    with pytest.raises(ValueError, match="routed_branches: cu_seqlens packs sequences into batch 1, found batch 2"):
+        together(make(25, torch.float32), backend=backend, borders=borders)
+    for chunks in (1, 4):
+        inputs[8] = torch.zeros(1, chunks, 2, device=DEVICE)
+        with pytest.raises(ValueError, match=f"routed_branches: delta_route has shape \\(1, {chunks}, 2\\), expected"):
+            together(inputs, backend=backend, borders=borders)
+
+
+def test_too_many_sequences_for_the_kernels_are_named() -> None:
+    lengths = [1] + [0] * 40000
+    inputs, borders = make_packed(lengths, torch.float32)
+    with pytest.raises(ValueError, match="sequences · heads = 80002 is not supported by the triton backend"):
+        together(inputs, borders=borders)

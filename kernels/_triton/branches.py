@@ -58,32 +58,32 @@ class BranchOptions(NamedTuple):
 @Replayed
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
-    delta_route: Tensor | None, chunk_size: int, scale: float, scale_softmax: float,
+    delta_route: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int, scale: float, scale_softmax: float,
 ) -> list[Tensor]:  # fmt: skip
     """Output and saved tensors of softmax (``SoftmaxOutputs``), then output and saved buffer of the delta rule."""
     x = BranchInputs(q, k, v, q_softmax, k_softmax, g, beta, route, delta_route)
     delta_options, softmax_options = DeltaOptions(chunk_size, scale, True), SoftmaxOptions(chunk_size, scale_softmax)
     delta, softmax = side_by_side(
         q.device,
-        lambda: delta_triton.delta_forward(x.delta(), None, None, delta_options, False),
-        lambda *_: softmax_triton.softmax_forward(x.softmax(), None, softmax_options),
+        lambda: delta_triton.delta_forward(x.delta(), None, cu_seqlens, delta_options, False),
+        lambda *_: softmax_triton.softmax_forward(x.softmax(), cu_seqlens, softmax_options),
     )
     return [*softmax, delta.o, delta.saved]
 
 
 def _fake_forward(
     q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
-    delta_route: Tensor | None, chunk_size: int, scale: float, scale_softmax: float,
+    delta_route: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int, scale: float, scale_softmax: float,
 ) -> list[Tensor]:  # fmt: skip
     x = BranchInputs(q, k, v, q_softmax, k_softmax, g, beta, route, delta_route)
-    delta = delta_triton.empty_outputs(x.delta(), None, chunk_size, False)
+    delta = delta_triton.empty_outputs(x.delta(), cu_seqlens, chunk_size, False)
     return [*softmax_triton.empty_outputs(x.softmax()), delta.o, delta.saved]
 
 
 @Replayed
 def _launch_backward(
-    do_delta: Tensor, do_softmax: Tensor, inputs: list[Tensor], sampled: Tensor, softmax: list[Tensor],
-    o_delta: Tensor, saved: Tensor,
+    do_delta: Tensor, do_softmax: Tensor, inputs: list[Tensor], cu_seqlens: Tensor | None, sampled: Tensor,
+    softmax: list[Tensor], o_delta: Tensor, saved: Tensor,
     chunk_size: int, scale: float, scale_softmax: float, counterfactual: str, want_route: bool,
 ) -> list[Tensor]:  # fmt: skip
     """All gradients but that of the routes, of which both sides come last: that of softmax in parts to be summed."""
@@ -93,9 +93,11 @@ def _launch_backward(
     softmax_options = SoftmaxOptions(chunk_size, scale_softmax, counterfactual, want_route)
     (dq, dk, dv, dg, dbeta, droute, _), (dq_softmax, dk_softmax, _, parts) = side_by_side(
         x.q.device,
-        lambda: delta_triton.delta_backward(do_delta, None, x.delta(), False, None, o_delta, saved, delta_options),
+        lambda: delta_triton.delta_backward(
+            do_delta, None, x.delta(), False, cu_seqlens, o_delta, saved, delta_options
+        ),
         lambda delta, wait: softmax_triton.softmax_backward(
-            do_softmax, x_softmax, SoftmaxOutputs(*softmax), sampled, None, softmax_options,
+            do_softmax, x_softmax, SoftmaxOutputs(*softmax), sampled, cu_seqlens, softmax_options,
             onto=(delta.dv.view(x_softmax.v.shape), wait),
         ),
     )  # fmt: skip
@@ -105,13 +107,14 @@ def _launch_backward(
 def _run_backward(
     written: Tensor, do_delta: Tensor, do_softmax: Tensor,
     q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor, route: Tensor,
-    delta_route: Tensor | None, sampled: Tensor, softmax: list[Tensor], o_delta: Tensor, saved: Tensor,
-    chunk_size: int, scale: float, scale_softmax: float, counterfactual: str, want_route: bool, want_delta_route: bool,
+    delta_route: Tensor | None, cu_seqlens: Tensor | None, sampled: Tensor, softmax: list[Tensor], o_delta: Tensor,
+    saved: Tensor, chunk_size: int, scale: float, scale_softmax: float, counterfactual: str, want_route: bool,
+    want_delta_route: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the inputs that are there, in their order; those of the routes are meaningless unless wanted."""
     inputs = [x for x in (q, k, v, q_softmax, k_softmax, g, beta, route, delta_route) if x is not None]
     *grads, parts, droute = _launch_backward(
-        do_delta, do_softmax, inputs, sampled, softmax, o_delta, saved,
+        do_delta, do_softmax, inputs, cu_seqlens, sampled, softmax, o_delta, saved,
         chunk_size, scale, scale_softmax, counterfactual, want_route,
     )  # fmt: skip
     if delta_route is None:
@@ -131,7 +134,7 @@ def _fake_backward(
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor q_softmax, Tensor k_softmax, Tensor g, Tensor beta, Tensor route, "
-    "Tensor? delta_route"
+    "Tensor? delta_route, Tensor? cu_seqlens"
 )
 _OPTIONS = "int chunk_size, float scale, float scale_softmax"
 _forward_op = register("routed_branches", f"({_INPUTS}, {_OPTIONS}) -> Tensor[]", _launch_forward, _fake_forward)
@@ -149,10 +152,10 @@ class _RoutedBranches(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_softmax: Tensor, k_softmax: Tensor, g: Tensor, beta: Tensor,
-        route: Tensor, delta_route: Tensor | None, sampled: Tensor, written: Tensor, options: BranchOptions,
-        counterfactual: str,
+        route: Tensor, delta_route: Tensor | None, cu_seqlens: Tensor | None, sampled: Tensor, written: Tensor,
+        options: BranchOptions, counterfactual: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        inputs = (q, k, v, q_softmax, k_softmax, g, beta, route, delta_route)
+        inputs = (q, k, v, q_softmax, k_softmax, g, beta, route, delta_route, cu_seqlens)
         o_softmax, lse, starts, count, o_delta, saved = _forward_op(*inputs, *options)
         ctx.save_for_backward(*inputs, sampled, written, o_softmax, lse, starts, count, o_delta, saved)
         ctx.options, ctx.counterfactual = options, counterfactual
@@ -171,11 +174,16 @@ class _RoutedBranches(torch.autograd.Function):
             *ctx.options, ctx.counterfactual, want_route, want_delta_route,
         )  # fmt: skip
         droute, ddelta_route = grads[7] if want_route else None, grads[8] if want_delta_route else None
-        return *grads[:7], droute, ddelta_route, None, None, None, None
+        return *grads[:7], droute, ddelta_route, None, None, None, None, None
 
 
 def routed_branches(
-    x: BranchInputs, sampled: Tensor, written: Tensor, options: BranchOptions, counterfactual: str
+    x: BranchInputs,
+    cu_seqlens: Tensor | None,
+    sampled: Tensor,
+    written: Tensor,
+    options: BranchOptions,
+    counterfactual: str,
 ) -> tuple[Tensor, Tensor]:
     """Both branches; arguments as in ``natsl.kernels.branches.routed_branches``, of any strides and already checked.
 
@@ -192,6 +200,7 @@ def routed_branches(
         x.beta.float().contiguous(),
         x.route,
         x.delta_route,
+        cu_seqlens,
         sampled,
         written,
         options,
