@@ -215,7 +215,7 @@ def test_help_loads_nothing_heavy(command: list[str]) -> None:
 
 
 # Inside kernels/, each part may import those of its line: launch ← _triton ← ops ← registry ← bench, warmup.
-_BASE = {"shape", "dispatch", "reference"}
+_BASE = {"shape", "segment", "dispatch", "reference"}
 _OPS = {path.stem for path in (ROOT / "kernels").glob("*.py")} - _BASE - {"registry", "warmup"}
 KERNEL_PARTS = {
     **{name: {*_BASE} for name in _BASE},
