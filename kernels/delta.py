@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +17,40 @@ from natsl.kernels.dispatch import (
     check_shape,
     check_tensors,
     packed_lengths,
+    resolve,
     use_kernels,
 )
+from natsl.kernels.segment import check_counts, touched_chunks
 from natsl.kernels.shape import LARGEST_GRID, LARGEST_KEY_DIM, LARGEST_VALUE_DIM
 
 LIMITS = Limits({"K": LARGEST_KEY_DIM, "V": LARGEST_VALUE_DIM, "sequences · heads": LARGEST_GRID}, chunk_keys=True)
+
+
+class DeltaState(NamedTuple):
+    """State of sequences that each stand somewhere inside a chunk; float32, float64 for float64 inputs.
+
+    Immutable: each call returns a new one. At a border ``working`` equals ``border`` and ``decay`` is 0.
+    """
+
+    border: Tensor  # [B,R,K,V] at the last border between chunks
+    working: Tensor  # [B,R,K,V] after the last token, as if the open chunk were written
+    decay: Tensor  # [B,R] sum of g since the border
+    start: Tensor  # [B] int64, tokens since the border, 0 ≤ start < chunk_size
+
+    @classmethod
+    def zeros(
+        cls,
+        batch: int,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> DeltaState:
+        """The state before the first token."""
+        state = torch.zeros(batch, heads, key_dim, value_dim, device=device, dtype=dtype)
+        return cls(state, state.clone(), state.new_zeros(batch, heads), state.new_zeros(batch, dtype=torch.int64))
 
 
 def routed_delta_rule(
@@ -33,14 +63,15 @@ def routed_delta_rule(
     *,
     chunk_size: int,
     scale: float | None = None,
-    initial_state: Tensor | None = None,
+    initial_state: Tensor | DeltaState | None = None,
     output_final_state: bool = False,
     qk_l2norm: bool = True,
     cu_seqlens: Tensor | None = None,
     counterfactual: str = "none",
     counterfactual_rate: float = 1.0,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor | DeltaState | None]:
     """Run the gated delta rule within every chunk and write only chunks with route 0 into the state.
 
     q, k [B,T,R,K], v [B,T,R,V] of one floating dtype; g (log decay, ≤ 0) and beta [B,T,R]; route [B,N,R], 1 = softmax
@@ -48,6 +79,12 @@ def routed_delta_rule(
     torch backend. ``scale`` defaults to K^-½; ``qk_l2norm`` divides q and k by sqrt(sum of squares + 1e-6).
     ``initial_state`` [B,R,K,V] float32 ([sequences,R,K,V] with ``cu_seqlens``). ``counterfactual`` and its rate as in
     ``routed_softmax``; for the delta rule insertion and derivative are the same.
+
+    With a ``DeltaState`` as initial state the call continues inside the open chunk of each sequence, and the final
+    state is one too. ``route`` is then [B,N,R] for the N = ``touched_chunks(T, chunk_size)`` chunks from the open one
+    on; that of a chunk that is not complete after the call is not read. ``lengths`` [B] int64: real tokens of each row,
+    right-padded (default T); outputs of padding are finite. Torch backend only, without ``cu_seqlens`` and with
+    counterfactual none; T = 1 takes the token form.
 
     On Triton: float32, float16 or bfloat16, chunk_size 16, 32, 64 or 128, K ≤ 256, V ≤ 512, chunk_size · K ≤ 16384
     (float32: 8192), at most 65535 sequences times heads (beyond any of these ``auto`` takes torch and warns), g is
@@ -69,6 +106,32 @@ def routed_delta_rule(
     check_shape(op, "beta", beta, (B, T, R))
     check_counterfactual(op, counterfactual, counterfactual_rate)
     scale = K**-0.5 if scale is None else scale
+    if isinstance(initial_state, DeltaState):
+        if cu_seqlens is not None:
+            raise ValueError(f"{op}: cu_seqlens cannot be combined with a DeltaState")
+        if counterfactual != "none":
+            raise ValueError(f"{op}: counterfactual = {counterfactual!r} with a DeltaState, it must be 'none'")
+        if resolve("torch" if backend == "auto" else backend, op, q.device) == "triton":
+            raise ValueError(f"{op}: a DeltaState is not supported by the triton backend")
+        _check_state(op, initial_state, q, V)
+        check_counts(op, {"lengths": lengths}, q)
+        check_shape(op, "route", route, (B, touched_chunks(T, chunk_size), R))
+        o, after = reference.continued_delta_rule(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            route,
+            chunk_size=chunk_size,
+            scale=scale,
+            state=initial_state,
+            lengths=lengths,
+            qk_l2norm=qk_l2norm,
+        )
+        return o, DeltaState(*after) if output_final_state else None
+    if lengths is not None:
+        raise ValueError(f"{op}: lengths needs a DeltaState as initial_state")
     sequences = check_routes(op, {"route": route}, q, R, cu_seqlens, chunk_size)
     sizes = {"K": K, "V": V, "sequences · heads": max(1, sequences * R)}
     on_kernels = use_kernels(op, backend, q.device, LIMITS.reason(q.dtype, chunk_size, sizes))
@@ -97,9 +160,9 @@ def routed_delta_rule(
         o, state = run(q, k, v, g, beta, route, initial_state=initial_state)
         return o, state if output_final_state else None
 
-    lengths, chunks = packed_lengths(op, {"route": route}, T, cu_seqlens, chunk_size)
+    tokens, chunks = packed_lengths(op, {"route": route}, T, cu_seqlens, chunk_size)
     outputs, states = [], []
-    parts = zip(*(x.split(lengths, 1) for x in (q, k, v, g, beta)), route.split(chunks, 1), strict=True)
+    parts = zip(*(x.split(tokens, 1) for x in (q, k, v, g, beta)), route.split(chunks, 1), strict=True)
     for i, part in enumerate(parts):
         start = None if initial_state is None else initial_state[i : i + 1]
         if part[0].shape[1] == 0:  # an empty sequence hands its state on
@@ -109,3 +172,13 @@ def routed_delta_rule(
         outputs.append(o)
         states.append(state)
     return torch.cat(outputs, 1), torch.cat(states, 0) if output_final_state else None
+
+
+def _check_state(op: str, state: DeltaState, q: Tensor, value_dim: int) -> None:
+    B, _, R, K = q.shape
+    tensors = {f"initial_state.{name}": x for name, x in zip(state._fields, state, strict=True)}
+    start = tensors.pop("initial_state.start")
+    check_tensors(op, {"q": q, **tensors})
+    for name, x in tensors.items():
+        check_shape(op, name, x, (B, R) if name.endswith("decay") else (B, R, K, value_dim))
+    check_counts(op, {"initial_state.start": start}, q)

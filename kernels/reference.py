@@ -7,12 +7,15 @@ Source: arXiv 2602.03681, section 3; the gradients with respect to the routes ar
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from natsl.kernels.segment import align, closed_chunks, ends, unalign
 
 # Scores held at once by the softmax branch: keeps a block of rows in cache and long sequences in memory.
 SCORE_BLOCK = 1 << 19
@@ -191,6 +194,65 @@ def l2_normalise(x: Tensor) -> Tensor:
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
+class _DeltaProducts(NamedTuple):
+    """What the chunks of the delta rule need apart from the state: [B,R,N,…]."""
+
+    query: Tensor  # diag(e^G) Q scale [C,K]
+    inside: Tensor  # lower(Q Kᵀ) ∘ D scale [C,C]
+    w: Tensor  # [C,K]
+    u: Tensor  # [C,V]
+    erase: Tensor  # Ktᵀ W [K,K]
+    update: Tensor  # Ktᵀ U [K,V]
+    carry: Tensor  # e^{G_last} [1,1]
+
+    def outputs(self, starts: Tensor) -> Tensor:
+        """Outputs [B,N·C,R,V] for the states [B,R,N,K,V] at the starts of the chunks."""
+        fresh = self.u - torch.matmul(self.w, starts)  # Vn
+        out = torch.matmul(self.query, starts) + torch.matmul(self.inside, fresh)
+        merged: Tensor = out.permute(0, 2, 3, 1, 4).flatten(1, 2)
+        return merged
+
+
+def _delta_products(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, qk_l2norm: bool
+) -> _DeltaProducts:
+    """Products of whole chunks; all arguments [B,N,C,R,·], g and beta [B,N,C,R], of the dtype to compute in."""
+    q, k, v = (x.permute(0, 3, 1, 2, 4) for x in (q, k, v))  # [B,R,N,C,·]
+    gate, beta = g.permute(0, 3, 1, 2), beta.permute(0, 3, 1, 2)[..., None]
+    if qk_l2norm:
+        q, k = l2_normalise(q), l2_normalise(k)
+    q = q * scale
+
+    # log D_ij = sum of g over (j, i], by summation and never by a difference, so that g = −inf is exact
+    C = gate.shape[-1]
+    lower = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+    spread = gate[..., :, None].expand(*gate.shape, C).masked_fill(~lower.tril(-1), 0.0)
+    decay = spread.cumsum(-2).masked_fill(~lower, float("-inf")).exp()  # D, lower triangle with unit diagonal
+    from_start = gate.cumsum(-1).exp()[..., None]  # e^{G_i}
+    to_end = decay[..., -1, :, None]  # e^{G_last − G_i}
+
+    interaction = (torch.matmul(k * beta, k.transpose(-1, -2)) * decay).tril(-1)  # L; the solver reads I + L
+    right = torch.cat((k * beta * from_start, v * beta), -1)
+    solved = torch.linalg.solve_triangular(interaction, right, upper=False, unitriangular=True)
+    w, u = solved.split((k.shape[-1], v.shape[-1]), -1)
+    k_end = (k * to_end).transpose(-1, -2)
+    inside = (torch.matmul(q, k.transpose(-1, -2)) * decay).tril()
+    return _DeltaProducts(
+        q * from_start, inside, w, u, torch.matmul(k_end, w), torch.matmul(k_end, u), from_start[..., -1:, :]
+    )
+
+
+def _delta_scan(first: Tensor, keeps: Sequence[Tensor], writes: Sequence[Tensor]) -> Tensor:
+    """States S' = keep S + write before every chunk and after the last, [B,R,N+1,K,V], from the first one [B,R,K,V].
+
+    ``keeps`` and ``writes``: one [B·R,K,K] and [B·R,K,V] for each chunk.
+    """
+    states = [first.flatten(0, 1)]
+    for keep, write in zip(keeps, writes, strict=True):
+        states.append(torch.baddbmm(write, keep, states[-1]))
+    return torch.stack(states, 1).view(*first.shape[:2], len(states), *first.shape[2:])
+
+
 def routed_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -216,48 +278,114 @@ def routed_delta_rule(
     dtype = _accumulate_dtype(q)
     route = weighted_route(route.to(dtype), route.detach() >= 1, counterfactual, counterfactual_rate)
 
-    def chunked(x: Tensor) -> Tensor:  # [B,T,R,·] → [B,R,N,C,·]
-        x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, N * C - T))
-        return x.view(B, N, C, R, x.shape[-1]).permute(0, 3, 1, 2, 4)
+    def chunked(x: Tensor) -> Tensor:  # [B,T,R,·] → [B,N,C,R,·]
+        return F.pad(x.to(dtype), (*(0, 0) * (x.dim() - 2), 0, N * C - T)).view(B, N, C, *x.shape[2:])
 
-    q, k, v_ = chunked(q), chunked(k), chunked(v)
-    gate, beta = chunked(g[..., None])[..., 0], chunked(beta[..., None])
-    if qk_l2norm:
-        q, k = l2_normalise(q), l2_normalise(k)
-    q = q * scale
-
-    # log D_ij = sum of g over (j, i], by summation and never by a difference, so that g = −inf is exact
-    lower = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    spread = gate[..., :, None].expand(*gate.shape, C).masked_fill(~lower.tril(-1), 0.0)
-    decay = spread.cumsum(-2).masked_fill(~lower, float("-inf")).exp()  # D, lower triangle with unit diagonal
-    from_start = gate.cumsum(-1).exp()[..., None]  # e^{G_i}
-    to_end = decay[..., -1, :, None]  # e^{G_last − G_i}
-
-    interaction = (torch.matmul(k * beta, k.transpose(-1, -2)) * decay).tril(-1)  # L; the solver reads I + L
-    right = torch.cat((k * beta * from_start, v_ * beta), -1)
-    solved = torch.linalg.solve_triangular(interaction, right, upper=False, unitriangular=True)
-    w, u = solved.split((K, V), -1)
-
-    k_end = (k * to_end).transpose(-1, -2)
-    update, erase = torch.matmul(k_end, u), torch.matmul(k_end, w)  # [B,R,N,K,V], [B,R,N,K,K]
-    carry = from_start[..., -1:, :]  # e^{G_last} [B,R,N,1,1]
+    q, k, v_, g, beta = (chunked(x) for x in (q, k, v, g, beta))
+    chunks = _delta_products(q, k, v_, g, beta, scale, qk_l2norm)
     written = (1.0 - route.transpose(1, 2))[..., None, None]  # r [B,R,N,1,1]
-    keep = carry * torch.eye(K, dtype=dtype, device=q.device) - written * erase  # S' = keep S + r Kt'U
+    keep = chunks.carry * torch.eye(K, dtype=dtype, device=q.device) - written * chunks.erase
     # unbind, not indexing: the gradient of an index is a whole tensor of zeros per step
-    keeps, writes = ((x.flatten(0, 1).unbind(1)) for x in (keep, written * update))
-    state = q.new_zeros(B, R, K, V) if initial_state is None else initial_state.to(dtype)
-    state = state.flatten(0, 1)
-    starts = []
-    for keep_n, write_n in zip(keeps, writes, strict=True):
-        starts.append(state)
-        state = torch.baddbmm(write_n, keep_n, state)
-    state = state.view(B, R, K, V)
-    at_start = torch.stack(starts, 1).view(B, R, N, K, V)
-    fresh = u - torch.matmul(w, at_start)  # Vn
-    inside = (torch.matmul(q, k.transpose(-1, -2)) * decay).tril()
-    out = torch.matmul(q * from_start, at_start) + torch.matmul(inside, fresh)
-    out = out.permute(0, 2, 3, 1, 4).reshape(B, N * C, R, V)[:, :T]
-    return out.to(v.dtype), state
+    keeps, writes = (x.flatten(0, 1).unbind(1) for x in (keep, written * chunks.update))
+    first = q.new_zeros(B, R, K, V) if initial_state is None else initial_state.to(dtype)
+    states = _delta_scan(first, keeps, writes)
+    return chunks.outputs(states[:, :, :-1])[:, :T].to(v.dtype), states[:, :, -1]
+
+
+def continued_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    route: Tensor,
+    *,
+    chunk_size: int,
+    scale: float,
+    state: tuple[Tensor, Tensor, Tensor, Tensor],
+    lengths: Tensor | None,
+    qk_l2norm: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """``routed_delta_rule`` from a state inside a chunk; ``state`` and the second result: fields of ``DeltaState``.
+
+    The open chunk starts from its working state H instead of the state S at its border, so it ends with
+    S' = r (e^{G_last} − Kt'W) H + r Kt'U + (1 − r) e^{decay + G_last} S. Slots without a new token are null tokens.
+    """
+    B, T, _, K = q.shape
+    dtype = _accumulate_dtype(q)
+    border, working, decay = (x.to(dtype) for x in state[:3])
+    start = state[3]
+    route = weighted_route(route.to(dtype), route.detach() >= 1, "none", 1.0)
+    closed = closed_chunks(start, T, chunk_size, lengths)
+    written = torch.where(closed[..., None], 1.0 - route, 0.0)  # r [B,N,R]; the open chunk has no route yet
+    end = ends(start, T, lengths)
+    if T == 1:
+        token = [x[:, 0].to(dtype) for x in (q, k, v, g, beta)]
+        if lengths is not None:
+            token = [torch.where((lengths > 0).view(B, *(1,) * (x.dim() - 1)), x, 0.0) for x in token]
+        if qk_l2norm:
+            token[:2] = [l2_normalise(x) for x in token[:2]]
+        o, after = _delta_token((border, working, decay), *token, written=written[:, 0], closed=closed)
+        return (scale * o)[:, None].to(v.dtype), (*after, end % chunk_size)
+
+    q, k, v_, g, beta = (align(x.to(dtype), start, chunk_size, lengths) for x in (q, k, v, g, beta))
+    chunks = _delta_products(q, k, v_, g, beta, scale, qk_l2norm)
+    written = written.transpose(1, 2)[..., None, None]
+    eye = torch.eye(K, dtype=dtype, device=q.device)
+    carried = chunks.carry * eye
+    keep = carried - written * chunks.erase
+    keeps, writes = (list(x.flatten(0, 1).unbind(1)) for x in (keep, written * chunks.update))
+    r = written[:, :, 0]
+    dropped = (1.0 - r) * chunks.carry[:, :, 0] * decay.exp()[..., None, None] * border
+    keeps[0] = (r * (carried[:, :, 0] - chunks.erase[:, :, 0])).flatten(0, 1)
+    writes[0] = writes[0] + dropped.flatten(0, 1)
+    states = _delta_scan(working, keeps, writes)
+    N = closed.shape[1]
+    out = unalign(chunks.outputs(states[:, :, :-1]).unflatten(1, (N, chunk_size)), start, T)
+
+    # The chunk n that is open after the call may be past the last touched one; it is then empty.
+    row = torch.arange(B, device=q.device)
+    n = end // chunk_size
+    last = n.clamp(max=N - 1)
+    stays, empty = (n == 0)[:, None], (n == N)[:, None]
+    at_start = states[row, :, n]
+    carry, erase, update = (x[row, :, last] for x in (chunks.carry, chunks.erase, chunks.update))
+    working = torch.matmul(carry * eye - erase, at_start) + update
+    total = g.sum(2)[row, last]  # [B,R]
+    return out.to(v.dtype), (
+        torch.where(stays[..., None, None], border, at_start),
+        torch.where(empty[..., None, None], at_start, working),
+        torch.where(empty, 0.0, torch.where(stays, decay + total, total)),
+        end % chunk_size,
+    )
+
+
+def _delta_token(
+    state: tuple[Tensor, Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    written: Tensor,
+    closed: Tensor,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Token form of ``continued_delta_rule``: o [B,R,V] before its scale, and border, working and decay after it.
+
+    q, k [B,R,K], normalised, v [B,R,V], g, beta [B,R]: one token, or a null token; written [B,R]: r; closed bool [B,1].
+    """
+    border, working, decay = state
+    working = g.exp()[..., None, None] * working
+    error = beta[..., None] * (v - torch.matmul(k[..., None, :], working)[..., 0, :])
+    working = working + k[..., None] * error[..., None, :]
+    decay = decay + g
+    r = written[..., None, None]
+    at_end = r * working + (1.0 - r) * decay.exp()[..., None, None] * border
+    at_border = closed[..., None, None]
+    border, after = (torch.where(at_border, at_end, x) for x in (border, working))
+    o = torch.matmul(q[..., None, :], working)[..., 0, :]
+    return o, (border, after, torch.where(closed, 0.0, decay))
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:

@@ -6,9 +6,11 @@ Shapes: B batch, T tokens, C chunk size, N chunks, R routing heads, Hq/Hs query/
 from __future__ import annotations
 
 import importlib
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,6 +111,43 @@ def token_delta(
             a = route[:, t // chunk_size, :, None, None]
             state = (1 - a) * working + a * decayed
     return torch.stack(outputs, 1), state
+
+
+class Piece(NamedTuple):
+    """One call of sequences that come in pieces: rows with ``done`` tokens before and ``lengths`` of ``tokens`` now."""
+
+    tokens: int
+    done: Tensor  # [B]
+    lengths: Tensor  # [B]
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The piece [B,tokens,…] of whole sequences x [B,T,…]; its padding is NaN."""
+        out = x.new_full((x.shape[0], self.tokens, *x.shape[2:]), float("nan"))
+        for row, (done, length) in enumerate(zip(self.done.tolist(), self.lengths.tolist(), strict=True)):
+            out[row, :length] = x[row, done : done + length]
+        return out
+
+    def cut_route(self, route: Tensor, chunk_size: int) -> Tensor:
+        """Routes of the touched chunks, from those of the whole sequences [B,N,R]; NaN for chunks not complete."""
+        touched = (self.tokens + chunk_size - 2) // chunk_size + 1
+        out = route.new_full((route.shape[0], touched, route.shape[2]), float("nan"))
+        for row, (done, length) in enumerate(zip(self.done.tolist(), self.lengths.tolist(), strict=True)):
+            first, last = done // chunk_size, (done + length) // chunk_size
+            out[row, : last - first] = route[row, first:last]
+        return out
+
+
+def make_pieces(totals: list[int], chunk_size: int, seed: int = 0) -> list[Piece]:
+    """Random pieces of rows of ``totals`` tokens: of 1, C − 1, C, C + 1 and 2C + 3 columns; some rows sit some out."""
+    rng = random.Random(seed)
+    done, pieces = [0] * len(totals), []
+    while done != totals:
+        tokens = rng.choice([1, chunk_size - 1, chunk_size, chunk_size + 1, 2 * chunk_size + 3])
+        room = [min(tokens, total - d) for total, d in zip(totals, done, strict=True)]
+        lengths = [rng.choice([0, n, n, rng.randint(0, n)]) for n in room]
+        pieces.append(Piece(tokens, torch.tensor(done), torch.tensor(lengths)))
+        done = [d + n for d, n in zip(done, lengths, strict=True)]
+    return pieces
 
 
 def softmax_inputs(

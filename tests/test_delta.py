@@ -26,7 +26,7 @@ def run(tensors: list[Tensor], mode: str = "derivative", rate: float = 1.0) -> t
         counterfactual=mode,
         counterfactual_rate=rate,
     )
-    assert final is not None
+    assert isinstance(final, Tensor)
     return o, final
 
 
@@ -73,7 +73,7 @@ def test_float32_equals_qwen3_next(T: int) -> None:
     o, state = routed_delta_rule(
         q, k, v, g, beta, torch.zeros_like(route), chunk_size=16, initial_state=start, output_final_state=True
     )
-    assert state is not None
+    assert isinstance(state, Tensor)
     plain = inspect.unwrap(modeling.torch_chunk_gated_delta_rule)  # transformers wraps it where fla-core is installed
     expected, expected_state = plain(
         q, k, v, g, beta, 16, initial_state=start, output_final_state=True, use_qk_l2norm_in_kernel=True
@@ -115,7 +115,7 @@ def test_gradcheck_packed() -> None:
             cu_seqlens=borders,
             counterfactual="derivative",
         )
-        assert state is not None
+        assert isinstance(state, Tensor)
         return o, state
 
     assert torch.autograd.gradcheck(packed, leaves(inputs))
@@ -139,7 +139,7 @@ def test_packed_sequences_equal_running_alone(lengths: list[int], start: bool) -
         output_final_state=True,
         counterfactual="insertion",
     )
-    assert state is not None
+    assert isinstance(state, Tensor)
     assert state.shape == (len(lengths), 2, 4, 3)
     assert state.dtype is torch.float64
     do, ds = torch.randn_like(o), torch.randn_like(state)
@@ -172,7 +172,7 @@ def test_whole_chunks_then_the_rest_equal_one_shot(cuts: list[int]) -> None:
         part = [*(x[:, a:b] for x in inputs[:5]), inputs[5][:, a // C : chunk_count(b, C)]]
         o, state = run(part if state is None else [*part, state])
         assert_near(o, whole[:, a:b])
-    assert state is not None
+    assert isinstance(state, Tensor)
     assert_near(state, final)
 
 
@@ -301,8 +301,8 @@ def test_dtypes(T: int, dtype: torch.dtype) -> None:
         )
         for x in (exact, ts)
     )
-    assert state is not None
-    assert expected_state is not None
+    assert isinstance(state, Tensor)
+    assert isinstance(expected_state, Tensor)
     assert o.dtype is dtype
     assert state.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     assert_near(o, expected)
@@ -342,7 +342,7 @@ def test_same_key_again_and_again() -> None:
     q, k, v, g, beta, route = (x.float() for x in delta_inputs(64, C=64))
     k, g, beta, route = k[:, :1].expand_as(k), g.zero_(), beta.fill_(1), route.zero_()
     _, state = routed_delta_rule(q, k, v, g, beta, route, chunk_size=64, output_final_state=True)
-    assert state is not None
+    assert isinstance(state, Tensor)
     unit = k[:, -1] / k[:, -1].norm(dim=-1, keepdim=True)
     torch.testing.assert_close(torch.einsum("brkv,brk->brv", state, unit), v[:, -1], rtol=0, atol=1e-4)
 
