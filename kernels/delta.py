@@ -114,7 +114,7 @@ def routed_delta_rule(
         if resolve("torch" if backend == "auto" else backend, op, q.device) == "triton":
             raise ValueError(f"{op}: a DeltaState is not supported by the triton backend")
         _check_state(op, initial_state, q, V)
-        check_counts(op, {"lengths": lengths}, q)
+        check_counts(op, {"lengths": lengths}, q.device, (B,))
         check_shape(op, "route", route, (B, touched_chunks(T, chunk_size), R))
         o, after = reference.continued_delta_rule(
             q,
@@ -181,4 +181,4 @@ def _check_state(op: str, state: DeltaState, q: Tensor, value_dim: int) -> None:
     check_tensors(op, {"q": q, **tensors})
     for name, x in tensors.items():
         check_shape(op, name, x, (B, R) if name.endswith("decay") else (B, R, K, value_dim))
-    check_counts(op, {"initial_state.start": start}, q)
+    check_counts(op, {"initial_state.start": start}, q.device, (B,))

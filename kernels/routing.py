@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from natsl.kernels.dispatch import resolve
+from natsl.kernels.dispatch import check_shape, check_tensors, resolve
+from natsl.kernels.segment import align, check_counts, ends, touched_chunks
 
 
 def chunk_means(x: Tensor, chunk_size: int, lengths: Tensor | None = None) -> Tensor:
@@ -31,6 +32,35 @@ def chunk_means(x: Tensor, chunk_size: int, lengths: Tensor | None = None) -> Te
     return total / count[:, :, None].to(total.dtype)
 
 
+def continued_means(
+    x: Tensor, start: Tensor, total: Tensor, chunk_size: int, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean of x over each touched chunk, and the sum over the chunk that is then open: ``chunk_means`` in pieces.
+
+    x [B,T,D], the new tokens; start [B] int64, tokens of the open chunk before them, and total [B,D] their sum, float32
+    (float64 for float64 x; zeros before the first token); lengths [B] int64, new tokens of each row that are real
+    (right-padded; default all). Returns the means [B,N,D] in x's dtype for N = ``touched_chunks(T, chunk_size)``, a
+    partial chunk divided by its true count and 0 for a chunk without tokens, and the new total [B,D]. Raises
+    ``ValueError`` naming the argument.
+    """
+    op = "continued_means"
+    check_tensors(op, {"x": x, "total": total})
+    B, T, D = x.shape
+    check_shape(op, "total", total, (B, D))
+    check_counts(op, {"start": start, "lengths": lengths}, x.device, (B,))
+    N = touched_chunks(T, chunk_size)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # a single token needs no slots around it
+    chunks = align(x, start, chunk_size, lengths) if T > 1 else align(x, torch.zeros_like(start), 1, lengths)
+    sums = chunks.sum(2, dtype=dtype)
+    sums = torch.cat((sums[:, :1] + total[:, None].to(dtype), sums[:, 1:]), 1)
+    end = ends(start, T, lengths)
+    count = (end[:, None] - chunk_size * torch.arange(N, device=x.device)).clamp(1, chunk_size)
+    is_open = end[:, None] // chunk_size == torch.arange(N, device=x.device)  # none if that is past the last one
+    after = torch.where(is_open[..., None], sums, 0.0).sum(1)
+    return sums.to(x.dtype) / count[..., None].to(x.dtype), after
+
+
 def complete_chunks(lengths: Tensor, chunk_size: int, n_chunks: int) -> Tensor:
     """Which chunks are complete: lengths [B] → bool [B,N]."""
     return torch.arange(n_chunks, device=lengths.device)[None, :] < (lengths // chunk_size)[:, None]
@@ -45,12 +75,14 @@ def threshold_routes(margins: Tensor, threshold: Tensor | float) -> Tensor:
     return (margins > threshold).to(margins.dtype)
 
 
-def cap_limits(chunks: int, cap: float | Tensor, burst: int | Tensor, device: torch.device) -> Tensor:
+def cap_limits(
+    chunks: int, cap: float | Tensor, burst: int | Tensor, device: torch.device, done: Tensor | None = None
+) -> Tensor:
     """How many of the first n chunks may be kept, n = 1…``chunks``: ceil(cap·n) + burst, int64 [N] or [B,N].
 
-    cap in [0, 1], a number or float64 [B]; burst ≥ 0, a number or int64 [B]; [B,N] is returned if one is a tensor. A
-    cap of 1 limits nothing. Tensors are not read, so only numbers are checked: raises ``ValueError`` for one outside
-    its range and for a cap of another dtype.
+    cap in [0, 1], a number or float64 [B]; burst ≥ 0, a number or int64 [B]; done int64 [B], chunks completed before:
+    n = done + 1…done + ``chunks``. [B,N] is returned if one is a tensor. A cap of 1 limits nothing. Tensors are not
+    read, so only numbers are checked: raises ``ValueError`` for one outside its range and for a cap of another dtype.
     """
     if isinstance(cap, Tensor):
         if cap.dtype != torch.float64:  # 0.07 in float32 is a little more than 0.07, and a chunk more of 100
@@ -63,35 +95,53 @@ def cap_limits(chunks: int, cap: float | Tensor, burst: int | Tensor, device: to
     elif burst < 0:
         raise ValueError(f"burst = {burst!r} is not allowed: it must be ≥ 0")
     n = torch.arange(1, chunks + 1, device=device, dtype=torch.float64)
+    if done is not None:
+        n = n + done[:, None]
     # 1e-9 keeps a product such as 0.07·100 = 7.000000000000001 from rounding up to the next integer
     return torch.ceil(cap * n - 1e-9).to(torch.int64) + burst
 
 
-def limit_routes(route: Tensor, limits: Tensor) -> Tensor:
+def limit_routes(route: Tensor, limits: Tensor, kept: Tensor | None = None) -> Tensor:
     """Enforce hard limits: chunk n is kept only if the number kept before is < limits[n].
 
     route [B,N,R] of 0/1, the chunks that are wanted; limits ≥ 0 and never falling along a row, integers broadcastable
     to [B,N]. Returns 0/1 [B,N,R]. The sequential rule is K_n = min(K_{n−1} + w_n, L_n) with the rising limit L_n, so
     K_n = W_n + min(0, min_{j ≤ n}(L_j − W_j)) with W the cumulative sum of w: no loop. Which chunks a limit leaves out
     is first come first served; a larger budget under the same limits is not nested.
+
+    kept int64 [B,R]: complete chunks kept before these, K_0. The limit is then max(L_n, K_0), so that one that was
+    lowered takes back nothing.
     """
     wanted = (route > 0.5).to(torch.int64)
     total = wanted.cumsum(1)
-    kept = total + (limits.expand(route.shape[:2])[:, :, None] - total).cummin(1).values.clamp(max=0)
-    return kept.diff(dim=1, prepend=torch.zeros_like(kept[:, :1])).to(route.dtype)
+    limits = limits.expand(route.shape[:2])[:, :, None]
+    if kept is not None:
+        limits = (limits - kept[:, None]).clamp(min=0)
+    count = total + (limits - total).cummin(1).values.clamp(max=0)
+    return count.diff(dim=1, prepend=torch.zeros_like(count[:, :1])).to(route.dtype)
 
 
 def route_margins(
-    margins: Tensor, threshold: Tensor | float, limits: Tensor | None = None, backend: str = "auto"
+    margins: Tensor,
+    threshold: Tensor | float,
+    limits: Tensor | None = None,
+    kept: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Threshold the margins and, unless ``limits`` is None, enforce these on what is kept.
 
     margins [B,N,R]; threshold broadcastable to it; limits int32 or int64, broadcastable to [B,N], as ``cap_limits``
     makes them and ``limit_routes`` reads them. The same as ``threshold_routes`` and ``limit_routes`` one after the
-    other, bit for bit; with limits one kernel on CUDA. Returns float 0/1 [B,N,R] in margins' dtype, without a gradient.
-    Raises ``ValueError`` for limits of another kind or shape.
+    other, bit for bit; with limits one kernel on CUDA. kept int64 [B,R], chunks kept before, as in ``limit_routes``;
+    only the torch backend takes it. Returns float 0/1 [B,N,R] in margins' dtype, without a gradient. Raises
+    ``ValueError`` for limits or kept of another kind or shape.
     """
-    name = resolve(backend, "route_margins", margins.device)
+    op = "route_margins"
+    name = resolve("torch" if backend == "auto" and kept is not None else backend, op, margins.device)
+    if kept is not None:
+        if name == "triton":
+            raise ValueError(f"{op}: kept is not supported by the triton backend")
+        check_counts(op, {"kept": kept}, margins.device, (margins.shape[0], margins.shape[2]))
     if limits is None:
         return threshold_routes(margins.detach(), threshold)
     _check_limits(limits, margins)
@@ -99,7 +149,7 @@ def route_margins(
         from natsl.kernels._triton.routing import capped_routes
 
         return capped_routes(margins, threshold, limits)
-    return limit_routes(threshold_routes(margins.detach(), threshold), limits)
+    return limit_routes(threshold_routes(margins.detach(), threshold), limits, kept)
 
 
 def _check_limits(limits: Tensor, margins: Tensor) -> None:

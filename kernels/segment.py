@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from natsl.kernels.dispatch import check_shape
+
 
 def touched_chunks(tokens: int, chunk_size: int) -> int:
     """Most chunks that ``tokens`` ≥ 1 new tokens touch, the open one included, wherever in it they start."""
@@ -57,15 +59,14 @@ def unalign(x: Tensor, start: Tensor, tokens: int) -> Tensor:
     return x.flatten(1, 2)[torch.arange(x.shape[0], device=x.device)[:, None], slots(start, tokens)]
 
 
-def check_counts(op: str, counts: dict[str, Tensor | None], like: Tensor) -> None:
-    """Raise ``ValueError`` naming the one that is neither None nor int64 [B] on the device of ``like`` [B,…]."""
+def check_counts(op: str, counts: dict[str, Tensor | None], device: torch.device, shape: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` naming the one that is neither None nor an int64 tensor of this shape on the device."""
     for name, count in counts.items():
         if count is None:
             continue
         if not isinstance(count, Tensor) or count.dtype is not torch.int64:
             kind = count.dtype if isinstance(count, Tensor) else type(count).__name__
             raise ValueError(f"{op}: {name} must be an int64 tensor, found {kind}")
-        if count.device != like.device:
-            raise ValueError(f"{op}: {name} is on {count.device}, expected {like.device}")
-        if tuple(count.shape) != (like.shape[0],):
-            raise ValueError(f"{op}: {name} has shape {tuple(count.shape)}, expected {(like.shape[0],)}")
+        if count.device != device:
+            raise ValueError(f"{op}: {name} is on {count.device}, expected {device}")
+        check_shape(op, name, count, shape)

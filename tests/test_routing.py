@@ -18,10 +18,14 @@ from natsl.kernels.routing import (
     cap_limits,
     chunk_means,
     complete_chunks,
+    continued_means,
     limit_routes,
     quantile_table,
+    route_margins,
     threshold_routes,
 )
+from natsl.kernels.segment import touched_chunks
+from tests.oracles import assert_near, chunk_count, make_pieces, where_kernels_run
 
 
 @pytest.mark.parametrize("T", [1, 3, 4, 5, 11])
@@ -42,6 +46,59 @@ def test_chunk_means_of_padded_rows_equal_those_of_short_ones() -> None:
         if chunks:
             torch.testing.assert_close(means[row : row + 1, :chunks], chunk_means(x[row : row + 1, :length], 4))
         assert not means[row, chunks:].any()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_means_in_pieces_equal_those_of_one_shot(seed: int) -> None:
+    totals = [30, 23, 12, 9, 2]
+    x = torch.randn(5, 30, 3).double()
+    total = x.new_zeros(5, 3)
+    for piece in make_pieces(totals, 4, seed):
+        means, total = continued_means(piece.cut(x), piece.done % 4, total, 4, piece.lengths)
+        assert means.shape == (5, touched_chunks(piece.tokens, 4), 3)
+        for row, (done, length) in enumerate(zip(piece.done.tolist(), piece.lengths.tolist(), strict=True)):
+            end, first = done + length, done // 4
+            touched = chunk_count(end, 4) - first
+            expected = chunk_means(x[row : row + 1, :end], 4)[0, first:] if end else means.new_zeros(0, 3)
+            assert_near(means[row, :touched], expected)
+            assert not means[row, touched:].any()
+            assert_near(total[row], x[row, end // 4 * 4 : end].sum(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T", [1, 9])
+def test_continued_means_sum_in_float32(T: int, dtype: torch.dtype) -> None:
+    x, start = torch.randn(2, T, 3).to(dtype), torch.tensor([0, 3])
+    total = torch.randn(2, 3)
+    total[0] = 0
+    means, after = continued_means(x, start, total, 4)
+    assert (means.dtype, after.dtype) == (dtype, torch.float32)
+    exact, exact_after = continued_means(x.double(), start, total.double(), 4)
+    assert_near(means, exact)
+    assert_near(after, exact_after)
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_continued_means_read_no_value_of_a_tensor(T: int) -> None:
+    start = torch.zeros(2, dtype=torch.int64, device="meta")
+    means, total = continued_means(torch.ones(2, T, 3, device="meta"), start, torch.ones(2, 3, device="meta"), 4, start)
+    assert means.shape == (2, touched_chunks(T, 4), 3)
+    assert total.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"total": torch.zeros(2, 4)}, "continued_means: total has shape \\(2, 4\\), expected \\(2, 3\\)"),
+        ({"start": torch.zeros(2)}, "start must be an int64 tensor, found torch.float32"),
+        ({"lengths": torch.tensor([1])}, "lengths has shape \\(1,\\), expected \\(2,\\)"),
+    ],
+    ids=["total", "start", "lengths"],
+)
+def test_mistakes_with_continued_means(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {"x": torch.ones(2, 5, 3), "start": torch.tensor([0, 1]), "total": torch.zeros(2, 3)}
+    with pytest.raises(ValueError, match=message):
+        continued_means(**{**arguments, "chunk_size": 4, **change})  # type: ignore[arg-type]
 
 
 def test_complete_chunks() -> None:
@@ -239,6 +296,59 @@ def test_caps_of_a_batch_equal_those_of_its_rows() -> None:
     assert cap_limits(0, torch.tensor(caps, dtype=torch.float64), 0, limits.device).shape == (5, 0)
     with pytest.raises(ValueError, match=r"cap is torch.float32, it must be torch.float64"):
         cap_limits(3, torch.tensor(caps), 0, limits.device)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_limits_in_pieces_equal_those_of_one_shot(seed: int) -> None:
+    totals = [90, 61, 40, 13, 2]
+    wanted = (torch.rand(5, 23, 3) < 0.6).double()
+    caps, bursts = torch.tensor([0.3, 0.0, 1.0, 0.07, 0.5]).double(), torch.tensor([0, 2, 0, 1, 3])
+    whole = limit_routes(wanted, cap_limits(23, caps, bursts, caps.device))
+    kept = torch.zeros(5, 3, dtype=torch.int64)
+    for piece in make_pieces(totals, 4, seed):
+        done = piece.done // 4
+        chunks = piece.cut_route(wanted, 4)
+        limits = cap_limits(chunks.shape[1], caps, bursts, caps.device, done)
+        route = route_margins(chunks, 0.5, limits, kept)
+        assert torch.equal(route, limit_routes(chunks, limits, kept))
+        complete = ~chunks.isnan()
+        assert torch.equal(route[complete], piece.cut_route(whole, 4)[complete])
+        kept += torch.where(complete, route, 0).sum(1).long()
+    for row, n in enumerate(totals):
+        assert torch.equal(kept[row], whole[row, : n // 4].sum(0).long())
+
+
+def test_a_lowered_cap_takes_back_nothing() -> None:
+    rng = random.Random(0)
+    for _ in range(100):
+        kept, limit = rng.randint(0, 8), sorted(rng.randint(0, 12) for _ in range(10))
+        wanted = [rng.random() < 0.6 for _ in range(10)]
+        expected, count = [], kept
+        for want, most in zip(wanted, limit, strict=True):
+            expected.append(int(want and count < max(most, kept)))
+            count += expected[-1]
+        route = torch.tensor(wanted, dtype=torch.float32)[None, :, None]
+        capped = limit_routes(route, torch.tensor(limit)[None], torch.tensor([[kept]]))
+        assert capped.flatten().int().tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kept": torch.zeros(1, 2)}, "route_margins: kept must be an int64 tensor, found torch.float32"),
+        ({"kept": torch.zeros(2, dtype=torch.int64)}, "kept has shape \\(2,\\), expected \\(1, 2\\)"),
+        ({"kept": torch.zeros(1, 2, dtype=torch.int64, device="meta")}, "kept is on meta, expected cpu"),
+        ({"backend": "triton"}, "route_margins: kept is not supported by the triton backend"),
+    ],
+    ids=["dtype", "shape", "device", "backend"],
+)
+def test_mistakes_with_kept(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {"margins": torch.ones(1, 4, 2), "kept": torch.zeros(1, 2, dtype=torch.int64)}
+    arguments = {**arguments, "threshold": 0.0, "limits": torch.ones(4, dtype=torch.int64), **change}
+    if "backend" in change:
+        arguments = where_kernels_run(arguments)
+    with pytest.raises(ValueError, match=message):
+        route_margins(**arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -69,4 +69,4 @@ def test_closed_chunks() -> None:
 )
 def test_mistakes_name_the_argument(count: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_counts("op", {"lengths": None, "start": count}, torch.ones(2, 3))  # type: ignore[dict-item]
+        check_counts("op", {"lengths": None, "start": count}, torch.device("cpu"), (2,))  # type: ignore[dict-item]
