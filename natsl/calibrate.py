@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from natsl import __version__, checkpoint
-from natsl.config import CalibrationScope, SupernetConfig, check_chunks
+from natsl.config import CalibrationScope, RouteGradient, SupernetConfig, check_chunks
 from natsl.data import Split, TaskData
 from natsl.errors import UserError
 from natsl.files import write_json
@@ -52,7 +52,7 @@ def calibrate(model: RoutedLM, data: TaskData, config: SupernetConfig, seed: int
     tokens = mixed_sequences(data, config.calibration_sequences, seed_of("calibration", seed))
     at_once = max(PASS_ROWS, PASS_TOKENS // tokens.shape[1])
     passes = tokens.to(model.embed.weight.device).tensor_split(-(-len(tokens) // at_once))  # of even sizes
-    exact = replace(config, route_noise=0.0, calibration=CalibrationScope.layer)
+    exact = RouteGradient(route_noise=0.0, calibration=CalibrationScope.layer)
     table = model.calibration
     for scope in CalibrationScope:
         pools = [_margins(model, passes, budget, scope, exact) for budget in BUDGETS]
@@ -83,7 +83,7 @@ def mixed_sequences(data: TaskData, count: int, seed: int) -> Tensor:
 
 
 def _margins(
-    model: RoutedLM, passes: Sequence[Tensor], budget: float, scope: CalibrationScope, exact: SupernetConfig
+    model: RoutedLM, passes: Sequence[Tensor], budget: float, scope: CalibrationScope, exact: RouteGradient
 ) -> list[Tensor]:
     """Margins of the complete chunks of every layer [M,R] (layers without a router: empty) under a uniform budget."""
     chunk, heads = model.config.chunk_size, model.config.heads
@@ -91,7 +91,8 @@ def _margins(
     policy = RoutingPolicy.fill(model.kinds, chunk, layer)
     pools: list[list[Tensor]] = [[] for _ in model.kinds]
     for tokens in passes:
-        for pool, routing in zip(pools, model.routing(tokens, policy, training=exact), strict=True):
+        layers = model(tokens, policy, route_gradient=exact, logits_to_keep=0).layers
+        for pool, routing in zip(pools, layers, strict=True):
             if routing.margins is not None:
                 pool.append(routing.margins[:, : tokens.shape[1] // chunk].flatten(0, 1))
     return [torch.cat(pool) if pool else torch.empty(0, heads) for pool in pools]

@@ -138,7 +138,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def build_model(config: dict[str, Any], state: dict[str, Tensor]) -> RoutedLM:
+def build_model(config: dict[str, Any], state: dict[str, Tensor], precision: Precision = Precision.float32) -> RoutedLM:
     """A model from a plain configuration and its state; ``UserError`` if they do not fit each other."""
     try:
         shape = ModelConfig(**config)
@@ -147,7 +147,7 @@ def build_model(config: dict[str, Any], state: dict[str, Tensor]) -> RoutedLM:
     state = upgraded(state)
     if "calibration.levels" not in state:
         raise UserError("the weights hold no calibration table")
-    model = RoutedLM(shape, state["calibration.levels"].shape[0])
+    model = RoutedLM(shape, state["calibration.levels"].shape[0], precision)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -165,8 +165,8 @@ def load_model(folder: Path) -> tuple[RoutedLM, dict[str, Any]]:
         raise UserError(f"{folder} holds no checkpoint: train a supernet first")
     tensors, record = newest
     state = {key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")}
-    model = build_model(record["model"], state).eval()
     trained = record.get("train")
-    if isinstance(trained, dict) and "precision" in trained:  # older checkpoints do not have it: float32
-        model.precision = check_choice("train.precision", trained["precision"], Precision)
-    return model, record
+    precision = Precision.float32
+    if isinstance(trained, dict) and "precision" in trained:  # older checkpoints do not have it
+        precision = check_choice("train.precision", trained["precision"], Precision)
+    return build_model(record["model"], state, precision).eval(), record

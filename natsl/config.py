@@ -7,7 +7,7 @@ checks itself in ``__post_init__`` and raises ``ValueError`` naming the value an
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
 from natsl.space.check import check, check_at_least, check_choice, check_counts
@@ -123,15 +123,47 @@ class ModelConfig:
         )
 
 
+@dataclass(frozen=True)
+class RouteGradient:
+    """How routes are made in training, and how the router gets its gradient from them.
+
+    Budgets become exact quantiles of the batch, pooled as ``calibration`` says; ``project_budget`` takes the direction
+    that this undoes out of the gradient. ``route_temperature`` is the straight-through τ in logits; ``route_noise``
+    scales the logistic noise on the margins. ``gradient_clamp``: the gradient with respect to the routes is clamped at
+    this many times its mean magnitude (0: no clamp). ``detach_router``: no gradient flows from the router into its
+    input.
+    """
+
+    route_temperature: float = 0.5
+    route_noise: float = 0.0
+    counterfactual: Counterfactual = Counterfactual.insertion
+    counterfactual_rate: float = 1.0
+    project_budget: bool = True
+    gradient_clamp: float = 10.0
+    detach_router: bool = True
+    calibration: CalibrationScope = CalibrationScope.layer
+
+    def __post_init__(self) -> None:
+        _check_routes("", self)
+
+
+def _check_routes(prefix: str, values: RouteGradient | SupernetConfig) -> None:
+    """Raise ``ValueError`` for what ``RouteGradient`` does not allow; names come after ``prefix``."""
+    check_choice(prefix + "counterfactual", values.counterfactual, Counterfactual)
+    check_choice(prefix + "calibration", values.calibration, CalibrationScope)
+    check_at_least(0, {prefix + k: getattr(values, k) for k in ("route_noise", "gradient_clamp")})
+    tau, rate = values.route_temperature, values.counterfactual_rate
+    check(tau > 0, prefix + "route_temperature", tau, "it must be > 0")
+    check(0 < rate <= 1, prefix + "counterfactual_rate", rate, "it must lie in (0, 1]")
+
+
 @dataclass
 class SupernetConfig:
     """How one set of weights is trained under many policies (sandwich rule) and how the router gets its gradient.
 
     Budgets of the random policies, averaged over the layers, lie in [``budget_min``, ``budget_max``]; ``anneal_steps``
     widens the range from ``budget_max`` downwards. Policies with a budget per head go down to 0 in the end. The first
-    ``dense_steps`` steps train only the largest policy. ``route_temperature`` is the straight-through τ in logits.
-    ``gradient_clamp``: the gradient with respect to the routes is clamped at this many times its mean magnitude (0: no
-    clamp).
+    ``dense_steps`` steps train only the largest policy. The settings of ``RouteGradient`` are as there.
     """
 
     sandwich: Sandwich = Sandwich.groups
@@ -141,14 +173,14 @@ class SupernetConfig:
     anneal_steps: int = 0
     dense_steps: int = 0
     distill: float = 0.0
-    route_temperature: float = 0.5
-    route_noise: float = 0.0
-    counterfactual: Counterfactual = Counterfactual.insertion
-    counterfactual_rate: float = 1.0
-    project_budget: bool = True
-    gradient_clamp: float = 10.0
-    detach_router: bool = True
-    calibration: CalibrationScope = CalibrationScope.layer
+    route_temperature: float = RouteGradient.route_temperature
+    route_noise: float = RouteGradient.route_noise
+    counterfactual: Counterfactual = RouteGradient.counterfactual
+    counterfactual_rate: float = RouteGradient.counterfactual_rate
+    project_budget: bool = RouteGradient.project_budget
+    gradient_clamp: float = RouteGradient.gradient_clamp
+    detach_router: bool = RouteGradient.detach_router
+    calibration: CalibrationScope = RouteGradient.calibration
     calibration_points: int = 65
     calibration_sequences: int = 48
 
@@ -158,19 +190,13 @@ class SupernetConfig:
         self.counterfactual = check_choice(p + "counterfactual", self.counterfactual, Counterfactual)
         self.calibration = check_choice(p + "calibration", self.calibration, CalibrationScope)
         check_counts(0, {p + k: getattr(self, k) for k in ("anneal_steps", "dense_steps", "random_policies")})
-        check_at_least(0, {p + k: getattr(self, k) for k in ("distill", "route_noise", "gradient_clamp")})
+        check_at_least(0, {p + "distill": self.distill})
+        _check_routes(p, self)
         check(
             0 <= self.budget_min <= self.budget_max <= 1,
             p + "budget_min/budget_max",
             (self.budget_min, self.budget_max),
             "0 ≤ budget_min ≤ budget_max ≤ 1",
-        )
-        check(self.route_temperature > 0, p + "route_temperature", self.route_temperature, "it must be > 0")
-        check(
-            0 < self.counterfactual_rate <= 1,
-            p + "counterfactual_rate",
-            self.counterfactual_rate,
-            "it must lie in (0, 1]",
         )
         check_counts(17, {p + "calibration_points": self.calibration_points})
         check_counts(1, {p + "calibration_sequences": self.calibration_sequences})
@@ -180,6 +206,10 @@ class SupernetConfig:
             self.distill,
             "distillation compares policies on the same data: it needs supernet.sandwich=accumulate",
         )
+
+    def route_gradient(self) -> RouteGradient:
+        """What ``RoutedLM.forward`` is given of these settings in training."""
+        return RouteGradient(**{item.name: getattr(self, item.name) for item in fields(RouteGradient)})
 
 
 @dataclass

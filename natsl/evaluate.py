@@ -116,7 +116,7 @@ def evaluate(
             routes = None
             if drawn is not None:
                 routes = [None if route is None else route[first : first + B] for route in drawn[task]]
-            tokens = model.token_losses(part.tokens, policy, part.targets, routes=routes)
+            tokens = model(part.tokens, policy, targets=part.targets, routes=routes)
             scored = part.targets != IGNORED
             if not bool(tokens.loss[scored].isfinite().all()):
                 raise FloatingPointError(f"logits of task {task} are not finite under this policy")

@@ -123,7 +123,7 @@ def _tokens(
     compiled = model.compile_policy(policy, 1)
     for _ in range(max_new_tokens):
         with torch.no_grad():
-            logits = model(torch.tensor([text], device=device), compiled).logits[0, -1].double().cpu()
+            logits = model(torch.tensor([text], device=device), compiled, logits_to_keep=1).logits[0, -1].double().cpu()
         if not bool(logits.isfinite().all()):
             raise UserError("the model's logits are not finite: it cannot be used")
         if sampling.temperature == 0:

@@ -151,8 +151,8 @@ def load_exported(path: str | Path) -> tuple[RoutedLM, RoutingPolicy]:
             raise UserError(f"checksum error: {folder / name} has changed since it was exported")
     try:
         shape = read_json(folder / "config.json")
-        model = build_model(shape["model"], load_file(folder / "model.safetensors"))
-        model.precision = check_choice("precision", shape.get("precision", Precision.float32), Precision)
+        precision = check_choice("precision", shape.get("precision", Precision.float32), Precision)
+        model = build_model(shape["model"], load_file(folder / "model.safetensors"), precision)
         policy = RoutingPolicy.from_dict(read_json(folder / "policy.json"))
         check_model(model, policy)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -13,25 +13,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from natsl.compiled import CompiledLayer, Span
+from natsl.compiled import Span
 from natsl.config import ModelConfig
 from natsl.kernels.branches import routed_branches
 from natsl.kernels.delta import routed_delta_rule
 from natsl.kernels.mix import gated_norm, routed_mix
 from natsl.kernels.softmax import routed_softmax
-from natsl.modules import RMSNorm, causal_attention, short_convolution
+from natsl.modules import RMSNorm, causal_attention, short_convolution, with_zero_gradients
 from natsl.router import LayerContext, LayerRouting, RoutePair, Router, route_chunks
 from natsl.space.policy import Op
 
 
-def rotate(x: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding over the whole head width; x [B,T,H,K], positions 0…T−1."""
-    T, half = x.shape[1], x.shape[3] // 2
+def rotate(x: Tensor, theta: float, positions: Tensor) -> Tensor:
+    """Rotary position embedding over the whole head width; x [B,T,H,K], positions [B,T], or [1,T] for all rows."""
+    half = x.shape[3] // 2
     rate = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(T, device=x.device, dtype=torch.float32)[:, None] * rate
-    cos, sin = angle.cos()[None, :, None].to(x.dtype), angle.sin()[None, :, None].to(x.dtype)
+    angle = positions[..., None, None].to(torch.float32) * rate  # [B,T,1,K/2]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.split(half, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def _precise(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -120,18 +125,18 @@ class RoutedMixer(nn.Module):
     def forward(self, x: Tensor, context: LayerContext) -> tuple[Tensor, LayerRouting]:
         """Mix tokens: x [B,T,D] (normed) → [B,T,D] and the routing that happened."""
         B, T, _ = x.shape
-        c = self.config
-        qkv = short_convolution(self.qkv_proj(x), self.conv)
+        c, packing = self.config, context.layout.packing
+        qkv = short_convolution(self.qkv_proj(x), self.conv, None if packing is None else packing.position)
         gate = self.gate_proj(x).view(B, T, c.softmax_heads, -1)
         router = self.router if self.kind is Op.routed else None
         routing = route_chunks(router, x, c.heads, c.chunk_size, context)
-        outputs = []
-        for span in context.policy.plan.spans:
+        outputs, spans = [], context.spans()
+        for span in spans:
             rows = span.rows
             q, k, v = qkv[rows].split((self.key_width, self.key_width, self.value_width), -1)
             gates = logits = None
             if span.both:
-                logits = self._mix_logits(q, context.policy, span)
+                logits = self._mix_logits(q, context, span)
             if self.kind is not Op.softmax:
                 gates = self._gates(x[rows])
             keep = routing.route[rows]
@@ -142,43 +147,60 @@ class RoutedMixer(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 outputs.append(self._mix(_Rows(q, k, v, gate[rows], routes, gates, logits), context))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if torch.is_grad_enabled():
+            y = with_zero_gradients(y, self._unused(spans, routing))
         routing = LayerRouting(routing.margins, routing.route.detach(), routing.skip.detach())
         return self.out_proj(y.reshape(B, T, -1)), routing
 
-    def _mix_logits(self, q: Tensor, policy: CompiledLayer, span: Span) -> Tensor:
+    def _unused(self, spans: tuple[Span, ...], routing: LayerRouting) -> list[nn.Parameter]:
+        """Parameters of a routed layer that have no influence on its output under these policies."""
+        if self.kind is not Op.routed:
+            return []
+        unused = [] if routing.route.requires_grad else list(self.router.parameters())
+        if not any(span.both for span in spans):
+            unused += [p for part in (self.q_norm, self.k_norm, self.mix_proj) for p in part.parameters()]
+            unused.append(self.softmax_norm)
+        return unused
+
+    def _mix_logits(self, q: Tensor, context: LayerContext, span: Span) -> Tensor:
         """Logits [B,T,Hs,2] of the branches' weights for the rows of a span, whose queries are q [B,T,R·K]."""
         logits: Tensor = self.mix_proj(q).view(*q.shape[:2], -1, 2)
+        policy = context.policy
         if span.tempered:
-            logits = (logits.float() / policy.temperature[span.rows, None, None, None]).to(logits.dtype)
+            temperature = context.per_token(policy.temperature, span.rows)
+            logits = (_precise(logits) / temperature).to(logits.dtype)
         if span.masked:
             softmax = torch.arange(2, device=q.device) > 0
-            logits = logits.masked_fill(policy.delta_only[span.rows, None, None, None] & softmax, -math.inf)
+            logits = logits.masked_fill(context.per_token(policy.delta_only, span.rows) & softmax, -math.inf)
         return logits
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Log decay g and write strength beta of the delta rule, float32 [B,T,R]."""
-        g = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
-        return g, torch.sigmoid(self.b_proj(x).float())
+        """Log decay g and write strength beta of the delta rule, at least float32 [B,T,R]."""
+        a, b, A_log, dt_bias = (_precise(y) for y in (self.a_proj(x), self.b_proj(x), self.A_log, self.dt_bias))
+        return -A_log.exp() * F.softplus(a + dt_bias), torch.sigmoid(b)
 
     def _mix(self, rows: _Rows, context: LayerContext) -> Tensor:
         """Run the memories that these rows use and combine what they give: [B,T,Hs,Vs]."""
-        c, training = self.config, context.training
+        c, gradient, packing = self.config, context.gradient, context.layout.packing
         B, T, _ = rows.q.shape
-        mode = training.counterfactual.value if training else "none"
-        rate = training.counterfactual_rate if training else 1.0
+        mode = gradient.counterfactual.value if gradient else "none"
+        rate = gradient.counterfactual_rate if gradient else 1.0
+        borders = None if packing is None else packing.cu_seqlens
         q, k, v = (x.reshape(B, T, c.heads, -1) for x in (rows.q, rows.k, rows.v))
         if rows.gates is None or rows.logits is not None:
             qs, ks = (x.reshape(B, T, c.softmax_heads, -1) for x in (rows.q, rows.k))
             qs, ks = self.q_norm(qs), self.k_norm(ks)
             if c.rope:
-                qs, ks = rotate(qs, c.rope_theta), rotate(ks, c.rope_theta)
+                positions = torch.arange(T, device=qs.device) if packing is None else packing.position
+                qs, ks = (rotate(x, c.rope_theta, positions[None]) for x in (qs, ks))
         if rows.gates is None:
             values = v.reshape(B, T, c.softmax_heads, -1)
             # every chunk is kept; on a CPU torch's attention may hold all scores at once, the routed op never does
-            if context.route is None and v.is_cuda:
+            if context.route is None and packing is None and v.is_cuda:
                 o_softmax = causal_attention(qs, ks, values)
             else:
-                o_softmax = routed_softmax(qs, ks, values, rows.routes.keep, chunk_size=c.chunk_size)
+                keep = rows.routes.keep
+                o_softmax = routed_softmax(qs, ks, values, keep, chunk_size=c.chunk_size, cu_seqlens=borders)
             return gated_norm(o_softmax, rows.gate, self.softmax_norm, eps=c.norm_eps)
         g, beta = rows.gates
         if rows.logits is None:
@@ -190,6 +212,7 @@ class RoutedMixer(nn.Module):
                 beta,
                 rows.routes.skip,
                 chunk_size=c.chunk_size,
+                cu_seqlens=borders,
                 counterfactual=mode,
                 counterfactual_rate=rate,
             )
@@ -206,6 +229,7 @@ class RoutedMixer(nn.Module):
             rows.routes.keep,
             delta_route=rows.routes.skip,
             chunk_size=c.chunk_size,
+            cu_seqlens=borders,
             counterfactual=mode,
             counterfactual_rate=rate,
         )

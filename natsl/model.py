@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from natsl.calibration import Calibration, upgraded
 from natsl.compiled import CompiledPolicy, Fit, compile_policies
-from natsl.config import ModelConfig, Precision, SupernetConfig
+from natsl.config import ModelConfig, Precision, RouteGradient
+from natsl.layout import Layout
 from natsl.mixer import RoutedMixer
 from natsl.modules import RMSNorm, SwiGLU, linear_cross_entropy
 from natsl.router import LayerContext, LayerRouting, RoutePair
@@ -29,22 +30,17 @@ Routes: TypeAlias = Sequence[Tensor | RoutePair | None]  # per layer
 
 @dataclass(frozen=True)
 class LMOutput:
-    """Logits [B,T,vocabulary] in float32 and what each layer's router did."""
+    """What ``forward`` computed of a batch; what was not wanted is None.
 
-    logits: Tensor
-    layers: list[LayerRouting]
-
-
-@dataclass(frozen=True)
-class TokenLosses:
-    """Loss per token in nats, float32 [B,T], and whether the likeliest token was the target, bool [B,T].
-
-    ``layers``: what each layer's router did, where a model has computed the losses.
+    ``logits`` [B,T or logits_to_keep,vocabulary] in the dtype that the model computes in. ``loss`` per token in nats,
+    float32 [B,T], 0 where nothing is scored, and ``right`` bool [B,T]: whether the likeliest token was the target.
+    ``layers``: what each layer's router did, padding on the right.
     """
 
-    loss: Tensor
-    right: Tensor
-    layers: list[LayerRouting] = field(default_factory=list)
+    logits: Tensor | None
+    loss: Tensor | None
+    right: Tensor | None
+    layers: list[LayerRouting]
 
 
 class Block(nn.Module):
@@ -66,13 +62,15 @@ class Block(nn.Module):
 class RoutedLM(nn.Module):
     """Language model over ``config.layers``; ``calibration`` turns budgets into thresholds.
 
-    ``precision``: what it computes in, set by whoever trains or loads it; the weights are float32 in both.
+    ``precision``: what it computes in; the weights are float32 in both.
     """
 
-    def __init__(self, config: ModelConfig, calibration_points: int = 65) -> None:
+    def __init__(
+        self, config: ModelConfig, calibration_points: int = 65, precision: Precision = Precision.float32
+    ) -> None:
         super().__init__()
         self.config = config
-        self.precision = Precision.float32
+        self._precision = precision
         self.kinds: list[Op] = list(config.layers)
         self.embed = nn.Embedding(config.vocab_size, config.width)
         nn.init.normal_(self.embed.weight, std=config.width**-0.5)
@@ -116,71 +114,49 @@ class RoutedLM(nn.Module):
         tokens: Tensor,
         policy: Policies | CompiledPolicy,
         *,
-        attention_mask: Tensor | None = None,
+        targets: Tensor | None = None,
+        layout: Layout | None = None,
         routes: Routes | None = None,
-        training: SupernetConfig | None = None,
+        route_gradient: RouteGradient | None = None,
+        logits_to_keep: int | None = None,
     ) -> LMOutput:
-        """Next-token logits under a policy.
+        """Next-token logits or losses under a policy: the one way into the model.
 
-        tokens [B,T] int64. ``policy``: one for the whole batch, or several, each for an equal consecutive slice of
-        it, or what ``compile_policy`` has made of them. ``attention_mask`` [B,T], true on real tokens, padding on the
-        left, the right or both sides: real tokens get the logits of the unpadded sequence, logits of padding are
-        unspecified. ``routes``: per layer None or fixed routes [B,N,R] instead of the router's, one for both memories
-        or a ``RoutePair``. ``training``: budgets are exact quantiles of the slice (not causal: only for training and
-        calibration) and routes carry the router's gradient.
+        tokens [B,T] int64. ``policy``: one for all sequences, or several, each for an equal consecutive slice of them,
+        or what ``compile_policy`` has made of them. ``targets`` [B,T] int64 (−100: not scored): the losses are computed
+        without keeping the logits. ``layout``: padding, or sequences packed into a batch of one row; real tokens get
+        what they get in their sequence alone, what padding gets is unspecified. ``routes``: per layer None or fixed
+        routes [B,N,R] instead of the router's, one for both memories or a ``RoutePair``. ``route_gradient``, for
+        training and calibration: budgets are exact quantiles of the slice (not causal; under data parallelism each rank
+        takes them of its own sequences) and routes carry the router's gradient. ``logits_to_keep``: logits of the last
+        so many tokens of each sequence [S,·,vocabulary] (None: of all, [B,T,vocabulary], but of none with targets).
 
-        Raises ``ValueError`` if a policy does not fit the model, a token is not in the vocabulary, the batch does not
-        split, the mask has holes, or a layer without calibration gets a budget.
+        With gradients, parameters without influence under the policy get zeros. Raises ``ValueError`` if a policy or
+        the layout does not fit, a token is not in the vocabulary, the sequences do not split, or a layer without
+        calibration gets a budget.
         """
-        compiled = self._compiled(tokens, policy, routes, training)
-        lengths = order = None
-        if attention_mask is not None:
-            tokens, lengths, order = _pack_right(tokens, attention_mask)
+        layout = Layout() if layout is None else layout
+        self._check_tokens(tokens, layout)
+        sequences = tokens.shape[0] if layout.lengths is None else layout.lengths.shape[0]
+        compiled = self._compiled(sequences, policy, routes, route_gradient is not None)
         with self._autocast(tokens.device):
-            x, layers = self._hidden(tokens, compiled, lengths, routes, training)
-            logits = F.linear(x, self._output_weight()).float()
-        if order is not None:
-            logits = torch.empty_like(logits).scatter_(1, order[..., None].expand_as(logits), logits)
-        return LMOutput(logits, layers)
+            x, layers = self._hidden(layout.to_right(tokens), compiled, layout, routes, route_gradient)
+            loss = right = logits = None
+            if targets is not None:
+                loss, right = linear_cross_entropy(x, self._output_weight(), layout.to_right(targets))
+                loss, right = layout.restore(loss), layout.restore(right)
+            if logits_to_keep is None and targets is None:
+                logits = layout.restore(F.linear(x, self._output_weight()))
+            elif logits_to_keep:
+                logits = F.linear(layout.last(x, logits_to_keep), self._output_weight())
+        return LMOutput(logits, loss, right, layers)
 
-    def token_losses(
-        self,
-        tokens: Tensor,
-        policy: Policies | CompiledPolicy,
-        targets: Tensor,
-        training: SupernetConfig | None = None,
-        routes: Routes | None = None,
-    ) -> TokenLosses:
-        """Cross-entropy of every token against ``targets`` [B,T] (−100: not scored) without keeping the logits.
+    @property
+    def precision(self) -> Precision:
+        """What the model computes in."""
+        return self._precision
 
-        The other arguments and the errors are those of ``forward``.
-        """
-        compiled = self._compiled(tokens, policy, routes, training)
-        with self._autocast(tokens.device):
-            x, layers = self._hidden(tokens, compiled, None, routes, training)
-            return TokenLosses(*linear_cross_entropy(x, self._output_weight(), targets), layers)
-
-    def routing(
-        self,
-        tokens: Tensor,
-        policy: Policies | CompiledPolicy,
-        training: SupernetConfig | None = None,
-    ) -> list[LayerRouting]:
-        """What each layer's router does with ``tokens``, without computing logits.
-
-        The arguments and the errors are those of ``forward``.
-        """
-        compiled = self._compiled(tokens, policy, None, training)
-        with self._autocast(tokens.device):
-            return self._hidden(tokens, compiled, None, None, training)[1]
-
-    def _compiled(
-        self,
-        tokens: Tensor,
-        policy: Policies | CompiledPolicy,
-        routes: Routes | None,
-        training: SupernetConfig | None,
-    ) -> CompiledPolicy:
+    def _check_tokens(self, tokens: Tensor, layout: Layout) -> None:
         if tokens.dim() != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int32, torch.int64):
             form = f"{tokens.dtype} {tuple(tokens.shape)}"
             raise ValueError(f"tokens must be integers [batch ≥ 1, tokens ≥ 1], found {form}")
@@ -188,13 +164,18 @@ class RoutedLM(nn.Module):
         if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
             span = f"{int(tokens.min())} to {int(tokens.max())}"
             raise ValueError(f"tokens are {span}: they must lie in [0, {self.config.vocab_size})")
+        layout.check(tokens, self.config.chunk_size)
+
+    def _compiled(
+        self, sequences: int, policy: Policies | CompiledPolicy, routes: Routes | None, training: bool
+    ) -> CompiledPolicy:
         if routes is not None and len(routes) != len(self.kinds):
             raise ValueError(f"routes has {len(routes)} entries for {len(self.kinds)} layers")
         if not isinstance(policy, CompiledPolicy):
-            return self.compile_policy(policy, tokens.shape[0], routes, training=training is not None)
+            return self.compile_policy(policy, sequences, routes, training=training)
         fixed = [routes is not None and routes[i] is not None for i in range(len(self.kinds))]
         fit = Fit(tuple(self.kinds), self.config.heads, self.config.chunk_size)
-        policy.check(fit, tokens.shape[0], training is not None, fixed)
+        policy.check(fit, sequences, training, fixed)
         return policy
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -209,9 +190,9 @@ class RoutedLM(nn.Module):
         self,
         tokens: Tensor,
         policy: CompiledPolicy,
-        lengths: Tensor | None,
+        layout: Layout,
         routes: Routes | None,
-        training: SupernetConfig | None,
+        gradient: RouteGradient | None,
     ) -> tuple[Tensor, list[LayerRouting]]:
         """What the output layer reads, [B,T,D], and what each layer's router did."""
         x = self.embed(tokens) * math.sqrt(self.config.width)
@@ -219,30 +200,10 @@ class RoutedLM(nn.Module):
             x = x.bfloat16()
         layers = []
         for i, block in enumerate(self.blocks):
-            context = LayerContext(
-                policy=policy.layer(i),
-                lengths=lengths,
-                route=None if routes is None else routes[i],
-                training=training,
-            )
+            context = LayerContext(policy.layer(i), layout, None if routes is None else routes[i], gradient)
             x, routing = block(x, context)
             layers.append(routing)
         return self.norm(x), layers
-
-
-def _pack_right(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Roll each row so that its real tokens come first: (tokens, lengths [B], source index of each position [B,T])."""
-    if mask.shape != tokens.shape:
-        raise ValueError(f"attention_mask {tuple(mask.shape)} must have the shape of tokens {tuple(tokens.shape)}")
-    mask = mask.bool()
-    T = tokens.shape[1]
-    lengths = mask.sum(1)
-    start = mask.int().argmax(1)
-    order = (torch.arange(T, device=tokens.device)[None] + start[:, None]) % T
-    packed = mask.gather(1, order)
-    if bool((packed != (torch.arange(T, device=tokens.device)[None] < lengths[:, None])).any()):
-        raise ValueError("attention_mask has holes: the real tokens of a row must be contiguous")
-    return tokens.gather(1, order), lengths, order
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -110,11 +110,14 @@ def _library(x: Tensor) -> _Library | None:
     return _load()
 
 
-def short_convolution(x: Tensor, weight: Tensor) -> Tensor:
+def short_convolution(x: Tensor, weight: Tensor, positions: Tensor | None = None) -> Tensor:
     """SiLU of the causal depthwise convolution: x [B,T,channels], weight [channels,width] → like x.
 
-    The last tap sees the token itself.
+    The last tap sees the token itself. ``positions`` [T]: of each token in its sequence, where several are packed; no
+    tap sees past the start of its own.
     """
+    if positions is not None:
+        return F.silu(_packed_convolution(x, weight.to(x.dtype), positions))
     if _suits(x) and _is_loaded():
         y: Tensor = _Convolution.apply(x, weight.contiguous())  # type: ignore[no-untyped-call]
         return y
@@ -126,6 +129,14 @@ def short_convolution(x: Tensor, weight: Tensor) -> Tensor:
         return F.silu(reduce(torch.add, products))  # torch.sum would be float32 under autocast
     padded = F.pad(x.transpose(1, 2), (width - 1, 0))
     return F.silu(F.conv1d(padded, taps[:, None], groups=taps.shape[0]).transpose(1, 2))
+
+
+def _packed_convolution(x: Tensor, taps: Tensor, positions: Tensor) -> Tensor:
+    y = x * taps[:, -1]
+    for back in range(1, taps.shape[1]):
+        earlier = F.pad(x, (0, 0, back, 0))[:, : x.shape[1]]
+        y = y + (earlier * taps[:, -1 - back]).masked_fill((positions < back)[:, None], 0.0)
+    return y
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -189,6 +200,24 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(a) * b
 
 
+def with_zero_gradients(x: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """x; the parameters get zeros as gradients, as wrappers expect that count the gradients of every step (DDP)."""
+    y: Tensor = _ZeroGradients.apply(x, *parameters)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _ZeroGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, ...]:
+        return dx, *[torch.zeros_like(parameter) for parameter in ctx.saved_tensors]
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of every token over itself and all earlier ones; q, k [B,T,H,K], v [B,T,H,V] → [B,T,H,V].
 
@@ -202,9 +231,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignored: int = -100) -> tuple[Tensor, Tensor]:
     """Loss of the logits ``hidden`` · ``weight``ᵀ and whether the likeliest token is the target.
 
-    hidden [B,T,D], weight [V,D], targets int64 [B,T] (``ignored``: not scored). Returns the loss per token, float32
-    [B,T], 0 where nothing is scored, and bool [B,T]. The library makes no float32 copy of half-precision logits, and
-    there are never more than about ``LOGITS_AT_ONCE`` logits at a time.
+    hidden [B,T,D], weight [V,D], targets int64 [B,T] (``ignored``: not scored). Returns the loss per token, at least
+    float32 [B,T], 0 where nothing is scored, and bool [B,T]. The library makes no float32 copy of half-precision
+    logits, and there are never more than about ``LOGITS_AT_ONCE`` logits at a time.
     """
     rows, flat = hidden.flatten(0, 1), targets.flatten()
     size = max(1, LOGITS_AT_ONCE // weight.shape[0])
@@ -226,7 +255,8 @@ def _cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, ignored: int) 
     if library is not None:
         loss, _ = library.cross_entropy(logits, targets, ignore_index=ignored)
         return loss, right
-    return F.cross_entropy(logits.float(), targets, ignore_index=ignored, reduction="none"), right
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(precise, targets, ignore_index=ignored, reduction="none"), right
 
 
 class RMSNorm(nn.Module):

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from natsl.compiled import CompiledLayer
-from natsl.config import CalibrationScope, SupernetConfig
+from natsl.compiled import CompiledLayer, Span
+from natsl.config import CalibrationScope, RouteGradient
 from natsl.kernels.routing import cap_limits, chunk_means, complete_chunks, route_margins
+from natsl.layout import Layout
 
 
 class RoutePair(NamedTuple):
@@ -42,17 +43,38 @@ class LayerRouting:
 
 @dataclass(frozen=True)
 class LayerContext:
-    """Everything a layer needs besides its input: the policies of the batch, as tensors, and the lengths.
+    """Everything a layer needs besides its input: the policies of the sequences, as tensors, and where these are.
 
-    ``lengths`` [B] int64: real tokens per sequence (None: all). ``route``: fixed routes [B,N,R] instead of the router's
-    (controls, tests), for both memories or one for each. ``training``: budgets become quantiles of the group itself and
-    the routes carry a gradient.
+    ``route``: fixed routes [B,N,R] instead of the router's (controls, tests), for both memories or one for each.
+    ``gradient``: budgets become quantiles of the batch itself and the routes carry a gradient.
     """
 
     policy: CompiledLayer
-    lengths: Tensor | None
+    layout: Layout
     route: Tensor | RoutePair | None = None
-    training: SupernetConfig | None = None
+    gradient: RouteGradient | None = None
+
+    def spans(self) -> tuple[Span, ...]:
+        """The rows that share a computation: packed sequences all do."""
+        spans = self.policy.plan.spans
+        if self.layout.packing is None:
+            return spans
+        both = any(span.both for span in spans)
+        return (
+            Span(
+                rows=slice(0, 1),
+                both=both,
+                masked=both and any(span.masked or not span.both for span in spans),
+                tempered=any(span.tempered for span in spans),
+                learns=any(span.learns for span in spans),
+            ),
+        )
+
+    def per_token(self, x: Tensor, rows: slice) -> Tensor:
+        """A value per sequence [S], for the tokens of ``rows``: broadcastable to [B,T,1,1]."""
+        packing = self.layout.packing
+        x = x[rows, None] if packing is None else x[packing.sequence][None]
+        return x[..., None, None]
 
 
 class Router(nn.Linear):
@@ -64,11 +86,11 @@ class Router(nn.Linear):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, 2 * heads, bias=False)
 
-    def margins(self, x: Tensor, chunk_size: int, lengths: Tensor | None) -> Tensor:
-        """Score of softmax − score of the delta rule, x [B,T,D] → float32 [B,N,R]; ``lengths`` [B]: real tokens."""
-        with torch.autocast(x.device.type, enabled=False):  # half-precision margins would tie
-            means = chunk_means(x, chunk_size, lengths).to(self.weight.dtype)
-            z: Tensor = self(means).float().unflatten(-1, (-1, 2))
+    def margins(self, means: Tensor) -> Tensor:
+        """Score of softmax − score of the delta rule, from the means of chunks: [B,N,D] → at least float32 [B,N,R]."""
+        with torch.autocast(means.device.type, enabled=False):  # half-precision margins would tie
+            z: Tensor = self(means.to(self.weight.dtype))
+            z = z.to(torch.promote_types(z.dtype, torch.float32)).unflatten(-1, (-1, 2))
         return z[..., 1] - z[..., 0]
 
 
@@ -77,13 +99,14 @@ def route_chunks(router: Router | None, x: Tensor, heads: int, chunk_size: int, 
 
     Without a router a layer can only keep all or nothing. In training the routes carry the router's gradient.
     """
-    B, T, _ = x.shape
-    N = -(-T // chunk_size)
-    policy, training = context.policy, context.training
+    N = -(-x.shape[1] // chunk_size)
+    policy, gradient = context.policy, context.gradient
+    lengths, packing = context.layout.lengths, context.layout.packing
     margins = None
     if router is not None:
-        source = x.detach() if training is None or training.detach_router else x
-        margins = router.margins(source, chunk_size, context.lengths)
+        source = x.detach() if gradient is None or gradient.detach_router else x
+        means = chunk_means(source, chunk_size, lengths) if packing is None else packing.chunk_means(source)
+        margins = router.margins(means)
     if context.route is not None:
         pair = context.route if isinstance(context.route, RoutePair) else RoutePair(context.route, context.route)
         keep = skip = pair.keep.to(device=x.device, dtype=torch.float32)
@@ -91,30 +114,53 @@ def route_chunks(router: Router | None, x: Tensor, heads: int, chunk_size: int, 
             skip = pair.skip.to(keep)
         return LayerRouting(margins, keep, skip)
     if margins is None:
-        route = policy.threshold.isneginf()[:, None].expand(B, N, heads).to(torch.float32)
+        kept = policy.threshold.isneginf().to(torch.float32)
+        route = kept[:, None].expand(-1, N, heads) if packing is None else kept[packing.chunk_sequence][None]
         return LayerRouting(margins, route, route)
+    if packing is None:
+        pair = _decide(margins, x.shape[1], lengths, chunk_size, policy, gradient)
+    else:
+        assert lengths is not None
+        pair = _decide(packing.chunk_rows(margins), packing.most * chunk_size, lengths, chunk_size, policy, gradient)
+        keep = packing.pack_rows(pair.keep)
+        pair = RoutePair(keep, keep if pair.skip is pair.keep else packing.pack_rows(pair.skip))
+    return LayerRouting(margins, pair.keep, pair.skip)
+
+
+def _decide(
+    margins: Tensor,
+    tokens: int,
+    lengths: Tensor | None,
+    chunk_size: int,
+    policy: CompiledLayer,
+    gradient: RouteGradient | None,
+) -> RoutePair:
+    """Routes of margins [B,N,R], a sequence in each row; ``tokens``: T, of which ``lengths`` [B] are real."""
+    N = margins.shape[1]
     theta, logits = policy.threshold[:, None], margins  # [B,1,R], [B,N,R]
-    if training is not None:
-        if training.route_noise > 0:  # the difference of two Gumbel variables is logistic
+    if gradient is not None:
+        if gradient.route_noise > 0:  # the difference of two Gumbel variables is logistic
             u = torch.rand_like(margins).clamp(1e-6, 1 - 1e-6)
-            logits = margins + training.route_noise * (u.log() - torch.log1p(-u))
-        complete: Tensor | int = T // chunk_size
-        if context.lengths is not None:
-            complete = complete_chunks(context.lengths, chunk_size, N)
-        theta = _training_thresholds(logits, complete, policy, training)
-    limits = cap_limits(N, policy.cap, policy.burst, x.device) if policy.plan.capped else None
+            logits = margins + gradient.route_noise * (u.log() - torch.log1p(-u))
+        complete: Tensor | int = tokens // chunk_size
+        if lengths is not None:
+            complete = complete_chunks(lengths, chunk_size, N)
+        theta = _training_thresholds(logits, complete, policy, gradient)
+    limits = cap_limits(N, policy.cap, policy.burst, margins.device) if policy.plan.capped else None
     route = route_margins(logits.detach(), theta.detach(), limits)
-    if training is not None and torch.is_grad_enabled() and any(span.learns for span in policy.plan.spans):
-        decided = theta.detach().isfinite()
-        soft = straight_through(logits, theta.masked_fill(~decided, 0.0), route, training.route_temperature)
-        # where nothing is decided no gradient flows, whatever arrives there
-        route = torch.where(decided, soft, route)
-        return LayerRouting(margins, *clamped_routes(route, decided, len(policy.plan.policies), training))
-    return LayerRouting(margins, route, route)
+    if gradient is None or not torch.is_grad_enabled() or not any(span.learns for span in policy.plan.spans):
+        return RoutePair(route, route)
+    decided = theta.detach().isfinite()
+    soft = straight_through(logits, theta.masked_fill(~decided, 0.0), route, gradient.route_temperature)
+    if lengths is not None:
+        decided = decided & complete_chunks(lengths + chunk_size - 1, chunk_size, N)[..., None]
+    # where nothing is decided no gradient flows, whatever arrives there
+    route = torch.where(decided, soft, route)
+    return clamped_routes(route, decided, len(policy.plan.policies), gradient)
 
 
 def _training_thresholds(
-    margins: Tensor, complete: Tensor | int, policy: CompiledLayer, training: SupernetConfig
+    margins: Tensor, complete: Tensor | int, policy: CompiledLayer, gradient: RouteGradient
 ) -> Tensor:
     """Thresholds [B,1,R] of margins [B,N,R], those of budgets by ``group_threshold``; ``complete`` as there."""
     policies = policy.plan.policies
@@ -126,7 +172,7 @@ def _training_thresholds(
         if layer.needs_calibration():
             chunks = complete if isinstance(complete, int) else complete[rows]
             budget = layer.budget if isinstance(layer.budget, float) else policy.budget[i * size]
-            theta = group_threshold(margins[rows], chunks, budget, training).expand(size, 1, -1)
+            theta = group_threshold(margins[rows], chunks, budget, gradient).expand(size, 1, -1)
         parts.append(theta)
     return torch.cat(parts)
 
@@ -137,12 +183,10 @@ def straight_through(margins: Tensor, threshold: Tensor, hard: Tensor, temperatu
     return hard + (y - y.detach())  # the bracket is exactly 0, so that routes stay exactly 0 or 1
 
 
-def group_threshold(
-    margins: Tensor, complete: Tensor | int, budget: float | Tensor, training: SupernetConfig
-) -> Tensor:
+def group_threshold(margins: Tensor, complete: Tensor | int, budget: float | Tensor, gradient: RouteGradient) -> Tensor:
     """Exact threshold of a budget over one training group, [1,1,R], of margins [B,N,R].
 
-    ``budget``: a number strictly between 0 and 1, whose pool is what ``training.calibration`` says, or one per head,
+    ``budget``: a number strictly between 0 and 1, whose pool is what ``gradient.calibration`` says, or one per head,
     float64 [R] in [0, 1], each with a pool of its own. ``complete``: how many chunks of every sequence are complete, or
     a mask [B,N] of those that are. θ depends on the margins through the budget; with ``project_budget`` its implicit
     derivative dθ/dm ∝ σ'((m − θ)/τ) is in the backward pass, so that the router's gradient cannot drift along the
@@ -155,7 +199,7 @@ def group_threshold(
         pool, absent = margins[:, :complete].flatten(0, 1), None  # [M,R]
     else:  # what is left out becomes NaN: picking it out would wait for the device
         pool, absent = margins.flatten(0, 1), ~complete.flatten()[:, None].expand(-1, R)
-    if isinstance(budget, float) and training.calibration is CalibrationScope.layer:
+    if isinstance(budget, float) and gradient.calibration is CalibrationScope.layer:
         pool = pool.reshape(-1, 1)
         absent = None if absent is None else absent.reshape(-1, 1)
     level = 1.0 - (budget if isinstance(budget, float) else budget.to(pool.dtype))
@@ -167,8 +211,8 @@ def group_threshold(
         theta = theta.diagonal()  # of [levels,R]: to each head the quantile of its own level
     if absent is not None:
         theta = theta.masked_fill(absent.all(0), -math.inf)
-    if training.project_budget:
-        y = torch.sigmoid((pool.detach() - theta) / training.route_temperature)
+    if gradient.project_budget:
+        y = torch.sigmoid((pool.detach() - theta) / gradient.route_temperature)
         slope = y * (1 - y) + 1e-12
         if absent is not None:
             slope = slope.masked_fill(absent, 0.0)
@@ -179,18 +223,18 @@ def group_threshold(
     return theta.expand(R)[None, None]
 
 
-def clamped_routes(route: Tensor, decided: Tensor, groups: int, training: SupernetConfig) -> RoutePair:
+def clamped_routes(route: Tensor, decided: Tensor, groups: int, gradient: RouteGradient) -> RoutePair:
     """Routes [B,N,R] for both memories, whose gradient is clamped before it reaches ``route``.
 
     The bound is ``gradient_clamp`` times the mean magnitude of the gradient of each of ``groups`` equal slices of the
-    batch, over the heads that are ``decided`` [B,1,R], those whose threshold is finite; the others get no gradient.
+    batch, over what is ``decided`` [B,1,R] or [B,N,R], heads whose threshold is finite; the others get no gradient.
     With a ``counterfactual_rate`` below 1 the side of a chunk that was not chosen arrives as a sample, scaled by
     1/rate: it is clamped before that scaling, so that in expectation the result is nearly the clamped gradient of rate
     1 (not quite, since the bound is an estimate from the same sample).
     """
-    if training.gradient_clamp == 0:
+    if gradient.gradient_clamp == 0:
         return RoutePair(route, route)
-    options = (groups, training.gradient_clamp, training.counterfactual_rate)
+    options = (groups, gradient.gradient_clamp, gradient.counterfactual_rate)
     return RoutePair(*_ClampedRoutes.apply(route, decided, *options))  # type: ignore[no-untyped-call]
 
 

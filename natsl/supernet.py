@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from natsl.config import Sandwich, SupernetConfig
-from natsl.model import RoutedLM, TokenLosses
+from natsl.model import RoutedLM
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.tasks.sequences import IGNORED, Batch
 
@@ -129,16 +129,16 @@ class Loss(Generic[N]):
     accuracy: N
 
 
-def task_loss(tokens: TokenLosses, batch: Batch) -> Loss[Tensor]:
-    """Mean loss over scored text plus mean loss over recall answers; ``tokens`` are the losses of the batch."""
+def task_loss(loss: Tensor, right: Tensor, batch: Batch) -> Loss[Tensor]:
+    """Mean loss over scored text plus mean loss over recall answers; ``loss`` and ``right`` as in ``LMOutput``."""
     text = (batch.targets != IGNORED) & ~batch.recall
     parts, values = [], []
     for mask in (text, batch.recall):
         count = mask.sum()
-        mean = (tokens.loss * mask).sum() / count.clamp(min=1)
+        mean = (loss * mask).sum() / count.clamp(min=1)
         parts.append(mean)  # 0 where nothing is scored
         values.append(mean.detach().masked_fill(count == 0, math.nan))
-    accuracy = (tokens.right & batch.recall).sum() / batch.recall.sum()  # 0 / 0 = NaN
+    accuracy = (right & batch.recall).sum() / batch.recall.sum()  # 0 / 0 = NaN
     return Loss(total=torch.stack(parts).sum(), text=values[0], recall=values[1], accuracy=accuracy)
 
 
@@ -150,11 +150,12 @@ def sandwich_backward(
     ``groups``: every policy on its own equal slice of the batch, in one pass. ``accumulate``: every policy on the whole
     batch, one pass each, with in-place distillation from the first (largest) policy if ``distill`` > 0.
     """
+    gradient = config.route_gradient()
     if config.sandwich is Sandwich.groups:
         size = len(batch) // len(policies)
-        tokens = model.token_losses(batch.tokens, policies, batch.targets, config)
+        tokens = model(batch.tokens, policies, targets=batch.targets, route_gradient=gradient)
         slices = [slice(i * size, (i + 1) * size) for i in range(len(policies))]
-        losses = [task_loss(TokenLosses(tokens.loss[rows], tokens.right[rows]), batch.rows(rows)) for rows in slices]
+        losses = [task_loss(tokens.loss[rows], tokens.right[rows], batch.rows(rows)) for rows in slices]
         (torch.stack([loss.total for loss in losses]).mean()).backward()
         return losses
     losses = []
@@ -162,11 +163,12 @@ def sandwich_backward(
     scored = batch.targets != IGNORED
     for policy in policies:
         if config.distill == 0:
-            loss = task_loss(model.token_losses(batch.tokens, policy, batch.targets, config), batch)
+            output = model(batch.tokens, policy, targets=batch.targets, route_gradient=gradient)
+            loss = task_loss(output.loss, output.right, batch)
             total = loss.total
         else:
-            logits = model(batch.tokens, policy, training=config).logits
-            loss = task_loss(losses_of(logits, batch.targets), batch)
+            logits = model(batch.tokens, policy, route_gradient=gradient).logits.float()
+            loss = task_loss(*losses_of(logits, batch.targets), batch)
             total = loss.total
             odds = F.log_softmax(logits, -1)
             if teacher is None:
@@ -179,7 +181,7 @@ def sandwich_backward(
     return losses
 
 
-def losses_of(logits: Tensor, targets: Tensor) -> TokenLosses:
-    """Losses per token from logits [B,T,V] that had to be computed anyway."""
+def losses_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """``loss`` and ``right`` as in ``LMOutput``, from logits [B,T,V] that had to be computed anyway."""
     ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return TokenLosses(ce.view_as(targets), logits.detach().argmax(-1) == targets)
+    return ce.view_as(targets), logits.detach().argmax(-1) == targets

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig
+from natsl.config import ModelConfig, Precision, RouteGradient, TrainConfig
 from natsl.kernels.bench.roofline import op_work
 from natsl.kernels.shape import Case, Shape
 from natsl.space.check import check, check_choice, check_counts
@@ -104,20 +104,19 @@ def _time(
 
     gc.collect()  # a compiled model before this one would count in the largest memory
     torch.manual_seed(0)
-    net = RoutedLM(model).to(device)
-    net.precision = config.precision
+    net = RoutedLM(model, precision=config.precision).to(device)
     if config.compile:
         for block in net.blocks:
             block.compile()
     optimizer = build_optimizer(net, TrainConfig())
-    supernet = SupernetConfig(counterfactual_rate=config.counterfactual_rate)
+    gradient = RouteGradient(counterfactual_rate=config.counterfactual_rate)
     tokens = torch.randint(model.vocab_size, (config.batch_size, config.tokens + 1), device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autograd.set_multithreading_enabled(False):  # as in training
-            net.token_losses(inputs, policies, targets, supernet).loss.mean().backward()
+            net(inputs, policies, targets=targets, route_gradient=gradient).loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
 

@@ -37,6 +37,7 @@ from natsl.model import RoutedLM
 from natsl.progress import Progress
 from natsl.resume import is_free_on_resume
 from natsl.run import Run
+from natsl.space.check import check
 from natsl.supernet import Loss, N, sandwich_backward, sandwich_policies, seed_of, smallest_is_empty
 from natsl.threads import resume_threads, threads_restored
 from natsl.tracking import Tracker
@@ -222,7 +223,12 @@ def train_supernet(
     train, supernet, seed = recipe.train, recipe.supernet, recipe.seed
     check_batch(model.kinds, train, supernet)
     check_chunks(model.config.chunk_size, data.config.seq_len)
-    model.precision = train.precision
+    check(
+        model.precision is train.precision,
+        "train.precision",
+        train.precision,
+        f"the model computes in {model.precision.value}",
+    )
     trainer = Trainer(model, data, recipe)
     meta = {
         "seed": seed,
@@ -351,7 +357,7 @@ def fit(
 ) -> RoutedLM:
     """Train the supernet of a run (or resume it, or take it if it is finished), shown live, logged and tracked."""
     torch.manual_seed(recipe.seed)
-    net = RoutedLM(model, recipe.supernet.calibration_points).to(device)
+    net = RoutedLM(model, recipe.supernet.calibration_points, recipe.train.precision).to(device)
     if device.type == "cuda":
         compile_kernels(model, data.config.seq_len, recipe, device)
     steps = recipe.train.steps

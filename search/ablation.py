@@ -111,7 +111,8 @@ def run_job(job: Job) -> dict[str, Any]:
     data = TaskData(c.data, load_text(c.data.path, c.data.text_rules(c.root)), c.model.vocab_size)
     recipe = TrainRecipe(c.train, c.variant(job.variant), job.seed)
     torch.manual_seed(job.seed)
-    model = RoutedLM(c.model, recipe.supernet.calibration_points).to(resolve_device(c.device))
+    points, precision = recipe.supernet.calibration_points, recipe.train.precision
+    model = RoutedLM(c.model, points, precision).to(resolve_device(c.device))
     try:
         with sigterm_raises(), tempfile.TemporaryDirectory() as folder:
             train_supernet(model, data, recipe, Path(folder))

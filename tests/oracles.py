@@ -17,8 +17,9 @@ from torch import Tensor
 
 from natsl.calibration import Calibration
 from natsl.compiled import compile_policies
-from natsl.config import ModelConfig, SupernetConfig
+from natsl.config import ModelConfig, Precision, RouteGradient
 from natsl.data import Corpus, TaskData
+from natsl.layout import Layout
 from natsl.mixer import RoutedMixer
 from natsl.model import Block, RoutedLM
 from natsl.router import LayerContext, RoutePair
@@ -187,9 +188,9 @@ def tiny_config(kinds: str = "rrr", **options: object) -> ModelConfig:
     return ModelConfig(layers=layers, **{**shape, **options})  # type: ignore[arg-type]
 
 
-def tiny_model(kinds: str = "rrr", **options: object) -> RoutedLM:
+def tiny_model(kinds: str = "rrr", precision: Precision = Precision.float32, **options: object) -> RoutedLM:
     """A ``tiny_config`` model whose parameters are all far from zero, so that every path shows in the logits."""
-    model = RoutedLM(tiny_config(kinds, **options), calibration_points=17)
+    model = RoutedLM(tiny_config(kinds, **options), 17, precision)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "mix_proj" in name or "router" in name:
@@ -209,7 +210,7 @@ def layer_context(
     batch: int,
     lengths: Tensor | None = None,
     route: Tensor | RoutePair | None = None,
-    training: SupernetConfig | None = None,
+    gradient: RouteGradient | None = None,
     *,
     kind: Op = Op.routed,
     heads: int = 2,
@@ -217,7 +218,7 @@ def layer_context(
     """What a single layer of this kind is given for policies of equal slices of a batch; it has no calibration."""
     groups = [RoutingPolicy((policy,), 8) for policy in policies]
     compiled = compile_policies(groups, [kind], heads, Calibration(1, heads, 17), batch)
-    return LayerContext(compiled.layer(0), lengths, route, training)
+    return LayerContext(compiled.layer(0), Layout(lengths), route, gradient)
 
 
 def fill_calibration(model: RoutedLM) -> None:

@@ -22,7 +22,7 @@ from natsl.tasks.sequences import Batch
 from tests.oracles import tiny_data, tiny_model
 
 
-def made(config: SupernetConfig, kinds: str = "rrr", seed: int = 0, **options: object) -> tuple[RoutedLM, TaskData]:
+def made(config: SupernetConfig, kinds: str = "rrr", seed: int = 0, **options: Any) -> tuple[RoutedLM, TaskData]:
     torch.manual_seed(0)
     model, data = tiny_model(kinds, **options), tiny_data(tasks={"mqar": 3.0, "bytes": 1.0})
     model.calibration = Calibration(len(kinds), 2, 65)
@@ -34,7 +34,7 @@ def kept(model: RoutedLM, budget: float | tuple[float, ...], tokens: Tensor) -> 
     """Kept fraction of complete chunks [layers,R] under one layer policy everywhere."""
     policy = RoutingPolicy.fill(model.kinds, 8, LayerPolicy(budget=budget))
     with torch.no_grad():
-        return torch.stack([layer.route.mean((0, 1)) for layer in model.routing(tokens, policy)])
+        return torch.stack([layer.route.mean((0, 1)) for layer in model(tokens, policy, logits_to_keep=0).layers])
 
 
 @pytest.mark.parametrize("scope", CalibrationScope, ids=lambda s: s.value)
@@ -125,13 +125,13 @@ def test_any_stretch_holds_the_tasks_by_weight() -> None:
 
 def test_passes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    routing = RoutedLM.routing
+    forward = RoutedLM.forward
 
-    def spy(self: RoutedLM, tokens: Tensor, policy: Any, training: Any = None) -> Any:
+    def spy(self: RoutedLM, tokens: Tensor, policy: Any, **options: Any) -> Any:
         sizes.append(len(tokens))
-        return routing(self, tokens, policy, training)
+        return forward(self, tokens, policy, **options)
 
-    monkeypatch.setattr(RoutedLM, "routing", spy)
+    monkeypatch.setattr(RoutedLM, "forward", spy)
     monkeypatch.setattr(calibration, "PASS_TOKENS", 10 * 64)
     made(SupernetConfig(calibration_sequences=25))
     assert sizes == [9, 8, 8] * len(BUDGETS) * 2
@@ -172,7 +172,7 @@ def test_a_larger_budget_keeps_a_superset() -> None:
     for step in range(1, 100):
         policy = RoutingPolicy((LayerPolicy(budget=step / 100), *[LayerPolicy(threshold=0.0)] * 2), 8)
         with torch.no_grad():
-            route = model.routing(tokens, policy)[0].route
+            route = model(tokens, policy, logits_to_keep=0).layers[0].route
         assert (route >= last).all()
         last = route
 

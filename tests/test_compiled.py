@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from natsl.config import SupernetConfig
+from natsl.config import RouteGradient
 from natsl.model import RoutedLM
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from tests.oracles import fill_calibration, tiny_model
@@ -125,9 +125,9 @@ def test_a_compiled_policy_is_refused_where_it_does_not_hold() -> None:
         with pytest.raises(ValueError, match="compiled without calibration"):
             bare(x, compiled)
         bare(x, compiled, routes=routes)
-        bare(x, compiled, training=SupernetConfig())
+        bare(x, compiled, route_gradient=RouteGradient())
     with pytest.raises(ValueError, match="per_kind=False, which is for evaluation"):
-        model(x, model.compile_policy(MIXED[0], 2, per_kind=False), training=SupernetConfig())
+        model(x, model.compile_policy(MIXED[0], 2, per_kind=False), route_gradient=RouteGradient())
 
 
 def test_a_compiled_policy_fits_one_size_of_batch() -> None:
@@ -163,7 +163,7 @@ def test_a_captured_graph_follows_the_policy() -> None:
         expected = [model(x, p).logits.clone() for p in (first, second)]
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            model.routing(x, first)
+            model(x, first, logits_to_keep=0)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from natsl import tasks
-from natsl.checkpoint import file_sha256
+from natsl.checkpoint import build_model, file_sha256
 from natsl.config import Precision
 from natsl.data import Split
 from natsl.errors import UserError
 from natsl.evaluate import Evaluation, RandomRouting, evaluate
 from natsl.export import _write
-from natsl.files import write_json
+from natsl.files import to_plain, write_json
 from natsl.load import load_exported
 from natsl.model import RoutedLM
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
@@ -252,8 +252,8 @@ def test_answers_that_are_not_finite_are_refused_though_the_text_is() -> None:
 
 def test_an_exported_model_computes_in_the_precision_that_it_was_trained_in(tmp_path: Path) -> None:
     model, sets, p = make_model(), make_sets(), policy(ROUTED, ROUTED, ROUTED)
-    exact = evaluate(model, p, sets)
-    model.precision = Precision.bfloat16
+    state, exact = model.state_dict(), evaluate(model, p, sets)
+    model = build_model(to_plain(model.config), state, Precision.bfloat16)
     half = evaluate(model, p, sets)
     assert half.val_loss == pytest.approx(exact.val_loss, rel=1e-2)
     assert half.val_loss != exact.val_loss

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from natsl.config import Counterfactual, SupernetConfig
+from natsl.config import Counterfactual, RouteGradient
 from natsl.mixer import RoutedMixer, rotate
 from natsl.router import LayerContext, RoutePair, group_threshold
 from natsl.space.policy import ALLOWED_OPS, LayerPolicy, Op
@@ -136,10 +136,10 @@ def test_a_chunk_may_be_kept_nowhere_or_kept_and_written(case: str) -> None:
 
 
 def test_rotation_is_relative() -> None:
-    x, y = torch.randn(1, 12, 2, 8), torch.randn(1, 12, 2, 8)
-    here = torch.einsum("bthk,bshk->bhts", rotate(x, 100.0), rotate(y, 100.0))
+    x, y, place = torch.randn(1, 12, 2, 8), torch.randn(1, 12, 2, 8), torch.arange(12)[None]
+    here = torch.einsum("bthk,bshk->bhts", rotate(x, 100.0, place), rotate(y, 100.0, place))
     for shift in (1, 5, 300):
-        far = [rotate(torch.cat((torch.zeros(1, shift, 2, 8), z), 1), 100.0)[:, shift:] for z in (x, y)]
+        far = [rotate(z, 100.0, place + shift) for z in (x, y)]
         torch.testing.assert_close(torch.einsum("bthk,bshk->bhts", *far), here, rtol=0, atol=1e-4)
     unrotated = torch.einsum("bthk,bshk->bhts", x, y)
     torch.testing.assert_close(here.diagonal(dim1=2, dim2=3), unrotated.diagonal(dim1=2, dim2=3))
@@ -163,7 +163,7 @@ def test_sequences_without_a_complete_chunk_have_no_router_gradient() -> None:
     mixer = make_mixer("routed")
     x = torch.randn(4, 7, 16).double()
     for lengths in (None, torch.full((4,), 7)):
-        rows = layer_context([LayerPolicy(budget=0.4)], 4, lengths, training=SupernetConfig())
+        rows = layer_context([LayerPolicy(budget=0.4)], 4, lengths, gradient=RouteGradient())
         y, routing = mixer(x, rows)
         assert routing.route.all()
         grads = torch.autograd.grad(y.sum(), mixer.router.weight, allow_unused=True)
@@ -177,7 +177,7 @@ def test_no_lengths_stand_for_whole_sequences(T: int) -> None:
     results = []
     for lengths in (None, torch.full((4,), T)):
         policies = [LayerPolicy(budget=0.4), LayerPolicy(budget=0.7)]
-        rows = layer_context(policies, 4, lengths, training=SupernetConfig())
+        rows = layer_context(policies, 4, lengths, gradient=RouteGradient())
         y, routing = mixer(x, rows)
         weights = torch.linspace(-1, 1, y.numel()).double().view_as(y)
         results.append((y, routing.route, torch.autograd.grad((y * weights).sum(), mixer.router.weight)[0]))
@@ -186,10 +186,10 @@ def test_no_lengths_stand_for_whole_sequences(T: int) -> None:
     assert_near(results[0][2], results[1][2], torch.float32)
 
 
-def run_training(training: SupernetConfig, x: Tensor, mixer: RoutedMixer) -> tuple[Tensor, Tensor, Tensor]:
+def run_training(gradient: RouteGradient, x: Tensor, mixer: RoutedMixer) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a linear loss: margins, router weights, input."""
     x = x.clone().requires_grad_()
-    rows = layer_context([LayerPolicy(budget=0.4)], 4, torch.full((4,), x.shape[1]), training=training)
+    rows = layer_context([LayerPolicy(budget=0.4)], 4, torch.full((4,), x.shape[1]), gradient=gradient)
     y, routing = mixer(x, rows)
     assert routing.margins is not None
     loss = (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
@@ -201,7 +201,7 @@ def run_training(training: SupernetConfig, x: Tensor, mixer: RoutedMixer) -> tup
 def test_router_gradient_of_a_layer(mode: Counterfactual) -> None:
     mixer = make_mixer("routed")
     x = torch.randn(4, 35, 16).double()
-    config = SupernetConfig(counterfactual=mode, gradient_clamp=0.0)
+    config = RouteGradient(counterfactual=mode, gradient_clamp=0.0)
     free, _, _ = run_training(replace(config, project_budget=False), x, mixer)
     projected, weight, into = run_training(config, x, mixer)
     assert free[:, :4].abs().max() > 1e-3
@@ -216,7 +216,7 @@ def test_router_gradient_of_a_layer(mode: Counterfactual) -> None:
 def test_chosen_sides_have_the_same_gradient_in_every_mode() -> None:
     mixer = make_mixer("routed")
     x = torch.randn(4, 32, 16).double()
-    config = SupernetConfig(project_budget=False, gradient_clamp=0.0)
+    config = RouteGradient(project_budget=False, gradient_clamp=0.0)
     chosen, derivative, insertion = (
         run_training(replace(config, counterfactual=mode), x, mixer)[0] for mode in Counterfactual
     )
@@ -233,7 +233,7 @@ def test_route_noise_is_drawn_anew() -> None:
     mixer = make_mixer("routed")
     x = torch.randn(4, 64, 16).double()
     policies = [LayerPolicy(Op.routed, budget=0.5)]
-    noisy = layer_context(policies, 4, torch.full((4,), 64), training=SupernetConfig(route_noise=3.0))
+    noisy = layer_context(policies, 4, torch.full((4,), 64), gradient=RouteGradient(route_noise=3.0))
     routes = [mixer(x, noisy)[1].route for _ in range(2)]
     assert not torch.equal(*routes)
     assert all(r.sum() == 32 for r in routes), "noise reorders the chunks, the budget holds"

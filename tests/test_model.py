@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from natsl.config import CalibrationScope, ModelConfig, Precision, SupernetConfig
+from natsl.config import CalibrationScope, ModelConfig, Precision, RouteGradient
 from natsl.kernels import dispatch
-from natsl.model import LMOutput, RoutedLM, count_parameters
+from natsl.layout import Layout
+from natsl.model import RoutedLM, count_parameters
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from tests.oracles import TOLERANCE, assert_near, fill_calibration, mixer_of, tiny_config, tiny_model
 
@@ -34,8 +35,8 @@ def tokens(B: int = 2, T: int = 37) -> Tensor:
     return torch.randint(0, 384, (B, T))
 
 
-def calibrated(kinds: str = "rrr", **options: object) -> RoutedLM:
-    model = tiny_model(kinds, **options)
+def calibrated(kinds: str = "rrr", precision: Precision = Precision.float32, **options: object) -> RoutedLM:
+    model = tiny_model(kinds, precision, **options)
     fill_calibration(model)
     return model
 
@@ -44,10 +45,9 @@ def near(a: Tensor, b: Tensor, bound: float = 2e-5) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=bound)
 
 
-def run(model: RoutedLM, x: Tensor, p: RoutingPolicy | Sequence[RoutingPolicy], **options: Any) -> LMOutput:
+def run(model: RoutedLM, x: Tensor, p: RoutingPolicy | Sequence[RoutingPolicy], **options: Any) -> Any:
     with torch.no_grad():
-        output: LMOutput = model(x, p, **options)
-    return output
+        return model(x, p, **options)
 
 
 @pytest.mark.parametrize("T", [1, 7, 8, 9, 37])
@@ -76,7 +76,7 @@ def test_padding_on_any_side_equals_no_padding(T: int) -> None:
     mask = torch.zeros(len(rows), T, dtype=torch.bool)
     for i, (a, b) in enumerate(rows):
         mask[i, a:b] = True
-    padded = run(model, x, p, attention_mask=mask)
+    padded = run(model, x, p, layout=Layout.padded(mask))
     assert padded.logits.isfinite().all()
     for i, (a, b) in enumerate(rows):
         if a < b:
@@ -87,30 +87,30 @@ def test_padding_on_any_side_equals_no_padding(T: int) -> None:
                 assert torch.equal(one.route[i, :complete], other.route[0, :complete])
                 if one.margins is not None and other.margins is not None:  # a partial chunk has its true mean
                     near(one.margins[i, : other.margins.shape[1]], other.margins[0])
-    near(run(model, x, p, attention_mask=mask.long()).logits, padded.logits)
-    near(run(model, x, p, attention_mask=torch.ones_like(mask)).logits, run(model, x, p).logits)
+    near(run(model, x, p, layout=Layout.padded(mask.long())).logits, padded.logits)
+    near(run(model, x, p, layout=Layout.padded(torch.ones_like(mask))).logits, run(model, x, p).logits)
 
 
 def test_padding_in_training_leaves_budgets_to_real_chunks() -> None:
     model, x = calibrated("r"), tokens(4, 40)
     mask = torch.zeros(4, 40, dtype=torch.bool)
     mask[:, :16] = True
-    layers = run(model, x, policy(R), attention_mask=mask, training=SupernetConfig()).layers
-    alone = run(model, x[:, :16], policy(R), training=SupernetConfig()).layers
+    layers = run(model, x, policy(R), layout=Layout.padded(mask), route_gradient=RouteGradient()).layers
+    alone = run(model, x[:, :16], policy(R), route_gradient=RouteGradient()).layers
     assert torch.equal(layers[0].route[:, :2], alone[0].route)
 
 
 @pytest.mark.parametrize("row", [[1, 0, 1, 1], [1, 1, 0, 1], [0, 1, 0, 1], [1, 0, 0, 1]], ids=str)
 def test_masks_with_holes_are_refused(row: list[int]) -> None:
-    with pytest.raises(ValueError, match="attention_mask has holes"):
-        run(calibrated("d"), tokens(2, 4), policy(D), attention_mask=torch.tensor([[1, 1, 1, 1], row]))
+    with pytest.raises(ValueError, match="mask has holes"):
+        Layout.padded(torch.tensor([[1, 1, 1, 1], row]))
 
 
 @pytest.mark.parametrize("kinds", ["d", "s", "r", "dsr", "rsd", "srd", "ddr", "ssd"])
 def test_layers_in_any_order(kinds: str) -> None:
     model = RoutedLM(tiny_config(kinds))
     p = RoutingPolicy.fill(model.kinds, 8, LayerPolicy(Op.routed, budget=0.5))
-    output = model(tokens(4, 19), p, training=SupernetConfig())
+    output = model(tokens(4, 19), p, route_gradient=RouteGradient())
     assert [layer.margins is not None for layer in output.layers] == [kind == "r" for kind in kinds]
     output.logits.square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -119,13 +119,25 @@ def test_layers_in_any_order(kinds: str) -> None:
         assert parameter.grad.any(), name
 
 
-def test_unused_branch_gets_no_gradient() -> None:
+ROUTER = "router.weight"
+UNUSED = {  # by the layer's policy: what has no influence on the loss
+    "delta": (
+        D,
+        {"q_norm.weight", "k_norm.weight", "softmax_norm", "mix_proj.weight", "mix_proj.bias", "router.weight"},
+    ),
+    "softmax": (S, {ROUTER}),
+    "threshold": (T0, set()),
+}
+
+
+@pytest.mark.parametrize(("layer", "unused"), UNUSED.values(), ids=UNUSED)
+def test_unused_parameters_get_zeros_as_gradients(layer: LayerPolicy, unused: set[str]) -> None:
     model = tiny_model("r")
-    model(tokens(), policy(D)).logits.square().sum().backward()
-    mixer = mixer_of(model)
-    assert mixer.q_norm.weight.grad is mixer.softmax_norm.grad is mixer.mix_proj.weight.grad is None
-    assert mixer.a_proj.weight.grad is not None
-    assert mixer.a_proj.weight.grad.any()
+    model(tokens(), policy(layer), route_gradient=RouteGradient()).logits.square().sum().backward()
+    gradients = {name.removeprefix("blocks.0.mixer."): p.grad for name, p in model.named_parameters()}
+    for name, gradient in gradients.items():
+        assert gradient is not None, name
+        assert bool(gradient.any()) == (name not in unused), name
 
 
 # Causality
@@ -272,7 +284,7 @@ def test_a_change_of_the_calibration_is_noticed() -> None:
     with pytest.raises(ValueError, match="not calibrated"):
         run(model, x, [policy(budget, threshold), policy(threshold, budget)])
     run(model, x, policy(budget, budget), routes=[None, torch.zeros(2, 5, 2)])
-    run(model, x, policy(budget, budget), training=SupernetConfig())
+    run(model, x, policy(budget, budget), route_gradient=RouteGradient())
     model.calibration.by_layer = torch.zeros_like(model.calibration.by_layer)
     run(model, x, policy(budget, budget))
     with torch.inference_mode():
@@ -305,7 +317,11 @@ def test_policies_that_do_not_fit_are_refused(p: RoutingPolicy, message: str) ->
         (torch.zeros(3, 0, dtype=torch.int64), {}, "tokens must be"),
         (torch.zeros(0, 3, dtype=torch.int64), {}, "tokens must be"),
         (torch.zeros(2, 3), {}, "tokens must be integers .* found torch.float32"),
-        (torch.zeros(2, 3, dtype=torch.int64), {"attention_mask": torch.ones(2, 4)}, "attention_mask \\(2, 4\\)"),
+        (
+            torch.zeros(2, 3, dtype=torch.int64),
+            {"layout": Layout.padded(torch.ones(2, 4))},
+            "layout is of a mask \\(2, 4\\)",
+        ),
         (torch.zeros(2, 3, dtype=torch.int64), {"routes": [None, None]}, "routes has 2 entries for 1 layers"),
         (torch.zeros(2, 3, dtype=torch.int64), {"routes": [torch.zeros(2, 2, 2)]}, "route has shape"),
     ],
@@ -363,17 +379,15 @@ def test_model_in_other_dtypes(dtype: torch.dtype) -> None:
     p = policy(LayerPolicy(budget=0), S, D)
     expected = run(model, x, p).logits
     logits = run(model.to(dtype), x, p).logits
-    assert logits.dtype is torch.float32
-    near(logits, expected, max(TOLERANCE[dtype], TOLERANCE[torch.float32]) * 8)
+    assert logits.dtype is dtype
+    near(logits.float(), expected, max(TOLERANCE[dtype], TOLERANCE[torch.float32]) * 8)
 
 
 def half(kinds: str = "rsd") -> RoutedLM:
-    model = calibrated(kinds)
-    model.precision = Precision.bfloat16
-    return model
+    return calibrated(kinds, precision=Precision.bfloat16)
 
 
-def test_bfloat16_computes_in_half_and_keeps_weights_and_logits_whole() -> None:
+def test_bfloat16_computes_in_half_and_keeps_weights_whole() -> None:
     model, x = half(), tokens()
     seen: dict[str, torch.dtype] = {}
     for name, module in model.named_modules():
@@ -382,14 +396,15 @@ def test_bfloat16_computes_in_half_and_keeps_weights_and_logits_whole() -> None:
         )
     p = policy(LayerPolicy(budget=0), S, D)
     output = run(model, x, p)
-    assert output.logits.dtype is torch.float32
     assert {t.dtype for t in model.parameters()} == {torch.float32}
     assert seen.pop("embed") is torch.float32
     assert seen.pop("blocks.0.mixer.router") is torch.float32, "margins must not tie"
     assert set(seen.values()) == {torch.bfloat16}
-    model.precision = Precision.float32
-    exact = run(model, x, p).logits
-    near(output.logits, exact, TOLERANCE[torch.bfloat16] * 8)
+    whole = tiny_model("rsd")
+    whole.load_state_dict(model.state_dict())
+    exact = run(whole, x, p).logits
+    assert output.logits.dtype is torch.bfloat16
+    near(output.logits.float(), exact, TOLERANCE[torch.bfloat16] * 8)
     assert not torch.equal(output.logits, exact)
 
 
@@ -397,7 +412,7 @@ def test_bfloat16_gives_every_weight_a_gradient_of_its_own_dtype() -> None:
     model, x = half("rr"), tokens(4, 64)
     routed = LayerPolicy(budget=0.4)
     policies = [policy(S, S), policy(D, D), policy(routed, D), policy(routed, routed)]
-    losses = model.token_losses(x, policies, torch.roll(x, -1, 1), SupernetConfig())
+    losses = model(x, policies, targets=torch.roll(x, -1, 1), route_gradient=RouteGradient())
     assert losses.loss.dtype is torch.float32
     losses.loss.mean().backward()
     for name, parameter in model.named_parameters():
@@ -409,13 +424,11 @@ def test_bfloat16_gives_every_weight_a_gradient_of_its_own_dtype() -> None:
 
 @pytest.mark.parametrize("precision", Precision, ids=lambda p: p.value)
 def test_token_losses_are_those_of_the_logits(precision: Precision) -> None:
-    model, x = calibrated("rd"), tokens()
-    model.precision = precision
+    model, x = calibrated("rd", precision=precision), tokens()
     targets = torch.where(torch.rand(x.shape) < 0.2, -100, torch.roll(x, -1, 1))
     p = policy(R, D)
-    logits = run(model, x, p).logits
-    with torch.no_grad():
-        losses = model.token_losses(x, p, targets)
+    logits = run(model, x, p).logits.float()
+    losses = run(model, x, p, targets=targets)
     near(losses.loss, F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"), 1e-6)
     assert torch.equal(losses.right, logits.argmax(-1) == targets)
 
@@ -471,13 +484,13 @@ def test_on_the_kernels_as_on_torch(kinds: str, compiled: bool, monkeypatch: pyt
     policies = [RoutingPolicy.uniform(model.kinds, 16, budget=0.5), RoutingPolicy.all_delta(model.kinds, 16)]
     tokens = torch.randint(0, 256, (2, 50)).to(device)
     targets = torch.randint(0, 256, (2, 50)).to(device)
-    config = SupernetConfig()
+    gradient = RouteGradient()
 
     def gradients(backend: str) -> tuple[Tensor, list[Tensor | None]]:
         monkeypatch.setattr(dispatch, "resolve", lambda given, op, device: backend if given == "auto" else given)
         torch.manual_seed(0)
         model.zero_grad(set_to_none=True)
-        loss = model.token_losses(tokens, policies, targets, config).loss.mean()
+        loss = model(tokens, policies, targets=targets, route_gradient=gradient).loss.mean()
         loss.backward()
         return loss.detach(), [p.grad for p in model.parameters()]
 

@@ -241,7 +241,7 @@ from natsl.model import RoutedLM
 from natsl.space.policy import RoutingPolicy
 model = RoutedLM(ModelConfig())
 x = torch.zeros(1, 5, dtype=torch.int64)
-model.token_losses(x, RoutingPolicy.all_delta(model.kinds, 16), x).loss.sum().backward()
+model(x, RoutingPolicy.all_delta(model.kinds, 16), targets=x).loss.sum().backward()
 print([name for name in ("fla", "einops") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from natsl.config import CalibrationScope, SupernetConfig
+from natsl.config import CalibrationScope, RouteGradient
+from natsl.kernels.routing import chunk_means
 from natsl.router import Router, clamped_routes, group_threshold, route_chunks, straight_through
 from natsl.space.policy import LayerPolicy, Op
 from tests.oracles import assert_near, layer_context
@@ -30,13 +31,13 @@ def test_a_router_starts_and_is_stored_as_a_linear_layer() -> None:
 def test_margins_are_differences_of_scores_of_chunk_means(lengths: list[int] | None) -> None:
     router = Router(16, 3).double()
     x = torch.randn(2, 21, 16).double()
-    margins = router.margins(x, 8, None if lengths is None else torch.tensor(lengths))
+    margins = router.margins(chunk_means(x, 8, None if lengths is None else torch.tensor(lengths)))
     assert margins.shape == (2, 3, 3)
-    assert margins.dtype is torch.float32
+    assert margins.dtype is torch.float64
     for b, size in enumerate(lengths or [21, 21]):
         for n in range(-(-size // 8)):
             scores = (x[b, 8 * n : min(8 * n + 8, size)].mean(0) @ router.weight.T).view(3, 2)
-            assert_near(margins[b, n], (scores[:, 1] - scores[:, 0]).float())
+            assert_near(margins[b, n], scores[:, 1] - scores[:, 0])
 
 
 @pytest.mark.parametrize("routed", [True, False], ids=["router", "none"])
@@ -71,10 +72,10 @@ def test_straight_through_is_binary_forward_and_a_sigmoid_backward() -> None:
     torch.testing.assert_close(grad, y * (1 - y) / 0.5 * upstream)
 
 
-def group_route(margins: Tensor, complete: Tensor, budget: float, training: SupernetConfig) -> Tensor:
-    theta = group_threshold(margins, complete, budget, training)
+def group_route(margins: Tensor, complete: Tensor, budget: float, settings: RouteGradient) -> Tensor:
+    theta = group_threshold(margins, complete, budget, settings)
     hard = (margins.detach() > theta.detach()).to(margins.dtype)
-    return straight_through(margins, theta, hard, training.route_temperature)
+    return straight_through(margins, theta, hard, settings.route_temperature)
 
 
 @pytest.mark.parametrize("scope", CalibrationScope, ids=lambda s: s.value)
@@ -84,18 +85,18 @@ def test_projected_gradient_has_no_part_along_a_common_shift(budget: float, scop
     complete = torch.ones(3, 8, dtype=torch.bool)
     complete[:, -1] = complete[1, 5:] = False
     upstream = torch.randn(3, 8, 2).double() * complete[..., None]
-    training = SupernetConfig(calibration=scope)
-    (grad,) = torch.autograd.grad((group_route(margins, complete, budget, training) * upstream).sum(), margins)
+    settings = RouteGradient(calibration=scope)
+    (grad,) = torch.autograd.grad((group_route(margins, complete, budget, settings) * upstream).sum(), margins)
     (free,) = torch.autograd.grad(
         (
-            group_route(margins, complete, budget, SupernetConfig(calibration=scope, project_budget=False)) * upstream
+            group_route(margins, complete, budget, RouteGradient(calibration=scope, project_budget=False)) * upstream
         ).sum(),
         margins,
     )
     over = (0, 1, 2) if scope is CalibrationScope.layer else (0, 1)
     assert grad.sum(over).abs().max() < 1e-9
     assert free.sum(over).abs().max() > 1e-3
-    theta = group_threshold(margins.detach(), complete, budget, training)
+    theta = group_threshold(margins.detach(), complete, budget, settings)
     y = torch.sigmoid((margins.detach() - theta) / 0.5)
     slope = y * (1 - y)
     assert_near(free, slope / 0.5 * upstream)
@@ -107,12 +108,12 @@ def test_projected_gradient_has_no_part_along_a_common_shift(budget: float, scop
 @pytest.mark.parametrize("scope", CalibrationScope, ids=lambda s: s.value)
 @pytest.mark.parametrize("project", [True, False], ids=["projected", "free"])
 def test_training_threshold_keeps_the_budget_exactly(project: bool, scope: CalibrationScope) -> None:
-    training = SupernetConfig(calibration=scope, project_budget=project)
+    settings = RouteGradient(calibration=scope, project_budget=project)
     complete = torch.ones(5, 20, dtype=torch.bool)
     for case in range(50):
         margins = (torch.randn(5, 20, 2) * 10 ** (case % 5 - 2)).requires_grad_()
         budget = (case + 0.5) / 51
-        route = group_route(margins, complete, budget, training)
+        route = group_route(margins, complete, budget, settings)
         pool = 200 if scope is CalibrationScope.layer else 100
         kept = route.detach().sum() if scope is CalibrationScope.layer else route.detach().sum((0, 1))
         # the quantile lies between two of M margins: M − 1 − floor((1 − budget)(M − 1)) of them are above
@@ -122,14 +123,14 @@ def test_training_threshold_keeps_the_budget_exactly(project: bool, scope: Calib
 @pytest.mark.parametrize("scope", CalibrationScope, ids=lambda s: s.value)
 @pytest.mark.parametrize("project", [True, False], ids=["projected", "free"])
 def test_chunks_known_on_the_host_and_a_mask_give_the_same_threshold(project: bool, scope: CalibrationScope) -> None:
-    training = SupernetConfig(calibration=scope, project_budget=project)
+    settings = RouteGradient(calibration=scope, project_budget=project)
     margins = torch.randn(3, 8, 2).double().requires_grad_()
     mask = torch.zeros(3, 8, dtype=torch.bool)
     mask[:, :6] = True
     picked = margins.detach()[mask].view(-1, 1 if scope is CalibrationScope.layer else 2)
     found = []
     for complete in (6, mask):
-        theta = group_threshold(margins, complete, 0.3, training)
+        theta = group_threshold(margins, complete, 0.3, settings)
         assert_near(theta[0, 0].detach(), torch.quantile(picked, 0.7, dim=0).expand(2))
         weights = torch.linspace(1, 2, 2).double().view_as(theta)
         found.append(torch.autograd.grad((theta * weights).sum(), margins)[0] if project else theta.detach())
@@ -139,22 +140,22 @@ def test_chunks_known_on_the_host_and_a_mask_give_the_same_threshold(project: bo
 
 def test_budgets_of_0_and_1_and_incomplete_groups_have_infinite_thresholds() -> None:
     margins, none = torch.randn(2, 3, 2), torch.zeros(2, 3, dtype=torch.bool)
-    training = SupernetConfig()
-    ends = group_threshold(margins, ~none, torch.tensor([0.0, 1.0]).double(), training)
+    settings = RouteGradient()
+    ends = group_threshold(margins, ~none, torch.tensor([0.0, 1.0]).double(), settings)
     assert ends.flatten().tolist() == [math.inf, -math.inf]
-    assert (group_threshold(margins, none, 0.5, training) == -math.inf).all()
-    assert (group_threshold(margins, 0, 0.5, training) == -math.inf).all()
+    assert (group_threshold(margins, none, 0.5, settings) == -math.inf).all()
+    assert (group_threshold(margins, 0, 0.5, settings) == -math.inf).all()
     mixed = torch.tensor([0.0, 0.5]).double()
     for complete in (0, none):
-        assert group_threshold(margins, complete, mixed, training).flatten().tolist() == [math.inf, -math.inf]
+        assert group_threshold(margins, complete, mixed, settings).flatten().tolist() == [math.inf, -math.inf]
 
 
 def gradient(
-    keep: Tensor, skip: Tensor, route: Tensor, decided: Tensor, groups: int, training: SupernetConfig
+    keep: Tensor, skip: Tensor, route: Tensor, decided: Tensor, groups: int, settings: RouteGradient
 ) -> Tensor:
     """What reaches the routes from these gradients of the two memories' routes."""
     leaf = route.clone().requires_grad_()
-    pair = clamped_routes(leaf, decided, groups, training)
+    pair = clamped_routes(leaf, decided, groups, settings)
     assert torch.equal(pair.keep, route)
     assert torch.equal(pair.skip, route)
     return torch.autograd.grad((pair.keep * keep + pair.skip * skip).sum(), leaf)[0]
@@ -166,13 +167,13 @@ def test_clamp_at_a_multiple_of_the_mean_of_a_group() -> None:
     keep = torch.cat((total, 100 * total)).expand(2, 8, 2)
     decided = torch.tensor([[[True, False]], [[True, True]]])
     route = (torch.arange(16).view(2, 8, 1) % 3 > 0).float().expand(2, 8, 2)
-    training = SupernetConfig(gradient_clamp=2.0)
-    found = gradient(0.25 * keep, 0.75 * keep, route, decided, 2, training)
+    settings = RouteGradient(gradient_clamp=2.0)
+    found = gradient(0.25 * keep, 0.75 * keep, route, decided, 2, settings)
     clamped = torch.tensor([1.0, -1, 1, -1, 1, -1, 1, 10.0])  # 2 · mean |g| = 2 · 40 / 8
     torch.testing.assert_close(found[0, :, 0], clamped)
     assert not found[0, :, 1].any()
     torch.testing.assert_close(found[1], 100 * clamped[:, None].expand(8, 2))
-    free = gradient(keep, 2 * keep, route, decided, 2, replace(training, gradient_clamp=0.0))
+    free = gradient(keep, 2 * keep, route, decided, 2, replace(settings, gradient_clamp=0.0))
     torch.testing.assert_close(free, 3 * keep)
 
 
@@ -181,8 +182,8 @@ def test_what_is_not_decided_passes_no_gradient_on(clamp: float) -> None:
     """Not even one that is not finite, which would take the whole step with it."""
     router = Router(16, 2)
     policies = [LayerPolicy(Op.softmax), LayerPolicy(budget=(0.3, 0.0))]
-    training = SupernetConfig(gradient_clamp=clamp)
-    routing = route_chunks(router, torch.randn(4, 40, 16), 2, 8, layer_context(policies, 4, training=training))
+    settings = RouteGradient(gradient_clamp=clamp)
+    routing = route_chunks(router, torch.randn(4, 40, 16), 2, 8, layer_context(policies, 4, gradient=settings))
     upstream = torch.ones(4, 5, 2)
     upstream[0, 1, 0] = upstream[2, 1, 1] = math.inf
     (grad,) = torch.autograd.grad((routing.route, routing.skip), router.weight, (upstream, upstream))
@@ -192,7 +193,7 @@ def test_what_is_not_decided_passes_no_gradient_on(clamp: float) -> None:
 
 def test_a_group_that_decides_nothing_gets_a_finite_gradient() -> None:
     decided = torch.zeros(2, 1, 2, dtype=torch.bool)
-    found = gradient(torch.randn(2, 4, 2), torch.randn(2, 4, 2), torch.ones(2, 4, 2), decided, 1, SupernetConfig())
+    found = gradient(torch.randn(2, 4, 2), torch.randn(2, 4, 2), torch.ones(2, 4, 2), decided, 1, RouteGradient())
     assert not found.any()
 
 
@@ -209,8 +210,8 @@ def test_sampled_sides_are_clamped_before_they_are_scaled(rate: float, against: 
     sides[1] = (1 - against) * sides[1] - against * sides[0]
     route = (torch.rand(shape, generator=generator) < 0.3).float()
     decided = torch.ones(8, 1, 4, dtype=torch.bool)
-    training = SupernetConfig(gradient_clamp=3.0)
-    exact = gradient(sides[0], sides[1], route, decided, 1, training)
+    settings = RouteGradient(gradient_clamp=3.0)
+    exact = gradient(sides[0], sides[1], route, decided, 1, settings)
     assert (exact.abs() < sides.sum(0).abs() - 1e-4).any(), "the clamp has to do something"
     mean, draws = torch.zeros(shape), 400 if rate < 1 else 1
     for _ in range(draws):
@@ -219,7 +220,7 @@ def test_sampled_sides_are_clamped_before_they_are_scaled(rate: float, against: 
             torch.where(route > 0, sides[0], weight * sides[0]),
             torch.where(route > 0, weight * sides[1], sides[1]),
         )
-        mean += gradient(keep, skip, route, decided, 1, replace(training, counterfactual_rate=rate)) / draws
+        mean += gradient(keep, skip, route, decided, 1, replace(settings, counterfactual_rate=rate)) / draws
     similarity = float((mean * exact).sum() / (mean.norm() * exact.norm()))
     projection = float((mean * exact).sum() / exact.square().sum())
     assert similarity > (0.99 if against == 0 else 0.95)
@@ -230,13 +231,13 @@ def test_sampled_sides_are_clamped_before_they_are_scaled(rate: float, against: 
 def test_budgets_of_heads_are_quantiles_of_each_head(project: bool) -> None:
     margins = (torch.randn(5, 20, 4) * torch.tensor([1.0, 10, 0.1, 1])).requires_grad_()
     budgets = (0.1, 0.45, 0.0, 1.0)
-    training = SupernetConfig(project_budget=project)
+    settings = RouteGradient(project_budget=project)
     rows = layer_context([LayerPolicy(budget=budgets)], 5, heads=4).policy
-    theta = group_threshold(margins, 20, rows.budget[0], training)
+    theta = group_threshold(margins, 20, rows.budget[0], settings)
     assert theta.shape == (1, 1, 4)
     kept = (margins > theta).sum((0, 1)).tolist()
     assert kept == [10, 45, 0, 100]
-    masked = group_threshold(margins, torch.ones(5, 20, dtype=torch.bool), rows.budget[0], training)
+    masked = group_threshold(margins, torch.ones(5, 20, dtype=torch.bool), rows.budget[0], settings)
     torch.testing.assert_close(masked, theta)
-    one = group_threshold(margins, 20, 0.1, replace(training, calibration=CalibrationScope.head))
+    one = group_threshold(margins, 20, 0.1, replace(settings, calibration=CalibrationScope.head))
     torch.testing.assert_close(theta[..., 0], one[..., 0])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from natsl import supernet
-from natsl.config import Sandwich, SupernetConfig
+from natsl.config import RouteGradient, Sandwich, SupernetConfig
 from natsl.model import RoutedLM
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.supernet import (
@@ -181,7 +181,7 @@ def test_loss_is_text_plus_recall() -> None:
     recall = torch.tensor([[False, False, True, True], [False, False, False, True]])
     logits[0, 2, 2] = logits[1, 3, 1] = 9.0
     logits[0, 3, 3] = -9.0
-    loss = task_loss(losses_of(logits, targets), Batch(torch.zeros_like(targets), targets, recall))
+    loss = task_loss(*losses_of(logits, targets), Batch(torch.zeros_like(targets), targets, recall))
     ce = -logits.log_softmax(-1)
     text = (ce[0, 0, 1] + ce[1, 1, 0] + ce[1, 2, 4]) / 3
     asked = (ce[0, 2, 2] + ce[0, 3, 3] + ce[1, 3, 1]) / 3
@@ -189,12 +189,12 @@ def test_loss_is_text_plus_recall() -> None:
     assert float(loss.text) == pytest.approx(float(text))
     assert float(loss.recall) == pytest.approx(float(asked))
     assert float(loss.accuracy) == pytest.approx(2 / 3)
-    plain = task_loss(losses_of(logits, targets), Batch(torch.zeros_like(targets), targets, torch.zeros_like(recall)))
+    plain = task_loss(*losses_of(logits, targets), Batch(torch.zeros_like(targets), targets, torch.zeros_like(recall)))
     assert math.isnan(plain.recall)
     assert math.isnan(plain.accuracy)
     assert float(plain.total) == float(plain.text)
     nothing = torch.full_like(targets, IGNORED)
-    empty = task_loss(losses_of(logits, nothing), Batch(nothing, nothing, torch.zeros_like(recall)))
+    empty = task_loss(*losses_of(logits, nothing), Batch(nothing, nothing, torch.zeros_like(recall)))
     assert float(empty.total) == 0
     assert math.isnan(empty.text)
 
@@ -227,7 +227,9 @@ def test_groups_give_every_policy_its_own_slice() -> None:
     whole = gradients(model)
     for i, policy in enumerate(policies):
         rows = batch.rows(slice(2 * i, 2 * i + 2))
-        loss = task_loss(losses_of(model(rows.tokens, policy, training=config).logits, rows.targets), rows)
+        loss = task_loss(
+            *losses_of(model(rows.tokens, policy, route_gradient=config.route_gradient()).logits, rows.targets), rows
+        )
         assert float(loss.total.detach()) == pytest.approx(float(losses[i].total.detach()), abs=1e-5)
         (loss.total / 4).backward()
     assert_same(whole, gradients(model))
@@ -242,10 +244,10 @@ def test_accumulate_gives_every_policy_the_whole_batch(distill: float) -> None:
     whole = gradients(model)
     scored = batch.targets != IGNORED
     with torch.no_grad():
-        teacher = model(batch.tokens, policies[0], training=config).logits[scored].softmax(-1)
+        teacher = model(batch.tokens, policies[0], route_gradient=config.route_gradient()).logits[scored].softmax(-1)
     for i, policy in enumerate(policies):
-        logits = model(batch.tokens, policy, training=config).logits
-        loss = task_loss(losses_of(logits, batch.targets), batch)
+        logits = model(batch.tokens, policy, route_gradient=config.route_gradient()).logits
+        loss = task_loss(*losses_of(logits, batch.targets), batch)
         assert float(losses[i].text) == pytest.approx(float(loss.text))
         assert float(losses[i].accuracy) == float(loss.accuracy)
         divergence = (teacher * (teacher.log() - logits[scored].log_softmax(-1))).sum(-1).mean()
@@ -267,7 +269,7 @@ def test_distillation_teaches_the_students_alone() -> None:
 def test_router_gradient_of_a_step_is_orthogonal_to_shifting_a_groups_margins() -> None:
     model, batch = tiny_model("rr"), tiny_data().train_batch(8, 0, 0)
     x = batch.tokens[:, :61]  # an incomplete chunk at the end
-    output = model(x, sandwich(), training=SupernetConfig(gradient_clamp=0.0))
+    output = model(x, sandwich(), route_gradient=RouteGradient(gradient_clamp=0.0))
     margins = [layer.margins for layer in output.layers]
     grads = torch.autograd.grad(F.cross_entropy(output.logits.flatten(0, 1), x.flatten()), margins)
     for layer, grad in enumerate(grads):

@@ -20,7 +20,6 @@ from natsl.cli.commands import TrainRunConfig, run_training
 from natsl.config import Counterfactual, Precision, Sandwich, SupernetConfig, TrainConfig, check_batch
 from natsl.data import TaskData
 from natsl.errors import UserError
-from natsl.model import TokenLosses
 from natsl.run import Run
 from natsl.space.policy import RoutingPolicy
 from natsl.supernet import Loss, smallest_is_empty, task_loss
@@ -157,14 +156,14 @@ def broken_loss(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool], val
     """Make the loss of the steps for which ``bad`` holds (counted from 1 in this process) ``value``."""
     calls = 0
 
-    def loss(tokens: TokenLosses, batch: Batch) -> Loss[Tensor]:
+    def broken(loss: Tensor, right: Tensor, batch: Batch) -> Loss[Tensor]:
         nonlocal calls
         calls += 1
-        result = task_loss(tokens, batch)
+        result = task_loss(loss, right, batch)
         step = (calls + 3) // 4  # four policies a step
         return replace(result, total=result.total * value) if bad(step) else result
 
-    monkeypatch.setattr(supernet, "task_loss", loss)
+    monkeypatch.setattr(supernet, "task_loss", broken)
 
 
 @pytest.fixture
@@ -277,8 +276,7 @@ def test_a_step_asks_the_device_for_nothing(
 def test_a_step_on_a_gpu_waits_for_nothing(tmp_path: Path, precision: Precision) -> None:
     data = tiny_data(tasks={"mqar": 1.0, "bytes": 1.0})
     options = recipe(batch_size=8, precision=precision)
-    model = make_model("rds", heads=1, key_dim=16, value_dim=16, chunk_size=16).to("cuda")
-    model.precision = precision
+    model = make_model("rds", 0, precision, heads=1, key_dim=16, value_dim=16, chunk_size=16).to("cuda")
     trainer = Trainer(model, data, options)
     trainer.step(0)  # kernels are compiled and memory is found
     torch.cuda.synchronize()

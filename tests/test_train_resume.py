@@ -169,13 +169,14 @@ def test_how_often_to_log_and_how_many_to_keep_may_change(tmp_path: Path) -> Non
 def test_bfloat16_trains_resumes_and_is_remembered(tmp_path: Path, sandwich: Sandwich) -> None:
     net = SupernetConfig(calibration_points=17, calibration_sequences=8, sandwich=sandwich)
     options: dict[str, Any] = {"net": net, "precision": Precision.bfloat16, "steps": 8, "batch_size": 8}
-    unbroken = make_model()
+    half = Precision.bfloat16
+    unbroken = make_model(precision=half)
     records: list[Record] = []
     train_supernet(unbroken, tiny_data(), recipe(**options), tmp_path / "unbroken", records.append)
     assert records[-1]["loss"] < records[0]["loss"]
     with pytest.raises(Killed):
-        train_supernet(make_model(), tiny_data(), recipe(**options), tmp_path / "broken", kill_at(5))
-    resumed = make_model(init=1)
+        train_supernet(make_model(precision=half), tiny_data(), recipe(**options), tmp_path / "broken", kill_at(5))
+    resumed = make_model(init=1, precision=half)
     train_supernet(resumed, tiny_data(), recipe(**options), tmp_path / "broken")
     assert_equal(unbroken, resumed)
     loaded, _ = checkpoint.load_model(tmp_path / "unbroken")
@@ -185,6 +186,8 @@ def test_bfloat16_trains_resumes_and_is_remembered(tmp_path: Path, sandwich: San
         train_supernet(
             make_model(), tiny_data(), recipe(**{**options, "precision": Precision.float32}), tmp_path / "unbroken"
         )
+    with pytest.raises(ValueError, match=r"train.precision = 'bfloat16' is not allowed: the model computes in float32"):
+        train_supernet(make_model(), tiny_data(), recipe(**options), tmp_path / "unbroken")
 
 
 def test_checkpoints_from_before_there_was_a_precision_are_float32(tmp_path: Path) -> None:

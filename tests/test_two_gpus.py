@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from natsl.config import SupernetConfig
+from natsl.config import RouteGradient
 from natsl.kernels.branches import routed_branches
 from natsl.kernels.registry import OPS, OpSpec, Options, layer_inputs
 from natsl.kernels.routing import cap_limits, chunk_means, route_margins
@@ -145,8 +145,7 @@ def test_warm_up_compiles_for_the_device_of_the_tensors() -> None:
 @pytest.mark.parametrize("kinds", ["rdr", "rsd"])
 def test_a_model(kinds: str) -> None:
     """Its losses and the gradients of all weights, on the library's kernels where they are installed."""
-    shape = {"width": 64, "mlp_width": 96, "key_dim": 32, "value_dim": 32, "chunk_size": C}
-    model = tiny_model(kinds, **shape)
+    model = tiny_model(kinds, width=64, mlp_width=96, key_dim=32, value_dim=32, chunk_size=C)
     fill_calibration(model)
     tokens = torch.randint(0, 384, (2, 70))
     routed, delta, softmax = LayerPolicy(Op.routed, budget=0.4), LayerPolicy(Op.delta), LayerPolicy(Op.softmax)
@@ -156,7 +155,7 @@ def test_a_model(kinds: str) -> None:
         model.to(device)
         model.zero_grad()
         x = tokens.to(device)
-        losses = model.token_losses(x, policy, torch.roll(x, -1, 1), SupernetConfig(counterfactual_rate=1.0))
+        losses = model(x, policy, targets=torch.roll(x, -1, 1), route_gradient=RouteGradient())
         losses.loss.mean().backward()
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         found.append([losses.loss.detach(), *gradients])

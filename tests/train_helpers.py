@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from natsl.config import SupernetConfig, TrainConfig
+from natsl.config import Precision, SupernetConfig, TrainConfig
 from natsl.model import RoutedLM
 from natsl.train import TrainRecipe
 from tests.oracles import tiny_config
@@ -26,9 +26,11 @@ def recipe(seed: int = 0, net: SupernetConfig | None = None, **options: Any) -> 
     return TrainRecipe(train, net or SupernetConfig(calibration_points=17), seed)
 
 
-def make_model(kinds: str = "rr", init: int = 0, **options: object) -> RoutedLM:
+def make_model(
+    kinds: str = "rr", init: int = 0, precision: Precision = Precision.float32, **options: object
+) -> RoutedLM:
     torch.manual_seed(init)
-    return RoutedLM(tiny_config(kinds, **options), calibration_points=17)
+    return RoutedLM(tiny_config(kinds, **options), 17, precision)
 
 
 def kill_at(step: int) -> Callable[[Record], None]:

@@ -1,0 +1,125 @@
+"""Where the sequences of a call are: padding, packed sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from natsl.config import RouteGradient
+from natsl.layout import Layout
+from natsl.model import RoutedLM
+from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
+from tests.oracles import fill_calibration, tiny_model
+
+LENGTHS = (13, 1, 8, 40, 7, 17, 16, 9)  # in chunks of 8
+BUDGET, CAPPED = LayerPolicy(budget=0.4), LayerPolicy(threshold=-0.5, cap=0.5, mix_temperature=2.0)
+D, S = LayerPolicy(Op.delta), LayerPolicy(Op.softmax)
+POLICIES = [
+    RoutingPolicy(layers, 8)
+    for layers in (
+        (BUDGET, S, D, BUDGET),
+        (D, S, D, CAPPED),
+        (S, S, D, LayerPolicy(threshold=(0.1, -0.1))),
+        (LayerPolicy(budget=(0.0, 0.5)), S, D, D),
+    )
+]
+
+
+def double(kinds: str = "rsdr", **options: Any) -> RoutedLM:
+    model = tiny_model(kinds, **options)
+    fill_calibration(model)
+    return model.double()
+
+
+def documents(model: RoutedLM) -> list[Tensor]:
+    return [torch.randint(model.config.vocab_size, (1, length)) for length in LENGTHS]
+
+
+@pytest.mark.parametrize("rope", [False, True], ids=["no-rope", "rope"])
+@pytest.mark.parametrize("count", [1, 4], ids=["one-policy", "policies"])
+def test_packed_documents_equal_each_alone(count: int, rope: bool) -> None:
+    model = double(rope=rope, conv_width=4)
+    texts, policies = documents(model), POLICIES[:count]
+    with torch.no_grad():
+        packed = model(torch.cat(texts, 1), policies, layout=Layout.packed(LENGTHS, 8))
+        logits = packed.logits.split(LENGTHS, 1)
+        chunks = [-(-length // 8) for length in LENGTHS]
+        for i, text in enumerate(texts):
+            alone = model(text, policies[i * count // len(texts)])
+            torch.testing.assert_close(logits[i], alone.logits, rtol=0, atol=1e-10)
+            for one, other in zip(packed.layers, alone.layers, strict=True):
+                assert torch.equal(one.route.split(chunks, 1)[i], other.route)
+                if one.margins is not None:
+                    torch.testing.assert_close(one.margins.split(chunks, 1)[i], other.margins, rtol=0, atol=1e-10)
+
+
+def test_nothing_leaks_between_packed_documents() -> None:
+    model = double()
+    texts = documents(model)
+    layout = Layout.packed(LENGTHS, 8)
+    before = model(torch.cat(texts, 1), POLICIES[0], layout=layout).logits.split(LENGTHS, 1)
+    texts[3] = (texts[3] + 1) % model.config.vocab_size
+    after = model(torch.cat(texts, 1), POLICIES[0], layout=layout).logits.split(LENGTHS, 1)
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [i != 3 for i in range(len(LENGTHS))]
+
+
+@pytest.mark.parametrize("clamp", [0.0, 3.0], ids=["free", "clamped"])
+def test_packed_documents_train_as_rows_do(clamp: float) -> None:
+    """Gradients of packed documents of one length are those of the same documents as rows, budgets and all."""
+    model = double()
+    gradient = RouteGradient(gradient_clamp=clamp)
+    x = torch.randint(model.config.vocab_size, (4, 45))
+    targets = torch.randint(model.config.vocab_size, (4, 45))
+    found = []
+    for packed in (False, True):
+        model.zero_grad()
+        shape, layout = ((1, -1), Layout.packed([45] * 4, 8)) if packed else ((4, 45), None)
+        output = model(x.view(shape), POLICIES, targets=targets.view(shape), layout=layout, route_gradient=gradient)
+        output.loss.mean().backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["whole", "padded", "packed"])
+def test_logits_of_the_last_tokens(kind: str) -> None:
+    model = double()
+    x = torch.randint(model.config.vocab_size, (2, 30) if kind != "packed" else (1, 47))
+    layouts = {
+        "whole": None,
+        "padded": Layout.padded(torch.arange(30) >= torch.tensor([[0], [13]])),
+        "packed": Layout.packed([30, 17], 8),
+    }
+    logits = model(x, POLICIES[0], layout=layouts[kind]).logits
+    rows = logits[0].split((30, 17)) if kind == "packed" else logits
+    last = model(x, POLICIES[0], layout=layouts[kind], logits_to_keep=3)
+    torch.testing.assert_close(last.logits, torch.stack([row[-3:] for row in rows]), rtol=0, atol=1e-12)
+    scored = model(x, POLICIES[0], layout=layouts[kind], targets=x, logits_to_keep=1)
+    assert scored.loss.shape == x.shape
+    torch.testing.assert_close(scored.logits, last.logits[:, -1:], rtol=0, atol=1e-12)
+    nothing = model(x, POLICIES[0], layout=layouts[kind], logits_to_keep=0)
+    assert nothing.logits is nothing.loss is None
+    assert len(nothing.layers) == 4
+
+
+REFUSED = {
+    "none": (lambda: Layout.packed([], 8), "at least one entry"),
+    "empty": (lambda: Layout.packed([3, 0], 8), "must be ≥ 1"),
+    "mask": (lambda: Layout.padded(torch.ones(4)), "mask must be"),
+    "chunks": (
+        lambda: double()(torch.zeros(1, 9).long(), POLICIES[0], layout=Layout.packed([9], 4)),
+        "chunks of 4 tok",
+    ),
+    "tokens": (lambda: double()(torch.zeros(1, 8).long(), POLICIES[0], layout=Layout.packed([9], 8)), "packs 9 tokens"),
+    "rows": (lambda: double()(torch.zeros(3, 3).long(), POLICIES[0], layout=Layout.packed([9], 8)), "packs 9 tokens"),
+    "split": (lambda: double()(torch.zeros(1, 9).long(), POLICIES[:2], layout=Layout.packed([9], 8)), "batch of 1"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED)
+def test_layouts_that_do_not_fit_are_refused(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
