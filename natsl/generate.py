@@ -1,4 +1,4 @@
-"""Text from a model under a routing policy: tokens one after another, each from the whole text before it."""
+"""Text from a model under a routing policy: tokens one after another, each from the cache of those before it."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ def generate(
 ) -> Iterator[int]:
     """Draw ``max_new_tokens`` ids that continue ``prompt`` (ids, at least one), one by one.
 
-    Each token costs a forward pass over the whole text. The same arguments give the same tokens. ``ValueError`` for a
+    The prompt is read in one pass; each further token costs a pass over itself, which reads the cache of those before.
+    The same arguments give the same tokens. ``ValueError`` for a
     policy that does not fit and ids outside the vocabulary, ``UserError`` for logits that are not finite.
     """
     check(len(prompt) > 0, "prompt", list(prompt), "it must have at least one token")
@@ -114,16 +115,16 @@ def generate(
 
 
 def _tokens(
-    model: RoutedLM, policy: RoutingPolicy, text: list[int], max_new_tokens: int, sampling: Sampling
+    model: RoutedLM, policy: RoutingPolicy, unread: list[int], max_new_tokens: int, sampling: Sampling
 ) -> Iterator[int]:
     import torch
 
     device = model.embed.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)  # on the CPU: the same draws on every device
-    compiled = model.compile_policy(policy, 1)
+    compiled, cache = model.compile_policy(policy, 1), model.new_cache(1)
     for _ in range(max_new_tokens):
-        with torch.no_grad():
-            logits = model(torch.tensor([text], device=device), compiled, logits_to_keep=1).logits[0, -1].double().cpu()
+        tokens = torch.tensor([unread], device=device)
+        logits = model(tokens, compiled, cache=cache, logits_to_keep=1).logits[0, -1].double().cpu()
         if not bool(logits.isfinite().all()):
             raise UserError("the model's logits are not finite: it cannot be used")
         if sampling.temperature == 0:
@@ -133,7 +134,7 @@ def _tokens(
                 logits[logits < logits.topk(sampling.top_k).values[-1]] = -torch.inf
             weights = torch.softmax((logits - logits.max()) / sampling.temperature, -1)
             token = int(torch.multinomial(weights, 1, generator=generator))
-        text.append(token)
+        unread = [token]
         yield token
 
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from natsl.kernels.dispatch import count_chunks
-
 
 @dataclass(frozen=True)
 class Packing:
@@ -58,12 +56,13 @@ class Layout:
 
     ``lengths`` int64 [S]: real tokens of each sequence, None: all. ``order`` int64 [B,T]: the column that comes at each
     place once the padding is on the right, None: it is there already. ``packing``: tables of packed sequences, else
-    None.
+    None. ``read`` int64 [B]: tokens of each sequence that a cache holds, None without one.
     """
 
     lengths: Tensor | None = None
     order: Tensor | None = None
     packing: Packing | None = None
+    read: Tensor | None = None
 
     @staticmethod
     def padded(mask: Tensor) -> Layout:
@@ -89,8 +88,8 @@ class Layout:
         """
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths = {list(lengths)} must have at least one entry, and each must be ≥ 1")
-        chunks = torch.tensor(count_chunks(list(lengths), chunk_size))
         sizes = torch.tensor(lengths)
+        chunks = (sizes + chunk_size - 1) // chunk_size
         ends, chunk_ends = sizes.cumsum(0), chunks.cumsum(0)
         sequence = torch.arange(len(sizes)).repeat_interleave(sizes)
         position = torch.arange(int(ends[-1])) - (ends - sizes)[sequence]
@@ -110,6 +109,13 @@ class Layout:
             int(chunks.max()),
         )
         return Layout(sizes.to(device), None, tables)
+
+    def positions(self, tokens: int, device: torch.device) -> Tensor:
+        """Position of each of ``tokens`` columns in its sequence, int64 [B,T], or [1,T] where all rows agree."""
+        if self.packing is not None:
+            return self.packing.position[None]
+        columns = torch.arange(tokens, device=device)[None]
+        return columns if self.read is None else self.read[:, None] + columns
 
     def to_right(self, x: Tensor) -> Tensor:
         """x [B,T] with its padding on the right."""

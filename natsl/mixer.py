@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from natsl.compiled import Span
 from natsl.config import ModelConfig
 from natsl.kernels.branches import routed_branches
-from natsl.kernels.delta import routed_delta_rule
+from natsl.kernels.delta import DeltaState, routed_delta_rule
 from natsl.kernels.mix import gated_norm, routed_mix
 from natsl.kernels.softmax import routed_softmax
+from natsl.layout import Layout
 from natsl.modules import RMSNorm, causal_attention, short_convolution, with_zero_gradients
 from natsl.router import LayerContext, LayerRouting, RoutePair, Router, route_chunks
 from natsl.space.policy import Op
@@ -125,8 +126,8 @@ class RoutedMixer(nn.Module):
     def forward(self, x: Tensor, context: LayerContext) -> tuple[Tensor, LayerRouting]:
         """Mix tokens: x [B,T,D] (normed) → [B,T,D] and the routing that happened."""
         B, T, _ = x.shape
-        c, packing = self.config, context.layout.packing
-        qkv = short_convolution(self.qkv_proj(x), self.conv, None if packing is None else packing.position)
+        c = self.config
+        qkv = self._convolve(self.qkv_proj(x), context)
         gate = self.gate_proj(x).view(B, T, c.softmax_heads, -1)
         router = self.router if self.kind is Op.routed else None
         routing = route_chunks(router, x, c.heads, c.chunk_size, context)
@@ -151,6 +152,18 @@ class RoutedMixer(nn.Module):
             y = with_zero_gradients(y, self._unused(spans, routing))
         routing = LayerRouting(routing.margins, routing.route.detach(), routing.skip.detach())
         return self.out_proj(y.reshape(B, T, -1)), routing
+
+    def _convolve(self, x: Tensor, context: LayerContext) -> Tensor:
+        """The short convolution of every sequence by itself, from its last inputs if there is a cache."""
+        layout, cache = context.layout, context.cache
+        if cache is None:
+            return short_convolution(x, self.conv, None if layout.packing is None else layout.packing.position)
+        x = torch.cat((cache.tail, x), 1)
+        tail = cache.tail.shape[1]
+        last = torch.arange(tail, device=x.device)
+        last = last + (x.shape[1] - tail if layout.lengths is None else layout.lengths[:, None])
+        cache.tail = x[torch.arange(len(x), device=x.device)[:, None], last]
+        return short_convolution(x, self.conv)[:, tail:]
 
     def _unused(self, spans: tuple[Span, ...], routing: LayerRouting) -> list[nn.Parameter]:
         """Parameters of a routed layer that have no influence on its output under these policies."""
@@ -181,64 +194,96 @@ class RoutedMixer(nn.Module):
 
     def _mix(self, rows: _Rows, context: LayerContext) -> Tensor:
         """Run the memories that these rows use and combine what they give: [B,T,Hs,Vs]."""
-        c, gradient, packing = self.config, context.gradient, context.layout.packing
-        B, T, _ = rows.q.shape
+        eps = self.config.norm_eps
+        o_delta, o_softmax = (self._memories if context.cache is None else self._continued_memories)(rows, context)
+        if o_delta is not None:
+            o_delta = o_delta.reshape(rows.gate.shape)
+        if o_softmax is None:
+            assert o_delta is not None
+            return gated_norm(o_delta, rows.gate, self.delta_norm, eps=eps)
+        if o_delta is None:
+            return gated_norm(o_softmax, rows.gate, self.softmax_norm, eps=eps)
+        assert rows.logits is not None
+        return routed_mix(o_delta, o_softmax, rows.gate, rows.logits, self.delta_norm, self.softmax_norm, eps=eps)
+
+    def _heads(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of the routing heads, [B,T,R,·]."""
+        q, k, v = (x.unflatten(2, (self.config.heads, -1)) for x in (rows.q, rows.k, rows.v))
+        return q, k, v
+
+    def _softmax_heads(self, rows: _Rows, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of softmax, [B,T,Hs,·]: normed and at their positions."""
+        c = self.config
+        q, k, v = (x.unflatten(2, (c.softmax_heads, -1)) for x in (rows.q, rows.k, rows.v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if c.rope:
+            positions = layout.positions(q.shape[1], q.device)
+            q, k = rotate(q, c.rope_theta, positions), rotate(k, c.rope_theta, positions)
+        return q, k, v
+
+    def _memories(self, rows: _Rows, context: LayerContext) -> tuple[Tensor | None, Tensor | None]:
+        """Outputs of the delta rule [B,T,R,V] and of softmax [B,T,Hs,Vs], None for one that these rows do not use."""
+        gradient, packing = context.gradient, context.layout.packing
+        chunk_size, keep = self.config.chunk_size, rows.routes.keep
+        borders = None if packing is None else packing.cu_seqlens
         mode = gradient.counterfactual.value if gradient else "none"
         rate = gradient.counterfactual_rate if gradient else 1.0
-        borders = None if packing is None else packing.cu_seqlens
-        q, k, v = (x.reshape(B, T, c.heads, -1) for x in (rows.q, rows.k, rows.v))
-        if rows.gates is None or rows.logits is not None:
-            qs, ks = (x.reshape(B, T, c.softmax_heads, -1) for x in (rows.q, rows.k))
-            qs, ks = self.q_norm(qs), self.k_norm(ks)
-            if c.rope:
-                positions = torch.arange(T, device=qs.device) if packing is None else packing.position
-                qs, ks = (rotate(x, c.rope_theta, positions[None]) for x in (qs, ks))
         if rows.gates is None:
-            values = v.reshape(B, T, c.softmax_heads, -1)
+            q, k, v = self._softmax_heads(rows, context.layout)
             # every chunk is kept; on a CPU torch's attention may hold all scores at once, the routed op never does
             if context.route is None and packing is None and v.is_cuda:
-                o_softmax = causal_attention(qs, ks, values)
-            else:
-                keep = rows.routes.keep
-                o_softmax = routed_softmax(qs, ks, values, keep, chunk_size=c.chunk_size, cu_seqlens=borders)
-            return gated_norm(o_softmax, rows.gate, self.softmax_norm, eps=c.norm_eps)
-        g, beta = rows.gates
+                return None, causal_attention(q, k, v)
+            return None, routed_softmax(q, k, v, keep, chunk_size=chunk_size, cu_seqlens=borders)
+        q, k, v = self._heads(rows)
         if rows.logits is None:
             o_delta, _ = routed_delta_rule(
                 q,
                 k,
                 v,
-                g,
-                beta,
+                *rows.gates,
                 rows.routes.skip,
-                chunk_size=c.chunk_size,
+                chunk_size=chunk_size,
                 cu_seqlens=borders,
                 counterfactual=mode,
                 counterfactual_rate=rate,
             )
-            o_delta = o_delta.reshape(rows.gate.shape)
-            return gated_norm(o_delta, rows.gate, self.delta_norm, eps=c.norm_eps)
-        o_delta, o_softmax = routed_branches(
+            return o_delta, None
+        qs, ks, _ = self._softmax_heads(rows, context.layout)
+        return routed_branches(
             q,
             k,
             v,
             qs,
             ks,
-            g,
-            beta,
-            rows.routes.keep,
+            *rows.gates,
+            keep,
             delta_route=rows.routes.skip,
-            chunk_size=c.chunk_size,
+            chunk_size=chunk_size,
             cu_seqlens=borders,
             counterfactual=mode,
             counterfactual_rate=rate,
         )
-        return routed_mix(
-            o_delta.reshape(rows.gate.shape),
-            o_softmax,
-            rows.gate,
-            rows.logits,
-            self.delta_norm,
-            self.softmax_norm,
-            eps=c.norm_eps,
-        )
+
+    def _continued_memories(self, rows: _Rows, context: LayerContext) -> tuple[Tensor | None, Tensor | None]:
+        """``_memories`` from the states in the cache, which are updated."""
+        c, cache, lengths, read = self.config, context.cache, context.layout.lengths, context.layout.read
+        assert cache is not None
+        assert read is not None
+        o_delta = o_softmax = None
+        if cache.delta is not None:
+            assert rows.gates is not None
+            o_delta, state = routed_delta_rule(
+                *self._heads(rows),
+                *rows.gates,
+                rows.routes.skip,
+                chunk_size=c.chunk_size,
+                initial_state=cache.delta,
+                output_final_state=True,
+                lengths=lengths,
+            )
+            assert isinstance(state, DeltaState)
+            cache.delta = state
+        if cache.pages is not None:
+            q, k, v = self._softmax_heads(rows, context.layout)
+            o_softmax = cache.attend(q, k, v, rows.routes.keep, read % c.chunk_size, c.chunk_size, lengths)
+        return o_delta, o_softmax

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from natsl.cache import Cache
 from natsl.calibration import Calibration, upgraded
 from natsl.compiled import CompiledPolicy, Fit, compile_policies
 from natsl.config import ModelConfig, Precision, RouteGradient
@@ -116,6 +117,7 @@ class RoutedLM(nn.Module):
         *,
         targets: Tensor | None = None,
         layout: Layout | None = None,
+        cache: Cache | None = None,
         routes: Routes | None = None,
         route_gradient: RouteGradient | None = None,
         logits_to_keep: int | None = None,
@@ -125,31 +127,48 @@ class RoutedLM(nn.Module):
         tokens [B,T] int64. ``policy``: one for all sequences, or several, each for an equal consecutive slice of them,
         or what ``compile_policy`` has made of them. ``targets`` [B,T] int64 (−100: not scored): the losses are computed
         without keeping the logits. ``layout``: padding, or sequences packed into a batch of one row; real tokens get
-        what they get in their sequence alone, what padding gets is unspecified. ``routes``: per layer None or fixed
-        routes [B,N,R] instead of the router's, one for both memories or a ``RoutePair``. ``route_gradient``, for
-        training and calibration: budgets are exact quantiles of the slice (not causal; under data parallelism each rank
-        takes them of its own sequences) and routes carry the router's gradient. ``logits_to_keep``: logits of the last
-        so many tokens of each sequence [S,·,vocabulary] (None: of all, [B,T,vocabulary], but of none with targets).
+        what they get in their sequence alone, padding gets something unspecified. ``cache`` (inference only): the
+        sequences go on from what it holds, and it is updated; the policy may change between calls, but a decided chunk
+        keeps its route. ``routes``: per layer None or fixed routes [B,N,R] instead of the router's, one for both
+        memories or a ``RoutePair``. With a cache all routing is of the N = ``touched_chunks(T, C)`` chunks from each
+        sequence's open one on. ``route_gradient`` (training and calibration): budgets are exact quantiles of their
+        slice, under data parallelism of each rank's (not causal), and routes carry the router's gradient.
+        ``logits_to_keep``: logits of only the last so many tokens of each sequence, [S,·,vocabulary] (None: of all
+        tokens, or none with targets).
 
-        With gradients, parameters without influence under the policy get zeros. Raises ``ValueError`` if a policy or
-        the layout does not fit, a token is not in the vocabulary, the sequences do not split, or a layer without
-        calibration gets a budget.
+        In training, parameters that have no influence under the policy get zeros as gradients. Raises ``ValueError`` if
+        a policy, the layout or the cache does not fit, a token is not in the vocabulary, the sequences do not split, or
+        a layer without calibration gets a budget.
         """
         layout = Layout() if layout is None else layout
         self._check_tokens(tokens, layout)
         sequences = tokens.shape[0] if layout.lengths is None else layout.lengths.shape[0]
         compiled = self._compiled(sequences, policy, routes, route_gradient is not None)
-        with self._autocast(tokens.device):
-            x, layers = self._hidden(layout.to_right(tokens), compiled, layout, routes, route_gradient)
+        with contextlib.ExitStack() as stack:
+            if cache is not None:
+                if route_gradient is not None or layout.packing is not None:
+                    raise ValueError("a cache goes with rows and without a route_gradient")
+                cache.check(self.config, sequences, tokens.device)
+                layout = replace(layout, read=cache.lengths)
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(cache.advancing(tokens.shape[1] if layout.lengths is None else layout.lengths))
+            stack.enter_context(self._autocast(tokens.device))
+            x, layers = self._hidden(layout.to_right(tokens), compiled, layout, cache, routes, route_gradient)
             loss = right = logits = None
             if targets is not None:
-                loss, right = linear_cross_entropy(x, self._output_weight(), layout.to_right(targets))
-                loss, right = layout.restore(loss), layout.restore(right)
+                losses = linear_cross_entropy(x, self._output_weight(), layout.to_right(targets))
+                loss, right = map(layout.restore, losses)
             if logits_to_keep is None and targets is None:
                 logits = layout.restore(F.linear(x, self._output_weight()))
             elif logits_to_keep:
                 logits = F.linear(layout.last(x, logits_to_keep), self._output_weight())
         return LMOutput(logits, loss, right, layers)
+
+    def new_cache(self, batch: int) -> Cache:
+        """A cache for ``forward`` of ``batch`` sequences that have no tokens yet."""
+        weight = self.embed.weight
+        dtype = torch.bfloat16 if self.precision is Precision.bfloat16 else weight.dtype
+        return Cache(self.config, batch, weight.device, dtype)
 
     @property
     def precision(self) -> Precision:
@@ -191,17 +210,18 @@ class RoutedLM(nn.Module):
         tokens: Tensor,
         policy: CompiledPolicy,
         layout: Layout,
+        cache: Cache | None,
         routes: Routes | None,
         gradient: RouteGradient | None,
     ) -> tuple[Tensor, list[LayerRouting]]:
-        """What the output layer reads, [B,T,D], and what each layer's router did."""
+        """What the output layer reads, [B,T,D], and what each layer's router did; padding is on the right."""
         x = self.embed(tokens) * math.sqrt(self.config.width)
         if self.precision is Precision.bfloat16:
             x = x.bfloat16()
         layers = []
         for i, block in enumerate(self.blocks):
-            context = LayerContext(policy.layer(i), layout, None if routes is None else routes[i], gradient)
-            x, routing = block(x, context)
+            route, state = None if routes is None else routes[i], None if cache is None else cache.layers[i]
+            x, routing = block(x, LayerContext(policy.layer(i), layout, state, route, gradient))
             layers.append(routing)
         return self.norm(x), layers
 

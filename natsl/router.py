@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from natsl.cache import LayerCache
 from natsl.compiled import CompiledLayer, Span
 from natsl.config import CalibrationScope, RouteGradient
-from natsl.kernels.routing import cap_limits, chunk_means, complete_chunks, route_margins
+from natsl.kernels.routing import cap_limits, chunk_means, complete_chunks, continued_means, route_margins
+from natsl.kernels.segment import touched_chunks
 from natsl.layout import Layout
 
 
@@ -46,23 +48,27 @@ class LayerContext:
     """Everything a layer needs besides its input: the policies of the sequences, as tensors, and where these are.
 
     ``route``: fixed routes [B,N,R] instead of the router's (controls, tests), for both memories or one for each.
-    ``gradient``: budgets become quantiles of the batch itself and the routes carry a gradient.
+    ``cache``: the state of the layer, from which it goes on; N is then that of the chunks that the call touches, from
+    the open one on (``touched_chunks``). ``gradient``: budgets become quantiles of the batch itself and the routes
+    carry a gradient.
     """
 
     policy: CompiledLayer
     layout: Layout
+    cache: LayerCache | None = None
     route: Tensor | RoutePair | None = None
     gradient: RouteGradient | None = None
 
     def spans(self) -> tuple[Span, ...]:
-        """The rows that share a computation: packed sequences all do."""
-        spans = self.policy.plan.spans
-        if self.layout.packing is None:
+        """The rows that share a computation: packed sequences all do, and those of a cache."""
+        spans, cache = self.policy.plan.spans, self.cache
+        if self.layout.packing is None and cache is None:
             return spans
-        both = any(span.both for span in spans)
+        # a later policy may need both memories of the chunk that stays open
+        both = any(span.both for span in spans) if cache is None else None not in (cache.delta, cache.pages)
         return (
             Span(
-                rows=slice(0, 1),
+                rows=slice(0, None),
                 both=both,
                 masked=both and any(span.masked or not span.both for span in spans),
                 tempered=any(span.tempered for span in spans),
@@ -99,13 +105,18 @@ def route_chunks(router: Router | None, x: Tensor, heads: int, chunk_size: int, 
 
     Without a router a layer can only keep all or nothing. In training the routes carry the router's gradient.
     """
-    N = -(-x.shape[1] // chunk_size)
-    policy, gradient = context.policy, context.gradient
-    lengths, packing = context.layout.lengths, context.layout.packing
+    policy, gradient, cache = context.policy, context.gradient, context.cache
+    lengths, packing, read = context.layout.lengths, context.layout.packing, context.layout.read
+    N = -(-x.shape[1] // chunk_size) if cache is None else touched_chunks(x.shape[1], chunk_size)
     margins = None
     if router is not None:
         source = x.detach() if gradient is None or gradient.detach_router else x
-        means = chunk_means(source, chunk_size, lengths) if packing is None else packing.chunk_means(source)
+        if cache is not None:
+            assert read is not None
+            assert cache.total is not None
+            means, cache.total = continued_means(source, read % chunk_size, cache.total, chunk_size, lengths)
+        else:
+            means = chunk_means(source, chunk_size, lengths) if packing is None else packing.chunk_means(source)
         margins = router.margins(means)
     if context.route is not None:
         pair = context.route if isinstance(context.route, RoutePair) else RoutePair(context.route, context.route)
@@ -118,24 +129,18 @@ def route_chunks(router: Router | None, x: Tensor, heads: int, chunk_size: int, 
         route = kept[:, None].expand(-1, N, heads) if packing is None else kept[packing.chunk_sequence][None]
         return LayerRouting(margins, route, route)
     if packing is None:
-        pair = _decide(margins, x.shape[1], lengths, chunk_size, policy, gradient)
+        pair = _decide(margins, chunk_size, x.shape[1], context)
     else:
-        assert lengths is not None
-        pair = _decide(packing.chunk_rows(margins), packing.most * chunk_size, lengths, chunk_size, policy, gradient)
+        pair = _decide(packing.chunk_rows(margins), chunk_size, packing.most * chunk_size, context)
         keep = packing.pack_rows(pair.keep)
         pair = RoutePair(keep, keep if pair.skip is pair.keep else packing.pack_rows(pair.skip))
     return LayerRouting(margins, pair.keep, pair.skip)
 
 
-def _decide(
-    margins: Tensor,
-    tokens: int,
-    lengths: Tensor | None,
-    chunk_size: int,
-    policy: CompiledLayer,
-    gradient: RouteGradient | None,
-) -> RoutePair:
-    """Routes of margins [B,N,R], a sequence in each row; ``tokens``: T, of which ``lengths`` [B] are real."""
+def _decide(margins: Tensor, chunk_size: int, tokens: int, context: LayerContext) -> RoutePair:
+    """Routes of margins [B,N,R] with a sequence in each row; ``tokens``: T, of which the layout's lengths are real."""
+    policy, gradient, cache = context.policy, context.gradient, context.cache
+    lengths, read = context.layout.lengths, context.layout.read
     N = margins.shape[1]
     theta, logits = policy.threshold[:, None], margins  # [B,1,R], [B,N,R]
     if gradient is not None:
@@ -146,8 +151,12 @@ def _decide(
         if lengths is not None:
             complete = complete_chunks(lengths, chunk_size, N)
         theta = _training_thresholds(logits, complete, policy, gradient)
-    limits = cap_limits(N, policy.cap, policy.burst, margins.device) if policy.plan.capped else None
-    route = route_margins(logits.detach(), theta.detach(), limits)
+    limits = kept = None
+    if policy.plan.capped:
+        done = None if read is None else read // chunk_size
+        limits = cap_limits(N, policy.cap, policy.burst, margins.device, done)
+        kept = None if cache is None or cache.pages is None else cache.pages.kept
+    route = route_margins(logits.detach(), theta.detach(), limits, kept)
     if gradient is None or not torch.is_grad_enabled() or not any(span.learns for span in policy.plan.spans):
         return RoutePair(route, route)
     decided = theta.detach().isfinite()

@@ -218,7 +218,7 @@ def layer_context(
     """What a single layer of this kind is given for policies of equal slices of a batch; it has no calibration."""
     groups = [RoutingPolicy((policy,), 8) for policy in policies]
     compiled = compile_policies(groups, [kind], heads, Calibration(1, heads, 17), batch)
-    return LayerContext(compiled.layer(0), Layout(lengths), route, gradient)
+    return LayerContext(compiled.layer(0), Layout(lengths), None, route, gradient)
 
 
 def fill_calibration(model: RoutedLM) -> None:

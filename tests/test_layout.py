@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from natsl.config import RouteGradient
+from natsl.config import Precision, RouteGradient
+from natsl.kernels import dispatch
 from natsl.layout import Layout
 from natsl.model import RoutedLM
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
-from tests.oracles import fill_calibration, tiny_model
+from tests.oracles import TOLERANCE, fill_calibration, tiny_model
 
 LENGTHS = (13, 1, 8, 40, 7, 17, 16, 9)  # in chunks of 8
 BUDGET, CAPPED = LayerPolicy(budget=0.4), LayerPolicy(threshold=-0.5, cap=0.5, mix_temperature=2.0)
@@ -123,3 +124,36 @@ REFUSED = {
 def test_layouts_that_do_not_fit_are_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("precision", Precision, ids=lambda p: p.value)
+def test_packed_documents_on_the_kernels(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU or in Triton's interpreter, with the same routes: each document's logits, and the gradients of all."""
+    on_gpu = torch.cuda.is_available()
+    if precision is Precision.bfloat16 and not on_gpu:
+        pytest.skip("needs a GPU: the interpreter has no products in bfloat16")
+    device = "cuda" if on_gpu else "cpu"
+    monkeypatch.setattr(dispatch, "resolve", lambda given, op, device: "triton" if given == "auto" else given)
+    shape = {"chunk_size": 16, "key_dim": 32, "value_dim": 32, "softmax_per_head": 2, "rope": True}
+    model = tiny_model("rs", precision, **shape).to(device)
+    policy = RoutingPolicy((LayerPolicy(threshold=0.0), S), 16)
+    lengths = [17, 1, 32]
+    chunks = [-(-length // 16) for length in lengths]
+    texts = [torch.randint(384, (1, length), device=device) for length in lengths]
+    route = (torch.rand(1, sum(chunks), 2, device=device) < 0.5).float()
+
+    def scored(text: Tensor, route: Tensor, layout: Layout | None) -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        output = model(text, policy, targets=text, layout=layout, routes=[route, None], logits_to_keep=1)
+        output.loss.sum().backward()
+        return output.logits, [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    layout = Layout.packed(lengths, 16, device)
+    packed, gradients = scored(torch.cat(texts, 1), route, layout)
+    bound = TOLERANCE[torch.bfloat16 if precision is Precision.bfloat16 else torch.float32] * 8
+    parts = [scored(text, part, None) for text, part in zip(texts, route.split(chunks, 1), strict=True)]
+    for i, (alone, _) in enumerate(parts):
+        torch.testing.assert_close(packed[i], alone[0], rtol=0, atol=bound)
+    for i, gradient in enumerate(gradients):
+        expected = torch.stack([single[i] for _, single in parts]).sum(0)
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=bound * max(1.0, float(expected.abs().max())))
