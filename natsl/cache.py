@@ -26,7 +26,7 @@ class LayerCache:
 
     ``tail`` [B,W−1,channels]: the last inputs of the convolution. ``total`` [B,D], at least float32: sum of the
     router's inputs over the open chunk. ``delta``: the state of the delta rule. ``pages``: keys and values of the kept
-    chunks and of the open one, with the number kept, which caps count on.
+    chunks and of the open one, with the number kept, which caps and the mix count on.
     """
 
     tail: Tensor

@@ -14,9 +14,9 @@ from natsl.space.check import check, check_at_least, check_choice, check_counts
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op
 
-# What decides a training besides its settings: how policies are drawn, the gradient clamped, budgets calibrated.
-# It is stored with every checkpoint and counts up where one of them changes.
-TRAINING_VERSION = 2
+# What decides a training besides its settings: how policies are drawn, the gradient clamped, budgets calibrated, the
+# memories mixed (since 3 with a bias). It is stored with every checkpoint and counts up where one of them changes.
+TRAINING_VERSION = 3
 
 
 class Counterfactual(Enum):

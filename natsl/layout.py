@@ -117,6 +117,15 @@ class Layout:
         columns = torch.arange(tokens, device=device)[None]
         return columns if self.read is None else self.read[:, None] + columns
 
+    def spread(self, x: Tensor, tokens: int, chunk_size: int) -> Tensor:
+        """A value of every chunk for each of ``tokens`` columns: [B,N,…] → [B,T,…]."""
+        if self.packing is not None:
+            return x[:, self.packing.chunk]
+        if self.read is None:
+            return x.repeat_interleave(chunk_size, 1)[:, :tokens]
+        chunk = ((self.read % chunk_size)[:, None] + torch.arange(tokens, device=x.device)) // chunk_size
+        return x[torch.arange(len(x), device=x.device)[:, None], chunk]
+
     def to_right(self, x: Tensor) -> Tensor:
         """x [B,T] with its padding on the right."""
         return x if self.order is None else x.gather(1, self.order)

@@ -22,8 +22,8 @@ from natsl.tasks import DataConfig
 if TYPE_CHECKING:
     from natsl.model import RoutedLM
 
-EXPORT_FORMAT = 2
-_READABLE = (1, 2)  # 1: a calibration at even levels, in one tensor
+EXPORT_FORMAT = 3
+_READABLE = (1, 2, 3)  # 1: a calibration at even levels, in one tensor; 2: a mix without bias
 _SCORES = ("values", "search_values", "measured", "dominated_by", "gain_over_random")  # of a point of a front
 EXPORT_FILES = ("config.json", "model.safetensors", "policy.json", "calibration.json", "provenance.json")
 
@@ -141,7 +141,7 @@ def load_exported(path: str | Path) -> tuple[RoutedLM, RoutingPolicy]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found not in _READABLE:
         needed = manifest.get("natsl", "unknown") if isinstance(manifest, dict) else "unknown"
-        formats = " and ".join(map(str, _READABLE))
+        formats = f"{_READABLE[0]} to {EXPORT_FORMAT}"
         raise UserError(f"{folder} has the export format {found!r}, this natsl reads {formats}: use natsl {needed}")
     sums = manifest.get("files")
     for name in EXPORT_FILES:

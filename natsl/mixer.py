@@ -21,8 +21,11 @@ from natsl.kernels.mix import gated_norm, routed_mix
 from natsl.kernels.softmax import routed_softmax
 from natsl.layout import Layout
 from natsl.modules import RMSNorm, causal_attention, short_convolution, with_zero_gradients
-from natsl.router import LayerContext, LayerRouting, RoutePair, Router, route_chunks
+from natsl.router import LayerContext, LayerRouting, RoutePair, Router, kept_before, route_chunks
 from natsl.space.policy import Op
+
+# Factor of ``mix_bias``: a step of AdamW changes a scalar by the learning rate at most, and some need to reach ±.3.
+BIAS_GAIN = 8.0
 
 
 def rotate(x: Tensor, theta: float, positions: Tensor) -> Tensor:
@@ -84,6 +87,7 @@ class RoutedMixer(nn.Module):
             self.delta_norm = nn.Parameter(torch.ones(head_value))
         if kind is Op.routed:
             self.mix_proj = nn.Linear(self.key_width, 2 * c.softmax_heads)
+            self.mix_bias = nn.Parameter(torch.zeros(2 * c.softmax_heads))
             self.router = Router(c.width, c.heads)
         self.reset_parameters()
 
@@ -121,6 +125,7 @@ class RoutedMixer(nn.Module):
         if self.kind is Op.routed:
             nn.init.zeros_(self.mix_proj.weight)
             nn.init.zeros_(self.mix_proj.bias)
+            nn.init.zeros_(self.mix_bias)
             nn.init.normal_(self.router.weight, std=0.02)
 
     def forward(self, x: Tensor, context: LayerContext) -> tuple[Tensor, LayerRouting]:
@@ -135,12 +140,12 @@ class RoutedMixer(nn.Module):
         for span in spans:
             rows = span.rows
             q, k, v = qkv[rows].split((self.key_width, self.key_width, self.value_width), -1)
+            keep = routing.route[rows]
             gates = logits = None
             if span.both:
-                logits = self._mix_logits(q, context, span)
+                logits = self._mix_logits(q, keep, context, span)
             if self.kind is not Op.softmax:
                 gates = self._gates(x[rows])
-            keep = routing.route[rows]
             routes = RoutePair(keep, keep if routing.skip is routing.route else routing.skip[rows])
             if not span.learns:  # the ops then leave out the routes' gradient
                 routes = RoutePair(routes.keep.detach(), routes.skip.detach())
@@ -172,13 +177,21 @@ class RoutedMixer(nn.Module):
         unused = [] if routing.route.requires_grad else list(self.router.parameters())
         if not any(span.both for span in spans):
             unused += [p for part in (self.q_norm, self.k_norm, self.mix_proj) for p in part.parameters()]
-            unused.append(self.softmax_norm)
+            unused += [self.softmax_norm, self.mix_bias]
         return unused
 
-    def _mix_logits(self, q: Tensor, context: LayerContext, span: Span) -> Tensor:
-        """Logits [B,T,Hs,2] of the branches' weights for the rows of a span, whose queries are q [B,T,R·K]."""
-        logits: Tensor = self.mix_proj(q).view(*q.shape[:2], -1, 2)
-        policy = context.policy
+    def _mix_logits(self, q: Tensor, keep: Tensor, context: LayerContext, span: Span) -> Tensor:
+        """Logits [B,T,Hs,2] of the branches' weights for the rows of a span: queries q [B,T,R·K], routes [B,N,R].
+
+        The query does not know how many chunks softmax has kept for it, n. A bias times 1 / (1 + n) does; it takes no
+        gradient to the routes.
+        """
+        c, T, policy = self.config, q.shape[1], context.policy
+        share = BIAS_GAIN / (1 + kept_before(keep, context))[..., None]  # [B,N,R,1]
+        bias = (share * self.mix_bias.view(c.heads, -1)).flatten(2)  # [B,N,2·Hs]
+        logits: Tensor = self.mix_proj(q)
+        logits = logits + context.layout.spread(bias.to(logits.dtype), T, c.chunk_size)
+        logits = logits.view(*q.shape[:2], -1, 2)
         if span.tempered:
             temperature = context.per_token(policy.temperature, span.rows)
             logits = (_precise(logits) / temperature).to(logits.dtype)

@@ -83,8 +83,15 @@ class RoutedLM(nn.Module):
         self.calibration = Calibration(len(self.kinds), config.heads, calibration_points)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of any module. Called on the model itself, it also takes states from before a calibration had levels."""
-        return super().load_state_dict(upgraded(state_dict), strict, assign)
+        """As of any module. Called on the model itself, it also takes states of older versions.
+
+        Those from before a calibration had levels, and from before the mix had a bias, which is then 0.
+        """
+        state = upgraded(state_dict)
+        for name, bias in state_dict.items():
+            if name.endswith(".mix_proj.bias"):
+                state.setdefault(name.replace("mix_proj.bias", "mix_bias"), torch.zeros_like(bias))
+        return super().load_state_dict(state, strict, assign)
 
     def compile_policy(
         self,

@@ -137,6 +137,19 @@ def route_chunks(router: Router | None, x: Tensor, heads: int, chunk_size: int, 
     return LayerRouting(margins, pair.keep, pair.skip)
 
 
+def kept_before(route: Tensor, context: LayerContext) -> Tensor:
+    """How many chunks of its sequence each head has kept before each chunk: routes [B,N,R] → int64 [B,N,R]."""
+    packing, cache = context.layout.packing, context.cache
+    kept = route.long()  # sums of integers are deterministic on a GPU too
+    before = kept.cumsum(1) - kept
+    if packing is not None:
+        first = torch.arange(route.shape[1], device=route.device) - packing.chunk_index
+        before = before - before[:, first]
+    if cache is not None and cache.pages is not None:
+        before = before + cache.pages.kept[:, None]
+    return before
+
+
 def _decide(margins: Tensor, chunk_size: int, tokens: int, context: LayerContext) -> RoutePair:
     """Routes of margins [B,N,R] with a sequence in each row; ``tokens``: T, of which the layout's lengths are real."""
     policy, gradient, cache = context.policy, context.gradient, context.cache

@@ -315,9 +315,9 @@ def _resume(folder: Path, model: RoutedLM, optimizer: torch.optim.Optimizer, met
     version = record.get("version", 1)  # older checkpoints do not have it
     if version != TRAINING_VERSION and not record["finished"]:
         raise UserError(
-            f"the checkpoints in {folder} were begun by a natsl that draws policies, clamps the router's gradient and "
-            f"calibrates in another way (training version {version}, now {TRAINING_VERSION}): finish the run with it "
-            "or choose another name"
+            f"the checkpoints in {folder} were begun by a natsl that draws policies, clamps the router's gradient, "
+            f"calibrates or mixes the memories in another way (training version {version}, now {TRAINING_VERSION}): "
+            "finish the run with it or choose another name"
         )
     for key, value in {**meta, "model": to_plain(model.config)}.items():
         old = record.get(key)
@@ -333,10 +333,12 @@ def _resume(folder: Path, model: RoutedLM, optimizer: torch.optim.Optimizer, met
         raise UserError(f"the checkpoints in {folder} belong to another run ({difference}): choose another name")
     state = {key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")}
     model.load_state_dict(state)
+    if record["finished"]:  # an older one may lack the optimiser's state of parameters that are new
+        return int(record["step"]), True
     checkpoint.load_optimizer(optimizer, tensors)
-    if not record["finished"] and model.embed.weight.device.type == "cpu":
+    if model.embed.weight.device.type == "cpu":
         resume_threads(record)
-    return int(record["step"]), bool(record["finished"])
+    return int(record["step"]), False
 
 
 def compile_kernels(model: ModelConfig, tokens: int, recipe: TrainRecipe, device: torch.device) -> None:

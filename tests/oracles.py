@@ -20,7 +20,7 @@ from natsl.compiled import compile_policies
 from natsl.config import ModelConfig, Precision, RouteGradient
 from natsl.data import Corpus, TaskData
 from natsl.layout import Layout
-from natsl.mixer import RoutedMixer
+from natsl.mixer import BIAS_GAIN, RoutedMixer
 from natsl.model import Block, RoutedLM
 from natsl.router import LayerContext, RoutePair
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
@@ -195,6 +195,9 @@ def tiny_model(kinds: str = "rrr", precision: Precision = Precision.float32, **o
         for name, parameter in model.named_parameters():
             if "mix_proj" in name or "router" in name:
                 parameter.normal_(std=0.5)
+        for name, parameter in model.named_parameters():
+            if "mix_bias" in name:
+                parameter.normal_(std=0.5 / BIAS_GAIN)
     return model.eval()
 
 

@@ -78,7 +78,7 @@ def test_results_of_another_training_are_not_mixed(tmp_path: Path) -> None:
     jobs = [Job(config(tmp_path), "base", seed, tmp_path / f"{seed}.json") for seed in (0, 1)]
     older = [{"variant": "base", "seed": job.seed, "fingerprint": job.fingerprint()} for job in jobs]
     write_json(jobs[0].path, older[0])
-    with pytest.raises(UserError, match=r"0.json is of a natsl that trains in another way .* 1, now 2\): finish"):
+    with pytest.raises(UserError, match=r"0.json is of a natsl that trains in another way .* 1, now 3\): finish"):
         list(run_jobs(jobs, 1))
     write_json(jobs[1].path, older[1])
     assert list(run_jobs(jobs, 1)) == older

@@ -128,13 +128,31 @@ def test_an_export_of_format_1_gives_its_thresholds(exported: Path) -> None:
     check_model(model, RoutingPolicy((LayerPolicy(budget=(0.0, 1.0)), *policy.layers[1:]), 8))
 
 
+def test_an_export_of_format_2_mixes_without_a_bias(exported: Path) -> None:
+    model, policy = load_exported(exported)
+    x = torch.randint(0, 300, (2, 40))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("mix_bias"):
+                parameter.zero_()
+        expected = model(x, policy).logits
+    weights = exported / "model.safetensors"
+    save_file({name: t for name, t in load_file(weights).items() if not name.endswith("mix_bias")}, weights)
+    seal(exported)
+    manifest = read_json(exported / "manifest.json")
+    write_json(exported / "manifest.json", {**manifest, "format": 2})
+    older, policy = load_exported(exported)
+    with torch.no_grad():
+        assert torch.equal(older(x, policy).logits, expected)
+
+
 def test_folders_that_are_no_exports(exported: Path, tmp_path: Path) -> None:
     folder = exported
     (folder / "policy.json").unlink()
     with pytest.raises(UserError, match=r"is incomplete: policy\.json is missing"):
         load_exported(folder)
-    write_json(folder / "manifest.json", {"format": 3, "natsl": "9.0"})
-    with pytest.raises(UserError, match=r"the export format 3, this natsl reads 1 and 2: use natsl 9\.0"):
+    write_json(folder / "manifest.json", {"format": 4, "natsl": "9.0"})
+    with pytest.raises(UserError, match=r"the export format 4, this natsl reads 1 to 3: use natsl 9\.0"):
         load_exported(folder)
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(UserError, match="is not an exported model"):

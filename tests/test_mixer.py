@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from natsl.calibration import Calibration
+from natsl.compiled import compile_policies
 from natsl.config import Counterfactual, RouteGradient
-from natsl.mixer import RoutedMixer, rotate
+from natsl.layout import Layout
+from natsl.mixer import BIAS_GAIN, RoutedMixer, rotate
 from natsl.router import LayerContext, RoutePair, group_threshold
-from natsl.space.policy import ALLOWED_OPS, LayerPolicy, Op
+from natsl.space.policy import ALLOWED_OPS, LayerPolicy, Op, RoutingPolicy
 from tests.oracles import assert_near, dense_softmax, layer_context, tiny_config, token_delta
 
 KINDS = {"delta": "d", "softmax": "s", "routed": "r"}
@@ -71,7 +74,11 @@ def plain_layer(
     if len(o) == 1:
         (mixed,) = o.values()
     else:
-        share = ((q @ m.mix_proj.weight.T + m.mix_proj.bias).view(B, T, Hs, 2) / temperature).softmax(-1)
+        logits = (q @ m.mix_proj.weight.T + m.mix_proj.bias).view(B, T, Hs, 2)
+        for t in range(T):
+            kept = route[:, : t // c.chunk_size].sum(1).repeat_interleave(c.softmax_per_head, 1)[..., None]
+            logits[:, t] += BIAS_GAIN * m.mix_bias.view(Hs, 2) / (1 + kept)
+        share = (logits / temperature).softmax(-1)
         mixed = share[..., :1] * o[Op.delta] + share[..., 1:] * o[Op.softmax]
     gate = (x @ m.gate_proj.weight.T).view(B, T, Hs, -1)
     return (gate * torch.sigmoid(gate) * mixed).reshape(B, T, -1) @ m.out_proj.weight.T
@@ -133,6 +140,74 @@ def test_a_chunk_may_be_kept_nowhere_or_kept_and_written(case: str) -> None:
     assert_near(y, plain_layer(mixer, x, Op.routed, keep.double(), skip=skip.double()), torch.float32)
     together, _ = mixer(x, context(LayerPolicy(threshold=0.0), 2, 21, keep))
     assert not torch.allclose(y, together)
+
+
+# The bias of the mix by the number of chunks kept
+
+
+def test_the_bias_knows_only_what_was_kept_before() -> None:
+    mixer = make_mixer("routed")
+    x = torch.randn(2, 40, 16).double()
+    route = (torch.rand(2, 5, 2) < 0.5).float()
+    y, _ = mixer(x, context(LayerPolicy(threshold=0.0), 2, 40, route))
+    for n in range(5):
+        other = route.clone()
+        other[:, n:] = 1 - other[:, n:]
+        z, _ = mixer(x, context(LayerPolicy(threshold=0.0), 2, 40, other))
+        end = 8 * (n + 1)  # softmax serves the own chunk whatever its route
+        assert torch.equal(z[:, :end], y[:, :end])
+        assert n == 4 or not torch.allclose(z[:, end:], y[:, end:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_of_zero_changes_no_logit(dtype: torch.dtype) -> None:
+    mixer = make_mixer("routed").to(dtype)
+    nn.init.zeros_(mixer.mix_bias)
+    q, rows = torch.randn(2, 21, 16, dtype=dtype), context(LayerPolicy(threshold=0.0), 2, 21)
+    (span,) = rows.spans()
+    logits = mixer._mix_logits(q, (torch.rand(2, 3, 2) < 0.5).float(), rows, span)
+    assert torch.equal(logits, mixer.mix_proj(q).view(2, 21, 2, 2))
+    assert logits.dtype == dtype
+
+
+def test_the_bias_gets_its_gradient() -> None:
+    mixer = make_mixer("routed", softmax_per_head=2)
+    x, route = torch.randn(2, 40, 16).double(), (torch.rand(2, 5, 2) < 0.5).float()
+    rows = context(LayerPolicy(threshold=0.0), 2, 40, route)
+    weights = torch.randn(2, 40, 16).double()
+
+    def loss() -> Tensor:
+        y: Tensor = mixer(x, rows)[0]
+        return (y * weights).sum()
+
+    (gradient,) = torch.autograd.grad(loss(), mixer.mix_bias)
+    assert_near(gradient[::2], -gradient[1::2])  # only the difference of two logits counts
+    for i in range(8):
+        with torch.no_grad():
+            values = []
+            for step in (1e-4, -2e-4):
+                mixer.mix_bias[i] += step
+                values.append(loss())
+            mixer.mix_bias[i] += 1e-4
+        assert_near((values[0] - values[1]) / 2e-4, gradient[i], torch.float32)
+
+
+def test_rows_of_op_delta_have_no_bias() -> None:
+    """Neither where they are computed by themselves nor where both memories run for all rows."""
+    mixer = make_mixer("routed")
+    x, policies = torch.randn(4, 21, 16).double(), [LayerPolicy(Op.delta), LayerPolicy(budget=0.0)]
+    for per_kind in (True, False):
+        groups = [RoutingPolicy((policy,), 8) for policy in policies]
+        compiled = compile_policies(groups, [Op.routed], 2, Calibration(1, 2, 17), 4, per_kind)
+        rows = LayerContext(compiled.layer(0), Layout())
+        before, _ = mixer(x, rows)
+        with torch.no_grad():
+            mixer.mix_bias[1::2] += 1.0
+        after, _ = mixer(x, rows)
+        assert torch.equal(after[:2], before[:2])
+        assert not torch.allclose(after[2:], before[2:])
+        (gradient,) = torch.autograd.grad(after[:2].sum(), mixer.mix_bias)
+        assert not gradient.any()
 
 
 def test_rotation_is_relative() -> None:

@@ -119,12 +119,9 @@ def test_layers_in_any_order(kinds: str) -> None:
         assert parameter.grad.any(), name
 
 
-ROUTER = "router.weight"
+ROUTER, MIX = "router.weight", {"mix_proj.weight", "mix_proj.bias", "mix_bias"}
 UNUSED = {  # by the layer's policy: what has no influence on the loss
-    "delta": (
-        D,
-        {"q_norm.weight", "k_norm.weight", "softmax_norm", "mix_proj.weight", "mix_proj.bias", "router.weight"},
-    ),
+    "delta": (D, {"q_norm.weight", "k_norm.weight", "softmax_norm", ROUTER, *MIX}),
     "softmax": (S, {ROUTER}),
     "threshold": (T0, set()),
 }
@@ -258,7 +255,7 @@ def test_mix_temperature_divides_the_mixing_logits() -> None:
     hot = run(model, x, policy(replace(R, mix_temperature=4.0))).logits
     assert not torch.allclose(hot, run(model, x, policy(R)).logits)
     with torch.no_grad():
-        for parameter in mixer_of(model).mix_proj.parameters():
+        for parameter in (*mixer_of(model).mix_proj.parameters(), mixer_of(model).mix_bias):
             parameter.div_(4)
     near(run(model, x, policy(R)).logits, hot, 1e-6)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from natsl.config import CalibrationScope, RouteGradient
 from natsl.kernels.routing import chunk_means
-from natsl.router import Router, clamped_routes, group_threshold, route_chunks, straight_through
+from natsl.layout import Layout
+from natsl.router import Router, clamped_routes, group_threshold, kept_before, route_chunks, straight_through
 from natsl.space.policy import LayerPolicy, Op
 from tests.oracles import assert_near, layer_context
 
@@ -241,3 +242,25 @@ def test_budgets_of_heads_are_quantiles_of_each_head(project: bool) -> None:
     torch.testing.assert_close(masked, theta)
     one = group_threshold(margins, 20, 0.1, replace(settings, calibration=CalibrationScope.head))
     torch.testing.assert_close(theta[..., 0], one[..., 0])
+
+
+@pytest.mark.parametrize("lengths", [None, (13, 1, 40, 16)], ids=["rows", "packed"])
+def test_chunks_kept_before_are_counted(lengths: tuple[int, ...] | None) -> None:
+    layout = Layout() if lengths is None else Layout.packed(lengths, 8)
+    context = replace(layer_context([LayerPolicy(threshold=0.0)], 1), layout=layout)
+    route = (torch.rand(3 if lengths is None else 1, 10, 2) < 0.5).float().requires_grad_()
+    count = kept_before(route, context)
+    first = 0
+    for size in [10] if lengths is None else [2, 1, 5, 2]:
+        for n in range(first, first + size):
+            assert torch.equal(count[:, n], route[:, first:n].sum(1).long())
+        first += size
+    assert not count.requires_grad
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_values_of_chunks_are_spread_over_their_tokens(packed: bool) -> None:
+    layout = Layout.packed((13, 1, 7), 8) if packed else Layout()
+    x = torch.randn(1, 4, 2) if packed else torch.randn(2, 3, 2)
+    chunks = [0] * 8 + [1] * 5 + [2] + [3] * 7 if packed else [0] * 8 + [1] * 8 + [2] * 5
+    assert torch.equal(layout.spread(x, 21, 8), x[:, chunks])

@@ -18,7 +18,7 @@ from natsl.config import Precision, Sandwich, SupernetConfig
 from natsl.errors import UserError
 from natsl.signals import TerminatedError, sigterm_raises
 from natsl.train import train_supernet
-from tests.oracles import tiny_data
+from tests.oracles import mixer_of, tiny_data
 from tests.train_helpers import Killed, Record, assert_equal, kill_at, make_model, recipe
 
 
@@ -126,36 +126,52 @@ def test_checkpoints_of_another_run_are_refused(tmp_path: Path, change: dict[str
     assert all(torch.equal(t, weights[name]) or t.isnan().all() for name, t in model.state_dict().items())
 
 
-def make_older(folder: Path) -> None:
-    """Rewrite the checkpoints of a folder as versions wrote them whose training had no version yet."""
+def make_older(folder: Path, version: int) -> None:
+    """Rewrite the checkpoints of a folder as a training of an older version wrote them; version 1 had no name yet."""
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
-        tensors = {name: t for name, t in tensors.items() if not name.startswith("model.calibration.")}
-        save_file({**tensors, "model.calibration": torch.zeros(2, 2, 17)}, path)
+        bias = [name for name in tensors if name.endswith("mix_bias")]
+        states = sum(name.endswith(".exp_avg") for name in tensors)
+        dropped = tuple([f"optimizer.{states - 1 - i}." for i in range(len(bias))] + bias)
+        if version == 1:
+            dropped += ("model.calibration.",)
+            tensors["model.calibration"] = torch.zeros(2, 2, 17)
+        save_file({name: t for name, t in tensors.items() if not name.startswith(dropped)}, path)
         record = json.loads(path.with_suffix(".json").read_text())
         del record["version"]
+        record |= {"version": version} if version > 1 else {}
         path.with_suffix(".json").write_text(json.dumps({**record, "sha256": checkpoint.file_sha256(path)}))
 
 
-def test_an_older_training_that_draws_otherwise_is_not_gone_on_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_training_that_draws_otherwise_is_not_gone_on_with(tmp_path: Path, version: int) -> None:
     with pytest.raises(Killed):
         train_supernet(make_model(), tiny_data(), recipe(), tmp_path, kill_at(3))
-    make_older(tmp_path)
-    with pytest.raises(UserError, match=r"draws policies, clamps .* \(training version 1, now 2\): finish the run"):
+    make_older(tmp_path, version)
+    message = rf"draws policies, clamps .* \(training version {version}, now 3\): finish the run"
+    with pytest.raises(UserError, match=message):
         train_supernet(make_model(), tiny_data(), recipe(), tmp_path)
 
 
-def test_an_older_training_that_is_finished_is_taken(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_training_that_is_finished_is_taken(tmp_path: Path, version: int) -> None:
     trained, again = make_model(), make_model(init=5)
     train_supernet(trained, tiny_data(), recipe(), tmp_path)
-    make_older(tmp_path)
+    make_older(tmp_path, version)
     records: list[Record] = []
     train_supernet(again, tiny_data(), recipe(), tmp_path, records.append)
     assert not records
     assert torch.equal(again.embed.weight, trained.embed.weight)
-    assert again.calibration.levels.tolist() == [i / 16 for i in range(17)]
-    assert not again.calibration.by_layer.any()
-    assert again.calibration.by_head.isnan().all()
+    for mixer, other in ((mixer_of(again, i), mixer_of(trained, i)) for i in range(2)):
+        assert torch.equal(mixer.mix_proj.weight, other.mix_proj.weight)
+        assert other.mix_bias.any()
+        assert not mixer.mix_bias.any()
+    if version == 1:
+        assert again.calibration.levels.tolist() == [i / 16 for i in range(17)]
+        assert not again.calibration.by_layer.any()
+        assert again.calibration.by_head.isnan().all()
+    else:
+        assert torch.equal(again.calibration.by_head, trained.calibration.by_head)
 
 
 def test_how_often_to_log_and_how_many_to_keep_may_change(tmp_path: Path) -> None:
