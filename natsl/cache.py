@@ -1,7 +1,7 @@
 """What a model keeps of the tokens that it has read, so that a later call goes on where this one ended.
 
 Shapes: B sequences, C chunk size, D width, R routing heads, G softmax heads per routing head, K, V key and value width
-of a routing head, W width of the convolution, M pages. Source: docs/method.md, "State between calls".
+of a routing head, W width of the convolution, M pages. Source: docs/method.md, "Padding, packing, pieces".
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ class LayerCache:
 class Cache:
     """State of sequences under one model, made by ``RoutedLM.new_cache``; ``forward`` goes on from it and updates it.
 
-    ``lengths`` int64 [B]: tokens read of each sequence. ``layers``: the state of each layer. Keys and values take as
-    many pages as the head that keeps most chunks needs. A call that fails leaves a cache that no call takes.
+    ``lengths`` int64 [B]: tokens read of each sequence. ``layers``: the state of each layer. Keys and values are in
+    pages of a chunk, every row and head with at least as many as the one that keeps most. They are written in place:
+    ``copy.deepcopy`` makes a cache that goes its own way. A call that fails leaves a cache that no call takes.
     """
 
     def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -100,12 +101,14 @@ class Cache:
         ]
         self._usable = True
 
-    def check(self, config: ModelConfig, batch: int, device: torch.device) -> None:
+    def check(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
         """Raise ``ValueError`` unless it can go on with a batch of this size on this device."""
         if not self._usable:
             raise ValueError("the cache is unusable: the last call with it failed")
         if self.config != config:
-            raise ValueError("the cache is of another model")
+            raise ValueError("the cache is of a model of another shape")
+        if self.layers[0].tail.dtype != dtype:
+            raise ValueError(f"the cache is in {self.layers[0].tail.dtype}, but the model computes in {dtype}")
         if len(self.lengths) != batch:
             raise ValueError(f"the cache holds {len(self.lengths)} sequences, not {batch}")
         if self.lengths.device != device:

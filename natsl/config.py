@@ -15,7 +15,8 @@ from natsl.space.cost import LayerShape
 from natsl.space.policy import Op
 
 # What decides a training besides its settings: how policies are drawn, the gradient clamped, budgets calibrated, the
-# memories mixed (since 3 with a bias). It is stored with every checkpoint and counts up where one of them changes.
+# memories mixed (since 3 with a bias), parameters without influence stepped (since 3 with zeros as gradients). It is
+# stored with every checkpoint and counts up where one of them changes.
 TRAINING_VERSION = 3
 
 

@@ -101,8 +101,8 @@ def generate(
     """Draw ``max_new_tokens`` ids that continue ``prompt`` (ids, at least one), one by one.
 
     The prompt is read in one pass; each further token costs a pass over itself, which reads the cache of those before.
-    The same arguments give the same tokens. ``ValueError`` for a
-    policy that does not fit and ids outside the vocabulary, ``UserError`` for logits that are not finite.
+    The same arguments give the same tokens. ``ValueError`` for a policy that does not fit and ids outside the
+    vocabulary, ``UserError`` for logits that are not finite.
     """
     check(len(prompt) > 0, "prompt", list(prompt), "it must have at least one token")
     size = model.config.vocab_size

@@ -56,7 +56,7 @@ class Layout:
 
     ``lengths`` int64 [S]: real tokens of each sequence, None: all. ``order`` int64 [B,T]: the column that comes at each
     place once the padding is on the right, None: it is there already. ``packing``: tables of packed sequences, else
-    None. ``read`` int64 [B]: tokens of each sequence that a cache holds, None without one.
+    None. ``read`` int64 [B]: tokens of each sequence that a cache holds, set by ``RoutedLM.forward``.
     """
 
     lengths: Tensor | None = None
@@ -86,8 +86,10 @@ class Layout:
 
         Raises ``ValueError`` for no sequence and for one without tokens.
         """
-        if not lengths or min(lengths) < 1:
-            raise ValueError(f"lengths = {list(lengths)} must have at least one entry, and each must be ≥ 1")
+        if not lengths or not all(isinstance(length, int) and length >= 1 for length in lengths):
+            raise ValueError(f"lengths = {list(lengths)} must have at least one entry, each an integer ≥ 1")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size = {chunk_size} must be ≥ 1")
         sizes = torch.tensor(lengths)
         chunks = (sizes + chunk_size - 1) // chunk_size
         ends, chunk_ends = sizes.cumsum(0), chunks.cumsum(0)
@@ -162,5 +164,7 @@ class Layout:
                 raise ValueError(
                     f"layout packs {len(self.packing.sequence)} tokens into one row, but tokens are {shape}"
                 )
+        elif self.lengths is not None and tuple(self.lengths.shape) != shape[:1]:
+            raise ValueError(f"layout has lengths {tuple(self.lengths.shape)}, but tokens are {shape}")
         if self.lengths is not None and self.lengths.device != tokens.device:
             raise ValueError(f"layout is on {self.lengths.device}, but tokens are on {tokens.device}")

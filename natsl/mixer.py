@@ -154,7 +154,7 @@ class RoutedMixer(nn.Module):
                 outputs.append(self._mix(_Rows(q, k, v, gate[rows], routes, gates, logits), context))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if torch.is_grad_enabled():
-            y = with_zero_gradients(y, self._unused(spans, routing))
+            y = with_zero_gradients(y, self._unused(spans, context.route is None and routing.route.requires_grad))
         routing = LayerRouting(routing.margins, routing.route.detach(), routing.skip.detach())
         return self.out_proj(y.reshape(B, T, -1)), routing
 
@@ -170,11 +170,11 @@ class RoutedMixer(nn.Module):
         cache.tail = x[torch.arange(len(x), device=x.device)[:, None], last]
         return short_convolution(x, self.conv)[:, tail:]
 
-    def _unused(self, spans: tuple[Span, ...], routing: LayerRouting) -> list[nn.Parameter]:
-        """Parameters of a routed layer that have no influence on its output under these policies."""
+    def _unused(self, spans: tuple[Span, ...], learns: bool) -> list[nn.Parameter]:
+        """Parameters of a routed layer without influence on its output; ``learns``: whether its router has any."""
         if self.kind is not Op.routed:
             return []
-        unused = [] if routing.route.requires_grad else list(self.router.parameters())
+        unused = [] if learns else list(self.router.parameters())
         if not any(span.both for span in spans):
             unused += [p for part in (self.q_norm, self.k_norm, self.mix_proj) for p in part.parameters()]
             unused += [self.softmax_norm, self.mix_bias]

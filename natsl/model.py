@@ -19,6 +19,7 @@ from natsl.cache import Cache
 from natsl.calibration import Calibration, upgraded
 from natsl.compiled import CompiledPolicy, Fit, compile_policies
 from natsl.config import ModelConfig, Precision, RouteGradient
+from natsl.kernels.segment import touched_chunks
 from natsl.layout import Layout
 from natsl.mixer import RoutedMixer
 from natsl.modules import RMSNorm, SwiGLU, linear_cross_entropy
@@ -140,23 +141,25 @@ class RoutedLM(nn.Module):
         memories or a ``RoutePair``. With a cache all routing is of the N = ``touched_chunks(T, C)`` chunks from each
         sequence's open one on. ``route_gradient`` (training and calibration): budgets are exact quantiles of their
         slice, under data parallelism of each rank's (not causal), and routes carry the router's gradient.
-        ``logits_to_keep``: logits of only the last so many tokens of each sequence, [S,·,vocabulary] (None: of all
-        tokens, or none with targets).
+        ``logits_to_keep`` ≤ T: logits of only the last so many real tokens of each sequence, [S,·,vocabulary], anything
+        in the first places of a shorter one (None: of all tokens, or none with targets).
 
         In training, parameters that have no influence under the policy get zeros as gradients. Raises ``ValueError`` if
         a policy, the layout or the cache does not fit, a token is not in the vocabulary, the sequences do not split, or
         a layer without calibration gets a budget.
         """
         layout = Layout() if layout is None else layout
-        self._check_tokens(tokens, layout)
+        self._check(tokens, targets, layout, cache, logits_to_keep)
         sequences = tokens.shape[0] if layout.lengths is None else layout.lengths.shape[0]
+        self._check_routes(tokens, layout, cache, routes)
         compiled = self._compiled(sequences, policy, routes, route_gradient is not None)
         with contextlib.ExitStack() as stack:
             if cache is not None:
                 if route_gradient is not None or layout.packing is not None:
                     raise ValueError("a cache goes with rows and without a route_gradient")
-                cache.check(self.config, sequences, tokens.device)
+                cache.check(self.config, sequences, tokens.device, self._dtype())
                 layout = replace(layout, read=cache.lengths)
+                stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(cache.advancing(tokens.shape[1] if layout.lengths is None else layout.lengths))
             stack.enter_context(self._autocast(tokens.device))
@@ -173,16 +176,21 @@ class RoutedLM(nn.Module):
 
     def new_cache(self, batch: int) -> Cache:
         """A cache for ``forward`` of ``batch`` sequences that have no tokens yet."""
-        weight = self.embed.weight
-        dtype = torch.bfloat16 if self.precision is Precision.bfloat16 else weight.dtype
-        return Cache(self.config, batch, weight.device, dtype)
+        with torch.inference_mode(False):  # else no call outside it could use the cache
+            return Cache(self.config, batch, self.embed.weight.device, self._dtype())
+
+    def _dtype(self) -> torch.dtype:
+        """Of the residual stream, and of what a cache holds of it."""
+        return torch.bfloat16 if self.precision is Precision.bfloat16 else self.embed.weight.dtype
 
     @property
     def precision(self) -> Precision:
         """What the model computes in."""
         return self._precision
 
-    def _check_tokens(self, tokens: Tensor, layout: Layout) -> None:
+    def _check(
+        self, tokens: Tensor, targets: Tensor | None, layout: Layout, cache: Cache | None, logits_to_keep: int | None
+    ) -> None:
         if tokens.dim() != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int32, torch.int64):
             form = f"{tokens.dtype} {tuple(tokens.shape)}"
             raise ValueError(f"tokens must be integers [batch ≥ 1, tokens ≥ 1], found {form}")
@@ -190,13 +198,33 @@ class RoutedLM(nn.Module):
         if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
             span = f"{int(tokens.min())} to {int(tokens.max())}"
             raise ValueError(f"tokens are {span}: they must lie in [0, {self.config.vocab_size})")
+        if targets is not None and (targets.shape != tokens.shape or targets.dtype is not torch.int64):
+            form = f"{targets.dtype} {tuple(targets.shape)}"
+            raise ValueError(f"targets must be int64 {tuple(tokens.shape)}, as tokens are, found {form}")
+        if logits_to_keep is not None and not 0 <= logits_to_keep <= tokens.shape[1]:
+            raise ValueError(
+                f"logits_to_keep = {logits_to_keep} must lie in [0, {tokens.shape[1]}], the tokens of a row"
+            )
         layout.check(tokens, self.config.chunk_size)
+        if cache is None and layout.read is not None:
+            raise ValueError("layout.read is set from a cache, and there is none")
+
+    def _check_routes(self, tokens: Tensor, layout: Layout, cache: Cache | None, routes: Routes | None) -> None:
+        if routes is None:
+            return
+        if len(routes) != len(self.kinds):
+            raise ValueError(f"routes has {len(routes)} entries for {len(self.kinds)} layers")
+        (B, T), C = tokens.shape, self.config.chunk_size
+        chunks = -(-T // C) if cache is None else touched_chunks(T, C)
+        expected = (B, chunks if layout.packing is None else len(layout.packing.size), self.config.heads)
+        for i, route in enumerate(routes):
+            for x in (route,) if route is None or isinstance(route, Tensor) else route:
+                if x is not None and tuple(x.shape) != expected:
+                    raise ValueError(f"routes[{i}]: route has shape {tuple(x.shape)}, expected {expected}")
 
     def _compiled(
         self, sequences: int, policy: Policies | CompiledPolicy, routes: Routes | None, training: bool
     ) -> CompiledPolicy:
-        if routes is not None and len(routes) != len(self.kinds):
-            raise ValueError(f"routes has {len(routes)} entries for {len(self.kinds)} layers")
         if not isinstance(policy, CompiledPolicy):
             return self.compile_policy(policy, sequences, routes, training=training)
         fixed = [routes is not None and routes[i] is not None for i in range(len(self.kinds))]

@@ -117,7 +117,7 @@ def short_convolution(x: Tensor, weight: Tensor, positions: Tensor | None = None
     tap sees past the start of its own.
     """
     if positions is not None:
-        return F.silu(_packed_convolution(x, weight.to(x.dtype), positions))
+        return F.silu(_packed_convolution(x, weight, positions)).to(x.dtype)
     if _suits(x) and _is_loaded():
         y: Tensor = _Convolution.apply(x, weight.contiguous())  # type: ignore[no-untyped-call]
         return y
@@ -132,6 +132,8 @@ def short_convolution(x: Tensor, weight: Tensor, positions: Tensor | None = None
 
 
 def _packed_convolution(x: Tensor, taps: Tensor, positions: Tensor) -> Tensor:
+    """The convolution before SiLU, at least float32 [B,T,channels]."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     y = x * taps[:, -1]
     for back in range(1, taps.shape[1]):
         earlier = F.pad(x, (0, 0, back, 0))[:, : x.shape[1]]
@@ -202,6 +204,8 @@ def swiglu(x: Tensor) -> Tensor:
 
 def with_zero_gradients(x: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     """x; the parameters get zeros as gradients, as wrappers expect that count the gradients of every step (DDP)."""
+    if not parameters:
+        return x
     y: Tensor = _ZeroGradients.apply(x, *parameters)  # type: ignore[no-untyped-call]
     return y
 
@@ -209,13 +213,13 @@ def with_zero_gradients(x: Tensor, parameters: list[nn.Parameter]) -> Tensor:
 class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
+        ctx.kinds = [(parameter.shape, parameter.dtype) for parameter in parameters]
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, ...]:
-        return dx, *[torch.zeros_like(parameter) for parameter in ctx.saved_tensors]
+        return dx, *[dx.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.kinds]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class LayerContext:
             Span(
                 rows=slice(0, None),
                 both=both,
-                masked=both and any(span.masked or not span.both for span in spans),
+                masked=any(span.masked or not span.both for span in spans),
                 tempered=any(span.tempered for span in spans),
                 learns=any(span.learns for span in spans),
             ),

@@ -59,8 +59,8 @@ def kv_bytes(
     """Bytes of KV cache: Σ over layers of b·R·(K + V)·(f·L + C/2); nothing for op delta.
 
     L = ``context`` counts the tokens in complete earlier chunks; the own chunk is always visible and on average half
-    full, C/2 tokens. This is both what the cache holds (pages of dropped chunks are freed) and what one decoded token
-    reads.
+    full, C/2 tokens. This is what a cache holds that frees the pages of dropped chunks for others, and what one decoded
+    token reads; ``natsl.cache`` has as many pages for every head as for the one that keeps most.
     """
     layers = _layers(shapes, policy, kept, context, bytes_per_element)
     half = policy.chunk_size / 2

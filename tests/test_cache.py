@@ -234,11 +234,28 @@ def test_a_failed_call_leaves_a_cache_that_is_refused(monkeypatch: pytest.Monkey
         model(x, POLICIES[0], cache=cache)
 
 
+def test_a_cache_made_in_inference_mode_goes_on_outside() -> None:
+    model, x = double(), torch.randint(384, (1, 9))
+    with torch.inference_mode():
+        cache = model.new_cache(1)
+        model(x, POLICIES[0], cache=cache)
+    with torch.no_grad():
+        near(
+            model(x[:, :1], POLICIES[0], cache=cache).logits,
+            model(torch.cat((x, x[:, :1]), 1), POLICIES[0]).logits[:, -1:],
+        )
+
+
 def test_caches_that_do_not_fit_are_refused() -> None:
     model, x, p = double(), torch.zeros(2, 9, dtype=torch.int64), POLICIES[0]
     refused: list[tuple[dict[str, Any], str]] = [
         ({"cache": model.new_cache(3)}, "the cache holds 3 sequences, not 2"),
-        ({"cache": double(width=24).new_cache(2)}, "the cache is of another model"),
+        ({"cache": double(width=24).new_cache(2)}, "the cache is of a model of another shape"),
+        (
+            {"cache": tiny_model("rsdr", rope=True).new_cache(2)},
+            "in torch.float32, but the model computes in torch.float",
+        ),
+        ({"cache": model.new_cache(2), "routes": [torch.zeros(2, 3, 2), *[None] * 3]}, "expected \\(2, 2, 2\\)"),
         (
             {"cache": model.new_cache(2), "route_gradient": RouteGradient()},
             "goes with rows and without a route_gradient",
@@ -247,7 +264,8 @@ def test_caches_that_do_not_fit_are_refused() -> None:
     for options, message in refused:
         with pytest.raises(ValueError, match=message):
             model(x, p, **options)
-        model(x, p, cache=options["cache"]) if "route_gradient" in options else None  # it is still good
+        if len(options) > 1:
+            model(x, p, cache=options["cache"])  # it is still good
     with pytest.raises(ValueError, match="goes with rows"):
         model(x[:1], p, cache=model.new_cache(1), layout=Layout.packed([4, 5], C))
     with pytest.raises(ValueError, match="batch = 0 is not allowed"):

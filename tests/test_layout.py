@@ -85,6 +85,43 @@ def test_packed_documents_train_as_rows_do(clamp: float) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("clamp", [0.0, 1.0], ids=["free", "clamped"])
+def test_padded_and_packed_sequences_train_as_each_alone(clamp: float) -> None:
+    """Losses and all gradients, where each has a policy of its own, whose budget is a quantile of it."""
+    model, lengths = double(), (33, 7, 16, 20)
+    gradient = RouteGradient(gradient_clamp=clamp)
+    x, targets = (torch.randint(model.config.vocab_size, (4, 40)) for _ in range(2))
+    mask = torch.zeros(4, 40, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        mask[row, 3 * row : 3 * row + length] = True
+    weight = torch.rand(4, 40).double()
+    found: list[tuple[Tensor, list[Tensor]]] = []
+
+    def collect(losses: list[Tensor]) -> None:
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append((torch.cat(losses).detach(), gradients))
+        model.zero_grad()
+
+    alone = []
+    for row, policy in enumerate(POLICIES):
+        own = mask[row]
+        loss = model(x[row : row + 1, own], policy, targets=targets[row : row + 1, own], route_gradient=gradient).loss
+        (loss[0] * weight[row, own]).sum().backward()
+        alone.append(loss[0])
+    collect(alone)
+    output = model(x, POLICIES, targets=targets, layout=Layout.padded(mask), route_gradient=gradient)
+    (output.loss * weight)[mask].sum().backward()
+    collect([output.loss[mask]])
+    layout = Layout.packed(lengths, 8)
+    output = model(x[mask][None], POLICIES, targets=targets[mask][None], layout=layout, route_gradient=gradient)
+    (output.loss[0] * weight[mask]).sum().backward()
+    collect([output.loss[0]])
+    for loss, gradients in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], rtol=0, atol=1e-10)
+        for one, other in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", ["whole", "padded", "packed"])
 def test_logits_of_the_last_tokens(kind: str) -> None:
     model = double()
@@ -106,16 +143,27 @@ def test_logits_of_the_last_tokens(kind: str) -> None:
     assert len(nothing.layers) == 4
 
 
+def run(layout: Layout | None, **options: Any) -> Any:
+    return double()(torch.zeros(1, 9).long(), POLICIES[0], layout=layout, **options)
+
+
 REFUSED = {
     "none": (lambda: Layout.packed([], 8), "at least one entry"),
-    "empty": (lambda: Layout.packed([3, 0], 8), "must be ≥ 1"),
+    "empty": (lambda: Layout.packed([3, 0], 8), "each an integer ≥ 1"),
+    "fraction": (lambda: Layout.packed([3.0], 8), "each an integer ≥ 1"),  # type: ignore[list-item]
+    "chunk": (lambda: Layout.packed([3], 0), "chunk_size = 0 must be ≥ 1"),
+    "lengths": (lambda: run(Layout(torch.tensor([3, 4]))), "layout has lengths \\(2,\\), but tokens are \\(1, 9\\)"),
+    "read": (lambda: run(Layout(read=torch.tensor([3]))), "layout.read is set from a cache"),
+    "targets": (lambda: run(None, targets=torch.zeros(1, 8).long()), "targets must be int64 \\(1, 9\\)"),
+    "kind": (lambda: run(None, targets=torch.zeros(1, 9).int()), "targets must be int64 \\(1, 9\\)"),
+    "too many": (lambda: run(None, logits_to_keep=10), "logits_to_keep = 10 must lie in \\[0, 9\\]"),
+    "negative": (lambda: run(None, logits_to_keep=-1), "logits_to_keep = -1 must lie in"),
     "mask": (lambda: Layout.padded(torch.ones(4)), "mask must be"),
     "chunks": (
         lambda: double()(torch.zeros(1, 9).long(), POLICIES[0], layout=Layout.packed([9], 4)),
         "chunks of 4 tok",
     ),
-    "tokens": (lambda: double()(torch.zeros(1, 8).long(), POLICIES[0], layout=Layout.packed([9], 8)), "packs 9 tokens"),
-    "rows": (lambda: double()(torch.zeros(3, 3).long(), POLICIES[0], layout=Layout.packed([9], 8)), "packs 9 tokens"),
+    "tokens": (lambda: run(Layout.packed([8], 8)), "packs 8 tokens"),
     "split": (lambda: double()(torch.zeros(1, 9).long(), POLICIES[:2], layout=Layout.packed([9], 8)), "batch of 1"),
 }
 
