@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natsl.model import RoutedLM
+from natsl.counts import Counts
+from natsl.model import LMOutput, RoutedLM, Routes
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import metrics
 from natsl.tasks.sequences import IGNORED, Batch
@@ -87,7 +88,9 @@ def _nested(rows: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(row) for row in rows)
 
 
-@torch.no_grad()
+Routing: TypeAlias = Callable[[str, slice], Routes]  # a task and rows of its sequences → their fixed routes
+
+
 def evaluate(
     model: RoutedLM,
     policy: RoutingPolicy,
@@ -100,38 +103,65 @@ def evaluate(
 
     Raises ``FloatingPointError`` if a result is not finite.
     """
+    routing = None if random_routing is None else _random_routing(policy, random_routing, sets, model.config.heads)
+    return summary(count(model, policy, sets, routing=routing, batch_size=batch_size), model.kinds)
+
+
+def count(
+    model: RoutedLM,
+    policy: RoutingPolicy,
+    sets: Mapping[str, Batch],
+    *,
+    routing: Routing | None = None,
+    batch_size: int = 32,
+) -> dict[str, Counts]:
+    """What is counted of each task's sequences under a policy, or under fixed routes where ``routing`` gives some.
+
+    Raises ``FloatingPointError`` if a result is not finite.
+    """
+    parts: dict[str, list[Counts]] = {task: [] for task in sets}
+    for task, part, output in run_batches(model, policy, sets, routing=routing, batch_size=batch_size):
+        parts[task].append(Counts.of(part, output, model.config.chunk_size))
+    return {task: Counts.cat(counts) for task, counts in parts.items()}
+
+
+def run_batches(
+    model: RoutedLM,
+    policy: RoutingPolicy,
+    sets: Mapping[str, Batch],
+    *,
+    routing: Routing | None = None,
+    batch_size: int = 32,
+) -> Iterator[tuple[str, Batch, LMOutput]]:
+    """Every batch of every task, on the model's device, with what the model gives for it; errors as ``count``."""
     device = model.embed.weight.device
-    chunk = model.config.chunk_size
-    drawn = None if random_routing is None else _random_routes(policy, random_routing, sets, model.config.heads)
-    text_sum, text_count = 0.0, 0
-    errors: dict[str, float] = {}
-    counts = torch.zeros(len(sets), len(model.kinds), model.config.heads, dtype=torch.float64, device=device)  # kept
-    chunks = [len(batch) * (batch.tokens.shape[1] // chunk) for batch in sets.values()]
     model.eval()
-    for i, (task, batch) in enumerate(sets.items()):
-        right, asked = 0, 0
+    for task, batch in sets.items():
         for first in range(0, len(batch), batch_size):
-            part = batch.rows(slice(first, first + batch_size)).to(device)
-            B, T = part.tokens.shape
-            routes = None
-            if drawn is not None:
-                routes = [None if route is None else route[first : first + B] for route in drawn[task]]
-            tokens = model(part.tokens, policy, targets=part.targets, routes=routes)
-            scored = part.targets != IGNORED
-            if not bool(tokens.loss[scored].isfinite().all()):
+            rows = slice(first, first + batch_size)
+            part = batch.rows(rows).to(device)
+            with torch.no_grad():
+                routes = None if routing is None else routing(task, rows)
+                output = model(part.tokens, policy, targets=part.targets, routes=routes)
+            if not bool(output.loss[part.targets != IGNORED].isfinite().all()):
                 raise FloatingPointError(f"logits of task {task} are not finite under this policy")
-            text = scored & ~part.recall
-            text_sum += float(tokens.loss[text].double().sum())
-            text_count += int(text.sum())
-            right += int(tokens.right[part.recall].sum())
-            asked += int(part.recall.sum())
-            counts[i] += torch.stack([layer.route[:, : T // chunk].sum((0, 1)) for layer in tokens.layers]).double()
-        if asked:
-            errors[task] = 1.0 - right / asked
-    counts = counts.cpu()
-    kept = counts.sum(0) / max(sum(chunks), 1)
-    kept_by_task = {task: count / max(n, 1) for task, count, n in zip(sets, counts, chunks, strict=True)}
-    routed = [i for i, kind in enumerate(model.kinds) if kind is Op.routed]
+            yield task, part, output
+
+
+def summary(counts: Mapping[str, Counts], kinds: Sequence[Op]) -> Evaluation:
+    """The results that the counts of all tasks add up to; ``kinds`` of the model's layers."""
+    text_count = sum(int(item.tokens.sum()) for item in counts.values())
+    text_sum = 0.0
+    for item in counts.values():
+        for nats in item.batch_nats:
+            text_sum += nats
+    asked = {task: int(item.asked.sum()) for task, item in counts.items()}
+    errors = {task: 1.0 - int(counts[task].right.sum()) / number for task, number in asked.items() if number}
+    totals = {task: item.kept.sum(0).double() for task, item in counts.items()}  # [L,R]
+    chunks = {task: len(item) * item.chunks for task, item in counts.items()}
+    kept = torch.stack(list(totals.values())).sum(0) / max(sum(chunks.values()), 1)
+    kept_by_task = {task: total / max(chunks[task], 1) for task, total in totals.items()}
+    routed = [i for i, kind in enumerate(kinds) if kind is Op.routed]
 
     def over_routers(kept: Tensor) -> float:
         return float(kept.mean(1)[routed].mean()) if routed else 0.0
@@ -149,10 +179,8 @@ def evaluate(
     )
 
 
-def _random_routes(
-    policy: RoutingPolicy, routing: RandomRouting, sets: Mapping[str, Batch], heads: int
-) -> dict[str, list[Tensor | None]]:
-    """Per task and layer random routes [B,N,R] where the policy routes, None (the policy decides) elsewhere."""
+def _random_routing(policy: RoutingPolicy, routing: RandomRouting, sets: Mapping[str, Batch], heads: int) -> Routing:
+    """Random routes [B,N,R] in the layers in which the policy routes; it decides in the others."""
     if len(routing.fractions) != len(policy.layers):
         raise ValueError(
             f"RandomRouting.fractions = {routing.fractions} is not allowed: it needs one for each of the "
@@ -169,7 +197,7 @@ def _random_routes(
             incomplete = int(batch.tokens.shape[1] % policy.chunk_size > 0)  # the last chunk, which nothing reads
             padded = F.pad(part.view(size), (0, 0, 0, incomplete))
             routes[task].append(padded if layer.op is Op.routed else None)
-    return routes
+    return lambda task, rows: [None if route is None else route[rows] for route in routes[task]]
 
 
 if __name__ == "__main__":

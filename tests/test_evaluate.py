@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from natsl import tasks
 from natsl.checkpoint import build_model, file_sha256
 from natsl.config import Precision
+from natsl.counts import Counts
 from natsl.data import Split
 from natsl.errors import UserError
-from natsl.evaluate import Evaluation, RandomRouting, evaluate
+from natsl.evaluate import Evaluation, RandomRouting, count, evaluate, summary
 from natsl.export import _write
 from natsl.files import to_plain, write_json
 from natsl.load import load_exported
@@ -274,3 +275,29 @@ def test_an_exported_model_computes_in_the_precision_that_it_was_trained_in(tmp_
         loaded, _ = load_exported(tmp_path)
         assert {t.dtype for t in loaded.parameters()} == {torch.float32}
         assert evaluate(loaded, p, sets) == (half if value == "bfloat16" else exact)
+
+
+def test_results_are_the_sums_of_what_is_counted_in_every_sequence() -> None:
+    model, sets, p = make_model("rds"), make_sets(), policy(ROUTED, LayerPolicy(Op.delta), LayerPolicy(Op.softmax))
+    counts, result = count(model, p, sets, batch_size=3), evaluate(model, p, sets, batch_size=3)
+    assert summary(counts, model.kinds) == result
+    for task, batch in sets.items():
+        own = counts[task]
+        assert sum(own.batch_nats) == pytest.approx(float(own.nats.sum()), rel=1e-12)
+        assert own.kept[:, 2].eq(own.chunks).all()
+        for i in range(len(batch)):
+            alone = evaluate(model, p, {task: batch.rows(slice(i, i + 1))})
+            if own.tokens[i]:
+                assert float(own.nats[i] / own.tokens[i]) == pytest.approx(alone.val_loss, rel=1e-5)
+            if own.asked[i]:
+                assert 1 - float(own.right[i] / own.asked[i]) == pytest.approx(alone.errors[metrics()[task]])
+            assert torch.allclose(own.kept[i] / own.chunks, torch.tensor(alone.kept_by_head))
+
+
+def test_counts_are_read_back_as_they_were() -> None:
+    model, p = make_model("rd"), policy(ROUTED, LayerPolicy(Op.delta))
+    for counts in count(model, p, make_sets(), batch_size=3).values():
+        again = Counts.from_dict(json.loads(json.dumps(counts.to_dict())))
+        for name in ("nats", "tokens", "right", "asked", "kept"):
+            assert torch.equal(getattr(again, name), getattr(counts, name))
+        assert (again.chunks, again.batch_nats) == (counts.chunks, counts.batch_nats)
