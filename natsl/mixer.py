@@ -20,7 +20,7 @@ from natsl.kernels.delta import DeltaState, routed_delta_rule
 from natsl.kernels.mix import gated_norm, routed_mix
 from natsl.kernels.softmax import routed_softmax
 from natsl.layout import Layout
-from natsl.modules import RMSNorm, causal_attention, short_convolution, with_zero_gradients
+from natsl.modules import RMSNorm, causal_attention, short_convolution, visible_attention, with_zero_gradients
 from natsl.router import LayerContext, LayerRouting, RoutePair, Router, kept_before, route_chunks
 from natsl.space.policy import Op
 
@@ -146,9 +146,10 @@ class RoutedMixer(nn.Module):
                 logits = self._mix_logits(q, keep, context, span)
             if self.kind is not Op.softmax:
                 gates = self._gates(x[rows])
-            routes = RoutePair(keep, keep if routing.skip is routing.route else routing.skip[rows])
+            visible = None if routing.visible is None else routing.visible[rows]
+            routes = RoutePair(keep, keep if routing.skip is routing.route else routing.skip[rows], visible)
             if not span.learns:  # the ops then leave out the routes' gradient
-                routes = RoutePair(routes.keep.detach(), routes.skip.detach())
+                routes = RoutePair(routes.keep.detach(), routes.skip.detach(), visible)
             # autocast would make half precision of the products inside the torch backend, which are float32 on purpose
             with torch.autocast(x.device.type, enabled=False):
                 outputs.append(self._mix(_Rows(q, k, v, gate[rows], routes, gates, logits), context))
@@ -241,14 +242,17 @@ class RoutedMixer(nn.Module):
         borders = None if packing is None else packing.cu_seqlens
         mode = gradient.counterfactual.value if gradient else "none"
         rate = gradient.counterfactual_rate if gradient else 1.0
+        visible = rows.routes.visible
         if rows.gates is None:
             q, k, v = self._softmax_heads(rows, context.layout)
+            if visible is not None:
+                return None, visible_attention(q, k, v, visible, chunk_size)
             # every chunk is kept; on a CPU torch's attention may hold all scores at once, the routed op never does
             if context.route is None and packing is None and v.is_cuda:
                 return None, causal_attention(q, k, v)
             return None, routed_softmax(q, k, v, keep, chunk_size=chunk_size, cu_seqlens=borders)
         q, k, v = self._heads(rows)
-        if rows.logits is None:
+        if rows.logits is None or visible is not None:
             o_delta, _ = routed_delta_rule(
                 q,
                 k,
@@ -260,7 +264,10 @@ class RoutedMixer(nn.Module):
                 counterfactual=mode,
                 counterfactual_rate=rate,
             )
-            return o_delta, None
+            if rows.logits is None or visible is None:
+                return o_delta, None
+            qs, ks, vs = self._softmax_heads(rows, context.layout)
+            return o_delta, visible_attention(qs, ks, vs, visible, chunk_size)
         qs, ks, _ = self._softmax_heads(rows, context.layout)
         return routed_branches(
             q,

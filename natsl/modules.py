@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from natsl.kernels.launch.library import register
 
 LOGITS_AT_ONCE = 1 << 28  # beyond it the loss goes over the tokens in parts, and the backward pass makes logits again
+_MASK_AT_ONCE = 1 << 20  # entries of the attention mask of explicit visibility
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # cuDNN first: it takes keys and values of different widths; each of the others takes what those before it do not
 _ATTENTION = [
@@ -230,6 +231,30 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(_ATTENTION, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def visible_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, chunk_size: int) -> Tensor:
+    """Softmax attention of every token over its own chunk, causally, and the earlier chunks that are visible from it.
+
+    q, k [B,T,H,K], v [B,T,H,V] → [B,T,H,V]; visible bool [B,N,N,R] (chunk of the query, earlier chunk), N =
+    ceil(T / chunk_size), H a multiple of R. A few chunks of queries at a time, so that the mask stays small.
+    """
+    B, T, H, _ = q.shape
+    N, R = visible.shape[2:]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    chunk = torch.arange(N, device=q.device)
+    earlier = visible.movedim(3, 1) & (chunk < chunk[:, None])  # [B,R,N,N]
+    size = max(1, _MASK_AT_ONCE // (B * H * T * chunk_size))
+    parts = []
+    for first in range(0, N, size):
+        lo, hi = first * chunk_size, min((first + size) * chunk_size, T)
+        row, key = torch.arange(lo, hi, device=q.device)[:, None], torch.arange(hi, device=q.device)
+        own = (row // chunk_size == key // chunk_size) & (key <= row)  # [rows,hi]
+        mask = earlier[:, :, first : first + size, : first + size]
+        mask = mask.repeat_interleave(chunk_size, 3)[..., :hi].repeat_interleave(chunk_size, 2)[:, :, : hi - lo]
+        mask = (mask | own).repeat_interleave(H // R, 1)
+        parts.append(F.scaled_dot_product_attention(q[:, :, lo:hi], k[:, :, :hi], v[:, :, :hi], attn_mask=mask))
+    return torch.cat(parts, 2).transpose(1, 2)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignored: int = -100) -> tuple[Tensor, Tensor]:

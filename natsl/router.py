@@ -25,10 +25,14 @@ from natsl.layout import Layout
 class RoutePair(NamedTuple):
     """Two routes apart: ``keep`` [B,N,R], 1 = softmax keeps the chunk; ``skip`` [B,N,R], 1 = the delta rule does not
     write it. The router's own are equal; a chunk may also be kept nowhere (0, 1), or kept and written (1, 0).
+
+    ``visible`` bool [B,N,N,R], if given: which earlier chunks (third axis) the queries of a chunk (second axis) see,
+    instead of those of ``keep``, which is then only what counts as kept. On torch, without packing or a cache.
     """
 
     keep: Tensor
     skip: Tensor
+    visible: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,13 @@ class LayerRouting:
     """What a layer's router did: margins [B,N,R] (None without a router), routes [B,N,R] (1 = softmax keeps).
 
     ``skip`` [B,N,R]: 1 = the delta rule did not write the chunk; the routes themselves unless they were fixed apart.
+    ``visible``: as in ``RoutePair``.
     """
 
     margins: Tensor | None
     route: Tensor
     skip: Tensor
+    visible: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,15 @@ def route_chunks(router: Router | None, x: Tensor, heads: int, chunk_size: int, 
         keep = skip = pair.keep.to(device=x.device, dtype=torch.float32)
         if pair.skip is not pair.keep:
             skip = pair.skip.to(keep)
-        return LayerRouting(margins, keep, skip)
+        if pair.visible is None:
+            return LayerRouting(margins, keep, skip)
+        if packing is not None or cache is not None:
+            raise ValueError("RoutePair.visible goes with neither packed sequences nor a cache")
+        shape = (x.shape[0], N, N, heads)
+        if pair.visible.shape != shape or pair.visible.dtype != torch.bool:
+            form = f"{pair.visible.dtype} {tuple(pair.visible.shape)}"
+            raise ValueError(f"RoutePair.visible is {form}: it must be bool {shape}")
+        return LayerRouting(margins, keep, skip, pair.visible.to(x.device))
     if margins is None:
         kept = policy.threshold.isneginf().to(torch.float32)
         route = kept[:, None].expand(-1, N, heads) if packing is None else kept[packing.chunk_sequence][None]

@@ -312,3 +312,35 @@ def test_route_noise_is_drawn_anew() -> None:
     routes = [mixer(x, noisy)[1].route for _ in range(2)]
     assert not torch.equal(*routes)
     assert all(r.sum() == 32 for r in routes), "noise reorders the chunks, the budget holds"
+
+
+def test_explicit_visibility_of_what_is_kept_changes_nothing() -> None:
+    mixer, x = make_mixer("routed"), torch.randn(2, 35, 16).double()
+    keep = (torch.rand(2, 5, 2) < 0.5).double()
+    skip = (torch.rand(2, 5, 2) < 0.5).double()
+    policy = LayerPolicy(budget=0.5)
+    expected, _ = mixer(x, context(policy, 2, 35, RoutePair(keep, skip)))
+    visible = keep.bool()[:, None].expand(2, 5, 5, 2)
+    y, routing = mixer(x, context(policy, 2, 35, RoutePair(keep, skip, visible)))
+    assert_near(y, expected)
+    assert torch.equal(routing.route, keep.float())
+    nothing, _ = mixer(x, context(policy, 2, 35, RoutePair(keep, skip, torch.zeros_like(visible))))
+    assert not torch.allclose(nothing, expected)
+
+
+def test_visibility_of_a_softmax_layer() -> None:
+    mixer, x = make_mixer("softmax"), torch.randn(2, 35, 16).double()
+    keep = (torch.rand(2, 5, 2) < 0.5).double()
+    policy = LayerPolicy(Op.softmax)
+    expected, _ = mixer(x, context(policy, 2, 35, keep, "softmax"))
+    visible = keep.bool()[:, None].expand(2, 5, 5, 2)
+    y, _ = mixer(x, context(policy, 2, 35, RoutePair(keep, keep, visible), "softmax"))
+    assert_near(y, expected)
+
+
+def test_visibility_that_does_not_fit_is_refused() -> None:
+    mixer, x = make_mixer("routed"), torch.randn(2, 35, 16).double()
+    keep = torch.ones(2, 5, 2)
+    for visible in (torch.ones(2, 5, 5, 2), torch.ones(2, 4, 4, 2, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"RoutePair.visible is torch.* it must be bool \(2, 5, 5, 2\)"):
+            mixer(x, context(LayerPolicy(budget=0.5), 2, 35, RoutePair(keep, keep, visible)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import warnings
@@ -305,3 +306,27 @@ def test_the_library_equals_torch_in_double_precision(part: str, dtype: torch.dt
     for actual, expected in zip(*results, strict=True):
         if actual is not None and expected is not None:
             assert_near(actual.cpu(), expected.cpu(), dtype)
+
+
+@pytest.mark.parametrize("length", [32, 37], ids=["whole chunks", "partial chunk"])
+@pytest.mark.parametrize("at_once", [1, 1 << 24], ids=["chunk by chunk", "at once"])
+def test_visible_attention_is_attention_under_the_token_mask(
+    length: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modules, "_MASK_AT_ONCE", at_once)
+    B, N, R, G, C = 2, -(-length // 8), 2, 3, 8
+    q, k, v = (torch.randn(B, length, R * G, width).double() for width in (4, 4, 5))
+    visible = torch.rand(B, N, N, R) < 0.5  # also of later chunks and the own one, where it means nothing
+    mask = torch.zeros(B, R * G, length, length, dtype=torch.bool)
+    for b, h, t, s in itertools.product(range(B), range(R * G), range(length), range(length)):
+        own = t // C == s // C and s <= t
+        mask[b, h, t, s] = own or (s // C < t // C and bool(visible[b, t // C, s // C, h // G]))
+    by_head = [x.transpose(1, 2) for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(by_head[0], by_head[1], by_head[2], attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(modules.visible_attention(q, k, v, visible, C), expected)
+
+
+def test_visible_attention_reads_a_long_text_in_parts() -> None:
+    q = torch.randn(1, 4096, 4, 8)
+    visible = torch.rand(1, 64, 64, 4) < 0.1
+    assert modules.visible_attention(q, q, q, visible, 64).isfinite().all()
