@@ -1,0 +1,99 @@
+"""Chunks chosen with the answers in sight: how much there is to select, by first-order gains.
+
+Shapes: B sequences, N chunks, R routing heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from natsl.config import Counterfactual, RouteGradient
+from natsl.evaluate import Routing
+from natsl.model import RoutedLM
+from natsl.search.controls.learned import Learned, Subject
+from natsl.space.policy import Op, RoutingPolicy
+from natsl.tasks.sequences import IGNORED, Batch
+
+ROUNDS = 4  # after each a quarter more of the chunks are taken
+# What a choice costs with its evaluation, in evaluations: a backward pass takes about twice a forward pass.
+PASSES = 3 * ROUNDS + 1
+_SMALLER = 4  # a batch with gradients is so many times smaller
+_INSERTION = RouteGradient(counterfactual=Counterfactual.insertion)
+
+
+def hindsight(subject: Subject, learned: Learned, draw: int) -> Routing:
+    """In each sequence, layer and head as many chunks as the router keeps, by what they gain on the scored tokens.
+
+    The answers of a task, or its text if it has none. It sees what it is scored on, and its gains are first order: an
+    estimate of what there is to select, not a bound.
+    """
+    return _chosen(subject, learned, by_head=True)
+
+
+def hindsight_layer(subject: Subject, learned: Learned, draw: int) -> Routing:
+    """As ``hindsight``, with the same count in each layer, free over its heads."""
+    return _chosen(subject, learned, by_head=False)
+
+
+def _chosen(subject: Subject, learned: Learned, by_head: bool) -> Routing:
+    policy, device = _undecided(learned.policy), subject.model.embed.weight.device
+    size = max(1, subject.batch_size // _SMALLER)
+    routes: dict[str, list[Tensor | None]] = {}
+    for task, batch in subject.sets.items():
+        parts = []
+        for first in range(0, len(batch), size):
+            rows = slice(first, first + size)
+            kept = [None if route is None else route[rows].to(device) for route in learned.routes[task]]
+            parts.append(choose(subject.model, policy, batch.rows(rows).to(device), kept, by_head))
+        routes[task] = [None if layer[0] is None else torch.cat(layer).cpu() for layer in zip(*parts, strict=True)]
+    return lambda task, rows: [None if route is None else route[rows] for route in routes[task]]
+
+
+def _undecided(policy: RoutingPolicy) -> RoutingPolicy:
+    """The policy with a budget that makes routes carry a gradient; they are fixed, so that it decides nothing."""
+    layers = [replace(layer, budget=0.5, threshold=None) if layer.op is Op.routed else layer for layer in policy.layers]
+    return replace(policy, layers=tuple(layers))
+
+
+def choose(
+    model: RoutedLM, policy: RoutingPolicy, batch: Batch, kept: Sequence[Tensor | None], by_head: bool
+) -> list[Tensor | None]:
+    """Routes [B,N,R] of 0 and 1 with as many chunks as ``kept`` has in each sequence, layer and head (or layer)."""
+    scored = batch.recall if bool(batch.recall.any()) else batch.targets != IGNORED
+    complete = batch.tokens.shape[1] // policy.chunk_size
+    chosen = [None if route is None else torch.zeros_like(route, dtype=torch.float32) for route in kept]
+    for step in range(1, ROUNDS + 1):
+        leaves = [None if route is None else route.clone().requires_grad_() for route in chosen]
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        if not wanted:
+            break
+        with torch.enable_grad():
+            output = model(batch.tokens, policy, targets=batch.targets, routes=leaves, route_gradient=_INSERTION)
+            assert output.loss is not None, "the model was given targets"
+            gradients = iter(torch.autograd.grad(output.loss[scored].sum(), wanted))
+        for route, before in zip(kept, chosen, strict=True):
+            if route is None or before is None:
+                continue
+            gain = -next(gradients)
+            gain[:, complete:] = -math.inf
+            total = _pools(route, by_head).sum(2)
+            need = (total * step + ROUNDS // 2) // ROUNDS - _pools(before, by_head).sum(2).long()
+            taken = take(_pools(gain.masked_fill(before > 0, -math.inf), by_head), need)
+            before += taken.transpose(1, 2) if by_head else taken.view_as(before)
+    return chosen
+
+
+def _pools(x: Tensor, by_head: bool) -> Tensor:
+    """What is chosen from together, [B,pools,·]: the chunks of x [B,N,R] head by head, or of all heads."""
+    return x.transpose(1, 2) if by_head else x.flatten(1)[:, None]
+
+
+def take(gain: Tensor, need: Tensor) -> Tensor:
+    """1 at the ``need`` [B,P] largest of gain [B,P,M], else 0, float32."""
+    rank = gain.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+    return (rank < need[:, :, None]).float()

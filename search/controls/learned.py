@@ -1,0 +1,70 @@
+"""What the router of a policy did on held-out sequences, which controls are made from.
+
+Shapes: B sequences, N chunks, R routing heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from natsl.counts import Counts
+from natsl.evaluate import Routing, run_batches
+from natsl.model import RoutedLM
+from natsl.router import RoutePair
+from natsl.space.policy import Op, RoutingPolicy
+from natsl.tasks.sequences import Batch
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is evaluated: a model on sequences of every task, so many at a time."""
+
+    model: RoutedLM
+    sets: Mapping[str, Batch]
+    batch_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """One pass of a policy over all sequences.
+
+    ``routes``: task → per layer bool [B,N,R] where the policy routes, and None where it does not; on the CPU. A last
+    chunk that is incomplete has route 0.
+    """
+
+    policy: RoutingPolicy
+    counts: Mapping[str, Counts]
+    routes: Mapping[str, list[Tensor | None]]
+
+    def change(self, rule: Callable[[Tensor], Tensor | RoutePair]) -> Routing:
+        """Routing by a rule for the routes [B,N,R] of some sequences."""
+        return lambda task, rows: [None if x is None else rule(x[rows].float()) for x in self.routes[task]]
+
+
+def follow(subject: Subject, policy: RoutingPolicy) -> Learned:
+    """Run a policy over all sequences and record what its routers do; ``FloatingPointError`` as ``count``."""
+    chunk = subject.model.config.chunk_size
+    counts: dict[str, list[Counts]] = {task: [] for task in subject.sets}
+    routes: dict[str, list[list[Tensor]]] = {task: [] for task in subject.sets}
+    for task, part, output in run_batches(subject.model, policy, subject.sets, batch_size=subject.batch_size):
+        counts[task].append(Counts.of(part, output, chunk))
+        complete = part.tokens.shape[1] // chunk
+        kept = [layer.route.bool().cpu() for layer in output.layers]
+        for route in kept:
+            route[:, complete:] = False
+        routes[task].append(kept)
+    routed = [layer.op is Op.routed for layer in policy.layers]
+    return Learned(
+        policy,
+        {task: Counts.cat(parts) for task, parts in counts.items()},
+        {
+            task: [
+                torch.cat(layer) if used else None for used, layer in zip(routed, zip(*parts, strict=True), strict=True)
+            ]
+            for task, parts in routes.items()
+        },
+    )

@@ -1,0 +1,86 @@
+"""Controls that keep as many chunks as a learned router in every task, layer and head, and choose others.
+
+Shapes: B sequences, N chunks, R routing heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from natsl.evaluate import Routing
+from natsl.router import RoutePair
+from natsl.search.controls.learned import Learned, Subject
+
+
+def shuffled(subject: Subject, learned: Learned, draw: int) -> Routing:
+    """The routes of all layers from sequence (i + draw) mod n of the same task; ``draw`` is no multiple of n."""
+    moved = {
+        task: [None if route is None else route.roll(-draw, 0).float() for route in routes]
+        for task, routes in learned.routes.items()
+    }
+    return lambda task, rows: [None if route is None else route[rows] for route in moved[task]]
+
+
+def random_heads(subject: Subject, learned: Learned, draw: int) -> Routing:
+    """Random chunks, as many in each task, layer and head as the learned router keeps; ``draw`` is the seed."""
+    generator = torch.Generator().manual_seed(draw)
+    drawn = {
+        task: [None if route is None else _redrawn(route, learned.counts[task].chunks, generator) for route in routes]
+        for task, routes in learned.routes.items()
+    }
+    return lambda task, rows: [None if route is None else route[rows] for route in drawn[task]]
+
+
+def _redrawn(route: Tensor, complete: int, generator: torch.Generator) -> Tensor:
+    """As many random complete chunks of all sequences, head by head."""
+    B, N, R = route.shape
+    rank = torch.rand(B * complete, R, generator=generator, dtype=torch.float64).argsort(0).argsort(0)
+    keep = (rank < route.sum((0, 1))).float().view(B, complete, R)
+    return F.pad(keep, (0, 0, 0, N - complete))
+
+
+def window(subject: Subject, learned: Learned, draw: int) -> Routing:
+    """A query of chunk c sees the K latest complete chunks, K as many as the router had kept; all are written."""
+    return learned.change(lambda route: RoutePair(route, torch.zeros_like(route), seen(route, sink=False)))
+
+
+def sink_window(subject: Subject, learned: Learned, draw: int) -> Routing:
+    """As ``window``, with the first chunk in place of the oldest one."""
+    return learned.change(lambda route: RoutePair(route, torch.zeros_like(route), seen(route, sink=True)))
+
+
+def seen(route: Tensor, sink: bool) -> Tensor:
+    """Which chunks a window shows to each chunk, of the size of what a head has kept before: bool [B,N,N,R]."""
+    size = (route.cumsum(1) - route)[:, :, None]  # [B,N,1,R]
+    chunk = torch.arange(route.shape[1], device=route.device)
+    age = (chunk[:, None] - chunk)[None, :, :, None]  # of the key's chunk, from that of the query: 1 is the latest
+    if not sink:
+        return (age >= 1) & (age <= size)
+    first = (chunk == 0)[None, None, :, None]
+    return (age >= 1) & ((age < size) | (first & (size > 0)))
+
+
+def drop(subject: Subject, learned: Learned, draw: int) -> Routing:
+    """The learned routes, but a chunk that is not kept is not written to the state either."""
+    return learned.change(lambda route: RoutePair(route, torch.ones_like(route)))
+
+
+def keep_and_write(subject: Subject, learned: Learned, draw: int) -> Routing:
+    """The learned routes, but a chunk that is kept is written to the state as well."""
+    return learned.change(lambda route: RoutePair(route, torch.zeros_like(route)))
+
+
+def oracle(subject: Subject, learned: Learned, draw: int) -> Routing:
+    """The chunks that hold the answers, in every head in which the learned router keeps any; another cost."""
+    size = learned.policy.chunk_size
+    relevant = {task: batch.relevant_chunks(size)[:, :, None].float() for task, batch in subject.sets.items()}
+
+    def routing(task: str, rows: slice) -> list[Tensor | None]:
+        return [
+            None if route is None else relevant[task][rows] * route.any(1).any(0).float()
+            for route in learned.routes[task]
+        ]
+
+    return routing
