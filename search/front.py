@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from natsl.search.controls.comparison import Comparison
 from natsl.search.objective import OBJECTIVES, QUALITY
 from natsl.space.policy import RoutingPolicy
 
@@ -19,6 +20,7 @@ class Kind(Enum):
     uniform = "uniform"  # the learned router with one budget in every layer
     depth = "depth"  # a schedule over depth that looks at no input, or budgets that rise or fall with depth
     single = "single"  # one layer all-softmax, the others delta
+    static = "static"  # whole heads keep everything, the others nothing
     random = "random"  # as many chunks as a learned router keeps, chosen at random
 
 
@@ -108,7 +110,8 @@ class Front:
 
     ``points`` are sorted by the fraction kept on the test split; ``knee`` is the id of one of them (null: none).
     ``hypervolume`` is that of the search split after the last trial, ``history`` after each. ``facts``: what else is
-    worth telling (counts of trials, seconds), shown as it is.
+    worth telling (counts of trials, seconds), shown as it is. ``comparisons``: some points beside their controls, in
+    order of the fraction kept.
     """
 
     run: str
@@ -120,6 +123,7 @@ class Front:
     history: tuple[float, ...]
     fingerprint: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
+    comparisons: tuple[Comparison, ...] = ()
 
     @property
     def rows(self) -> list[Point | Baseline]:
@@ -141,6 +145,10 @@ class Front:
     def cost(self) -> str:
         """The cost that comparisons use: the first cost among the objectives, else the kept fraction."""
         return next((name for name in self.objectives if name not in QUALITY), "kept_fraction")
+
+    def comparison(self, name: str | None) -> Comparison | None:
+        """The point of this name beside its controls, if it was compared."""
+        return next((item for item in self.comparisons if item.of == name), None)
 
     def random_of(self, name: str) -> Baseline | None:
         """Random routing at the kept fractions of the point or baseline of this name."""
@@ -171,6 +179,7 @@ class Front:
             "objectives": [{"name": name, "direction": OBJECTIVES[name].direction} for name in self.objectives],
             "points": [point.to_dict() for point in self.points],
             "baselines": [item.to_dict() for item in self.baselines],
+            "controls": [item.to_dict() for item in self.comparisons],
             "knee": self.knee,
             "hypervolume": self.hypervolume,
             "hypervolume_history": list(self.history),

@@ -31,6 +31,9 @@ class Journal:
         """The front, whose files are written."""
         run, tracker = self._run, self._tracker
         tracker.summary({"hypervolume": front.hypervolume, "points": len(front.points), "knee": front.knee})
+        knee = front.comparison(front.knee)
+        shares = {item.task: item.share for item in knee.tasks if item.share is not None} if knee is not None else {}
+        tracker.summary({f"selection_share/{task}": share.value for task, share in shares.items()})
         rows = [
             [
                 item.name,
@@ -41,6 +44,14 @@ class Journal:
             for item in front.rows
         ]
         tracker.table("front", ["name", "kind", "policy", *front.measures], rows)
+        controls = [
+            [comparison.of, item.task, item.metric, rival.name, rival.value, rival.std, rival.kept, rival.trained]
+            for comparison in front.comparisons
+            for item in comparison.tasks
+            for rival in (item.learned, *item.rivals)
+        ]
+        columns = ["point", "task", "measure", "control", "value", "std", "kept", "trained"]
+        tracker.table("controls", columns, controls)
         tracker.image("front_plot", run.front_png)
         tracker.html("report", run.report)
         tracker.file(f"{run.name}-front", run.front_json)

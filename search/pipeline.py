@@ -27,8 +27,11 @@ from natsl.resume import REPORT_OPTIONS, check_resume
 from natsl.run import Run
 from natsl.search.baseline import baselines
 from natsl.search.config import SearchRunConfig
+from natsl.search.controls.compare import Comparer, ControlCounts, Rules
+from natsl.search.controls.comparison import Comparison, chosen_points
+from natsl.search.controls.static import most_evaluations
 from natsl.search.fault import reported_faults
-from natsl.search.front import Front
+from natsl.search.front import Front, Point
 from natsl.search.journal import Journal
 from natsl.search.objective import OBJECTIVES, CostContext, Role, find_objectives
 from natsl.search.pareto import Scale, Volume
@@ -46,6 +49,8 @@ from natsl.tasks.sequences import IGNORED
 from natsl.tracking import Tracker, start_tracker
 
 _LOG = logging.getLogger(__name__)
+
+COMPARED, IN_HINDSIGHT = 6, 3  # points of a front that are compared with controls, and with those in hindsight
 
 
 def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front | None:
@@ -195,7 +200,7 @@ class _Search:
         journal = Journal(folder, self.tracker)
         with reported_faults():
             scale = self._trials(study, scorer, journal)
-            front = self._score(study, scorer, scale)
+            front = self._score(study, scorer, scale, judge)
         self._write(front)
         journal.front(front)
         exported = export_knee(folder) if self.config.export else None
@@ -242,13 +247,20 @@ class _Search:
             study.run(scorer.on_search, on_record, lambda: probe_device(self.device))
         return scale
 
-    def _score(self, study: PolicyStudy, scorer: Scorer, scale: Scale) -> Front:
-        """Front and baselines on the test split, and what else the report tells."""
+    def _score(self, study: PolicyStudy, scorer: Scorer, scale: Scale, judge: Judge) -> Front:
+        """Front, baselines and controls on the test split, and what else the report tells."""
         settings, chosen = self.config.search, study.front()
         fixed = baselines(self.problem.kinds, self.problem.chunk_size, settings.uniform_budgets, settings.space)
+        known = {item.policy.digest() for item in fixed}
+        heads = sum(shape.heads for shape in self.problem.costs.shapes if shape.kind is Op.routed)
+        with Progress("heads", most_evaluations(heads)) as progress:
+            family = scorer.static_heads(lambda name: progress.update(progress.done + 1, name))
+        fixed += [item for item in family if item.policy.digest() not in known]
         with Progress("test", steps_to_score(chosen, fixed)) as progress:
             points, others = score(scorer, chosen, fixed, lambda name: progress.update(progress.done + 1, name))
         knee = scale.knee([point.search_values for point in points])
+        comparer = self._comparer(judge.control, [item.policy for item in family])
+        comparisons = self._compare(comparer, points, knee)
         volume = Volume(scale)
         # A trial that has to be tried again is not made: without it the history is shorter, and the run not finished.
         history = tuple(volume.add(record.result) for record in study.records if not record.transient)
@@ -269,12 +281,36 @@ class _Search:
             fingerprint=dict(study.fingerprint),
             facts={
                 "counts": {"trials": len(study.records)} | ({"trials failed": len(failed)} if failed else {}),
-                "problems": problems + scorer.problems,
+                "problems": problems + scorer.problems + comparer.problems,
+                "evaluations": {**scorer.evaluations(study.records), "controls": comparer.passes},
                 "select": self._select,
                 "commands": self._commands(),
                 "setting": self._setting(),
             },
+            comparisons=comparisons,
         )
+
+    def _comparer(self, counts: ControlCounts, static: Sequence[RoutingPolicy]) -> Comparer:
+        kinds, chunk = self.problem.kinds, self.problem.chunk_size
+        family = [RoutingPolicy.all_delta(kinds, chunk), *static, RoutingPolicy.all_softmax(kinds, chunk)]
+        rules = Rules(self.config.seed, self.config.search.random_draws, self.config.supernet.route_noise)
+        return Comparer(counts, self.problem.costs.shapes, family, rules)
+
+    def _compare(self, comparer: Comparer, points: Sequence[Point], knee: int | None) -> tuple[Comparison, ...]:
+        """Some points of the front beside their controls: the knee, the ends that route anything, others between."""
+        routing = [float(any(layer.op is Op.routed for layer in point.policy.layers)) for point in points]
+        costs = [routed * point.measured["kept_fraction"] for routed, point in zip(routing, points, strict=True)]
+        chosen = chosen_points(costs, knee, COMPARED, IN_HINDSIGHT)
+        found = []
+        with Progress("controls", comparer.planned(chosen.values())) as progress:
+            for place, hindsight in chosen.items():
+                point = points[place]
+                found.append(
+                    comparer.compare(
+                        point.id, point.policy, hindsight, lambda name: progress.update(comparer.passes, name)
+                    )
+                )
+        return tuple(item for item in found if item is not None)
 
     def _setting(self) -> dict[str, Any]:
         data, settings = self.config.data, self.config.search

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,23 +14,32 @@ from natsl.evaluate import Evaluation, RandomRouting, evaluate
 from natsl.model import RoutedLM
 from natsl.search.baseline import Named
 from natsl.search.config import SearchConfig
+from natsl.search.controls.compare import ControlCounts
+from natsl.search.controls.comparison import spread_out
+from natsl.search.controls.learned import Subject
+from natsl.search.controls.registry import ControlRunner
+from natsl.search.controls.static import greedy_heads
 from natsl.search.front import Baseline, Kind, Point, amount
 from natsl.search.objective import OBJECTIVES, QUALITY, measure
 from natsl.search.pareto import Scale, dominates
 from natsl.search.study import Problem, Record
 from natsl.space.policy import Op, RoutingPolicy
 
+RANDOM_POINTS = 16  # of a front beside which random routing stands
+
 
 @dataclass(frozen=True)
 class Judge:
-    """Evaluates policies: on the search split, on the test split, and there with random routing.
+    """Evaluates policies: on the search split, on the test split, and there with random routing and other controls.
 
-    ``random`` takes the policy, the fraction of chunks that each layer keeps, and a seed.
+    ``random`` takes the policy, the fraction of chunks that each layer keeps, and a seed; ``control`` the policy, the
+    name of a control and the number of a draw.
     """
 
     search: Callable[[RoutingPolicy], Evaluation]
     test: Callable[[RoutingPolicy], Evaluation]
     random: Callable[[RoutingPolicy, tuple[float, ...], int], Evaluation]
+    control: ControlCounts
 
 
 def make_judge(model: RoutedLM, data: TaskData, batch_size: int) -> Judge:
@@ -43,6 +53,7 @@ def make_judge(model: RoutedLM, data: TaskData, batch_size: int) -> Judge:
         lambda policy: evaluate(model, policy, search, batch_size=batch_size),
         lambda policy: evaluate(model, policy, test, batch_size=batch_size),
         random,
+        ControlRunner(Subject(model, test, batch_size)),
     )
 
 
@@ -60,6 +71,7 @@ class Scorer:
         self._draws = config.random_draws
         self._search = {r.policy.digest(): r.evaluation for r in records if r.evaluation is not None}
         self._test: dict[str, Evaluation] = {}
+        self._drawn = 0
         self.problems: list[str] = []  # policies that could not be scored, and why
 
     def on_search(self, policy: RoutingPolicy) -> Evaluation:
@@ -72,6 +84,51 @@ class Scorer:
         ends = (RoutingPolicy.all_softmax(kinds, chunk), RoutingPolicy.all_delta(kinds, chunk))
         first, second = (self._values(self.on_search(policy), policy) for policy in ends)
         return Scale.between(self.names, first, second)
+
+    def evaluations(self, records: Sequence[Record]) -> dict[str, int]:
+        """How many evaluations were made: of the trials, beside them on the search split, and on the test split.
+
+        Stored results count as well.
+        """
+        tried = {record.policy.digest() for record in records if record.evaluation is not None}
+        return {
+            "trials": len(tried),
+            "search split": len(self._search.keys() - tried),
+            "test split": len(self._test) + self._drawn,
+        }
+
+    def static_heads(self, on_step: Callable[[str], None]) -> list[Named]:
+        """Whole heads, one more in each, which nothing cheaper among them beats on the search split."""
+        problem, quality = self._problem, self._quality()
+        kinds, heads = problem.kinds, problem.costs.shapes[0].heads
+
+        def judge(policy: RoutingPolicy) -> tuple[float, ...]:
+            try:
+                evaluation = self.on_search(policy)
+            except FloatingPointError:
+                return (math.inf,)
+            values = [OBJECTIVES[name].value(evaluation, policy, problem.costs) for name in (quality, "val_loss")]
+            return tuple(math.inf if value is None else value for value in values)
+
+        def step(policy: RoutingPolicy) -> tuple[float, ...]:
+            value = judge(policy)
+            on_step(policy.describe())
+            return value
+
+        best, found = judge(RoutingPolicy.all_delta(kinds, problem.chunk_size)), []
+        for i, policy in enumerate(greedy_heads(kinds, heads, problem.chunk_size, step)):
+            if judge(policy) < best:
+                best = judge(policy)
+                found.append(Named(f"static-{i + 1}", Kind.static, policy))
+        return found
+
+    def _quality(self) -> str:
+        """The measure of quality by which heads are chosen: the first objective that is one, else the first known."""
+        named = [name for name in self.names if name in QUALITY]
+        softmax = RoutingPolicy.all_softmax(self._problem.kinds, self._problem.chunk_size)
+        known = self.on_search(softmax)
+        measured = [name for name in QUALITY if OBJECTIVES[name].value(known, softmax, self._problem.costs) is not None]
+        return (named or measured)[0]
 
     def point(self, record: Record) -> Point | None:
         """A point of the front, without comparisons; None (and a problem noted) if its test score is not finite."""
@@ -105,6 +162,7 @@ class Scorer:
         try:
             seeds = [_seed(self._seed, policy, draw) for draw in range(self._draws)]
             draws = [self._judge.random(policy, model.kept_by_layer, seed) for seed in seeds]
+            self._drawn += len(draws)
             mean = Evaluation.from_dict(_mean([evaluation.to_dict() for evaluation in draws]))
             # equal by construction; taken over so that the order of additions decides no comparison
             mean = replace(mean, kept_fraction=model.kept_fraction, kept_by_layer=model.kept_by_layer)
@@ -144,7 +202,8 @@ class Scorer:
 
 def steps_to_score(records: Sequence[Record], fixed: Sequence[Named]) -> int:
     """How often ``score`` calls ``on_step`` at most."""
-    return 2 * len(records) + len(fixed) + sum(item.kind is Kind.uniform for item in fixed)
+    points = len(records) + min(len(records), RANDOM_POINTS)
+    return points + len(fixed) + sum(item.kind is Kind.uniform for item in fixed)
 
 
 def score(
@@ -152,8 +211,9 @@ def score(
 ) -> tuple[tuple[Point, ...], tuple[Baseline, ...]]:
     """The front and its baselines on the test split, compared with each other.
 
-    Random routing stands beside every point and every uniform budget. Points come in order of the fraction kept. What
-    cannot be scored is left out and noted in ``scorer.problems``.
+    Random routing stands beside every uniform budget and every point; of many points beside ``RANDOM_POINTS``, the ends
+    and the knee among them. Points come in order of the fraction kept. What cannot be scored is left out and noted in
+    ``scorer.problems``.
     """
     points: list[Point] = []
     others: list[Baseline] = []
@@ -171,10 +231,12 @@ def score(
         on_step(record.id)
         if point is not None:
             points.append(point)
-            controls.append(scorer.random(point))
-            on_step(f"random routing beside {record.id}")
-    others += [control for control in controls if control is not None]
     points.sort(key=lambda point: (point.measured["kept_fraction"], point.id))
+    knee = scorer.scale().knee([point.search_values for point in points])
+    for place in spread_out(len(points), RANDOM_POINTS, knee):
+        controls.append(scorer.random(points[place]))
+        on_step(f"random routing beside {points[place].id}")
+    others += [control for control in controls if control is not None]
     return tuple(_compared(point, others, scorer.names) for point in points), tuple(others)
 
 

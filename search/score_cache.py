@@ -1,7 +1,8 @@
 """Results of evaluations, stored as they are made: what was scored before a search was cut off is not scored again.
 
 ``scores.jsonl`` holds a line per evaluation: what it belongs to (supernet, data), its split, the policy, the control
-with its draw, and the measured values. A line that a killed process left half written does not count.
+with its draw, and the measured values, of controls what was counted in every sequence. A line that a killed process
+left half written does not count.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from natsl.counts import Counts
 from natsl.data import Split
 from natsl.evaluate import Evaluation
 from natsl.files import append_line
 from natsl.search.score import Judge
 from natsl.space.policy import RoutingPolicy
+
+R = TypeVar("R")
 
 
 class ScoreCache:
@@ -28,44 +32,62 @@ class ScoreCache:
     def __init__(self, path: Path, made_from: Mapping[str, Any]) -> None:
         self._path = path
         self._of = _digest(made_from)
-        self._stored: dict[str, Evaluation] = {}
+        self._stored: dict[str, Any] = {}
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
             try:
                 row = json.loads(line)
-                evaluation = Evaluation.from_dict(row.pop("evaluation"))
+                if "counts" in row:
+                    result: Any = {task: Counts.from_dict(counts) for task, counts in row.pop("counts").items()}
+                else:
+                    result = Evaluation.from_dict(row.pop("evaluation"))
             except (AttributeError, KeyError, TypeError, ValueError):
                 continue
-            self._stored[_key(row)] = evaluation
+            self._stored[_key(row)] = result
 
     def judge(self, judge: Judge) -> Judge:
         """A judge that asks ``judge`` for what is not stored, and stores it."""
 
         def search(policy: RoutingPolicy) -> Evaluation:
-            return self._get(Split.search, policy, None, lambda: judge.search(policy))
+            return self._evaluation(Split.search, policy, None, lambda: judge.search(policy))
 
         def test(policy: RoutingPolicy) -> Evaluation:
-            return self._get(Split.test, policy, None, lambda: judge.test(policy))
+            return self._evaluation(Split.test, policy, None, lambda: judge.test(policy))
 
         def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
             control = {"kind": "random", "draw": seed, "fractions": _digest(fractions)}
-            return self._get(Split.test, policy, control, lambda: judge.random(policy, fractions, seed))
+            return self._evaluation(Split.test, policy, control, lambda: judge.random(policy, fractions, seed))
 
-        return Judge(search, test, random)
+        def control(policy: RoutingPolicy, name: str, draw: int) -> dict[str, Counts]:
+            row = self._row(Split.test, policy, {"kind": name, "draw": draw, "by": "sequence"})
+            return self._get(row, lambda: judge.control(policy, name, draw), _plain_counts)
 
-    def _get(
+        return Judge(search, test, random, control)
+
+    def _evaluation(
         self,
         split: Split,
         policy: RoutingPolicy,
         control: Mapping[str, Any] | None,
         evaluate: Callable[[], Evaluation],
     ) -> Evaluation:
-        row = {"of": self._of, "split": split.value, "policy": policy.digest(), "control": control}
+        row = self._row(split, policy, control)
+        return self._get(row, evaluate, lambda evaluation: {"evaluation": evaluation.to_dict()})
+
+    def _row(self, split: Split, policy: RoutingPolicy, control: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {"of": self._of, "split": split.value, "policy": policy.digest(), "control": control}
+
+    def _get(self, row: dict[str, Any], make: Callable[[], R], plain: Callable[[R], dict[str, Any]]) -> R:
         key = _key(row)
         if key not in self._stored:
-            evaluation = evaluate()
-            append_line(self._path, json.dumps(row | {"evaluation": evaluation.to_dict()}))
-            self._stored[key] = evaluation
-        return self._stored[key]
+            made = make()
+            append_line(self._path, json.dumps(row | plain(made)))
+            self._stored[key] = made
+        result: R = self._stored[key]
+        return result
+
+
+def _plain_counts(counts: Mapping[str, Counts]) -> dict[str, Any]:
+    return {"counts": {task: item.to_dict() for task, item in counts.items()}}
 
 
 def _key(row: Mapping[str, Any]) -> str:

@@ -10,11 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from natsl.config import ModelConfig
+from natsl.counts import Counts
 from natsl.evaluate import Evaluation
 from natsl.run import Run
 from natsl.search.baseline import baselines
 from natsl.search.config import SearchConfig
+from natsl.search.controls.compare import Comparer, Rules
+from natsl.search.controls.comparison import LEARNED, chosen_points
 from natsl.search.front import Baseline, Front, Point
 from natsl.search.objective import CostContext, find_objectives
 from natsl.search.pareto import Volume
@@ -28,6 +33,7 @@ ROUTED = (Op.routed, Op.routed, Op.routed)
 CHUNK = 16
 WORTH = (0.15, 1.0, 0.9)  # how much of the recall a layer can do by itself
 HEADS = 2
+SEQUENCES, CHUNKS = 16, 1000
 
 
 def noise(*parts: object) -> float:
@@ -52,13 +58,28 @@ def synthetic(policy: RoutingPolicy, split: str = "search", useful: float = 0.22
     return Evaluation(loss, loss / math.log(2), errors, sum(kept) / len(kept), tuple(kept), by_head)
 
 
+def synthetic_counts(policy: RoutingPolicy, name: str, draw: int) -> dict[str, Counts]:
+    """Sequences of recall and of text: recall needs the right chunks, text gains nothing by any of them."""
+    useful = {LEARNED: 0.22, "hindsight": 0.2, "hindsight_layer": 0.2, "oracle": 0.2}.get(name, 1.0)
+    learned, found = synthetic(policy, "test"), synthetic(policy, f"{name} {draw}", useful)
+    kept = torch.tensor(learned.kept_by_layer, dtype=torch.float64)[None, :, None].expand(SEQUENCES, -1, HEADS)
+    asked = torch.full((SEQUENCES,), 32)
+    wrong = [round(32 * (found.errors["recall_error"] or 0.0) * (1 + 0.1 * noise(i))) for i in range(SEQUENCES)]
+    nothing = torch.zeros(SEQUENCES, dtype=torch.int64)
+    nats = torch.tensor([64 * (1.9 + 0.1 * noise("text", i)) for i in range(SEQUENCES)], dtype=torch.float64)
+    chunks = (kept * CHUNKS).round().long()
+    recall = Counts(nats, nothing + 64, asked - torch.tensor(wrong).clamp(0, 32), asked, chunks, CHUNKS, ())
+    text = Counts(nats, nothing + 64, nothing, nothing, chunks, CHUNKS, ())
+    return {"mqar": recall} if name == "oracle" else {"mqar": recall, "bytes": text}
+
+
 def synthetic_judge() -> Judge:
     """Judge of the synthetic supernet; random routing needs all chunks to find all pairs."""
 
     def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
         return synthetic(policy, f"random {seed}", useful=1.0)
 
-    return Judge(synthetic, lambda policy: synthetic(policy, "test"), random)
+    return Judge(synthetic, lambda policy: synthetic(policy, "test"), random, synthetic_counts)
 
 
 def shapes(kinds: Sequence[Op]) -> tuple[LayerShape, ...]:
@@ -100,6 +121,17 @@ def searched(folder: Path, config: SearchConfig, kinds: Sequence[Op] = ROUTED) -
     study = open_policy_study(folder / "study.db", "first", config, problem(config, kinds), 0, {"model": "m"})
     study.run(synthetic)
     return study
+
+
+def compared(front: Front, study: PolicyStudy, route_noise: float = 0.0) -> Front:
+    """The front with three of its points beside their controls, two with hindsight."""
+    asked = study.problem
+    family = [RoutingPolicy.all_delta(asked.kinds, CHUNK), RoutingPolicy.all_softmax(asked.kinds, CHUNK)]
+    comparer = Comparer(synthetic_counts, asked.costs.shapes, family, Rules(0, 5, route_noise))
+    knee = next((i for i, point in enumerate(front.points) if point.id == front.knee), None)
+    chosen = chosen_points([point.measured["kept_fraction"] for point in front.points], knee, 3, 2)
+    found = [comparer.compare(front.points[i].id, front.points[i].policy, more) for i, more in chosen.items()]
+    return replace(front, comparisons=tuple(item for item in found if item is not None))
 
 
 def built(study: PolicyStudy, name: str = "first") -> Front:

@@ -58,6 +58,7 @@ def front_of(names: list[str]) -> Front:
         lambda policy: complete(plain.search(policy)),
         lambda policy: complete(plain.test(policy)),
         lambda policy, fractions, seed: complete(plain.random(policy, fractions, seed)),
+        plain.control,
     )
     scorer = Scorer(judge, asked, config, 0, records)
     points, others = score(scorer, records, baselines(ROUTED, CHUNK, [0.25], SearchSpace()), lambda _: None)

@@ -11,9 +11,10 @@ import pytest
 from natsl.evaluate import Evaluation
 from natsl.search.baseline import baselines
 from natsl.search.config import SearchConfig
+from natsl.search.controls.static import most_evaluations
 from natsl.search.front import Kind
 from natsl.search.pareto import dominates
-from natsl.search.score import Judge, Scorer, score, steps_to_score
+from natsl.search.score import RANDOM_POINTS, Judge, Scorer, score, steps_to_score
 from natsl.search.study import Record
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace
@@ -78,6 +79,40 @@ def test_random_routing_stands_beside_every_routed_point_and_uniform_budget() ->
     assert gain is not None
     assert gain["recall_error"] == pytest.approx(control.values["recall_error"] - points[0].values["recall_error"])
     assert gain["recall_error"] > 0.5
+
+
+def test_of_many_points_random_routing_stands_beside_some() -> None:
+    policies = [
+        RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(budget=0.01 * i), LayerPolicy(Op.delta)), CHUNK)
+        for i in range(1, 31)
+    ]
+    subject, chosen = scorer(), records(policies)
+    points, others = score(subject, chosen, [], lambda _: None)
+    beside = [item.of for item in others]
+    assert len(beside) == RANDOM_POINTS
+    knee = subject.scale().knee([point.search_values for point in points])
+    assert knee is not None
+    assert {points[0].id, points[knee].id, points[-1].id} <= set(beside)
+    assert subject.evaluations(chosen) == {"trials": 30, "search split": 2, "test split": 30 + 5 * RANDOM_POINTS}
+
+
+def test_static_heads_are_those_that_pay_on_the_search_split() -> None:
+    steps: list[str] = []
+
+    def judged(policy: RoutingPolicy) -> Evaluation:
+        found = synthetic(policy)
+        heads = [
+            layer.budget if isinstance(layer.budget, tuple) else (float(layer.op is Op.softmax),) * 2
+            for layer in policy.layers
+        ]
+        error = 1 - 0.5 * heads[1][1] - 0.4 * heads[2][0]
+        return replace(found, errors={**found.errors, "recall_error": error}, val_loss=2.0)
+
+    found = scorer(replace(synthetic_judge(), search=judged)).static_heads(steps.append)
+    assert len(steps) == most_evaluations(6)
+    assert [item.policy.describe() for item in found] == ["D [0,1] D", "D [0,1] [1,0]"], "more heads give nothing"
+    assert [item.name for item in found] == ["static-1", "static-2"]
+    assert {item.kind for item in found} == {Kind.static}
 
 
 def test_random_routing_gets_the_measured_fractions_and_other_seeds() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from natsl.counts import Counts
 from natsl.evaluate import Evaluation
 from natsl.search.score import Judge
 from natsl.search.score_cache import ScoreCache
@@ -34,7 +35,11 @@ class Counting:
             self.calls += 1
             return inner.random(policy, fractions, seed)
 
-        return Judge(self._count(inner.search), self._count(inner.test), random)
+        def control(policy: RoutingPolicy, name: str, draw: int) -> dict[str, Counts]:
+            self.calls += 1
+            return inner.control(policy, name, draw)
+
+        return Judge(self._count(inner.search), self._count(inner.test), random, control)
 
     def _count(self, inner: Callable[[RoutingPolicy], Evaluation]) -> Callable[[RoutingPolicy], Evaluation]:
         def call(policy: RoutingPolicy) -> Evaluation:
@@ -136,3 +141,17 @@ def test_an_evaluation_that_raises_is_not_stored(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError):
         cache.judge(replace(synthetic_judge(), test=test)).test(POLICY)
     assert not (tmp_path / "scores.jsonl").exists()
+
+
+def test_counts_of_controls_are_stored_by_name_and_draw(tmp_path: Path) -> None:
+    path, counting = tmp_path / "scores.jsonl", Counting()
+    asked = [(POLICY, "learned", 0), (POLICY, "shuffled", 1), (POLICY, "shuffled", 2), (OTHER, "shuffled", 1)]
+    first = [judged(path, counting).control(*question) for question in asked]
+    again = [judged(path, counting).control(*question) for question in asked]
+    assert counting.calls == 4
+    for one, other in zip(first, again, strict=True):
+        assert {task: item.to_dict() for task, item in one.items()} == {
+            task: item.to_dict() for task, item in other.items()
+        }
+    judged(path, counting, MADE_FROM | {"supernet": "t"}).control(*asked[0])
+    assert counting.calls == 5

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from natsl.counts import Counts
 from natsl.errors import UserError
 from natsl.evaluate import Evaluation, evaluate
 from natsl.run import Run
 from natsl.search import pipeline, score
+from natsl.search.controls.registry import ControlRunner
 from natsl.search.pipeline import run_search
 from natsl.space.policy import RoutingPolicy
 from natsl.tasks.sequences import Batch
@@ -76,3 +78,31 @@ def test_a_search_cut_off_while_its_report_is_written_scores_nothing_again(
     monkeypatch.setattr(score, "evaluate", interrupted)
     assert run_search(tiny(tmp_path, text)) is not None
     assert results(Run.open("first", tmp_path, create=False)) == straight
+
+
+@pytest.mark.parametrize("at", [1, 4, 12, 16], ids=lambda at: f"interrupted at {at}")
+def test_no_control_is_evaluated_twice(at: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str, int]] = []
+    cut_off: list[tuple[str, str, int]] = []
+    plain = ControlRunner.__call__
+
+    def counted(self: ControlRunner, policy: RoutingPolicy, name: str, draw: int) -> dict[str, Counts]:
+        calls.append((policy.digest(), name, draw))
+        if len(calls) == at and not cut_off:
+            cut_off.append(calls.pop())
+            raise KeyboardInterrupt
+        return plain(self, policy, name, draw)
+
+    monkeypatch.setattr(ControlRunner, "__call__", counted)
+    options: dict[str, Any] = {"objectives": ["val_loss", "kept_fraction"], "n_trials": 9}
+    with pytest.raises(KeyboardInterrupt):
+        run_search(tiny(tmp_path / "cut", text, **options))
+    front = run_search(tiny(tmp_path / "cut", text, **options))
+    assert front is not None
+    assert calls.count(cut_off[0]) == 1
+    assert len(calls) == len(set(calls)) >= 16
+    assert len(front.comparisons) > 0
+    straight = run_search(tiny(tmp_path / "straight", text, **options))
+    assert straight is not None
+    assert straight.comparisons == front.comparisons
+    assert straight.facts["evaluations"] == front.facts["evaluations"]
