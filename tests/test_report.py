@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from natsl.search.config import SearchConfig
+from natsl.search.controls.comparison import Share
 from natsl.search.front import Front, Kind
 from natsl.search.report.chart import Axis, Mark, Marker, Series, chart, dumbbells
+from natsl.search.report.controls import share_line
 from natsl.search.report.headline import headline
 from natsl.search.report.html import render
 from natsl.search.report.plane import planes, show
 from natsl.search.report.png import front_png
 from natsl.space.policy import Op
-from tests.search_helpers import built, is_png, searched, with_tasks
+from tests.search_helpers import built, compared, is_png, searched, with_tasks
 
 HOSTILE = "<script>alert('&')</script>$x_1$"
 
@@ -62,6 +65,13 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Front:
     return built(searched(tmp_path_factory.mktemp("front"), SearchConfig(n_trials=20)))
 
 
+@pytest.fixture(scope="module")
+def compared_front(tmp_path_factory: pytest.TempPathFactory) -> Front:
+    """A front with controls."""
+    study = searched(tmp_path_factory.mktemp("compared"), SearchConfig(n_trials=20))
+    return compared(built(study), study)
+
+
 def test_a_report_is_one_file_without_network_or_scripts(front: Front) -> None:
     page = Page(render(front))
     assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
@@ -102,6 +112,58 @@ def test_the_kept_fraction_of_each_of_several_tasks_is_in_the_rows(front: Front)
     assert unknown.count("<td>–</td><td>–</td><td>–</td>") >= len(front.points)
     hostile = render(with_tasks(front, "bytes", HOSTILE))
     assert "<script" not in hostile
+
+
+def test_points_stand_beside_their_controls_in_every_task(compared_front: Front) -> None:
+    html = render(compared_front)
+    Page(html)
+    assert "What the router chooses" not in render(replace(compared_front, comparisons=()))
+    section = unescape(html.split("What the router chooses")[1].split("</section>")[0])
+    assert section.count('<div class="scroll controls"><table>') == 2, "one for each task, which scrolls in its box"
+    for comparison in compared_front.comparisons:
+        for item in comparison.tasks:
+            for rival in (item.learned, *item.rivals):
+                assert rival.label in section
+                assert show(item.metric, rival.value) in section
+    assert section.count("off-distribution") == 2 * 6, "random and shuffled routes too, without route noise"
+    assert section.count("<th>selection share</th>") == 2
+    assert "nothing to select" in section
+    assert "in each task, layer and head" not in section, "older points do not know it"
+    several = render(replace(with_tasks(compared_front, "bytes", HOSTILE), comparisons=compared_front.comparisons))
+    Page(several)
+    assert several.count("<td>bytes</td><td>0.0, 0.0</td>") == len(compared_front.comparisons)
+    assert "<script" not in several
+
+
+def test_the_share_is_in_the_headline(compared_front: Front) -> None:
+    text, good = headline(compared_front)[1]
+    assert re.fullmatch(
+        rf"At {compared_front.knee} the router chooses chunks: share 1?\.\d\d ± \.\d\d on mqar; "
+        r"nothing to select on bytes\.",
+        text,
+    )
+    assert good is True
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0.97, "chooses chunks: share .97 ± .01"), (0.01, "only heads: share .01 ± .01"), (-0.3, "share −.30 ± .01")],
+)
+def test_a_share_that_is_not_above_zero_is_no_choice_of_chunks(
+    value: float, expected: str, compared_front: Front
+) -> None:
+    knee = compared_front.comparison(compared_front.knee)
+    assert knee is not None
+    share = Share(value, 0.01, 0.5, 0.01)
+    line = share_line(replace(knee, tasks=(replace(knee.tasks[0], share=share),)))
+    assert line is not None
+    assert expected in line[0]
+    assert line[1] is (value > 0.02)
+    assert share_line(replace(knee, tasks=(replace(knee.tasks[0], share=None),))) is None
+    assert share_line(replace(knee, tasks=knee.tasks[1:])) == (
+        f"At {knee.of} there is nothing to select on bytes.",
+        None,
+    )
 
 
 def test_the_headline_compares_with_random_routing_and_baselines(front: Front) -> None:

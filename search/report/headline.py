@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from natsl.search.front import Front, Kind, amount
 from natsl.search.objective import OBJECTIVES
+from natsl.search.report.controls import share_line
 from natsl.search.report.plane import show
 
 
@@ -28,6 +29,10 @@ def headline(front: Front) -> list[tuple[str, bool | None]]:
         wins = sum(compared)
         text = f"Points at which learned routing beats random routing: {wins} of {len(compared)}."
         lines.append((text, wins * 2 > len(compared)))
+    comparison = front.comparison(knee.id)
+    share = None if comparison is None else share_line(comparison)
+    if share is not None:
+        lines.insert(1, share)
     free, whole = sum(not point.dominated_by for point in front.points), len(front.points)
     lines.append((f"Points that no baseline dominates on the test split: {free} of {whole}.", free * 2 > whole))
     return lines

@@ -9,6 +9,7 @@ from typing import Any
 from natsl.search.front import Baseline, Front, Kind, Point, amount, kept_in
 from natsl.search.objective import OBJECTIVES
 from natsl.search.report.chart import Axis, Mark, Marker, Series, chart, dumbbells, legend
+from natsl.search.report.controls import controls_section
 from natsl.search.report.headline import headline
 from natsl.search.report.plane import axis, planes, series, show
 from natsl.search.report.style import STYLE
@@ -23,6 +24,7 @@ def render(front: Front) -> str:
     sections = [
         _summary(front),
         _fronts(front),
+        _controls(front),
         _random(front),
         _budgets(front),
         _policies(front),
@@ -76,6 +78,19 @@ def _fronts(front: Front) -> str:
     )
 
 
+def _controls(front: Front) -> str:
+    if not front.comparisons:
+        return ""
+    note = (
+        "Test split, at the bytes that the learned router keeps in each task (without the own chunk). Selection share: "
+        "(routes of another sequence − learned) / (routes of another sequence − hindsight), with its standard error "
+        "over sequences. 0 is a router that chooses only heads, 1 is hindsight, which sees the answers and is first "
+        "order: an estimate of what there is to select, not a bound. Green: the learned router is better by more than "
+        "the spread of the draws, red: worse. Off-distribution: the supernet was not trained with such routes."
+    )
+    return _section("What the router chooses", controls_section(front), note)
+
+
 def _random(front: Front) -> str:
     quality = front.quality
     rows = []
@@ -102,8 +117,9 @@ def _random(front: Front) -> str:
     picture = dumbbells("learned against random routing", shown, axis(quality))
     note = (
         f"One row per point of the front{'' if shown is rows else f' ({_ROWS} of {len(rows)})'}, labelled by the "
-        "fraction of chunks kept. Random routing keeps the same fraction in every layer. A green bar: the learned "
-        "router is better by more than the spread of the draws; a red one: it is not."
+        "fraction of chunks kept. Random routing keeps the same fraction in every layer, spread over all its heads: a "
+        "router that only chooses heads beats it. A green bar: the learned router is better by more than the spread of "
+        "the draws; a red one: it is not."
     )
     return _section("Learned against random routing", f'<figure class="narrow">{picture}{key}</figure>', note)
 

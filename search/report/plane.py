@@ -13,6 +13,7 @@ _KINDS = {
     Kind.uniform: ("same budget in every layer (learned router)", Marker.dot),
     Kind.depth: ("schedule over depth", Marker.square),
     Kind.single: ("one layer all-softmax, others delta", Marker.diamond),
+    Kind.static: ("whole heads, chosen on the search split", Marker.square),
     Kind.extreme: ("all-softmax, all-delta", Marker.square),
 }
 

@@ -21,6 +21,7 @@ COLOURS = {
     "depth": "#8a4fc7",
     "single": "#b8377f",
     "extreme": "#4b5563",
+    "static": "#a3760b",
     "knee": "#14171a",
 }
 _MARKERS = {Marker.dot: "o", Marker.ring: "o", Marker.square: "s", Marker.diamond: "D", Marker.none: ""}

@@ -4,12 +4,14 @@ STYLE = """
 :root {
   --page: #f7f7f5; --card: #ffffff; --text: #1d2126; --soft: #5d6671; --rule: #e1e3e6; --grid: #eceef0;
   --front: #1f5fd6; --random: #d9730d; --uniform: #0c8a7a; --depth: #8a4fc7; --single: #b8377f; --extreme: #4b5563;
+  --static: #a3760b;
   --good: #1a7f45; --bad: #c22f2f; --good-bar: #9ad5b2; --bad-bar: #efb0ab;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14171a; --card: #1c2024; --text: #e6e8ea; --soft: #9aa4af; --rule: #30363c; --grid: #272c31;
     --front: #6ea8ff; --random: #f3a04b; --uniform: #3fc9b5; --depth: #bd93f0; --single: #ee7fb5; --extreme: #a7b0bb;
+    --static: #e0c04e;
     --good: #56c783; --bad: #f27b74; --good-bar: #2c6a47; --bad-bar: #7d3531;
   }
 }
@@ -44,6 +46,7 @@ svg .label { fill: var(--text); font-size: 13px; }
 .random .dot { fill: var(--random); } .random .line, .random .error, .random.error { stroke: var(--random); }
 .uniform .dot { fill: var(--uniform); } .uniform .line { stroke: var(--uniform); stroke-dasharray: 5 4; }
 .depth .dot { fill: var(--depth); } .single .dot { fill: var(--single); } .extreme .dot { fill: var(--extreme); }
+.static .dot { fill: var(--static); } .static .line { stroke: var(--static); stroke-dasharray: 2 3; }
 .knee .ring { stroke: var(--text); }
 .gap { stroke-width: 7; } .gap.good { stroke: var(--good-bar); } .gap.bad { stroke: var(--bad-bar); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 16px; padding: 0; margin: 8px 0 0;
@@ -71,6 +74,7 @@ thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 tbody th { font-weight: 600; white-space: nowrap; }
 td { white-space: nowrap; } td.names { white-space: normal; min-width: 9em; }
 td small, th small { display: block; color: var(--soft); font-weight: 400; }
+.controls + .controls { margin-top: 18px; } .controls tbody th { white-space: normal; min-width: 9.5em; }
 tr:target { background: var(--grid); }
 code { font: .82rem/1.4 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; white-space: nowrap; }
 .command { user-select: all; }
