@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import moocore
 import numpy as np
 import numpy.typing as npt
-from optuna._hypervolume import compute_hypervolume
 
 Values = Mapping[str, float]  # objective → value, smaller is better
 
@@ -66,7 +66,7 @@ class Scale:
         scaled = scaled[(scaled < 1).all(axis=1)]
         if len(scaled) == 0:
             return 0.0
-        return float(compute_hypervolume(scaled, np.ones(len(self.names))))
+        return float(moocore.hypervolume(scaled, ref=1.0))
 
     def knee(self, values: Sequence[Values]) -> int | None:
         """Index of the policy with the least sum of scaled objectives (null: there is none)."""
