@@ -23,7 +23,8 @@ class SearchConfig:
     objectives: names from the registry in ``natsl.search.objective``, all minimised.
     constraints: upper bounds by objective name; what breaks one is no candidate for the front.
     context: tokens, the length at which memory and compute are counted.
-    policies: JSON files of policies that are tried first (with one number per layer: the space has none per head).
+    policies: JSON files of policies that are tried first (with a list per layer where
+        ``space.granularity`` is head, else with one number).
     random_draws: how often random routing is drawn beside a point.
     uniform_budgets: baselines with one budget in every layer.
     max_failure_rate, min_failures: the search stops once at least so many trials, and more than this share, failed.

@@ -108,17 +108,17 @@ def make_problem(config: SearchRunConfig) -> Problem:
         raise UserError(f"model.layers = [{names}] is not allowed: a search needs at least one routed layer")
     tasks = {name for name, weight in config.data.tasks.items() if weight > 0}
     objectives = find_objectives(config.search.objectives, tasks, config.search.constraints)
-    given = [_read_first_policy(path, config, kinds) for path in config.search.policies]
-    first = first_policies(config.search, kinds, model.chunk_size, given)
+    given = [_read_first_policy(path, config) for path in config.search.policies]
+    first = first_policies(config.search, model.layer_shapes(), model.chunk_size, given)
     costs = CostContext(model.layer_shapes(), config.search.context)
     return Problem(kinds, model.chunk_size, costs, objectives, first)
 
 
-def _read_first_policy(path: str, config: SearchRunConfig, kinds: Sequence[Op]) -> RoutingPolicy:
+def _read_first_policy(path: str, config: SearchRunConfig) -> RoutingPolicy:
     """A policy that the user wants tried first; ``UserError`` naming its file if it is outside the space."""
     policy = read_policy(user_path(path, "search.policies"), "search.policies")
     try:
-        first_policies(config.search, kinds, config.model.chunk_size, [policy])
+        first_policies(config.search, config.model.layer_shapes(), config.model.chunk_size, [policy])
     except ValueError as error:
         raise UserError(f"search.policies: {path}: {error}") from None
     return policy

@@ -21,6 +21,7 @@ from natsl.search.objective import CostContext, Objective, measure
 from natsl.search.pareto import non_dominated
 from natsl.search.samplers import make_sampler
 from natsl.search.storage import FINGERPRINT, Identity, OpenStudy, open_study, reported_errors
+from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy
 
 # Trial attributes. A trial that failed has a reason; a failed trial without one was cut off and counts for nothing.
@@ -85,6 +86,11 @@ class Problem:
     objectives: tuple[Objective, ...]
     first: tuple[RoutingPolicy, ...]
 
+    @property
+    def heads(self) -> int:
+        """Routing heads of a layer."""
+        return self.costs.shapes[0].heads
+
 
 class PolicyStudy:
     """A study over routing policies. One process owns it at a time, until it is closed or the process ends."""
@@ -130,17 +136,17 @@ class PolicyStudy:
 
         Its draws depend on (seed, index, results so far).
         """
-        index = min(self._again, default=len(self.records))
+        index, problem = min(self._again, default=len(self.records)), self.problem
         self._study.sampler = make_sampler(self.config.sampler, self.config.local_share, self.seed, index)
         params = self._again.get(index)
-        if params is None and index < len(self.problem.first):
-            params = self.config.space.params(self.problem.first[index], self.problem.kinds)
+        if params is None and index < len(problem.first):
+            params = self.config.space.params(problem.first[index], problem.kinds, problem.heads)
         if params is not None:
             self._study.enqueue_trial(params, user_attrs={INDEX: index})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             trial = self._study.ask()
-            policy = self.config.space.suggest(trial, self.problem.kinds, self.problem.chunk_size)
+            policy = self.config.space.suggest(trial, problem.kinds, problem.chunk_size, problem.heads)
         trial.set_user_attr(POLICY, policy.to_dict())
         return Proposal(trial, index, policy, self._by_digest.get(policy.digest()))
 
@@ -292,14 +298,15 @@ def open_policy_study(
 
 
 def first_policies(
-    config: SearchConfig, kinds: Sequence[Op], chunk_size: int, given: Sequence[RoutingPolicy]
+    config: SearchConfig, layers: Sequence[LayerShape], chunk_size: int, given: Sequence[RoutingPolicy]
 ) -> tuple[RoutingPolicy, ...]:
     """What is tried before the sampler draws: the user's policies, then the anchors of the space, each once.
 
     Raises ``ValueError`` if one of the user's does not fit the model or is outside the space.
     """
+    kinds, heads = [layer.kind for layer in layers], layers[0].heads
     for policy in given:
-        policy.check(kinds, chunk_size)
-        config.space.params(policy, kinds)
-    policies = {policy.digest(): policy for policy in (*given, *config.space.anchors(kinds, chunk_size))}
+        policy.check(kinds, chunk_size, heads)
+        config.space.params(policy, kinds, heads)
+    policies = {policy.digest(): policy for policy in (*given, *config.space.anchors(kinds, chunk_size, heads))}
     return tuple(policies.values())

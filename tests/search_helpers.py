@@ -90,7 +90,7 @@ def shapes(kinds: Sequence[Op]) -> tuple[LayerShape, ...]:
 def problem(config: SearchConfig, kinds: Sequence[Op] = ROUTED) -> Problem:
     """What a search over these kinds of layers asks."""
     objectives = find_objectives(config.objectives, {"mqar"}, config.constraints)
-    first = first_policies(config, kinds, CHUNK, [])
+    first = first_policies(config, shapes(kinds), CHUNK, [])
     return Problem(tuple(kinds), CHUNK, CostContext(shapes(kinds), config.context), objectives, first)
 
 

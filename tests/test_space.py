@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
-from natsl.space.space import Control, SearchSpace
+from natsl.space.space import Control, Granularity, SearchSpace
 
 KINDS = [Op.softmax, Op.routed, Op.delta, Op.routed, Op.routed]
 ROUTED = [Op.routed] * 3
@@ -34,12 +34,8 @@ class RandomTrial:
         self.params[name], self.ranges[name] = value, (low, high, log)
         return value
 
-    def suggest_categorical(self, name: str, choices: Sequence[str]) -> str:
-        assert name not in self.params
-        self.params[name], self.ranges[name] = self.rng.choice(choices), tuple(choices)
-        return str(self.params[name])
 
-
+HEADS = 2
 SPACES = {
     "default": SearchSpace(),
     "routed only": SearchSpace(ops=[Op.routed]),
@@ -53,6 +49,10 @@ SPACES = {
     "mix": SearchSpace(mix_temperature_min=0.3, mix_temperature_max=3.0),
     "fixed mix": SearchSpace(mix_temperature_min=2.0, mix_temperature_max=2.0),
     "cap": SearchSpace(cap=0.4, burst=2),
+    "heads": SearchSpace(granularity=Granularity.head),
+    "heads, routed only": SearchSpace(ops=[Op.routed], granularity=Granularity.head),
+    "heads, thresholds": SearchSpace(granularity=Granularity.head, control=Control.threshold),
+    "heads under a cap": SearchSpace(granularity=Granularity.head, budget_max=0.6, cap=0.5, mix_temperature_max=2),
     "everything": SearchSpace(budget_max=0.6, mix_temperature_min=0.01, mix_temperature_max=10, cap=0.5, burst=1),
 }
 each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES.keys())
@@ -63,55 +63,142 @@ def test_drawn_policies_are_legal_and_come_back_as_parameters(space: SearchSpace
     ranges: dict[str, Any] = {}
     for seed in range(200):
         trial = RandomTrial(seed)
-        policy = space.suggest(trial, KINDS, 16)
-        policy.check(KINDS, 16)
-        params = space.params(policy, KINDS)
+        policy = space.suggest(trial, KINDS, 16, HEADS)
+        policy.check(KINDS, 16, HEADS)
+        params = space.params(policy, KINDS, HEADS)
         assert params.keys() == trial.params.keys()
-        assert space.from_params(params, KINDS, 16) == policy
+        assert space.from_params(params, KINDS, 16, HEADS) == policy
         assert RoutingPolicy.from_json(policy.to_json()) == policy
         json.dumps(params, allow_nan=False)
-        for name, limits in trial.ranges.items():  # samplers need one range per name
-            assert ranges.setdefault(name, limits) == limits
+        assert ranges in ({}, trial.ranges), "samplers need the same parameters, with one range, in every trial"
+        ranges = trial.ranges
         for layer in policy.layers:
-            assert not isinstance(layer.threshold, tuple)
-            for value in (layer.mean_budget(), layer.threshold, layer.mix_temperature):
-                assert value is None or round(value, 3) == value
+            values = [layer.budget, layer.threshold] if layer.heads() is None else [*(layer.budget or layer.threshold)]  # type: ignore[misc]
+            for value in (*values, layer.mix_temperature):
+                assert value is None or math.isinf(value) or round(value, 3) == value  # type: ignore[arg-type]
 
 
-def test_every_budget_of_the_grid_comes_back() -> None:
-    for space in (SPACES["routed only"], SearchSpace(ops=[Op.routed], budget_min=0.033, budget_max=0.617)):
-        for thousandth in range(round(space.budget_min * 1000), round(space.budget_max * 1000) + 1):
-            policy = RoutingPolicy((LayerPolicy(budget=thousandth / 1000),), 16)
-            params = space.params(policy, [Op.routed])
-            assert 0 <= params["u.0"] <= 1
-            assert space.from_params(params, [Op.routed], 16) == policy
+@each_space
+def test_every_op_of_the_space_is_drawn(space: SearchSpace) -> None:
+    drawn = {space.suggest(RandomTrial(seed), [Op.routed], 16, 1).layers[0].op for seed in range(100)}
+    assert drawn == set(space.ops) - ({Op.softmax} if space.cap is not None else set())
 
 
-def test_budgets_are_squares() -> None:
-    space = SearchSpace(budget_min=0.1, budget_max=0.9)
-    for u, budget in ((0.0, 0.1), (0.5, 0.3), (1.0, 0.9)):
-        policy = space.from_params({"op.0": "routed", "u.0": u}, [Op.routed], 16)
-        assert policy.layers == (LayerPolicy(budget=budget),)
+@pytest.mark.parametrize("granularity", Granularity)
+@pytest.mark.parametrize("ops", [[Op.routed], list(Op)], ids=["routed only", "all"])
+def test_every_budget_of_the_grid_comes_back(ops: list[Op], granularity: Granularity) -> None:
+    for low, high in ((0.0, 1.0), (0.033, 0.617)):
+        space = SearchSpace(ops, granularity, budget_min=low, budget_max=high)
+        for thousandth in range(round(low * 1000), round(high * 1000) + 1):
+            value = thousandth / 1000
+            layer = LayerPolicy(budget=value if granularity is Granularity.layer else [value, low])  # type: ignore[arg-type]
+            policy = RoutingPolicy((layer,), 16)
+            if granularity is Granularity.head and value == low == 0 and Op.delta in ops:
+                continue  # all heads at 0 are op delta
+            params = space.params(policy, [Op.routed], 2)
+            assert all(0 <= u <= 1 for u in params.values())
+            assert space.from_params(params, [Op.routed], 16, 2) == policy
+
+
+QUARTER = LayerPolicy(budget=0.3)  # a quarter of the way from .1 to .9, at half of the range
+
+
+@pytest.mark.parametrize(
+    ("ops", "u", "layer"),
+    [
+        (list(Op), 0.0, DELTA),
+        (list(Op), 0.05, DELTA),
+        (list(Op), 0.051, LayerPolicy(budget=0.1)),
+        (list(Op), 0.5, QUARTER),
+        (list(Op), 0.949, LayerPolicy(budget=0.898)),
+        (list(Op), 0.95, SOFTMAX),
+        (list(Op), 1.0, SOFTMAX),
+        ([Op.routed], 0.0, LayerPolicy(budget=0.1)),
+        ([Op.routed], 0.5, QUARTER),
+        ([Op.routed], 1.0, LayerPolicy(budget=0.9)),
+        ([Op.delta, Op.routed], 0.05, DELTA),
+        ([Op.delta, Op.routed], 0.525, QUARTER),
+        ([Op.delta, Op.routed], 1.0, LayerPolicy(budget=0.9)),
+        ([Op.softmax, Op.routed], 0.475, QUARTER),
+        ([Op.softmax, Op.routed], 0.95, SOFTMAX),
+        ([Op.delta, Op.softmax], 0.49, DELTA),
+        ([Op.delta, Op.softmax], 0.51, SOFTMAX),
+    ],
+)
+def test_ends_are_snapped_and_budgets_are_squares(ops: list[Op], u: float, layer: LayerPolicy) -> None:
+    space = SearchSpace(ops=ops, budget_min=0.1, budget_max=0.9)
+    assert space.from_params({"u.0": u}, [Op.routed], 16).layers == (layer,)
+
+
+def test_a_cap_leaves_no_softmax() -> None:
+    space = SearchSpace(cap=0.4)
+    assert space.from_params({"u.0": 1.0}, [Op.routed], 16).layers == (LayerPolicy(budget=1.0, cap=0.4),)
+    with pytest.raises(ValueError, match=r"layers\[0\].op = 'softmax' .* search.space.cap"):
+        space.params(RoutingPolicy((SOFTMAX,), 16), [Op.routed])
+
+
+def test_thresholds_fall_as_more_is_kept() -> None:
+    space = SearchSpace(control=Control.threshold, threshold_min=-1, threshold_max=3)
+    for u, layer in (
+        (0.0, DELTA),
+        (0.5, LayerPolicy(threshold=1.0)),
+        (0.725, LayerPolicy(threshold=0.0)),
+        (1, SOFTMAX),
+    ):
+        assert space.from_params({"u.0": u}, [Op.routed], 16).layers == (layer,)
+
+
+@pytest.mark.parametrize(
+    ("control", "u", "layer"),
+    [
+        ("budget", (0, 0), DELTA),
+        ("budget", (1, 1), SOFTMAX),
+        ("budget", (0, 1), LayerPolicy(budget=[0, 1])),  # type: ignore[arg-type]
+        ("budget", (0.5, 0), LayerPolicy(budget=[0.25, 0])),  # type: ignore[arg-type]
+        ("threshold", (0, 0), DELTA),
+        ("threshold", (1, 1), SOFTMAX),
+        ("threshold", (0.5, 0), LayerPolicy(threshold=[0, float("inf")])),  # type: ignore[arg-type]
+        ("threshold", (1, 0.5), LayerPolicy(threshold=[-float("inf"), 0])),  # type: ignore[arg-type]
+    ],
+)
+def test_heads_have_numbers_of_their_own(control: str, u: tuple[float, float], layer: LayerPolicy) -> None:
+    space = SearchSpace(granularity=Granularity.head, control=Control(control))
+    params = {"u.0.0": u[0], "u.0.1": u[1]}
+    policy = space.from_params(params, [Op.routed], 16, 2)
+    assert policy.layers == (layer,)
+    assert space.params(policy, [Op.routed], 2) == pytest.approx(params)
+    with pytest.raises(ValueError, match="number of routing heads"):
+        space.from_params(params, [Op.routed], 16)
 
 
 @pytest.mark.parametrize(
     ("space", "layer", "names"),
     [
-        ("default", LayerPolicy(budget=0.5), {"op.1", "u.1"}),
-        ("default", SOFTMAX, {"op.1"}),
+        ("default", LayerPolicy(budget=0.5), {"u.1"}),
+        ("default", SOFTMAX, {"u.1"}),
         ("routed only", LayerPolicy(budget=0.5), {"u.1"}),
-        ("one budget", LayerPolicy(budget=0.25), {"op.1"}),
-        ("thresholds", LayerPolicy(threshold=0.5), {"op.1", "theta.1"}),
-        ("mix", LayerPolicy(budget=0.5), {"op.1", "u.1", "mix.1"}),
-        ("mix", SOFTMAX, {"op.1", "mix.1"}),
-        ("mix", DELTA, {"op.1"}),
-        ("fixed mix", LayerPolicy(Op.softmax, mix_temperature=2), {"op.1"}),
+        ("one budget", LayerPolicy(budget=0.25), {"u.1"}),
+        ("thresholds", LayerPolicy(threshold=0.5), {"u.1"}),
+        ("mix", LayerPolicy(budget=0.5), {"u.1", "mix.1"}),
+        ("mix", DELTA, {"u.1", "mix.1"}),
+        ("fixed mix", LayerPolicy(Op.softmax, mix_temperature=2), {"u.1"}),
+        ("heads", DELTA, {"u.1.0", "u.1.1"}),
+        ("heads under a cap", DELTA, {"u.1.0", "u.1.1", "mix.1"}),
     ],
-    ids=["routed", "softmax", "one op", "one budget", "threshold", "mix", "mix softmax", "mix delta", "fixed mix"],
 )
-def test_parameters_exist_only_where_they_act(space: str, layer: LayerPolicy, names: set[str]) -> None:
+def test_parameters_are_the_same_in_every_trial(space: str, layer: LayerPolicy, names: set[str]) -> None:
     policy = RoutingPolicy((SOFTMAX, layer), 16)
-    assert SPACES[space].params(policy, [Op.softmax, Op.routed]).keys() == names
+    assert SPACES[space].params(policy, [Op.softmax, Op.routed], HEADS).keys() == names
+
+
+def test_where_nothing_is_to_choose_there_are_no_parameters() -> None:
+    for space, layer in (
+        (SearchSpace(ops=[Op.delta]), DELTA),
+        (SearchSpace(ops=[Op.softmax]), SOFTMAX),
+        (SearchSpace(ops=[Op.routed], budget_min=0.2, budget_max=0.2), LayerPolicy(budget=0.2)),
+    ):
+        assert space.params(RoutingPolicy((layer,), 16), [Op.routed]) == {}
+        assert space.from_params({}, [Op.routed], 16).layers == (layer,)
 
 
 def test_layers_of_fixed_kind_need_no_parameters() -> None:
@@ -137,6 +224,10 @@ FOREIGN: list[tuple[str, str, LayerPolicy, str]] = [
     ("threshold too large", "thresholds", LayerPolicy(threshold=9.0), r"threshold = 9.0 .* \[-2.5, 7.125\]"),
     ("threshold infinite", "thresholds", LayerPolicy(threshold=float("inf")), "threshold = inf"),
     ("no delta", "no delta", DELTA, r"layers\[0\].op = 'delta' .* softmax, routed"),
+    ("a list", "default", LayerPolicy(budget=[0.5, 0.1]), "budget = .* one number per layer"),  # type: ignore[arg-type]
+    ("one number for heads", "heads", LayerPolicy(budget=0.5), "budget = 0.5 .* one number per head"),
+    ("other heads", "heads", LayerPolicy(budget=[0.5] * 3), "budget = .* has 2 routing heads"),  # type: ignore[arg-type]
+    ("zeros for delta", "heads", LayerPolicy(budget=[0, 0]), "in this space it is {'op': 'delta'}"),  # type: ignore[arg-type]
     ("no routed", "static", LayerPolicy(budget=0.5), "op = 'routed' .* delta, softmax"),
     ("a cap", "default", LayerPolicy(budget=0.5, cap=0.5), "cap = 0.5 .* fixes it at None"),
     ("no cap", "cap", LayerPolicy(budget=0.5), "cap = None .* fixes it at 0.4"),
@@ -150,7 +241,7 @@ FOREIGN: list[tuple[str, str, LayerPolicy, str]] = [
 @pytest.mark.parametrize(("space", "layer", "message"), [case[1:] for case in FOREIGN], ids=[c[0] for c in FOREIGN])
 def test_policies_outside_the_space_are_refused(space: str, layer: LayerPolicy, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        SPACES[space].params(RoutingPolicy((layer,), 16), [Op.routed])
+        SPACES[space].params(RoutingPolicy((layer,), 16), [Op.routed], HEADS)
     assert "\n" not in str(caught.value)
 
 
@@ -164,17 +255,14 @@ def test_policies_of_another_model_are_refused() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"op.0": "routed", "u.0": 1.5}, r"parameter u.0 = 1.5 .* \[0, 1\]"),
-        ({"op.0": "routed", "u.0": float("nan")}, "parameter u.0 = nan"),
-        ({"op.0": "routed", "u.0": "0.5"}, "parameter u.0 = '0.5'"),
-        ({"op.0": "routed"}, "parameter u.0 is missing"),
-        ({"op.0": "linear"}, "parameter op.0 = 'linear' .* delta, softmax, routed"),
-        ({"op.0": ["delta"]}, r"parameter op.0 = \['delta'\]"),
-        ({"op.0": "delta", "u.0": 0.5}, "unknown parameter 'u.0': .* op.0"),
-        ({"op.0": "delta", "op.1": "delta"}, "unknown parameter 'op.1'"),
-        ({}, "parameter op.0 is missing"),
+        ({"u.0": 1.5}, r"parameter u.0 = 1.5 .* \[0, 1\]"),
+        ({"u.0": float("nan")}, "parameter u.0 = nan"),
+        ({"u.0": "0.5"}, "parameter u.0 = '0.5'"),
+        ({"u.0": 0.5, "u.1": 0.5}, "unknown parameter 'u.1': .* u.0"),
+        ({"op.0": "delta", "u.0": 0.5}, "unknown parameter 'op.0'"),
+        ({}, "parameter u.0 is missing"),
     ],
-    ids=["range", "nan", "type", "missing u", "choice", "choice type", "inactive", "unknown", "empty"],
+    ids=["range", "nan", "type", "unknown", "older form", "empty"],
 )
 def test_bad_parameters_are_refused(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -184,33 +272,39 @@ def test_bad_parameters_are_refused(params: dict[str, Any], message: str) -> Non
 @each_space
 @pytest.mark.parametrize("kinds", [KINDS, ROUTED, [Op.routed]], ids=["hybrid", "routed", "single"])
 def test_anchors_are_distinct_policies_of_the_space(space: SearchSpace, kinds: list[Op]) -> None:
-    anchors = space.anchors(kinds, 16)
+    anchors = space.anchors(kinds, 16, HEADS)
     assert len({anchor.digest() for anchor in anchors}) == len(anchors)
     for anchor in anchors:
-        anchor.check(kinds, 16)
-        assert space.from_params(space.params(anchor, kinds), kinds, 16) == anchor
+        anchor.check(kinds, 16, HEADS)
+        assert space.from_params(space.params(anchor, kinds, HEADS), kinds, 16, HEADS) == anchor
 
 
 def test_anchors_of_the_default_space() -> None:
-    quarter = LayerPolicy(budget=0.25)
     expected = [(DELTA,) * 3, (SOFTMAX,) * 3]
     expected += [(LayerPolicy(budget=budget),) * 3 for budget in (0.25, 0.5, 0.05, 0.1, 0.125)]
-    for single in (quarter, SOFTMAX):
-        expected += [(single, DELTA, DELTA), (DELTA, single, DELTA), (DELTA, DELTA, single)]
+    for single in (0.25, None, 0.1, 0.05, 0.5, 0.025):
+        layer = SOFTMAX if single is None else LayerPolicy(budget=single)
+        expected += [(layer, DELTA, DELTA), (DELTA, layer, DELTA), (DELTA, DELTA, layer)]
     assert [anchor.layers for anchor in SearchSpace().anchors(ROUTED, 16)] == expected
+
+
+def test_anchors_of_heads_have_one_head_that_keeps() -> None:
+    texts = [anchor.describe() for anchor in SPACES["heads"].anchors([Op.delta, Op.routed], 16, 2)]
+    assert texts[:3] == ["D D", "D S", "D [.25,.25]"]
+    assert texts[7:11] == ["D [.25,0]", "D [0,.25]", "D [1,0]", "D [0,1]"]
 
 
 @pytest.mark.parametrize(
     ("space", "texts"),
     [
-        ("default", ["D", "S", ".25", ".5", ".05", ".1", ".125"]),
-        ("routed only", [".25", ".5", ".05", ".1", ".125"]),
-        ("no delta", ["S", ".25", ".5", ".05", ".1", ".125"]),
+        ("default", ["D", "S", ".25", ".5", ".05", ".1", ".125", ".025"]),
+        ("routed only", [".25", ".5", ".05", ".1", ".125", ".025"]),
+        ("no delta", ["S", ".25", ".5", ".05", ".1", ".125", ".025"]),
         ("static", ["D", "S"]),
         ("tenths", ["D", "S", ".25", ".5", ".1", ".125"]),
         ("thresholds", ["D", "S"]),
-        ("fixed mix", ["D", "S/2", ".25/2", ".5/2", ".05/2", ".1/2", ".125/2"]),
-        ("cap", ["D", "S", *[budget + "≤.4+2" for budget in (".25", ".5", ".05", ".1", ".125")]]),
+        ("fixed mix", ["D", "S/2", ".25/2", ".5/2", ".05/2", ".1/2", ".125/2", ".025/2"]),
+        ("cap", ["D", *[budget + "≤.4+2" for budget in (".25", ".5", ".05", ".1", ".125", ".025")]]),
     ],
 )
 def test_anchors_are_those_that_the_space_can_express(space: str, texts: list[str]) -> None:
@@ -238,6 +332,9 @@ BAD_SPACES: list[tuple[str, dict[str, Any], str]] = [
     ("mix infinite", {"mix_temperature_max": float("inf")}, "mix_temperature_max = inf .* finite"),
     ("mix crossed", {"mix_temperature_min": 2}, "mix_temperature_min = 2.0 .* ≤ mix_temperature_max = 1"),
     ("cap above 1", {"cap": 1.5}, r"space.cap = 1.5 .* \[0, 1\]"),
+    ("cap without routed", {"ops": [Op.delta], "cap": 0.5}, "space.cap = 0.5 .* only op routed"),
+    ("heads without routed", {"ops": [Op.delta, Op.softmax], "granularity": "head"}, "space.ops = .* need op routed"),
+    ("unknown granularity", {"granularity": "chunk"}, "space.granularity = 'chunk' .* layer, head"),
     ("burst without cap", {"burst": 1}, "space.burst = 1 .* without a cap"),
     ("burst negative", {"cap": 0.5, "burst": -1}, "space.burst = -1"),
     ("unknown control", {"control": "topk"}, "space.control = 'topk' .* budget, threshold"),
@@ -262,22 +359,22 @@ def test_the_fingerprint_tells_spaces_apart_and_survives_json() -> None:
     assert by_name == SearchSpace(ops=[Op.delta, Op.routed])
 
 
-@pytest.mark.filterwarnings("ignore:Argument ``group``")
+@pytest.mark.filterwarnings("ignore:Argument ``multivariate``")
 @each_space
 def test_optuna_draws_and_enqueues_policies(space: SearchSpace) -> None:
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = optuna.samplers.TPESampler(multivariate=True, group=True, n_startup_trials=4, seed=0)
+    sampler = optuna.samplers.TPESampler(multivariate=True, n_startup_trials=4, seed=0)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
-    anchors = space.anchors(ROUTED, 16)[:3]
+    anchors = space.anchors(ROUTED, 16, HEADS)[:3]
     for anchor in anchors:
-        study.enqueue_trial(space.params(anchor, ROUTED))
+        study.enqueue_trial(space.params(anchor, ROUTED, HEADS))
     seen = []
     for number in range(len(anchors) + 8):
         trial = study.ask()
-        policy = space.suggest(trial, ROUTED, 16)
-        assert space.from_params(space.params(policy, ROUTED), ROUTED, 16) == policy
-        assert space.from_params(trial.params, ROUTED, 16) == policy
+        policy = space.suggest(trial, ROUTED, 16, HEADS)
+        assert space.from_params(space.params(policy, ROUTED, HEADS), ROUTED, 16, HEADS) == policy
+        assert space.from_params(trial.params, ROUTED, 16, HEADS) == policy
         seen.append(policy)
         study.tell(trial, [float(number), -float(number)])
     assert seen[: len(anchors)] == anchors
@@ -289,7 +386,7 @@ def test_an_optuna_trial_is_a_trial() -> None:
     def propose(trial: Trial | FixedTrial) -> RoutingPolicy:  # what matters is that this passes the type checker
         return SearchSpace().suggest(trial, [Op.routed], 16)
 
-    assert propose(FixedTrial({"op.0": "routed", "u.0": 0.5})).layers == (LayerPolicy(budget=0.25),)
+    assert propose(FixedTrial({"u.0": 0.5})).layers == (LayerPolicy(budget=0.25),)
 
 
 def test_hydra_can_read_the_space() -> None:

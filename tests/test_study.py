@@ -22,7 +22,7 @@ from natsl.search.samplers import Sampler
 from natsl.search.study import PolicyStudy, Record, SearchFailedError, first_policies, open_policy_study
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace
-from tests.search_helpers import CHUNK, ROUTED, problem, synthetic
+from tests.search_helpers import CHUNK, ROUTED, problem, shapes, synthetic
 
 ANCHORS = len(SearchSpace().anchors(ROUTED, CHUNK))
 TRIALS = ANCHORS + 10
@@ -278,6 +278,18 @@ def test_a_resume_under_other_settings_is_refused(case: str, tmp_path: Path) -> 
     assert (tmp_path / "study.db").read_bytes() == before
 
 
+def test_a_study_with_an_op_and_a_budget_per_layer_is_refused(tmp_path: Path) -> None:
+    """As older versions made them: their parameters mean something else."""
+    config = SearchConfig(n_trials=3)
+    opened(tmp_path, config).run(synthetic)
+    study = optuna.load_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="first")
+    old = study.user_attrs["natsl_fingerprint"]
+    del old["space"]["parameters"], old["space"]["granularity"]
+    study.set_user_attr("natsl_fingerprint", old | {"space": old["space"] | {"budget_scale": "u^2"}})
+    with pytest.raises(UserError, match=r'space.parameters: absent → "one number, its ends snapped"'):
+        opened(tmp_path, config)
+
+
 def test_a_resume_with_another_seed_is_refused(tmp_path: Path) -> None:
     opened(tmp_path, SearchConfig(n_trials=3), seed=4).run(synthetic)
     with pytest.raises(UserError, match=r"seed: 4 → 5"):
@@ -388,7 +400,7 @@ def test_a_storage_url_is_used(tmp_path: Path) -> None:
 def test_the_users_policies_are_tried_first(tmp_path: Path) -> None:
     mine = RoutingPolicy((LayerPolicy(budget=0.333), LayerPolicy(Op.delta), LayerPolicy(Op.softmax)), CHUNK)
     config = SearchConfig(n_trials=2)
-    first = first_policies(config, ROUTED, CHUNK, [mine])
+    first = first_policies(config, shapes(ROUTED), CHUNK, [mine])
     asked = replace(problem(config), first=first)
     study = open_policy_study(tmp_path / "study.db", "first", config, asked, 0, {})
     study.run(synthetic)
@@ -409,7 +421,7 @@ def test_the_users_policies_are_tried_first(tmp_path: Path) -> None:
 def test_a_first_policy_outside_the_space_is_rejected(policy: RoutingPolicy, text: str) -> None:
     config = SearchConfig(n_trials=2, space=SearchSpace(budget_max=0.5))
     with pytest.raises(ValueError, match=text):
-        first_policies(config, ROUTED, CHUNK, [policy])
+        first_policies(config, shapes(ROUTED), CHUNK, [policy])
 
 
 @pytest.mark.parametrize("kinds", [(Op.routed,), (Op.delta, Op.routed, Op.softmax)], ids=["one layer", "hybrid"])

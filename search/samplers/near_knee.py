@@ -12,25 +12,24 @@ from typing import Any
 
 import numpy as np
 from optuna import Study
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from natsl.search.pareto import Scale, non_dominated
 
-# How many points of the front moves start from, the share of them that fill a gap between two points, the chance to
-# switch an op, and how far numbers move (powers of 10, as a share of their range).
+# How many points of the front moves start from, the share of them that fill a gap between two points, and how far
+# numbers move (powers of 10, as a share of their range).
 _PARENTS = 8
 _BETWEEN = 0.5
-_SWITCH = 0.1
 _STEP = (-2.3, -1.0)
 
 
 class NearKneeSampler(BaseSampler):
     """Proposes a policy between two neighbours on the front near its knee, or beside one of its points.
 
-    Parameters that the move leaves open, such as the budget of a layer whose op it switched, are drawn by ``base``, and
-    so are all of them while there is no front. Makes one trial: a move is a function of the seed and the results.
+    Parameters that the move leaves open are drawn by ``base``, and so are all of them while there is no front. Makes
+    one trial: a move is a function of the seed and the results.
     """
 
     def __init__(self, base: BaseSampler, seed: int) -> None:
@@ -98,29 +97,20 @@ def _propose(study: Study, random: Random) -> tuple[dict[str, Any], dict[str, Ba
 
 
 def _between(first: FrozenTrial, second: FrozenTrial, share: float) -> dict[str, Any] | None:
-    """Parameters on the line from one trial to another; None unless they choose the same ops and differ in numbers."""
-    params = {}
+    """Parameters on the line from one trial to another; None unless they have the same and differ in numbers."""
     if first.params.keys() != second.params.keys():
         return None
-    for name, distribution in first.distributions.items():
-        a, b = first.params[name], second.params[name]
-        if isinstance(distribution, FloatDistribution):
-            params[name] = a + share * (b - a)
-        elif a == b:
-            params[name] = a
-        else:
-            return None
+    params = {
+        name: a + share * (second.params[name] - a) if isinstance(first.distributions[name], FloatDistribution) else a
+        for name, a in first.params.items()
+    }
     return params if params != first.params else None
 
 
 def _beside(parent: FrozenTrial, random: Random) -> dict[str, Any]:
-    """Parameters of a trial with some numbers moved a little, and now and then an op switched."""
+    """Parameters of a trial with some numbers moved a little."""
     numbers = {k: d for k, d in parent.distributions.items() if isinstance(d, FloatDistribution)}
-    choices = {k: d for k, d in parent.distributions.items() if isinstance(d, CategoricalDistribution)}
     params = dict(parent.params)
-    if choices and (not numbers or random.random() < _SWITCH):
-        name = random.choice(sorted(choices))
-        params[name] = random.choice(choices[name].choices)
     step = 10 ** random.uniform(*_STEP)
     for name, d in numbers.items():
         if random.random() < 0.5 or len(numbers) == 1:
