@@ -18,6 +18,9 @@ from natsl.tracking import TrackingConfig
 class SearchConfig:
     """One search over the routing policies of a trained supernet.
 
+    sampler: null chooses by what an evaluation costs and ``n_trials``; the choice stays when the search is resumed.
+    anchors: how many policies of the space's own are tried first, one-layer sweeps among them (null: a quarter of
+        ``n_trials`` when the search begins).
     local_share: share of the trials that move a policy near the knee of the front a little instead of asking the
         sampler.
     objectives: names from the registry in ``natsl.search.objective``, all minimised.
@@ -32,7 +35,8 @@ class SearchConfig:
     """
 
     n_trials: int = 140
-    sampler: Sampler = Sampler.tpe
+    sampler: Sampler | None = None
+    anchors: int | None = None
     local_share: float = 0.35
     objectives: list[str] = field(default_factory=lambda: ["recall_error", "kept_fraction"])
     constraints: dict[str, float] = field(default_factory=dict)
@@ -49,6 +53,7 @@ class SearchConfig:
     def __post_init__(self) -> None:
         p = "search."
         check_counts(1, {p + k: getattr(self, k) for k in ("n_trials", "context", "batch_size", "min_failures")})
+        check_counts(0, {p + "anchors": 0 if self.anchors is None else self.anchors})
         check_counts(2, {p + "random_draws": self.random_draws})
         check(len(self.objectives) > 0, p + "objectives", self.objectives, "at least one objective is needed")
         check(

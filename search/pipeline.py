@@ -38,12 +38,14 @@ from natsl.search.pareto import Scale, Volume
 from natsl.search.report.html import render
 from natsl.search.report.png import front_png
 from natsl.search.report.terminal import print_front, print_nothing_to_do
+from natsl.search.samplers import Sampler
 from natsl.search.score import Judge, Scorer, make_judge, score, steps_to_score
 from natsl.search.score_cache import ScoreCache
 from natsl.search.source import obtain_supernet, source_run, take_settings
 from natsl.search.storage import connect
 from natsl.search.study import PolicyStudy, Problem, Record, first_policies, open_policy_study
 from natsl.secrets import redact, redact_text
+from natsl.space.cost import prefill_flops
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks.sequences import IGNORED
 from natsl.tracking import Tracker, start_tracker
@@ -111,7 +113,16 @@ def make_problem(config: SearchRunConfig) -> Problem:
     given = [_read_first_policy(path, config) for path in config.search.policies]
     first = first_policies(config.search, model.layer_shapes(), model.chunk_size, given)
     costs = CostContext(model.layer_shapes(), config.search.context)
-    return Problem(kinds, model.chunk_size, costs, objectives, first)
+    own = len(dict.fromkeys(policy.digest() for policy in given))
+    return Problem(kinds, model.chunk_size, costs, objectives, first, own, _evaluation_flop(config, len(tasks)))
+
+
+def _evaluation_flop(config: SearchRunConfig, tasks: int) -> float:
+    """Operations of one evaluation of a policy that keeps everything, without the output head."""
+    shapes, data = config.model.layer_shapes(), config.data
+    policy = RoutingPolicy.all_softmax(config.model.layers, config.model.chunk_size)
+    kept = [float(shape.kind is not Op.delta) for shape in shapes]
+    return tasks * data.search_sequences * prefill_flops(shapes, policy, kept, data.seq_len)
 
 
 def _read_first_policy(path: str, config: SearchRunConfig) -> RoutingPolicy:
@@ -285,7 +296,7 @@ class _Search:
                 "evaluations": {**scorer.evaluations(study.records), "controls": comparer.passes},
                 "select": self._select,
                 "commands": self._commands(),
-                "setting": self._setting(),
+                "setting": self._setting(study.sampler),
             },
             comparisons=comparisons,
         )
@@ -312,11 +323,11 @@ class _Search:
                 )
         return tuple(item for item in found if item is not None)
 
-    def _setting(self) -> dict[str, Any]:
+    def _setting(self, sampler: Sampler) -> dict[str, Any]:
         data, settings = self.config.data, self.config.search
         return {
             "seed": self.config.seed,
-            "sampler": settings.sampler.value,
+            "sampler": sampler.value,
             "text": self.data.corpus.description,
             "sequences per task": f"{data.search_sequences} to search, {data.test_sequences} to test",
             "draws of random routing": settings.random_draws,

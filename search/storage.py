@@ -6,7 +6,7 @@ import contextlib
 import json
 import sqlite3
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,15 @@ _ADVICE = "move it away or choose another name"
 
 @dataclass(frozen=True)
 class Identity:
-    """What a study is: its name, the directions of its objectives, and all else that its trials depend on."""
+    """What a study is: its name, the directions of its objectives, and all else that its trials depend on.
+
+    ``fingerprint``: of the fingerprint that the study has, or of {} for a new one, makes the one that it should have;
+    what was chosen when it was made is taken from there.
+    """
 
     name: str
     directions: Sequence[Direction]
-    fingerprint: Mapping[str, Any]
+    fingerprint: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ def open_study(path: Path, url: str | None, identity: Identity) -> OpenStudy:
         storage = _open_storage(path, url, identity)
         try:
             study = optuna.load_study(storage=storage, study_name=identity.name)
-            changes = difference(study.user_attrs.get(FINGERPRINT, {}), json.loads(json.dumps(identity.fingerprint)))
+            stored = study.user_attrs.get(FINGERPRINT, {})
+            changes = difference(stored, json.loads(json.dumps(identity.fingerprint(stored))))
             if changes:
                 raise UserError(
                     f"the study {identity.name!r} was made under other settings ({'; '.join(changes)}): "
@@ -147,7 +152,7 @@ def _shown(flat: Mapping[str, Any], key: str) -> str:
 
 def _create(storage: RDBStorage, identity: Identity) -> None:
     study = optuna.create_study(storage=storage, study_name=identity.name, directions=identity.directions)
-    study.set_user_attr(FINGERPRINT, identity.fingerprint)
+    study.set_user_attr(FINGERPRINT, identity.fingerprint({}))
 
 
 def _create_file(path: Path, identity: Identity) -> None:

@@ -19,7 +19,7 @@ from natsl.search.config import SearchConfig
 from natsl.search.fault import PERMANENT, TRANSIENT, check_machine, describe, was_transient
 from natsl.search.objective import CostContext, Objective, measure
 from natsl.search.pareto import non_dominated
-from natsl.search.samplers import make_sampler
+from natsl.search.samplers import Sampler, choose_sampler, make_sampler
 from natsl.search.storage import FINGERPRINT, Identity, OpenStudy, open_study, reported_errors
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy
@@ -78,13 +78,19 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is searched: the layers of the model, what cost is counted for, what is wanted, what is tried first."""
+    """What is searched: the layers of the model, what cost is counted for, what is wanted, what is tried first.
+
+    ``given``: how many of ``first`` are the user's; the anchors of the space follow. ``evaluation_flop``: operations of
+    one evaluation, about.
+    """
 
     kinds: tuple[Op, ...]
     chunk_size: int
     costs: CostContext
     objectives: tuple[Objective, ...]
     first: tuple[RoutingPolicy, ...]
+    given: int = 0
+    evaluation_flop: float = 0.0
 
     @property
     def heads(self) -> int:
@@ -101,6 +107,8 @@ class PolicyStudy:
         self.fingerprint: dict[str, Any] = study.user_attrs[FINGERPRINT]
         self.config = config
         self.problem = problem
+        self.sampler = Sampler(self.fingerprint["sampler"])
+        self._first = problem.first[: len(self.fingerprint["first"])]
         self.seed = seed
         self._study = study
         self._names = [item.name for item in problem.objectives]
@@ -137,10 +145,10 @@ class PolicyStudy:
         Its draws depend on (seed, index, results so far).
         """
         index, problem = min(self._again, default=len(self.records)), self.problem
-        self._study.sampler = make_sampler(self.config.sampler, self.config.local_share, self.seed, index)
+        self._study.sampler = make_sampler(self.sampler, self.config.local_share, self.seed, index)
         params = self._again.get(index)
-        if params is None and index < len(problem.first):
-            params = self.config.space.params(problem.first[index], problem.kinds, problem.heads)
+        if params is None and index < len(self._first):
+            params = self.config.space.params(self._first[index], problem.kinds, problem.heads)
         if params is not None:
             self._study.enqueue_trial(params, user_attrs={INDEX: index})
         with warnings.catch_warnings():
@@ -276,17 +284,27 @@ def open_policy_study(
     data, checkpoint), compared on resume. Raises ``UserError`` if the storage is damaged, foreign or belongs to other
     settings.
     """
-    fingerprint = {
-        "objectives": {item.name: item.direction for item in problem.objectives},
-        "constraints": config.constraints,
-        "context": config.context,
-        "space": config.space.fingerprint(),
-        "first": [policy.digest() for policy in problem.first],
-        "seed": seed,
-        "sampler": config.sampler.value,
-        "local_share": config.local_share,
-        **made_from,
-    }
+
+    def fingerprint(stored: Mapping[str, Any]) -> dict[str, Any]:
+        """What is left to us, the sampler and the number of anchors, is chosen once, when the study is made."""
+        chosen = choose_sampler(problem.evaluation_flop, config.n_trials)
+        sampler = chosen.value if config.sampler is None else config.sampler.value
+        count = problem.given + (config.n_trials // 4 if config.anchors is None else config.anchors)
+        if stored:
+            sampler = stored.get("sampler", sampler) if config.sampler is None else sampler
+            count = len(stored.get("first", ())) if config.anchors is None else count
+        return {
+            "objectives": {item.name: item.direction for item in problem.objectives},
+            "constraints": config.constraints,
+            "context": config.context,
+            "space": config.space.fingerprint(),
+            "first": [policy.digest() for policy in problem.first[:count]],
+            "seed": seed,
+            "sampler": sampler,
+            "local_share": config.local_share,
+            **made_from,
+        }
+
     identity = Identity(name, [item.direction for item in problem.objectives], fingerprint)
     opened = open_study(path, config.storage, identity)
     try:

@@ -253,7 +253,7 @@ class SearchSpace:
         share = min(max((number - first) / (last - first), inside), 1.0 - inside)
         t = math.sqrt(share) if self.control is Control.budget else share
         low, high = max(low, 0.0), min(high, 1.0)
-        return low + (high - low) * t
+        return round(low + (high - low) * t, 9)
 
     def _layer(self, values: Sequence[Op | float], mix: float) -> LayerPolicy:
         """The layer whose numbers (one, or one per head) mean this."""

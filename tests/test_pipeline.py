@@ -41,7 +41,13 @@ KEY = "sk-0123456789abcdef"
 
 def tiny(root: Path, text: str, **changes: Any) -> SearchRunConfig:
     """A search of seconds. ``changes``: fields of the search config."""
-    settings: dict[str, Any] = {"n_trials": 7, "random_draws": 2, "uniform_budgets": [0.25], "batch_size": 8}
+    settings: dict[str, Any] = {
+        "n_trials": 7,
+        "anchors": 7,
+        "random_draws": 2,
+        "uniform_budgets": [0.25],
+        "batch_size": 8,
+    }
     return SearchRunConfig(
         name="first",
         root=str(root),

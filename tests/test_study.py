@@ -24,7 +24,7 @@ from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace
 from tests.search_helpers import CHUNK, ROUTED, problem, shapes, synthetic
 
-ANCHORS = len(SearchSpace().anchors(ROUTED, CHUNK))
+ANCHORS = 13  # up to the sweeps with softmax
 TRIALS = ANCHORS + 10
 
 
@@ -57,7 +57,9 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[Sampler, list[Rec
     """An unbroken search by every sampler."""
     found = {}
     for sampler in Sampler:
-        study = opened(tmp_path_factory.mktemp(sampler.value), SearchConfig(n_trials=TRIALS, sampler=sampler))
+        study = opened(
+            tmp_path_factory.mktemp(sampler.value), SearchConfig(anchors=ANCHORS, n_trials=TRIALS, sampler=sampler)
+        )
         study.run(synthetic)
         found[sampler] = study.records
     return found
@@ -81,7 +83,7 @@ def test_a_search_finds_better_policies_than_its_anchors(
 def test_a_resumed_search_equals_a_straight_one(
     sampler: Sampler, stop_at: int, straight: dict[Sampler, list[Record]], tmp_path: Path
 ) -> None:
-    config = SearchConfig(n_trials=TRIALS, sampler=sampler)
+    config = SearchConfig(anchors=ANCHORS, n_trials=TRIALS, sampler=sampler)
     with pytest.raises(KeyboardInterrupt):
         opened(tmp_path, config).run(Counting(stop_at))
     study = opened(tmp_path, config)
@@ -97,7 +99,7 @@ def beginnings(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path
     @functools.cache
     def make(trials: int) -> Path:
         folder = tmp_path_factory.mktemp("beginning")
-        opened(folder, SearchConfig(n_trials=trials)).run(synthetic)
+        opened(folder, SearchConfig(anchors=ANCHORS, n_trials=trials, sampler=Sampler.tpe)).run(synthetic)
         with sqlite3.connect(folder / "study.db") as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return folder / "study.db"
@@ -124,7 +126,7 @@ def test_a_search_killed_at_any_step_equals_a_straight_one(
         raise Killed
 
     shutil.copy(beginnings(at), tmp_path / "study.db")
-    config = SearchConfig(n_trials=at + 3)
+    config = SearchConfig(anchors=ANCHORS, n_trials=at + 3, sampler=Sampler.tpe)
     study = opened(tmp_path, config)
     if moment == "enqueued":
         monkeypatch.setattr(optuna.Study, "ask", kill)
@@ -146,7 +148,7 @@ def test_a_search_killed_at_any_step_equals_a_straight_one(
 
 
 def test_another_seed_proposes_other_policies(straight: dict[Sampler, list[Record]], tmp_path: Path) -> None:
-    study = opened(tmp_path, SearchConfig(n_trials=ANCHORS + 3), seed=1)
+    study = opened(tmp_path, SearchConfig(anchors=ANCHORS, n_trials=ANCHORS + 3, sampler=Sampler.tpe), seed=1)
     study.run(synthetic)
     same = [a.policy == b.policy for a, b in zip(study.records, straight[Sampler.tpe], strict=False)]
     assert all(same[:ANCHORS])
@@ -156,7 +158,9 @@ def test_another_seed_proposes_other_policies(straight: dict[Sampler, list[Recor
 def test_no_proposal_repeats_a_sample_after_a_resume(tmp_path: Path) -> None:
     policies = []
     for n_trials in (ANCHORS + 4, ANCHORS + 8, ANCHORS + 12):
-        study = opened(tmp_path, SearchConfig(n_trials=n_trials, sampler=Sampler.random, local_share=0))
+        study = opened(
+            tmp_path, SearchConfig(anchors=ANCHORS, n_trials=n_trials, sampler=Sampler.random, local_share=0)
+        )
         study.run(synthetic)
         assert len(study.records) == n_trials
         policies = [
@@ -166,7 +170,7 @@ def test_no_proposal_repeats_a_sample_after_a_resume(tmp_path: Path) -> None:
 
 
 def test_a_finished_study_evaluates_nothing(tmp_path: Path) -> None:
-    config = SearchConfig(n_trials=4)
+    config = SearchConfig(anchors=ANCHORS, n_trials=4)
     opened(tmp_path, config).run(synthetic)
     study, counting = opened(tmp_path, config), Counting()
     assert study.remaining == 0
@@ -176,7 +180,7 @@ def test_a_finished_study_evaluates_nothing(tmp_path: Path) -> None:
 
 def test_a_policy_proposed_twice_is_evaluated_once(tmp_path: Path) -> None:
     space = SearchSpace(ops=[Op.delta, Op.softmax])  # 8 policies
-    config, counting = SearchConfig(n_trials=20, space=space), Counting()
+    config, counting = SearchConfig(anchors=ANCHORS, n_trials=20, space=space), Counting()
     study = opened(tmp_path, config)
     study.run(counting)
     assert len(counting.policies) == len(set(counting.policies)) <= 8
@@ -195,7 +199,7 @@ def test_a_value_that_is_not_finite_fails_the_trial(bad: float, tmp_path: Path) 
         found = synthetic(policy)
         return replace(found, errors={"recall_error": bad}) if policy == target else found
 
-    config = SearchConfig(n_trials=8)
+    config = SearchConfig(anchors=ANCHORS, n_trials=8)
     study = opened(tmp_path, config)
     study.run(evaluate)
     assert study.records[3].reason == f"objective recall_error is {bad}"
@@ -221,7 +225,7 @@ def test_an_evaluation_that_raises_fails_the_trial(error: Exception, reason: str
             raise error
         return synthetic(policy)
 
-    study = opened(tmp_path, SearchConfig(n_trials=5))
+    study = opened(tmp_path, SearchConfig(anchors=ANCHORS, n_trials=5))
     study.run(evaluate)
     assert [record.reason for record in study.records] == [reason, None, None, None, None]
 
@@ -230,7 +234,7 @@ def test_a_search_in_which_every_trial_fails_stops(tmp_path: Path) -> None:
     def evaluate(policy: RoutingPolicy) -> Evaluation:
         raise FloatingPointError("val_loss is nan")
 
-    config = SearchConfig(n_trials=50)
+    config = SearchConfig(anchors=ANCHORS, n_trials=50)
     with pytest.raises(
         SearchFailedError, match=r"5 of 5 trials failed, more than .* = 0.5; the last one: val_loss is nan"
     ):
@@ -243,7 +247,7 @@ def test_a_search_in_which_every_trial_fails_stops(tmp_path: Path) -> None:
 
 
 def test_constraints_keep_policies_off_the_front(tmp_path: Path) -> None:
-    config = SearchConfig(n_trials=ANCHORS, constraints={"recall_error": 0.5})
+    config = SearchConfig(anchors=ANCHORS, n_trials=ANCHORS, constraints={"recall_error": 0.5})
     study = opened(tmp_path, config)
     study.run(synthetic)
     feasible = [record.values["recall_error"] <= 0.5 for record in study.records if record.values is not None]
@@ -251,7 +255,7 @@ def test_constraints_keep_policies_off_the_front(tmp_path: Path) -> None:
     assert not all(feasible)
     assert all(record.values is not None and record.values["recall_error"] <= 0.5 for record in study.front())
     assert outcome(opened(tmp_path, config).records) == outcome(study.records)
-    impossible = opened(tmp_path / "..", SearchConfig(n_trials=3, constraints={"recall_error": -1.0}))
+    impossible = opened(tmp_path / "..", SearchConfig(anchors=ANCHORS, n_trials=3, constraints={"recall_error": -1.0}))
     impossible.run(synthetic)
     assert impossible.front() == []
 
@@ -261,7 +265,7 @@ CHANGES = {
     "fewer objectives": ({"objectives": ["recall_error"]}, {}, r"objectives.kept_fraction: \"minimize\" → absent"),
     "space": ({"space": SearchSpace(budget_max=0.5)}, {}, r"space.budget_max: 1.0 → 0.5"),
     "constraint": ({"constraints": {"val_loss": 2.0}}, {}, r"constraints.*val_loss"),
-    "sampler": ({"sampler": Sampler.random}, {}, r"sampler: \"tpe\" → \"random\""),
+    "sampler": ({"sampler": Sampler.random}, {}, r"sampler: \"sweep\" → \"random\""),
     "local share": ({"local_share": 0.5}, {}, r"local_share: 0.35 → 0.5"),
     "model": ({}, {"model": "other"}, r"model: \"m\" → \"other\""),
 }
@@ -269,18 +273,20 @@ CHANGES = {
 
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_resume_under_other_settings_is_refused(case: str, tmp_path: Path) -> None:
-    with contextlib.closing(opened(tmp_path, SearchConfig(n_trials=3))) as study:  # all of it is in the file afterwards
+    with contextlib.closing(
+        opened(tmp_path, SearchConfig(anchors=ANCHORS, n_trials=3))
+    ) as study:  # all of it is in the file afterwards
         study.run(synthetic)
     before = (tmp_path / "study.db").read_bytes()
     settings, made_from, text = CHANGES[case]
     with pytest.raises(UserError, match=text):
-        opened(tmp_path, SearchConfig(n_trials=3, **settings), made_from=made_from)  # type: ignore[arg-type]
+        opened(tmp_path, SearchConfig(anchors=ANCHORS, n_trials=3, **settings), made_from=made_from)  # type: ignore[arg-type]
     assert (tmp_path / "study.db").read_bytes() == before
 
 
 def test_a_study_with_an_op_and_a_budget_per_layer_is_refused(tmp_path: Path) -> None:
     """As older versions made them: their parameters mean something else."""
-    config = SearchConfig(n_trials=3)
+    config = SearchConfig(anchors=ANCHORS, n_trials=3)
     opened(tmp_path, config).run(synthetic)
     study = optuna.load_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="first")
     old = study.user_attrs["natsl_fingerprint"]
@@ -290,21 +296,54 @@ def test_a_study_with_an_op_and_a_budget_per_layer_is_refused(tmp_path: Path) ->
         opened(tmp_path, config)
 
 
+@pytest.mark.parametrize(
+    ("flop", "n_trials", "sampler"),
+    [(0.0, 3, Sampler.sweep), (1e15, 3, Sampler.gp), (1e15, 500, Sampler.sweep)],
+    ids=["cheap", "dear", "dear and many"],
+)
+def test_what_is_left_to_us_is_chosen_once(flop: float, n_trials: int, sampler: Sampler, tmp_path: Path) -> None:
+    """More trials, or a new estimate, change neither the sampler nor the anchors of a search that has begun."""
+
+    def made(trials: int, flop: float) -> PolicyStudy:
+        config = SearchConfig(n_trials=trials)
+        asked = replace(problem(config), evaluation_flop=flop)
+        return open_policy_study(tmp_path / "study.db", "first", config, asked, 0, {})
+
+    begun = made(n_trials, flop)
+    assert begun.sampler is sampler
+    assert len(begun.fingerprint["first"]) == min(n_trials // 4, len(begun.problem.first))
+    begun.close()
+    again = made(250, 1e15)
+    assert (again.sampler, again.fingerprint) == (sampler, begun.fingerprint)
+
+
+def test_at_most_a_quarter_of_the_trials_are_anchors(tmp_path: Path) -> None:
+    mine = RoutingPolicy((LayerPolicy(budget=0.333),) * 3, CHUNK)
+    config = SearchConfig(n_trials=12)
+    first = first_policies(config, shapes(ROUTED), CHUNK, [mine])
+    asked = replace(problem(config), first=first, given=1)
+    study = open_policy_study(tmp_path / "study.db", "first", config, asked, 0, {})
+    study.run(synthetic)
+    policies = [record.policy for record in study.records]
+    assert policies[:4] == list(first[:4])
+    assert policies[4] != first[4]
+
+
 def test_a_resume_with_another_seed_is_refused(tmp_path: Path) -> None:
-    opened(tmp_path, SearchConfig(n_trials=3), seed=4).run(synthetic)
+    opened(tmp_path, SearchConfig(anchors=ANCHORS, n_trials=3), seed=4).run(synthetic)
     with pytest.raises(UserError, match=r"seed: 4 → 5"):
-        opened(tmp_path, SearchConfig(n_trials=3), seed=5)
+        opened(tmp_path, SearchConfig(anchors=ANCHORS, n_trials=3), seed=5)
 
 
 @pytest.mark.parametrize("sampler", Sampler)
 def test_foreign_trials_in_the_study_are_skipped(sampler: Sampler, tmp_path: Path) -> None:
-    opened(tmp_path, SearchConfig(n_trials=3, sampler=sampler)).run(synthetic)
+    opened(tmp_path, SearchConfig(anchors=ANCHORS, n_trials=3, sampler=sampler)).run(synthetic)
     theirs = optuna.load_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="first")
     for attributes in ({}, {"policy": "mine", "evaluation": 1}):
         theirs.add_trial(optuna.trial.create_trial(values=[0.0, 0.0], user_attrs=attributes))
     failed = optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs={"reason": "bad luck"})
     theirs.add_trial(failed)
-    config = SearchConfig(n_trials=ANCHORS + 3, sampler=sampler)
+    config = SearchConfig(anchors=ANCHORS, n_trials=ANCHORS + 3, sampler=sampler)
     study = opened(tmp_path, config)
     assert study.foreign == [3, 4, 5]
     assert len(study.records) == 3
@@ -332,14 +371,14 @@ def own_name_other_maker(path: Path) -> None:
 
 
 def damaged(path: Path) -> None:
-    opened(path.parent, SearchConfig(n_trials=2)).run(synthetic)
+    opened(path.parent, SearchConfig(anchors=ANCHORS, n_trials=2)).run(synthetic)
     data = bytearray(path.read_bytes())
     data[4096 : len(data) // 2] = b"\xff" * (len(data) // 2 - 4096)
     path.write_bytes(data)
 
 
 def truncated(path: Path) -> None:
-    opened(path.parent, SearchConfig(n_trials=2)).run(synthetic)
+    opened(path.parent, SearchConfig(anchors=ANCHORS, n_trials=2)).run(synthetic)
     path.write_bytes(path.read_bytes()[:6000])
 
 
@@ -360,7 +399,7 @@ def test_a_corrupt_or_foreign_database_is_left_alone(make: Callable[[Path], None
     make(path)
     before = path.read_bytes()
     with pytest.raises(UserError, match=text) as caught:
-        opened(tmp_path, SearchConfig(n_trials=2))
+        opened(tmp_path, SearchConfig(anchors=ANCHORS, n_trials=2))
     assert "\n" not in str(caught.value)
     assert "choose another name" in str(caught.value)
     assert path.read_bytes() == before
@@ -369,20 +408,20 @@ def test_a_corrupt_or_foreign_database_is_left_alone(make: Callable[[Path], None
 def test_an_interrupted_creation_leaves_no_half_database(tmp_path: Path) -> None:
     (tmp_path / "study.db.new").write_bytes(b"SQLite format 3\0half")
     (tmp_path / "study.db").touch()
-    opened(tmp_path, SearchConfig(n_trials=2)).run(synthetic)
-    assert len(opened(tmp_path, SearchConfig(n_trials=2)).records) == 2
+    opened(tmp_path, SearchConfig(anchors=ANCHORS, n_trials=2)).run(synthetic)
+    assert len(opened(tmp_path, SearchConfig(anchors=ANCHORS, n_trials=2)).records) == 2
     assert not (tmp_path / "study.db.new").exists()
 
 
 def test_the_database_is_in_wal_mode(tmp_path: Path) -> None:
-    study = opened(tmp_path, SearchConfig(n_trials=1))
+    study = opened(tmp_path, SearchConfig(anchors=ANCHORS, n_trials=1))
     study.run(synthetic)
     with sqlite3.connect(tmp_path / "study.db") as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_an_unreachable_storage_is_one_line_without_its_password(tmp_path: Path) -> None:
-    config = SearchConfig(n_trials=1, storage="postgresql://me:hunter22@localhost:1/none")
+    config = SearchConfig(anchors=ANCHORS, n_trials=1, storage="postgresql://me:hunter22@localhost:1/none")
     with pytest.raises(UserError, match=r"search.storage cannot be opened") as caught:
         opened(tmp_path, config)
     assert "hunter22" not in str(caught.value)
@@ -390,7 +429,7 @@ def test_an_unreachable_storage_is_one_line_without_its_password(tmp_path: Path)
 
 
 def test_a_storage_url_is_used(tmp_path: Path) -> None:
-    config = SearchConfig(n_trials=2, storage=f"sqlite:///{tmp_path}/elsewhere.db")
+    config = SearchConfig(anchors=ANCHORS, n_trials=2, storage=f"sqlite:///{tmp_path}/elsewhere.db")
     opened(tmp_path, config).run(synthetic)
     assert (tmp_path / "elsewhere.db").exists()
     assert not (tmp_path / "study.db").exists()
@@ -399,7 +438,7 @@ def test_a_storage_url_is_used(tmp_path: Path) -> None:
 
 def test_the_users_policies_are_tried_first(tmp_path: Path) -> None:
     mine = RoutingPolicy((LayerPolicy(budget=0.333), LayerPolicy(Op.delta), LayerPolicy(Op.softmax)), CHUNK)
-    config = SearchConfig(n_trials=2)
+    config = SearchConfig(anchors=ANCHORS, n_trials=2)
     first = first_policies(config, shapes(ROUTED), CHUNK, [mine])
     asked = replace(problem(config), first=first)
     study = open_policy_study(tmp_path / "study.db", "first", config, asked, 0, {})
@@ -419,7 +458,7 @@ def test_the_users_policies_are_tried_first(tmp_path: Path) -> None:
     ids=["out of range", "other control", "other depth", "other chunk size"],
 )
 def test_a_first_policy_outside_the_space_is_rejected(policy: RoutingPolicy, text: str) -> None:
-    config = SearchConfig(n_trials=2, space=SearchSpace(budget_max=0.5))
+    config = SearchConfig(anchors=ANCHORS, n_trials=2, space=SearchSpace(budget_max=0.5))
     with pytest.raises(ValueError, match=text):
         first_policies(config, shapes(ROUTED), CHUNK, [policy])
 
@@ -427,7 +466,9 @@ def test_a_first_policy_outside_the_space_is_rejected(policy: RoutingPolicy, tex
 @pytest.mark.parametrize("kinds", [(Op.routed,), (Op.delta, Op.routed, Op.softmax)], ids=["one layer", "hybrid"])
 @pytest.mark.parametrize("sampler", Sampler)
 def test_other_models_can_be_searched(kinds: tuple[Op, ...], sampler: Sampler, tmp_path: Path) -> None:
-    config = SearchConfig(n_trials=19, sampler=sampler, objectives=["val_loss", "decode_bytes", "recall_error"])
+    config = SearchConfig(
+        anchors=ANCHORS, n_trials=19, sampler=sampler, objectives=["val_loss", "decode_bytes", "recall_error"]
+    )
     study = open_policy_study(tmp_path / "study.db", "first", config, problem(config, kinds), 0, {})
     study.run(synthetic)
     assert len(study.records) == 19

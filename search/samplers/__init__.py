@@ -1,7 +1,7 @@
 """Samplers by name: how the next policy is proposed. Imports no optuna; a sampler's module is loaded when it is used.
 
 A sampler is a member of ``Sampler`` and a module of that name here, with ``make(seed) -> BaseSampler``.
-``near_knee`` is not one of them: it wraps any of them.
+``near_knee`` is not one of them: it wraps any of them; ``moves`` is what it shares with ``sweep``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,26 @@ if TYPE_CHECKING:
 class Sampler(Enum):
     """How the next policy is proposed."""
 
-    tpe = "tpe"  # multivariate, grouped tree-structured Parzen estimator
-    nsga2 = "nsga2"
+    gp = "gp"  # Gaussian process: the fewest evaluations, the dearest proposals
+    tpe = "tpe"  # multivariate tree-structured Parzen estimator
     nsga3 = "nsga3"
     random = "random"
+    sweep = "sweep"  # one number at a time, then moves along the front
+
+
+# Samplers whose proposals take longer than an evaluation of a small model.
+DEAR = frozenset({Sampler.gp})
+
+
+# A Gaussian process pays off for so dear an evaluation (operations: about 2 s on one GPU) and so few trials.
+DEAR_FLOP = 1e14
+GP_TRIALS = 200
+
+
+def choose_sampler(evaluation_flop: float, n_trials: int) -> Sampler:
+    """What an undecided search uses when evaluations cost so much."""
+    dear = evaluation_flop >= DEAR_FLOP and n_trials <= GP_TRIALS
+    return Sampler.gp if dear else Sampler.sweep
 
 
 def make_sampler(sampler: Sampler, local_share: float, seed: int, index: int) -> BaseSampler:

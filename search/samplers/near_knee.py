@@ -6,7 +6,6 @@ A sampler spreads its trials over all of the front; most users want a policy fro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -16,7 +15,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from natsl.search.pareto import Scale, non_dominated
+from natsl.search.samplers.moves import Params, between, front_of, neighbours, shift
 
 # How many points of the front moves start from, the share of them that fill a gap between two points, and how far
 # numbers move (powers of 10, as a share of their range).
@@ -71,49 +70,28 @@ class NearKneeSampler(BaseSampler):
         self._base.reseed_rng()
 
 
-def _propose(study: Study, random: Random) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+def _propose(study: Study, random: Random) -> tuple[Params, dict[str, BaseDistribution]]:
     """A move and the distributions of its parameters; both empty while no trial keeps all constraints."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    names = tuple(str(i) for i in range(len(study.directions)))
-    values = {trial.number: dict(zip(names, trial.values, strict=True)) for trial in trials}
-    feasible = [trial for trial in trials if all(value <= 0 for value in trial.constraints.values())]
-    front = [feasible[i] for i in non_dominated([values[trial.number] for trial in feasible], names)]
+    front, scaled = front_of(study)
     if not front:
         return {}, {}
-    ends = [tuple(end(item[name] for item in values.values()) for name in names) for end in (min, max)]
-    scaled = Scale(names, *ends).apply([values[trial.number] for trial in front])
     best = np.argsort(scaled.sum(axis=1), kind="stable")[:_PARENTS].tolist()
     parent = front[random.choice(best)]
     if random.random() < _BETWEEN:
-        order = np.argsort(scaled[:, random.randrange(len(names))], kind="stable").tolist()
-        pairs = [(i, j) for i, j in pairwise(order) if i in best or j in best]
-        gaps = [float(np.abs(scaled[i] - scaled[j]).sum()) for i, j in pairs]
-        if sum(gaps) > 0:
-            i, j = random.choices(pairs, gaps)[0]
-            mixed = _between(front[i], front[j], random.random())
+        pair = neighbours(scaled, random, set(best))
+        if pair is not None:
+            mixed = between(front[pair[0]], front[pair[1]], random.random())
             if mixed is not None:
-                return mixed, front[i].distributions
+                return mixed, front[pair[0]].distributions
     return _beside(parent, random), parent.distributions
 
 
-def _between(first: FrozenTrial, second: FrozenTrial, share: float) -> dict[str, Any] | None:
-    """Parameters on the line from one trial to another; None unless they have the same and differ in numbers."""
-    if first.params.keys() != second.params.keys():
-        return None
-    params = {
-        name: a + share * (second.params[name] - a) if isinstance(first.distributions[name], FloatDistribution) else a
-        for name, a in first.params.items()
-    }
-    return params if params != first.params else None
-
-
-def _beside(parent: FrozenTrial, random: Random) -> dict[str, Any]:
+def _beside(parent: FrozenTrial, random: Random) -> Params:
     """Parameters of a trial with some numbers moved a little."""
     numbers = {k: d for k, d in parent.distributions.items() if isinstance(d, FloatDistribution)}
     params = dict(parent.params)
     step = 10 ** random.uniform(*_STEP)
-    for name, d in numbers.items():
+    for name, distribution in numbers.items():
         if random.random() < 0.5 or len(numbers) == 1:
-            moved = params[name] + random.gauss(0.0, step) * (d.high - d.low)
-            params[name] = min(max(moved, d.low), d.high)
+            shift(params, name, random.gauss(0.0, step), distribution)
     return params

@@ -1,4 +1,4 @@
-"""A tree-structured Parzen estimator of all parameters that occur together (Bergstra et al. 2011; Optuna's group)."""
+"""A tree-structured Parzen estimator of all numbers jointly (Bergstra et al. 2011; Optuna's multivariate form)."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ _STARTUP = 16  # random trials before the first estimate; the anchors of the spa
 
 def make(seed: int) -> BaseSampler:
     """The sampler whose draws come from this seed."""
-    return TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=_STARTUP)
+    return TPESampler(seed=seed, multivariate=True, n_startup_trials=_STARTUP)
