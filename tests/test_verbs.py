@@ -153,6 +153,8 @@ SPELLINGS = [
     "natsl.search.ablation",
     "search.ablation",
     "natsl.kernels.bench",
+    "natsl bench search",
+    "natsl.search.bench",
 ]
 
 

