@@ -3,8 +3,8 @@
     natsl bench search                                  all samplers on all problems
     natsl bench search --problems quickstart --seeds 20
 
-Problems: the recorded policies of the quickstart's supernet, HPOLib, NAS-Bench-201 and C2-DTLZ2; all but the first need
-the extra ``bench``. Writes search.json, search.md and search.png.
+Problems: the recorded policies of the quickstart's supernet, a made-up one of 12 layers, HPOLib, NAS-Bench-201 and
+C2-DTLZ2; the last three need the extra ``bench``. Writes search.json, search.md and search.png.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from natsl.search.samplers import DEAR, Sampler
 
-PROBLEMS = ("quickstart", "hpolib", "nasbench201", "dtlz")
+PROBLEMS = ("quickstart", "layers", "hpolib", "nasbench201", "dtlz")
 
 
 def _positive(text: str) -> int:

@@ -24,6 +24,7 @@ from natsl.space.space import SNAP, SearchSpace
 
 Array = npt.NDArray[np.float64]
 Evaluated = tuple[Array, float]  # objectives, and by how much constraints are broken (≤ 0: they are kept)
+_WORTH = (0.1, 0.05, 0.5, 0.1, 0.3, 0.05, 0.7, 0.1, 0.2, 0.05, 0.4, 0.1)  # of the made-up layers
 _TABLE = Path(__file__).with_name("quickstart.json")
 
 
@@ -65,10 +66,19 @@ def quickstart() -> Problem:
         snapped = np.where(u <= SNAP, 0.0, np.where(u >= 1 - SNAP, 1.0, u))
         return _interpolate(table, axes, snapped), 0.0
 
-    kinds = [Op.routed] * 3
-    space = SearchSpace()
-    first = tuple(space.params(policy, kinds) for policy in space.anchors(kinds, 16))
-    return Problem("quickstart", 3, evaluate, 1.0, first)
+    return Problem("quickstart", 3, evaluate, 1.0, _anchors(3))
+
+
+def layers() -> Problem:
+    """A made-up supernet of 12 layers, all of some use: each cuts the error by a share that grows with its budget."""
+    worth = np.array(_WORTH)
+
+    def evaluate(u: Array) -> Evaluated:
+        budget = np.clip((u - SNAP) / (1 - 2 * SNAP), 0.0, 1.0) ** 2
+        error = np.prod(1 - worth * np.minimum(1.0, budget / 0.3) ** 0.7)
+        return np.array([error, budget.mean()]), 0.0
+
+    return Problem("12 layers", len(worth), evaluate, 1.0, _anchors(len(worth)))
 
 
 def hpolib() -> Problem:
@@ -103,10 +113,17 @@ def dtlz() -> Problem:
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "quickstart": quickstart,
+    "layers": layers,
     "hpolib": hpolib,
     "nasbench201": nasbench201,
     "dtlz": dtlz,
 }
+
+
+def _anchors(size: int) -> tuple[Mapping[str, float], ...]:
+    """Parameters of the anchors of the default space with so many layers."""
+    kinds, space = [Op.routed] * size, SearchSpace()
+    return tuple(space.params(policy, kinds) for policy in space.anchors(kinds, 16))
 
 
 def _need(module: str) -> None:
