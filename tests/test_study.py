@@ -79,7 +79,7 @@ def test_a_search_finds_better_policies_than_its_anchors(
 
 
 @pytest.mark.parametrize("sampler", Sampler)
-@pytest.mark.parametrize("stop_at", [1, ANCHORS + 5], ids=lambda n: f"interrupted at {n}")
+@pytest.mark.parametrize("stop_at", [1, ANCHORS + 4, ANCHORS + 5], ids=lambda n: f"interrupted at {n}")
 def test_a_resumed_search_equals_a_straight_one(
     sampler: Sampler, stop_at: int, straight: dict[Sampler, list[Record]], tmp_path: Path
 ) -> None:

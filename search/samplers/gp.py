@@ -7,7 +7,9 @@ from typing import Any
 from optuna import Study
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, GPSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
+
+from natsl.search.samplers.moves import made
 
 _STARTUP = 8  # trials before the first model; the anchors of the space count
 _SAME = 0.002  # of the range: numbers that are no further apart give the same policy, or nearly so
@@ -26,7 +28,7 @@ class _NewOnly(GPSampler):
     ) -> dict[str, Any]:
         params = super().sample_relative(study, trial, search_space)
         spans = {k: d.high - d.low for k, d in search_space.items() if isinstance(d, FloatDistribution)}
-        for other in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
+        for other in made(study):
             known = other.params
             if params and all(k in known and abs(known[k] - params[k]) <= _SAME * span for k, span in spans.items()):
                 return {}

@@ -16,6 +16,12 @@ from optuna.trial import FrozenTrial, TrialState
 Params = dict[str, Any]
 
 
+def made(study: Study) -> list[FrozenTrial]:
+    """Trials that have a result, or a reason why not: one that was cut off is proposed again as it was."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
+    return [trial for trial in trials if trial.state is TrialState.COMPLETE or "reason" in trial.user_attrs]
+
+
 def front_of(study: Study) -> tuple[list[FrozenTrial], npt.NDArray[np.float64]]:
     """Trials on the front and their objectives [points, objectives], scaled by the range of all trials."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

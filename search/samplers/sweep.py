@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from natsl.search.samplers.moves import Params, between, front_of, neighbours, shift
+from natsl.search.samplers.moves import Params, between, front_of, made, neighbours, shift
 
 # Shares of its range at which each number is swept, coarse to fine, and for how many trials at most.
 _LEVELS = (0.5, 0.35, 0.7, 1.0, 0.27, 0.42, 0.6, 0.2, 0.85, 0.31, 0.38, 0.46)
@@ -48,8 +48,7 @@ class _SweepSampler(BaseSampler):
         numbers = {k: d for k, d in search_space.items() if isinstance(d, FloatDistribution)}
         if not numbers:
             return {}
-        states = (TrialState.COMPLETE, TrialState.FAIL)
-        tried = {_key(other.params, numbers) for other in study.get_trials(deepcopy=False, states=states)}
+        tried = {_key(other.params, numbers) for other in made(study)}
         random = Random(self._seed)
         for level in _sweeps(numbers):
             untried = [params for params in level if _key(params, numbers) not in tried]
