@@ -218,7 +218,7 @@ class RoutedLM(nn.Module):
         chunks = -(-T // C) if cache is None else touched_chunks(T, C)
         expected = (B, chunks if layout.packing is None else len(layout.packing.size), self.config.heads)
         for i, route in enumerate(routes):
-            for x in (route,) if route is None or isinstance(route, Tensor) else route:
+            for x in (route.keep, route.skip) if isinstance(route, RoutePair) else (route,):
                 if x is not None and tuple(x.shape) != expected:
                     raise ValueError(f"routes[{i}]: route has shape {tuple(x.shape)}, expected {expected}")
 

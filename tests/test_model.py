@@ -119,24 +119,6 @@ def test_layers_in_any_order(kinds: str) -> None:
         assert parameter.grad.any(), name
 
 
-ROUTER, MIX = "router.weight", {"mix_proj.weight", "mix_proj.bias", "mix_bias"}
-UNUSED = {  # by the layer's policy: what has no influence on the loss
-    "delta": (D, {"q_norm.weight", "k_norm.weight", "softmax_norm", ROUTER, *MIX}),
-    "softmax": (S, {ROUTER}),
-    "threshold": (T0, set()),
-}
-
-
-@pytest.mark.parametrize(("layer", "unused"), UNUSED.values(), ids=UNUSED)
-def test_unused_parameters_get_zeros_as_gradients(layer: LayerPolicy, unused: set[str]) -> None:
-    model = tiny_model("r")
-    model(tokens(), policy(layer), route_gradient=RouteGradient()).logits.square().sum().backward()
-    gradients = {name.removeprefix("blocks.0.mixer."): p.grad for name, p in model.named_parameters()}
-    for name, gradient in gradients.items():
-        assert gradient is not None, name
-        assert bool(gradient.any()) == (name not in unused), name
-
-
 # Causality
 
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from natsl.config import RouteGradient
 from natsl.model import RoutedLM
-from natsl.space.policy import LayerPolicy, RoutingPolicy
+from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from tests.oracles import tiny_model
 
 KINDS = "rsdr"
@@ -77,3 +77,21 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     assert {"blocks.0.mixer.router.weight", "blocks.3.mixer.softmax_norm"} <= unused["delta"]
     assert unused["softmax"] == {"blocks.0.mixer.router.weight", "blocks.3.mixer.router.weight"}
     assert unused["threshold"] == set()
+
+
+ROUTER, MIX = "router.weight", {"mix_proj.weight", "mix_proj.bias", "mix_bias"}
+UNUSED = {  # by the layer's policy: what has no influence on the loss
+    "delta": (LayerPolicy(Op.delta), {"q_norm.weight", "k_norm.weight", "softmax_norm", ROUTER, *MIX}),
+    "softmax": (LayerPolicy(Op.softmax), {ROUTER}),
+    "threshold": (LayerPolicy(threshold=0.0), set()),
+}
+
+
+@pytest.mark.parametrize(("layer", "unused"), UNUSED.values(), ids=UNUSED)
+def test_unused_parameters_get_zeros_as_gradients(layer: LayerPolicy, unused: set[str]) -> None:
+    model = tiny_model("r")
+    model(make_batch()[0], RoutingPolicy((layer,), 8), route_gradient=GRADIENT).logits.square().sum().backward()
+    gradients = {name.removeprefix("blocks.0.mixer."): p.grad for name, p in model.named_parameters()}
+    for name, gradient in gradients.items():
+        assert gradient is not None, name
+        assert bool(gradient.any()) == (name not in unused), name
