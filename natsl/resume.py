@@ -21,6 +21,8 @@ FREE_ON_RESUME = (
     "tracking",
     "data.path",  # the text itself is compared, by its contents
     "search.policies",  # compared by their contents
+    "search.sampler",  # null keeps the study's, which compares any other
+    "search.anchors",  # the same
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.log_every",

@@ -74,7 +74,7 @@ def open_study(path: Path, url: str | None, identity: Identity) -> OpenStudy:
             if changes:
                 raise UserError(
                     f"the study {identity.name!r} was made under other settings ({'; '.join(changes)}): "
-                    "restore them or choose another name"
+                    "restore them or choose another name (supernet_from=<this run> searches its supernet anew)"
                 )
             owner = claim(storage, study._study_id, identity.name, path.parent)
         except BaseException:

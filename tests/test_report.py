@@ -125,8 +125,10 @@ def test_points_stand_beside_their_controls_in_every_task(compared_front: Front)
             for rival in (item.learned, *item.rivals):
                 assert rival.label in section
                 assert show(item.metric, rival.value) in section
-    assert section.count("off-distribution") == 2 * 6, "random and shuffled routes too, without route noise"
-    assert section.count("<th>selection share</th>") == 2
+    assert section.count("off-distribution") == 10 + 9, (
+        "all but static heads without route noise; one task has an oracle"
+    )
+    assert section.count("<th>selection share<small>off-distribution: likely too high</small></th>") == 2
     assert "nothing to select" in section
     assert "in each task, layer and head" not in section, "older points do not know it"
     several = render(replace(with_tasks(compared_front, "bytes", HOSTILE), comparisons=compared_front.comparisons))
@@ -139,10 +141,10 @@ def test_the_share_is_in_the_headline(compared_front: Front) -> None:
     text, good = headline(compared_front)[1]
     assert re.fullmatch(
         rf"At {compared_front.knee} the router chooses chunks: share 1?\.\d\d ± \.\d\d on mqar; "
-        r"nothing to select on bytes\.",
+        r"nothing to select on bytes\. That is likely too high: .*",
         text,
     )
-    assert good is True
+    assert good is None
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_a_share_that_is_not_above_zero_is_no_choice_of_chunks(
     line = share_line(replace(knee, tasks=(replace(knee.tasks[0], share=share),)))
     assert line is not None
     assert expected in line[0]
-    assert line[1] is (value > 0.02)
+    assert line[1] is (None if value > 0.02 else False), "without route noise the share is too high to be good news"
     assert share_line(replace(knee, tasks=(replace(knee.tasks[0], share=None),))) is None
     assert share_line(replace(knee, tasks=knee.tasks[1:])) == (
         f"At {knee.of} there is nothing to select on bytes.",

@@ -23,6 +23,7 @@ from natsl.search.controls.comparison import (
 )
 from natsl.search.controls.registry import CONTROLS
 from natsl.search.controls.static import mixture
+from natsl.search.fault import describe
 from natsl.space.cost import LayerShape, kv_token_bytes
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.supernet import seed_of
@@ -32,7 +33,7 @@ ControlCounts: TypeAlias = Callable[[RoutingPolicy, str, int], dict[str, Counts]
 
 SHUFFLES = 5  # sequences whose routes are borrowed, one after another
 STATIC = "static"
-_STATIC_LABEL = "whole heads, chosen on the search split"
+_STATIC_LABEL = "whole heads, chosen on the search split by the first objective of quality"
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,11 @@ class Comparer:
         self.passes += 1 if name == LEARNED else CONTROLS[name].passes
         try:
             return self._counts(policy, name, draw)
-        except FloatingPointError as error:
-            self.problems.append(f"{name}@{of}: {error}")
+        except (FloatingPointError, torch.OutOfMemoryError) as error:
+            backward = name != LEARNED and CONTROLS[name].in_hindsight
+            if isinstance(error, torch.OutOfMemoryError) and not backward:
+                raise
+            self.problems.append(f"{name}@{of}: {describe(error)}")
             return None
 
     def _in_task(

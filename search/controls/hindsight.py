@@ -80,6 +80,8 @@ def choose(
             if route is None or before is None:
                 continue
             gain = -next(gradients)
+            if not bool(gain.isfinite().all()):
+                raise FloatingPointError("the gains of chunks are not finite")
             gain[:, complete:] = -math.inf
             total = _pools(route, by_head).sum(2)
             need = (total * step + ROUNDS // 2) // ROUNDS - _pools(before, by_head).sum(2).long()

@@ -26,7 +26,7 @@ class Control:
     name: str
     label: str
     routing: Callable[[Subject, Learned, int], Routing]
-    trained: Trained = Trained.always
+    trained: Trained
     passes: int = 1
     knows: Callable[[Batch], bool] = lambda batch: True
     in_hindsight: bool = False
@@ -45,12 +45,14 @@ CONTROLS = {
             "oracle",
             "the chunks with the answers, at their own cost",
             routes.oracle,
+            Trained.with_noise,
             knows=lambda batch: bool(batch.relevant.any()),
         ),
         Control(
             "hindsight",
             "chosen in hindsight, each head's own count",
             hindsight.hindsight,
+            Trained.with_noise,
             passes=hindsight.PASSES,
             in_hindsight=True,
         ),
@@ -58,6 +60,7 @@ CONTROLS = {
             "hindsight_layer",
             "chosen in hindsight, free over the heads of a layer",
             hindsight.hindsight_layer,
+            Trained.with_noise,
             passes=hindsight.PASSES,
             in_hindsight=True,
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from natsl.search.controls.comparison import Comparison, InTask, Rival, Share
+from natsl.search.controls.comparison import Comparison, InTask, Rival, Share, floor_of
 from natsl.search.front import Front
 from natsl.search.objective import BYTES, OBJECTIVES
 
@@ -24,7 +24,17 @@ def share_line(comparison: Comparison) -> tuple[str, bool | None] | None:
     text = f"At {comparison.of} " + (f"the router chooses {'; '.join(parts)}" if parts else "there is")
     if nothing:
         text += f"{';' if parts else ''} nothing to select on {', '.join(nothing)}"
-    return text + ".", (not heads if parts else None)
+    strange = any(_is_strange(item) for item in comparison.tasks if item.share is not None)
+    text += "."
+    if parts and strange:
+        text += " That is likely too high: the supernet was not trained with routes of other sequences."
+    return text, (None if not parts or (strange and not heads) else not heads)
+
+
+def _is_strange(item: InTask) -> bool:
+    """Whether the share is measured with routes that the supernet was not trained with."""
+    rival = _rival(item, "shuffled")
+    return rival is not None and not rival.trained
 
 
 def controls_section(front: Front) -> str:
@@ -57,7 +67,8 @@ def _task(front: Front, task: str) -> str:
         cells = "".join(f"<td{_verdict(item, name)}>{_cell(item, name)}</td>" for _, item in columns)
         rows.append(f"<tr><th>{escape(rival.label)}{note}</th>{cells}</tr>")
     shares = "".join(f"<td>{'–' if item.share is None else _share(item.share)}</td>" for _, item in columns)
-    rows.append(f"<tr><th>selection share</th>{shares}</tr>")
+    note = "<small>off-distribution: likely too high</small>" if any(_is_strange(item) for _, item in columns) else ""
+    rows.append(f"<tr><th>selection share{note}</th>{shares}</tr>")
     head = f"<tr><th>{escape(OBJECTIVES[metric].label)} in {escape(task)}</th>{heads}</tr>"
     table = f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<div class="scroll controls">{table}</div>'
@@ -91,12 +102,12 @@ def _cell(item: InTask, name: str) -> str:
 
 
 def _verdict(item: InTask, name: str) -> str:
-    """The class of a cell: whether the learned router is better than this control, by more than its draws differ."""
+    """The class of a cell: whether the learned router is better than this control by more than chance."""
     rival = _rival(item, name)
     if rival is None or rival is item.learned or name in _BETTER:
         return ""
-    gain = rival.value - item.learned.value
-    return ' class="good"' if gain > rival.std else ' class="bad"' if gain < -rival.std else ""
+    gain, least = rival.value - item.learned.value, max(rival.std, floor_of(item.metric))
+    return ' class="good"' if gain > least else ' class="bad"' if gain < -least else ""
 
 
 def _rival(item: InTask, name: str) -> Rival | None:

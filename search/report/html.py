@@ -86,7 +86,8 @@ def _controls(front: Front) -> str:
         "(routes of another sequence − learned) / (routes of another sequence − hindsight), with its standard error "
         "over sequences. 0 is a router that chooses only heads, 1 is hindsight, which sees the answers and is first "
         "order: an estimate of what there is to select, not a bound. Green: the learned router is better by more than "
-        "the spread of the draws, red: worse. Off-distribution: the supernet was not trained with such routes."
+        "the spread of the draws and .005 nats or .01 of error, red: worse. Off-distribution: the supernet was not "
+        "trained with such routes."
     )
     return _section("What the router chooses", controls_section(front), note)
 
