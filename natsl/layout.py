@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from natsl.kernels.segment import real_tokens
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -70,8 +72,9 @@ class Layout:
 
         Raises ``ValueError`` for a row whose real tokens are not contiguous. Waits for the device.
         """
-        if mask.dim() != 2 or 0 in mask.shape:
-            raise ValueError(f"mask must be [batch ≥ 1, tokens ≥ 1], found {tuple(mask.shape)}")
+        if mask.dim() != 2 or 0 in mask.shape or mask.is_floating_point():  # added to scores, −inf would mean padding
+            form = f"{mask.dtype} {tuple(mask.shape)}"
+            raise ValueError(f"mask must be boolean or integer [batch ≥ 1, tokens ≥ 1], found {form}")
         mask = mask.bool()
         lengths = mask.sum(1)
         place = torch.arange(mask.shape[1], device=mask.device)
@@ -131,6 +134,13 @@ class Layout:
     def to_right(self, x: Tensor) -> Tensor:
         """x [B,T] with its padding on the right."""
         return x if self.order is None else x.gather(1, self.order)
+
+    def scored(self, targets: Tensor, ignored: int) -> Tensor:
+        """``targets`` [B,T] with the padding on the right, which is ``ignored``."""
+        targets = self.to_right(targets)
+        if self.lengths is None or self.packing is not None:
+            return targets
+        return targets.masked_fill(~real_tokens(targets.shape[1], self.lengths), ignored)
 
     def restore(self, x: Tensor) -> Tensor:
         """x [B,T,…] whose padding is on the right, with every token in its own column again."""

@@ -22,7 +22,7 @@ from natsl.config import ModelConfig, Precision, RouteGradient
 from natsl.kernels.segment import touched_chunks
 from natsl.layout import Layout
 from natsl.mixer import RoutedMixer
-from natsl.modules import RMSNorm, SwiGLU, linear_cross_entropy
+from natsl.modules import IGNORED, RMSNorm, SwiGLU, linear_cross_entropy
 from natsl.router import LayerContext, LayerRouting, RoutePair
 from natsl.space.policy import Op, RoutingPolicy
 
@@ -133,16 +133,17 @@ class RoutedLM(nn.Module):
         """Next-token logits or losses under a policy: the one way into the model.
 
         tokens [B,T] int64. ``policy``: one for all sequences, or several, each for an equal consecutive slice of them,
-        or what ``compile_policy`` has made of them. ``targets`` [B,T] int64 (−100: not scored): the losses are computed
-        without keeping the logits. ``layout``: padding, or sequences packed into a batch of one row; real tokens get
-        what they get in their sequence alone, padding gets something unspecified. ``cache`` (inference only): the
-        sequences go on from what it holds, and it is updated; the policy may change between calls, but a decided chunk
-        keeps its route. ``routes``: per layer None or fixed routes [B,N,R] instead of the router's, one for both
-        memories or a ``RoutePair``. With a cache all routing is of the N = ``touched_chunks(T, C)`` chunks from each
-        sequence's open one on. ``route_gradient`` (training and calibration): budgets are exact quantiles of their
-        slice, under data parallelism of each rank's (not causal), and routes carry the router's gradient.
-        ``logits_to_keep`` ≤ T: logits of only the last so many real tokens of each sequence, [S,·,vocabulary], anything
-        in the first places of a shorter one (None: of all tokens, or none with targets).
+        or what ``compile_policy`` has made of them. ``targets`` [B,T] int64, the token that follows each (−100, and
+        padding: not scored): the losses are computed without keeping the logits. ``layout``: padding, or sequences
+        packed into a batch of one row; real tokens get what they get in their sequence alone, padding gets something
+        unspecified. ``cache`` (inference only): the sequences go on from what it holds, and it is updated; the policy
+        may change between calls, but a decided chunk keeps its route. ``routes``: per layer None or fixed routes
+        [B,N,R] instead of the router's, one for both memories or a ``RoutePair``. With a cache all routing is of the N
+        = ``touched_chunks(T, C)`` chunks from each sequence's open one on. ``route_gradient`` (training and
+        calibration): budgets are exact quantiles of their slice, under data parallelism of each rank's (not causal),
+        and routes carry the router's gradient. ``logits_to_keep`` ≤ T: logits of only the last so many real tokens of
+        each sequence, [S,·,vocabulary], anything in the first places of a shorter one (None: of all tokens, or none
+        with targets).
 
         In training, parameters that have no influence under the policy get zeros as gradients. Raises ``ValueError`` if
         a policy, the layout or the cache does not fit, a token is not in the vocabulary, the sequences do not split, or
@@ -155,8 +156,10 @@ class RoutedLM(nn.Module):
         compiled = self._compiled(sequences, policy, routes, route_gradient is not None)
         with contextlib.ExitStack() as stack:
             if cache is not None:
-                if route_gradient is not None or layout.packing is not None:
-                    raise ValueError("a cache goes with rows and without a route_gradient")
+                if route_gradient is not None:
+                    raise ValueError("a cache is for inference: route_gradient must be None")
+                if layout.packing is not None:
+                    raise ValueError("a cache goes on with rows, not with packed sequences: give them as padded rows")
                 cache.check(self.config, sequences, tokens.device, self._dtype())
                 layout = replace(layout, read=cache.lengths)
                 stack.enter_context(torch.inference_mode(False))
@@ -166,7 +169,7 @@ class RoutedLM(nn.Module):
             x, layers = self._hidden(layout.to_right(tokens), compiled, layout, cache, routes, route_gradient)
             loss = right = logits = None
             if targets is not None:
-                losses = linear_cross_entropy(x, self._output_weight(), layout.to_right(targets))
+                losses = linear_cross_entropy(x, self._output_weight(), layout.scored(targets, IGNORED))
                 loss, right = map(layout.restore, losses)
             if logits_to_keep is None and targets is None:
                 logits = layout.restore(F.linear(x, self._output_weight()))

@@ -258,7 +258,7 @@ def test_caches_that_do_not_fit_are_refused() -> None:
         ({"cache": model.new_cache(2), "routes": [torch.zeros(2, 3, 2), *[None] * 3]}, "expected \\(2, 2, 2\\)"),
         (
             {"cache": model.new_cache(2), "route_gradient": RouteGradient()},
-            "goes with rows and without a route_gradient",
+            "a cache is for inference: route_gradient",
         ),
     ]
     for options, message in refused:
@@ -266,7 +266,7 @@ def test_caches_that_do_not_fit_are_refused() -> None:
             model(x, p, **options)
         if len(options) > 1:
             model(x, p, cache=options["cache"])  # it is still good
-    with pytest.raises(ValueError, match="goes with rows"):
+    with pytest.raises(ValueError, match="not with packed sequences"):
         model(x[:1], p, cache=model.new_cache(1), layout=Layout.packed([4, 5], C))
     with pytest.raises(ValueError, match="batch = 0 is not allowed"):
         model.new_cache(0)

@@ -158,7 +158,8 @@ REFUSED = {
     "kind": (lambda: run(None, targets=torch.zeros(1, 9).int()), "targets must be int64 \\(1, 9\\)"),
     "too many": (lambda: run(None, logits_to_keep=10), "logits_to_keep = 10 must lie in \\[0, 9\\]"),
     "negative": (lambda: run(None, logits_to_keep=-1), "logits_to_keep = -1 must lie in"),
-    "mask": (lambda: Layout.padded(torch.ones(4)), "mask must be"),
+    "mask": (lambda: Layout.padded(torch.ones(4, dtype=torch.bool)), "mask must be"),
+    "additive mask": (lambda: Layout.padded(torch.zeros(2, 4)), "mask must be boolean or integer"),
     "chunks": (
         lambda: double()(torch.zeros(1, 9).long(), POLICIES[0], layout=Layout.packed([9], 4)),
         "chunks of 4 tok",
@@ -205,3 +206,10 @@ def test_packed_documents_on_the_kernels(precision: Precision, monkeypatch: pyte
     for i, gradient in enumerate(gradients):
         expected = torch.stack([single[i] for _, single in parts]).sum(0)
         torch.testing.assert_close(gradient, expected, rtol=0, atol=bound * max(1.0, float(expected.abs().max())))
+
+
+def test_padding_is_not_scored() -> None:
+    model, x = double(), torch.randint(384, (2, 20))
+    mask = torch.arange(20) >= torch.tensor([[0], [7]])
+    loss = model(x, POLICIES[0], targets=x, layout=Layout.padded(mask)).loss
+    assert torch.equal(loss != 0, mask)

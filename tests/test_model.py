@@ -298,7 +298,7 @@ def test_policies_that_do_not_fit_are_refused(p: RoutingPolicy, message: str) ->
         (torch.zeros(2, 3), {}, "tokens must be integers .* found torch.float32"),
         (
             torch.zeros(2, 3, dtype=torch.int64),
-            {"layout": Layout.padded(torch.ones(2, 4))},
+            {"layout": Layout.padded(torch.ones(2, 4).bool())},
             "layout is of a mask \\(2, 4\\)",
         ),
         (torch.zeros(2, 3, dtype=torch.int64), {"routes": [None, None]}, "routes has 2 entries for 1 layers"),
