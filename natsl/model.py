@@ -22,9 +22,10 @@ from natsl.config import ModelConfig, Precision, RouteGradient
 from natsl.kernels.segment import touched_chunks
 from natsl.layout import Layout
 from natsl.mixer import RoutedMixer
-from natsl.modules import IGNORED, RMSNorm, SwiGLU, linear_cross_entropy
+from natsl.modules import RMSNorm, SwiGLU, linear_cross_entropy
 from natsl.router import LayerContext, LayerRouting, RoutePair
 from natsl.space.policy import Op, RoutingPolicy
+from natsl.tasks.sequences import IGNORED
 
 Policies: TypeAlias = RoutingPolicy | Sequence[RoutingPolicy]
 Routes: TypeAlias = Sequence[Tensor | RoutePair | None]  # per layer
@@ -169,7 +170,7 @@ class RoutedLM(nn.Module):
             x, layers = self._hidden(layout.to_right(tokens), compiled, layout, cache, routes, route_gradient)
             loss = right = logits = None
             if targets is not None:
-                losses = linear_cross_entropy(x, self._output_weight(), layout.scored(targets, IGNORED))
+                losses = linear_cross_entropy(x, self._output_weight(), layout.scored(targets, IGNORED), IGNORED)
                 loss, right = map(layout.restore, losses)
             if logits_to_keep is None and targets is None:
                 logits = layout.restore(F.linear(x, self._output_weight()))

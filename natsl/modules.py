@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 
 from natsl.kernels.launch.library import register
 
-IGNORED = -100  # the target of a token that is not scored
 LOGITS_AT_ONCE = 1 << 28  # beyond it the loss goes over the tokens in parts, and the backward pass makes logits again
 _MASK_AT_ONCE = 1 << 20  # entries of the attention mask of explicit visibility
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -258,9 +257,7 @@ def visible_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, chunk_si
     return torch.cat(parts, 2).transpose(1, 2)
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignored: int = IGNORED
-) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignored: int = -100) -> tuple[Tensor, Tensor]:
     """Loss of the logits ``hidden`` · ``weight``ᵀ and whether the likeliest token is the target.
 
     hidden [B,T,D], weight [V,D], targets int64 [B,T] (``ignored``: not scored). Returns the loss per token, at least
