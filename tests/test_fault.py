@@ -15,6 +15,7 @@ import torch
 from natsl.evaluate import Evaluation
 from natsl.search.config import SearchConfig
 from natsl.search.fault import DeviceLostError
+from natsl.search.samplers import Sampler
 from natsl.search.study import PolicyStudy, Record, SearchFailedError, open_policy_study
 from natsl.space.policy import RoutingPolicy
 from natsl.space.space import SearchSpace
@@ -80,7 +81,7 @@ def test_a_failure_of_the_policy_itself_is_not_tried_again(error: Exception, tmp
 
 def test_one_fault_stops_neither_the_search_nor_another_trial_of_that_policy(tmp_path: Path) -> None:
     space = SearchSpace(ops=[problem(CONFIG).first[0].layers[0].op, problem(CONFIG).first[1].layers[0].op])
-    config = SearchConfig(n_trials=20, space=space)  # 8 policies: they come again and again
+    config = SearchConfig(n_trials=20, space=space, sampler=Sampler.random)  # 8 policies: they come again and again
     study, evaluate = opened(tmp_path, config), Failing(MEMORY, lambda call: call == 1)
     study.run(evaluate)
     failed = [record for record in study.records if record.reason is not None]
@@ -134,7 +135,7 @@ def test_failures_are_counted_for_each_process(tmp_path: Path) -> None:
     more = SearchConfig(n_trials=CONFIG.n_trials + 20)
     for _ in range(2):
         evaluate = Failing(MEMORY)
-        with pytest.raises(SearchFailedError, match="5 of 5 trials failed"):
+        with pytest.raises(SearchFailedError, match=r"5 of \d+ trials failed"):
             opened(tmp_path, more).run(evaluate)
         assert len(evaluate.policies) == 5
 
