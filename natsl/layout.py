@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from natsl.kernels.segment import real_tokens
+from natsl.kernels.segment import real_tokens, slots
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,7 @@ class Layout:
         """Position of each of ``tokens`` columns in its sequence, int64 [B,T], or [1,T] where all rows agree."""
         if self.packing is not None:
             return self.packing.position[None]
-        columns = torch.arange(tokens, device=device)[None]
-        return columns if self.read is None else self.read[:, None] + columns
+        return torch.arange(tokens, device=device)[None] if self.read is None else slots(self.read, tokens)
 
     def spread(self, x: Tensor, tokens: int, chunk_size: int) -> Tensor:
         """A value of every chunk for each of ``tokens`` columns: [B,N,…] → [B,T,…]."""
@@ -128,7 +127,7 @@ class Layout:
             return x[:, self.packing.chunk]
         if self.read is None:
             return x.repeat_interleave(chunk_size, 1)[:, :tokens]
-        chunk = ((self.read % chunk_size)[:, None] + torch.arange(tokens, device=x.device)) // chunk_size
+        chunk = slots(self.read % chunk_size, tokens) // chunk_size
         return x[torch.arange(len(x), device=x.device)[:, None], chunk]
 
     def to_right(self, x: Tensor) -> Tensor:

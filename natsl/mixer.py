@@ -20,7 +20,7 @@ from natsl.kernels.delta import DeltaState, routed_delta_rule
 from natsl.kernels.mix import gated_norm, routed_mix
 from natsl.kernels.softmax import routed_softmax
 from natsl.layout import Layout
-from natsl.modules import RMSNorm, causal_attention, short_convolution, visible_attention, with_zero_gradients
+from natsl.modules import RMSNorm, causal_attention, precise, short_convolution, visible_attention, with_zero_gradients
 from natsl.router import LayerContext, LayerRouting, RoutePair, Router, kept_before, route_chunks
 from natsl.space.policy import Op
 
@@ -36,11 +36,6 @@ def rotate(x: Tensor, theta: float, positions: Tensor) -> Tensor:
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.split(half, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
-def _precise(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it is that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -195,7 +190,7 @@ class RoutedMixer(nn.Module):
         logits = logits.view(*q.shape[:2], -1, 2)
         if span.tempered:
             temperature = context.per_token(policy.temperature, span.rows)
-            logits = (_precise(logits) / temperature).to(logits.dtype)
+            logits = (precise(logits) / temperature).to(logits.dtype)
         if span.masked:
             softmax = torch.arange(2, device=q.device) > 0
             logits = logits.masked_fill(context.per_token(policy.delta_only, span.rows) & softmax, -math.inf)
@@ -203,7 +198,7 @@ class RoutedMixer(nn.Module):
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Log decay g and write strength beta of the delta rule, at least float32 [B,T,R]."""
-        a, b, A_log, dt_bias = (_precise(y) for y in (self.a_proj(x), self.b_proj(x), self.A_log, self.dt_bias))
+        a, b, A_log, dt_bias = (precise(y) for y in (self.a_proj(x), self.b_proj(x), self.A_log, self.dt_bias))
         return -A_log.exp() * F.softplus(a + dt_bias), torch.sigmoid(b)
 
     def _mix(self, rows: _Rows, context: LayerContext) -> Tensor:

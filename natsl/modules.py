@@ -132,9 +132,14 @@ def short_convolution(x: Tensor, weight: Tensor, positions: Tensor | None = None
     return F.silu(F.conv1d(padded, taps[:, None], groups=taps.shape[0]).transpose(1, 2))
 
 
+def precise(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _packed_convolution(x: Tensor, taps: Tensor, positions: Tensor) -> Tensor:
     """The convolution before SiLU, at least float32 [B,T,channels]."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = precise(x)
     y = x * taps[:, -1]
     for back in range(1, taps.shape[1]):
         earlier = F.pad(x, (0, 0, back, 0))[:, : x.shape[1]]
@@ -284,8 +289,7 @@ def _cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, ignored: int) 
     if library is not None:
         loss, _ = library.cross_entropy(logits, targets, ignore_index=ignored)
         return loss, right
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(precise, targets, ignore_index=ignored, reduction="none"), right
+    return F.cross_entropy(precise(logits), targets, ignore_index=ignored, reduction="none"), right
 
 
 class RMSNorm(nn.Module):

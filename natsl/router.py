@@ -20,6 +20,7 @@ from natsl.config import CalibrationScope, RouteGradient
 from natsl.kernels.routing import cap_limits, chunk_means, complete_chunks, continued_means, route_margins
 from natsl.kernels.segment import touched_chunks
 from natsl.layout import Layout
+from natsl.modules import precise
 
 
 class RoutePair(NamedTuple):
@@ -101,8 +102,7 @@ class Router(nn.Linear):
     def margins(self, means: Tensor) -> Tensor:
         """Score of softmax − score of the delta rule, from the means of chunks: [B,N,D] → at least float32 [B,N,R]."""
         with torch.autocast(means.device.type, enabled=False):  # half-precision margins would tie
-            z: Tensor = self(means.to(self.weight.dtype))
-            z = z.to(torch.promote_types(z.dtype, torch.float32)).unflatten(-1, (-1, 2))
+            z: Tensor = precise(self(means.to(self.weight.dtype))).unflatten(-1, (-1, 2))
         return z[..., 1] - z[..., 0]
 
 
