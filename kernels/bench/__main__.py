@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from natsl.kernels.bench.arguments import positive, share
 from natsl.kernels.shape import CHUNK_SIZES, ELEMENT_BYTES, Case, Shape
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
@@ -42,33 +43,16 @@ TINY = Shape(1, 16, 32, 2, 16, "float32")
 TINY_TOKENS = 36
 
 
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: an integer ≥ 1")
-    return value
-
-
 def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a number in [0, 1]")
-    return value
+    return tuple(positive(part) for part in text.split(","))
 
 
 def _fractions(text: str) -> tuple[float, ...]:
-    return tuple(sorted({_share(part) for part in text.split(",")}))
+    return tuple(sorted({share(part) for part in text.split(",")}))
 
 
 def _rate(text: str) -> float:
-    value = _share(text)
+    value = share(text)
     if value == 0.0:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a number in (0, 1]")
     return value
@@ -92,12 +76,12 @@ def parser() -> argparse.ArgumentParser:
     add("--ship", type=Path, metavar="PATH", help="with --tune: also merge them into the table at PATH")
     add("--first-call", action="store_true", help="time a fresh process with an empty kernel cache")
     add("--lengths", type=_lengths, metavar="T,T,…", help="tokens per sequence (4096 to 131072, and 4096 at batch 8)")
-    add("--batch", type=_positive, metavar="B", help="sequences, for all lengths (1)")
+    add("--batch", type=positive, metavar="B", help="sequences, for all lengths (1)")
     add("--fractions", type=_fractions, metavar="F,F,…", help="kept fractions (0.1,0.3,0.5)")
-    add("--heads", type=_positive, default=Shape.heads, metavar="R", help="routing heads (%(default)s)")
-    add("--key-dim", type=_positive, default=Shape.key_dim, metavar="K", help="key width (%(default)s)")
-    add("--value-dim", type=_positive, default=Shape.value_dim, metavar="V", help="value width (%(default)s)")
-    add("--softmax-per-head", type=_positive, default=Shape.softmax_per_head, metavar="G",
+    add("--heads", type=positive, default=Shape.heads, metavar="R", help="routing heads (%(default)s)")
+    add("--key-dim", type=positive, default=Shape.key_dim, metavar="K", help="key width (%(default)s)")
+    add("--value-dim", type=positive, default=Shape.value_dim, metavar="V", help="value width (%(default)s)")
+    add("--softmax-per-head", type=positive, default=Shape.softmax_per_head, metavar="G",
         help="softmax heads per routing head (%(default)s)")  # fmt: skip
     add("--chunk", type=int, choices=CHUNK_SIZES, default=Shape.chunk_size, help="tokens per chunk (%(default)s)")
     add("--dtype", choices=tuple(ELEMENT_BYTES), default=Shape.dtype, help="(%(default)s)")

@@ -14,26 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from natsl.kernels.bench.arguments import positive, share
 from natsl.search.samplers import DEAR, Sampler
 
 PROBLEMS = ("quickstart", "layers", "hpolib", "nasbench201", "dtlz")
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: an integer ≥ 1")
-    return value
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a number in [0, 1]")
-    return value
 
 
 def _names(text: str, known: Sequence[str]) -> list[str]:
@@ -54,10 +38,10 @@ def parser() -> argparse.ArgumentParser:
         help=f"{','.join(PROBLEMS)} (all)")  # fmt: skip
     add("--samplers", type=lambda text: _names(text, samplers), default=samplers, metavar="NAMES",
         help=f"{','.join(samplers)} (all)")  # fmt: skip
-    add("--trials", type=_positive, default=140, help="evaluations of a search (%(default)s)")
-    add("--dear-trials", type=_positive, default=60, help="of a sampler whose proposals are dear: gp (%(default)s)")
-    add("--seeds", type=_positive, default=10, help="searches for each sampler (%(default)s)")
-    add("--local-share", type=_share, default=0.0, help="share of moves near the knee (%(default)s)")
+    add("--trials", type=positive, default=140, help="evaluations of a search (%(default)s)")
+    add("--dear-trials", type=positive, default=60, help="of a sampler whose proposals are dear: gp (%(default)s)")
+    add("--seeds", type=positive, default=10, help="searches for each sampler (%(default)s)")
+    add("--local-share", type=share, default=0.0, help="share of moves near the knee (%(default)s)")
     add("--out", type=Path, default=Path("runs/bench-search"), metavar="FOLDER", help="for results (%(default)s)")
     return out
 
