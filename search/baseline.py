@@ -24,7 +24,7 @@ class Named:
 def baselines(kinds: Sequence[Op], chunk_size: int, budgets: Sequence[float], space: SearchSpace) -> list[Named]:
     """Baselines that need no front: extremes, uniform budgets, schedules over depth, single softmax layers.
 
-    Learned budgets obey the cap of the space and its mix temperature, if that is fixed. Of several that are the same
+    Learned budgets obey the cap of the space and have a mix temperature of it, the one nearest to 1. Of several that are the same
     policy, as happens with one routed layer, the first is kept.
     """
     places = [i for i, kind in enumerate(kinds) if kind is Op.routed]
@@ -38,10 +38,7 @@ def baselines(kinds: Sequence[Op], chunk_size: int, budgets: Sequence[float], sp
     def softmax(selected: Sequence[int]) -> dict[int, LayerPolicy]:
         return {i: LayerPolicy(Op.softmax if i in selected else Op.delta) for i in places}
 
-    fixed = space.mix_temperature_min == space.mix_temperature_max
-    routed = LayerPolicy(
-        budget=0.0, cap=space.cap, burst=space.burst, mix_temperature=space.mix_temperature_min if fixed else 1.0
-    )
+    routed = LayerPolicy(budget=0.0, cap=space.cap, burst=space.burst, mix_temperature=space.neutral_mix)
 
     def budget(values: Sequence[float]) -> dict[int, LayerPolicy]:
         return {i: replace(routed, budget=round(b, 4)) for i, b in zip(places, values, strict=True)}

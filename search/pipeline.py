@@ -27,7 +27,7 @@ from natsl.resume import REPORT_OPTIONS, check_resume
 from natsl.run import Run
 from natsl.search.baseline import baselines
 from natsl.search.config import SearchRunConfig
-from natsl.search.controls.compare import Comparer, ControlCounts, Rules
+from natsl.search.controls.comparer import Comparer, ControlCounts, Rules
 from natsl.search.controls.comparison import Comparison, chosen_points
 from natsl.search.controls.static import most_evaluations
 from natsl.search.fault import reported_faults

@@ -14,11 +14,11 @@ from natsl.evaluate import Evaluation, RandomRouting, evaluate
 from natsl.model import RoutedLM
 from natsl.search.baseline import Named
 from natsl.search.config import SearchConfig
-from natsl.search.controls.compare import ControlCounts
+from natsl.search.controls.comparer import ControlCounts
 from natsl.search.controls.comparison import spread_out
 from natsl.search.controls.learned import Subject
 from natsl.search.controls.registry import ControlRunner
-from natsl.search.controls.static import greedy_heads
+from natsl.search.controls.static import Shape, greedy_heads
 from natsl.search.front import Baseline, Kind, Point, amount
 from natsl.search.objective import OBJECTIVES, QUALITY, measure
 from natsl.search.pareto import Scale, dominates
@@ -69,6 +69,7 @@ class Scorer:
         self._bounds = config.constraints
         self._seed = seed
         self._draws = config.random_draws
+        self._mix_temperature = config.space.neutral_mix
         self._search = {r.policy.digest(): r.evaluation for r in records if r.evaluation is not None}
         self._test: dict[str, Evaluation] = {}
         self._drawn = 0
@@ -100,7 +101,8 @@ class Scorer:
     def static_heads(self, on_step: Callable[[str], None]) -> list[Named]:
         """Whole heads, one more in each, which nothing cheaper among them beats on the search split."""
         problem, quality = self._problem, self._quality()
-        kinds, heads = problem.kinds, problem.costs.shapes[0].heads
+        kinds = problem.kinds
+        shape = Shape(kinds, problem.heads, problem.chunk_size, self._mix_temperature)
 
         def judge(policy: RoutingPolicy) -> tuple[float, ...]:
             try:
@@ -116,7 +118,7 @@ class Scorer:
             return value
 
         best, found = judge(RoutingPolicy.all_delta(kinds, problem.chunk_size)), []
-        for i, policy in enumerate(greedy_heads(kinds, heads, problem.chunk_size, step)):
+        for i, policy in enumerate(greedy_heads(shape, step)):
             if judge(policy) < best:
                 best = judge(policy)
                 found.append(Named(f"static-{i + 1}", Kind.static, policy))

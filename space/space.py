@@ -279,12 +279,13 @@ class SearchSpace:
         return LayerPolicy(Op.routed, threshold=value, **limit)  # type: ignore[arg-type]
 
     def _fixed(self, budgets: Sequence[float]) -> LayerPolicy:
-        """A layer of anchors: budgets of its heads (or one), the mix temperature as near to 1 as the space allows."""
+        """A layer of anchors: budgets of its heads (or one), with the neutral mix temperature."""
         values = [Op.delta if b == 0.0 else Op.softmax if b == 1.0 else b for b in budgets]
-        return self._layer(values, self._middle_mix)
+        return self._layer(values, self.neutral_mix)
 
     @property
-    def _middle_mix(self) -> float:
+    def neutral_mix(self) -> float:
+        """The mix temperature as near to 1 as the space allows."""
         return min(max(1.0, self.mix_temperature_min), self.mix_temperature_max)
 
     def _layer_params(self, name: str, i: int, layer: LayerPolicy, count: int) -> dict[str, float]:
@@ -293,7 +294,7 @@ class SearchSpace:
         limited = layer.op is Op.softmax and self.cap is not None
         check(not limited, name + "op", layer.op, "search.space.cap does not limit op softmax")
         params = dict(zip(self._names(i, count), self._positions(name, layer, count), strict=False))
-        mix = self._middle_mix
+        mix = self.neutral_mix
         if layer.op is not Op.delta:
             limits = self.mix_temperature_min, self.mix_temperature_max
             mix = self._within(name + "mix_temperature", layer.mix_temperature, *limits)

@@ -18,7 +18,7 @@ from natsl.evaluate import Evaluation
 from natsl.run import Run
 from natsl.search.baseline import baselines
 from natsl.search.config import SearchConfig
-from natsl.search.controls.compare import Comparer, Rules
+from natsl.search.controls.comparer import Comparer, Rules
 from natsl.search.controls.comparison import LEARNED, chosen_points
 from natsl.search.front import Baseline, Front, Point
 from natsl.search.objective import CostContext, find_objectives

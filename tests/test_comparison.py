@@ -12,10 +12,10 @@ import pytest
 from natsl.counts import Counts
 from natsl.files import to_plain
 from natsl.search.config import SearchConfig
-from natsl.search.controls.compare import SHUFFLES, Comparer, Rules
+from natsl.search.controls.comparer import SHUFFLES, Comparer, Rules
 from natsl.search.controls.comparison import LEARNED, Comparison, chosen_points, selection_share, spread_out
 from natsl.search.controls.hindsight import PASSES
-from natsl.search.controls.static import EXTRA, greedy_heads, head_policy, mixture, most_evaluations
+from natsl.search.controls.static import EXTRA, Shape, greedy_heads, mixture, most_evaluations
 from natsl.search.front import Front
 from natsl.search.study import PolicyStudy
 from natsl.space.cost import kv_token_bytes
@@ -196,17 +196,22 @@ def test_comparisons_are_in_front_json_and_read_back(front: Front) -> None:
 
 def test_heads_are_added_one_by_one_by_what_they_give() -> None:
     worth = {(0, 0): 1.0, (0, 1): 0.2, (2, 0): 3.0, (2, 1): 0.5}
-    kinds = [Op.routed, Op.delta, Op.routed]
-    policies = {head_policy(kinds, 2, 8, [head]): value for head, value in worth.items()}
+    shape = Shape((Op.routed, Op.delta, Op.routed), 2, 8)
+    policies = {shape.policy([head]): value for head, value in worth.items()}
     asked: list[RoutingPolicy] = []
 
     def judge(policy: RoutingPolicy) -> tuple[float, ...]:
         asked.append(policy)
         return (-sum(value for single, value in policies.items() if _contains(policy, single)),)
 
-    path = greedy_heads(kinds, 2, 8, judge)
+    path = greedy_heads(shape, judge)
     assert [policy.describe() for policy in path] == ["D D [1,0]", "[1,0] D [1,0]", "[1,0] D S"]
     assert len(asked) == 4 + 3 + 2
+
+
+def test_static_heads_have_the_mix_temperature_of_the_space() -> None:
+    shape = Shape((Op.routed,) * 3, 2, 8, mix_temperature=0.5)
+    assert shape.policy([(0, 1), (2, 0), (2, 1)]).describe() == "[0,1]/.5 D S/.5"
 
 
 def _contains(policy: RoutingPolicy, single: RoutingPolicy) -> bool:
@@ -226,7 +231,7 @@ def test_many_heads_cost_a_bounded_number_of_evaluations() -> None:
         asked.append(policy)
         return (rng.random(),)
 
-    path = greedy_heads([Op.routed] * 8, 8, 64, judge)
+    path = greedy_heads(Shape((Op.routed,) * 8, 8, 64), judge)
     assert len(asked) == most_evaluations(64) == 64 + EXTRA
     assert len(path) == 1 + -(-EXTRA // 6)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 
@@ -12,38 +13,47 @@ CANDIDATES = 6  # heads tried in a round: the best ones of the round before
 EXTRA = 40  # evaluations beyond those of every head by itself
 
 
-def head_policy(kinds: Sequence[Op], heads: int, chunk_size: int, chosen: Collection[Head]) -> RoutingPolicy:
-    """The policy in which the chosen heads keep every chunk and the others none."""
-    layers = []
-    for i, kind in enumerate(kinds):
-        budget = tuple(float((i, head) in chosen) for head in range(heads))
-        if kind is not Op.routed:
-            layers.append(LayerPolicy(kind))
-        elif len(set(budget)) == 1:
-            layers.append(LayerPolicy(Op.softmax if budget[0] else Op.delta))
-        else:
-            layers.append(LayerPolicy(budget=budget))
-    return RoutingPolicy(tuple(layers), chunk_size)
+@dataclass(frozen=True)
+class Shape:
+    """What whole heads are chosen from: kinds of the layers, routing heads of each, and how branches are mixed."""
+
+    kinds: tuple[Op, ...]
+    heads: int
+    chunk_size: int
+    mix_temperature: float = 1.0
+
+    def policy(self, chosen: Collection[Head]) -> RoutingPolicy:
+        """The policy in which the chosen heads keep every chunk and the others none."""
+        layers = []
+        for i, kind in enumerate(self.kinds):
+            budget = tuple(float((i, head) in chosen) for head in range(self.heads))
+            if kind is not Op.routed:
+                layers.append(LayerPolicy(kind))
+            elif not any(budget):
+                layers.append(LayerPolicy(Op.delta))
+            elif all(budget):
+                layers.append(LayerPolicy(Op.softmax, mix_temperature=self.mix_temperature))
+            else:
+                layers.append(LayerPolicy(budget=budget, mix_temperature=self.mix_temperature))
+        return RoutingPolicy(tuple(layers), self.chunk_size)
 
 
-def greedy_heads(
-    kinds: Sequence[Op], heads: int, chunk_size: int, judge: Callable[[RoutingPolicy], tuple[float, ...]]
-) -> list[RoutingPolicy]:
+def greedy_heads(shape: Shape, judge: Callable[[RoutingPolicy], tuple[float, ...]]) -> list[RoutingPolicy]:
     """Policies with one chosen head, two, …: each adds the head that ``judge`` finds best, smaller being better.
 
     All heads are tried in the first round, then only the best ones of the round before, so that the first round and
     ``EXTRA`` evaluations suffice; few heads are all tried in all rounds. The last policy is never all-softmax.
     """
-    open_heads = [(i, head) for i, kind in enumerate(kinds) if kind is Op.routed for head in range(heads)]
+    open_heads = [(i, head) for i, kind in enumerate(shape.kinds) if kind is Op.routed for head in range(shape.heads)]
     chosen: list[Head] = []
     path: list[RoutingPolicy] = []
     left = len(open_heads) + EXTRA
     while len(open_heads) > 1 and left > 0:
         tried = open_heads[: CANDIDATES if chosen else None][:left]
         left -= len(tried)
-        order = sorted(tried, key=lambda head: judge(head_policy(kinds, heads, chunk_size, [*chosen, head])))
+        order = sorted(tried, key=lambda head: judge(shape.policy([*chosen, head])))
         chosen.append(order[0])
-        path.append(head_policy(kinds, heads, chunk_size, chosen))
+        path.append(shape.policy(chosen))
         open_heads = [*order[1:], *open_heads[len(tried) :]]
     return path
 
