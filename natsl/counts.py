@@ -22,7 +22,6 @@ class Counts:
 
     ``nats`` float64 [B]: summed loss of the ``tokens`` int64 [B] of scored text. ``right`` of the ``asked`` answers,
     int64 [B]. ``kept`` int64 [B,L,R]: complete chunks that softmax kept, of ``chunks`` in every sequence.
-    ``batch_nats``: the loss of each evaluated batch as one sum, which differs from that of ``nats`` by rounding.
     """
 
     nats: Tensor
@@ -31,7 +30,6 @@ class Counts:
     asked: Tensor
     kept: Tensor
     chunks: int
-    batch_nats: tuple[float, ...]
 
     def __len__(self) -> int:
         return self.nats.shape[0]
@@ -51,7 +49,6 @@ class Counts:
             asked=batch.recall.sum(1).cpu(),
             kept=kept.long().cpu(),
             chunks=chunks,
-            batch_nats=(float(output.loss[text].double().sum()),),
         )
 
     @classmethod
@@ -59,13 +56,13 @@ class Counts:
         """The sequences of all parts, which have one length, in order."""
         names = ("nats", "tokens", "right", "asked", "kept")
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-        return cls(**joined, chunks=parts[0].chunks, batch_nats=sum((part.batch_nats for part in parts), ()))
+        return cls(**joined, chunks=parts[0].chunks)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         names = ("nats", "tokens", "right", "asked", "kept")
         plain = {name: getattr(self, name).tolist() for name in names}
-        return plain | {"chunks": self.chunks, "batch_nats": list(self.batch_nats)}
+        return plain | {"chunks": self.chunks}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Counts:
@@ -74,5 +71,4 @@ class Counts:
             nats=torch.tensor(plain["nats"], dtype=torch.float64),
             **{name: torch.tensor(plain[name]) for name in ("tokens", "right", "asked", "kept")},
             chunks=plain["chunks"],
-            batch_nats=tuple(plain["batch_nats"]),
         )

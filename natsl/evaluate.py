@@ -151,10 +151,7 @@ def run_batches(
 def summary(counts: Mapping[str, Counts], kinds: Sequence[Op]) -> Evaluation:
     """The results that the counts of all tasks add up to; ``kinds`` of the model's layers."""
     text_count = sum(int(item.tokens.sum()) for item in counts.values())
-    text_sum = 0.0
-    for item in counts.values():
-        for nats in item.batch_nats:
-            text_sum += nats
+    text_sum = sum(float(item.nats.sum()) for item in counts.values())
     asked = {task: int(item.asked.sum()) for task, item in counts.items()}
     errors = {task: 1.0 - int(counts[task].right.sum()) / number for task, number in asked.items() if number}
     totals = {task: item.kept.sum(0).double() for task, item in counts.items()}  # [L,R]

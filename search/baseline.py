@@ -24,7 +24,7 @@ class Named:
 def baselines(kinds: Sequence[Op], chunk_size: int, budgets: Sequence[float], space: SearchSpace) -> list[Named]:
     """Baselines that need no front: extremes, uniform budgets, schedules over depth, single softmax layers.
 
-    Learned budgets obey the cap of the space and have a mix temperature of it, the one nearest to 1. Of several that are the same
+    Learned budgets obey the cap of the space and have its mix temperature nearest to 1. Of several that are the same
     policy, as happens with one routed layer, the first is kept.
     """
     places = [i for i, kind in enumerate(kinds) if kind is Op.routed]

@@ -270,7 +270,7 @@ class _Search:
         with Progress("test", steps_to_score(chosen, fixed)) as progress:
             points, others = score(scorer, chosen, fixed, lambda name: progress.update(progress.done + 1, name))
         knee = scale.knee([point.search_values for point in points])
-        comparer = self._comparer(judge.control, [item.policy for item in family])
+        comparer = self._comparer(scorer.counts, [item.policy for item in family])
         comparisons = self._compare(comparer, points, knee)
         volume = Volume(scale)
         # A trial that has to be tried again is not made: without it the history is shorter, and the run not finished.

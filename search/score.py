@@ -7,15 +7,16 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
+from natsl.counts import Counts
 from natsl.data import Split, TaskData
-from natsl.evaluate import Evaluation, RandomRouting, evaluate
+from natsl.evaluate import Evaluation, RandomRouting, count, evaluate, summary
 from natsl.model import RoutedLM
 from natsl.search.baseline import Named
 from natsl.search.config import SearchConfig
 from natsl.search.controls.comparer import ControlCounts
-from natsl.search.controls.comparison import spread_out
+from natsl.search.controls.comparison import LEARNED, spread_out
 from natsl.search.controls.learned import Subject
 from natsl.search.controls.registry import ControlRunner
 from natsl.search.controls.static import Shape, greedy_heads
@@ -25,6 +26,8 @@ from natsl.search.pareto import Scale, dominates
 from natsl.search.study import Problem, Record
 from natsl.space.policy import Op, RoutingPolicy
 
+R = TypeVar("R")
+
 RANDOM_POINTS = 16  # of a front beside which random routing stands
 
 
@@ -32,12 +35,13 @@ RANDOM_POINTS = 16  # of a front beside which random routing stands
 class Judge:
     """Evaluates policies: on the search split, on the test split, and there with random routing and other controls.
 
-    ``random`` takes the policy, the fraction of chunks that each layer keeps, and a seed; ``control`` the policy, the
-    name of a control and the number of a draw.
+    ``test`` gives what is counted in each task's sequences, of which an evaluation is the sum. ``random`` takes the
+    policy, the fraction of chunks that each layer keeps, and a seed; ``control`` the policy, the name of a control and
+    the number of a draw.
     """
 
     search: Callable[[RoutingPolicy], Evaluation]
-    test: Callable[[RoutingPolicy], Evaluation]
+    test: Callable[[RoutingPolicy], dict[str, Counts]]
     random: Callable[[RoutingPolicy, tuple[float, ...], int], Evaluation]
     control: ControlCounts
 
@@ -51,7 +55,7 @@ def make_judge(model: RoutedLM, data: TaskData, batch_size: int) -> Judge:
 
     return Judge(
         lambda policy: evaluate(model, policy, search, batch_size=batch_size),
-        lambda policy: evaluate(model, policy, test, batch_size=batch_size),
+        lambda policy: count(model, policy, test, batch_size=batch_size),
         random,
         ControlRunner(Subject(model, test, batch_size)),
     )
@@ -71,13 +75,23 @@ class Scorer:
         self._draws = config.random_draws
         self._mix_temperature = config.space.neutral_mix
         self._search = {r.policy.digest(): r.evaluation for r in records if r.evaluation is not None}
-        self._test: dict[str, Evaluation] = {}
+        self._test: dict[str, dict[str, Counts]] = {}
         self._drawn = 0
         self.problems: list[str] = []  # policies that could not be scored, and why
 
     def on_search(self, policy: RoutingPolicy) -> Evaluation:
         """The policy on the search split."""
         return _cached(self._search, policy, self._judge.search)
+
+    def on_test(self, policy: RoutingPolicy) -> Evaluation:
+        """The policy on the test split."""
+        return summary(self.counts(policy, LEARNED, 0), self._problem.kinds)
+
+    def counts(self, policy: RoutingPolicy, name: str, draw: int) -> dict[str, Counts]:
+        """What is counted on the test split under a control (``LEARNED``: under the policy itself)."""
+        if name == LEARNED:
+            return _cached(self._test, policy, self._judge.test)
+        return self._judge.control(policy, name, draw)
 
     def scale(self) -> Scale:
         """The scale from all-softmax to all-delta on the search split."""
@@ -136,7 +150,7 @@ class Scorer:
         """A point of the front, without comparisons; None (and a problem noted) if its test score is not finite."""
         assert record.values is not None, "a record without values is not on the front"
         try:
-            tested = _cached(self._test, record.policy, self._judge.test)
+            tested = self.on_test(record.policy)
             values = self._values(tested, record.policy)
         except FloatingPointError as error:
             self.problems.append(f"{record.id}: {error} on the test split")
@@ -146,7 +160,7 @@ class Scorer:
     def baseline(self, named: Named) -> Baseline | None:
         """A baseline on both splits; None (and a problem noted) if a score is not finite."""
         try:
-            tested = _cached(self._test, named.policy, self._judge.test)
+            tested = self.on_test(named.policy)
             values = self._values(tested, named.policy)
             searched = self._values(self.on_search(named.policy), named.policy)
             feasible = self._feasible(tested, named.policy)
@@ -256,9 +270,7 @@ def _gain(learned: Point, control: Baseline) -> dict[str, float]:
     return {name: theirs - ours for name, (ours, theirs) in pairs.items() if ours is not None and theirs is not None}
 
 
-def _cached(
-    cache: dict[str, Evaluation], policy: RoutingPolicy, evaluate: Callable[[RoutingPolicy], Evaluation]
-) -> Evaluation:
+def _cached(cache: dict[str, R], policy: RoutingPolicy, evaluate: Callable[[RoutingPolicy], R]) -> R:
     digest = policy.digest()
     if digest not in cache:
         cache[digest] = evaluate(policy)

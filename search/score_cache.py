@@ -1,8 +1,8 @@
 """Results of evaluations, stored as they are made: what was scored before a search was cut off is not scored again.
 
 ``scores.jsonl`` holds a line per evaluation: what it belongs to (supernet, data), its split, the policy, the control
-with its draw, and the measured values, of controls what was counted in every sequence. A line that a killed process
-left half written does not count.
+with its draw, and the measured values, of policies and controls on the test split what was counted in every sequence.
+A line that a killed process left half written does not count.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from natsl.counts import Counts
 from natsl.data import Split
 from natsl.evaluate import Evaluation
 from natsl.files import append_line
+from natsl.search.controls.comparison import LEARNED
 from natsl.search.score import Judge
 from natsl.space.policy import RoutingPolicy
 
@@ -50,16 +51,15 @@ class ScoreCache:
         def search(policy: RoutingPolicy) -> Evaluation:
             return self._evaluation(Split.search, policy, None, lambda: judge.search(policy))
 
-        def test(policy: RoutingPolicy) -> Evaluation:
-            return self._evaluation(Split.test, policy, None, lambda: judge.test(policy))
+        def test(policy: RoutingPolicy) -> dict[str, Counts]:
+            return self._counts(policy, LEARNED, 0, lambda: judge.test(policy))
 
         def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
             control = {"kind": "random", "draw": seed, "fractions": _digest(fractions)}
             return self._evaluation(Split.test, policy, control, lambda: judge.random(policy, fractions, seed))
 
         def control(policy: RoutingPolicy, name: str, draw: int) -> dict[str, Counts]:
-            row = self._row(Split.test, policy, {"kind": name, "draw": draw, "by": "sequence"})
-            return self._get(row, lambda: judge.control(policy, name, draw), _plain_counts)
+            return self._counts(policy, name, draw, lambda: judge.control(policy, name, draw))
 
         return Judge(search, test, random, control)
 
@@ -72,6 +72,12 @@ class ScoreCache:
     ) -> Evaluation:
         row = self._row(split, policy, control)
         return self._get(row, evaluate, lambda evaluation: {"evaluation": evaluation.to_dict()})
+
+    def _counts(
+        self, policy: RoutingPolicy, name: str, draw: int, make: Callable[[], dict[str, Counts]]
+    ) -> dict[str, Counts]:
+        row = self._row(Split.test, policy, {"kind": name, "draw": draw, "by": "sequence"})
+        return self._get(row, make, _plain_counts)
 
     def _row(self, split: Split, policy: RoutingPolicy, control: Mapping[str, Any] | None) -> dict[str, Any]:
         return {"of": self._of, "split": split.value, "policy": policy.digest(), "control": control}

@@ -14,7 +14,7 @@ import torch
 
 from natsl.config import ModelConfig
 from natsl.counts import Counts
-from natsl.evaluate import Evaluation
+from natsl.evaluate import Evaluation, summary
 from natsl.run import Run
 from natsl.search.baseline import baselines
 from natsl.search.config import SearchConfig
@@ -33,7 +33,7 @@ ROUTED = (Op.routed, Op.routed, Op.routed)
 CHUNK = 16
 WORTH = (0.15, 1.0, 0.9)  # how much of the recall a layer can do by itself
 HEADS = 2
-SEQUENCES, CHUNKS = 16, 1000
+SEQUENCES, CHUNKS, ASKED = 16, 10000, 10000
 
 
 def noise(*parts: object) -> float:
@@ -59,18 +59,29 @@ def synthetic(policy: RoutingPolicy, split: str = "search", useful: float = 0.22
 
 
 def synthetic_counts(policy: RoutingPolicy, name: str, draw: int) -> dict[str, Counts]:
-    """Sequences of recall and of text: recall needs the right chunks, text gains nothing by any of them."""
+    """Sequences of recall and of text: recall needs the right chunks, and no control changes the text."""
     useful = {LEARNED: 0.22, "hindsight": 0.2, "hindsight_layer": 0.2, "oracle": 0.2}.get(name, 1.0)
     learned, found = synthetic(policy, "test"), synthetic(policy, f"{name} {draw}", useful)
     kept = torch.tensor(learned.kept_by_layer, dtype=torch.float64)[None, :, None].expand(SEQUENCES, -1, HEADS)
-    asked = torch.full((SEQUENCES,), 32)
-    wrong = [round(32 * (found.errors["recall_error"] or 0.0) * (1 + 0.1 * noise(i))) for i in range(SEQUENCES)]
+    asked = torch.full((SEQUENCES,), ASKED)
+    wrong = [round(ASKED * (found.errors["recall_error"] or 0.0) * (1 + 0.1 * noise(i))) for i in range(SEQUENCES)]
     nothing = torch.zeros(SEQUENCES, dtype=torch.int64)
-    nats = torch.tensor([64 * (1.9 + 0.1 * noise("text", i)) for i in range(SEQUENCES)], dtype=torch.float64)
+    loss = learned.val_loss or 0.0
+    nats = torch.tensor([64 * (loss + 0.1 * noise("text", i)) for i in range(SEQUENCES)], dtype=torch.float64)
     chunks = (kept * CHUNKS).round().long()
-    recall = Counts(nats, nothing + 64, asked - torch.tensor(wrong).clamp(0, 32), asked, chunks, CHUNKS, ())
-    text = Counts(nats, nothing + 64, nothing, nothing, chunks, CHUNKS, ())
+    recall = Counts(nats, nothing + 64, asked - torch.tensor(wrong).clamp(0, ASKED), asked, chunks, CHUNKS)
+    text = Counts(nats, nothing + 64, nothing, nothing, chunks, CHUNKS)
     return {"mqar": recall} if name == "oracle" else {"mqar": recall, "bytes": text}
+
+
+def synthetic_test(policy: RoutingPolicy) -> dict[str, Counts]:
+    """Sequences of recall on the test split under the policy itself."""
+    return {"mqar": synthetic_counts(policy, LEARNED, 0)["mqar"]}
+
+
+def on_test(policy: RoutingPolicy) -> Evaluation:
+    """What ``synthetic_test`` adds up to, of layers that are all routed."""
+    return summary(synthetic_test(policy), [Op.routed] * len(policy.layers))
 
 
 def synthetic_judge() -> Judge:
@@ -79,7 +90,7 @@ def synthetic_judge() -> Judge:
     def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
         return synthetic(policy, f"random {seed}", useful=1.0)
 
-    return Judge(synthetic, lambda policy: synthetic(policy, "test"), random, synthetic_counts)
+    return Judge(synthetic, synthetic_test, random, synthetic_counts)
 
 
 def shapes(kinds: Sequence[Op]) -> tuple[LayerShape, ...]:

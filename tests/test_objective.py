@@ -56,7 +56,7 @@ def front_of(names: list[str]) -> Front:
     plain = synthetic_judge()
     judge = Judge(
         lambda policy: complete(plain.search(policy)),
-        lambda policy: complete(plain.test(policy)),
+        lambda policy: dict.fromkeys(metrics(), plain.test(policy)["mqar"]),
         lambda policy, fractions, seed: complete(plain.random(policy, fractions, seed)),
         plain.control,
     )

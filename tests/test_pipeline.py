@@ -21,7 +21,7 @@ from natsl.checkpoint import load_model
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig
 from natsl.data import TaskData, load_text
 from natsl.errors import UserError
-from natsl.evaluate import Evaluation, evaluate
+from natsl.evaluate import Evaluation, evaluate, summary
 from natsl.files import read_config
 from natsl.run import Run
 from natsl.search import pipeline, score, source
@@ -105,7 +105,8 @@ def test_figures_of_the_front_come_from_the_right_split(done: tuple[Run, Front],
     data = TaskData(config.data, load_text(text), config.model.vocab_size)
     judge = make_judge(model, data, 8)
     for point in front.points:
-        assert judge.test(point.policy).errors["recall_error"] == point.values["recall_error"]
+        tested = summary(judge.test(point.policy), model.kinds)
+        assert tested.errors["recall_error"] == point.values["recall_error"]
         assert judge.search(point.policy).kept_fraction == point.search_values["kept_fraction"]
 
 
@@ -123,22 +124,29 @@ def test_a_finished_search_does_nothing(done: tuple[Run, Front], text: str, caps
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def interrupting(at: int, error: type[BaseException] | Exception = KeyboardInterrupt) -> Callable[..., Evaluation]:
-    """``evaluate`` that is interrupted at its call number ``at``, or raises another error there."""
+def interrupting(
+    function: Callable[..., Any], at: int, error: type[BaseException] | Exception = KeyboardInterrupt
+) -> Callable[..., Any]:
+    """The function, interrupted at its call number ``at``, or raising another error there."""
     calls = 0
 
-    def interrupted(*args: Any, **named: Any) -> Evaluation:
+    def interrupted(*args: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == at:
             raise error
-        return evaluate(*args, **named)
+        return function(*args, **named)
 
     return interrupted
 
 
-@pytest.mark.parametrize("at", [1, 5, 14], ids=["before the first trial", "in a trial", "while testing"])
+@pytest.mark.parametrize(
+    ("function", "at"),
+    [("evaluate", 1), ("evaluate", 5), ("evaluate", 14), ("count", 3)],
+    ids=["before the first trial", "in a trial", "with baselines", "while testing"],
+)
 def test_an_interrupted_search_ends_as_a_straight_one(
+    function: str,
     at: int,
     done: tuple[Run, Front],
     text: str,
@@ -146,7 +154,7 @@ def test_an_interrupted_search_ends_as_a_straight_one(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(score, "evaluate", interrupting(at))
+    monkeypatch.setattr(score, function, interrupting(getattr(score, function), at))
     with pytest.raises(KeyboardInterrupt):
         run_search(tiny(tmp_path, text))
     monkeypatch.undo()

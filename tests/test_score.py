@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from natsl.counts import Counts
 from natsl.evaluate import Evaluation
 from natsl.search.baseline import baselines
 from natsl.search.config import SearchConfig
@@ -18,7 +19,7 @@ from natsl.search.score import RANDOM_POINTS, Judge, Scorer, score, steps_to_sco
 from natsl.search.study import Record
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace
-from tests.search_helpers import CHUNK, ROUTED, problem, synthetic, synthetic_judge
+from tests.search_helpers import CHUNK, ROUTED, on_test, problem, synthetic, synthetic_judge, synthetic_test
 
 NAMES = ("recall_error", "kept_fraction")
 
@@ -50,11 +51,11 @@ def test_points_carry_both_splits_and_what_beats_them() -> None:
     assert [point.id for point in points] == ["t0001", "t0000", "t0002"]  # by the fraction kept
     good, wasteful, single = points
     assert good.values == {
-        "recall_error": synthetic(GOOD, "test").errors["recall_error"],
+        "recall_error": on_test(GOOD).errors["recall_error"],
         "kept_fraction": pytest.approx(0.067, abs=0.01),
     }
     assert good.search_values == chosen[1].values != good.values
-    assert good.measured["val_loss"] == synthetic(GOOD, "test").val_loss
+    assert good.measured["val_loss"] == on_test(GOOD).val_loss
     assert good.dominated_by == ()
     assert "uniform-0.25" in wasteful.dominated_by
     for point in points:
@@ -134,7 +135,7 @@ def test_random_routing_dominates_a_point_if_its_quality_is_better(names: list[s
     """Whatever noise its own kept fractions have: its costs are those of the point."""
 
     def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
-        found = synthetic(policy, "test")
+        found = on_test(policy)
         noisy = tuple(fraction * (1 + 1e-9 * (seed % 5 + 1)) for fraction in fractions)
         error = (found.errors["recall_error"] or 0.0) + (-0.01 if better else 0.01)
         errors = {**found.errors, "recall_error": error}
@@ -176,7 +177,7 @@ def test_a_baseline_that_breaks_a_constraint_dominates_nothing() -> None:
     expensive = RoutingPolicy((LayerPolicy(budget=0.9), LayerPolicy(Op.delta), LayerPolicy(Op.delta)), CHUNK)
     free, _ = score(scorer(), records([expensive]), fixed, lambda _: None)
     assert "uniform-0.25" in free[0].dominated_by
-    loss = synthetic(RoutingPolicy.uniform(ROUTED, CHUNK, 0.25), "test").val_loss
+    loss = on_test(RoutingPolicy.uniform(ROUTED, CHUNK, 0.25)).val_loss
     assert loss is not None
     config = SearchConfig(constraints={"val_loss": loss - 1e-6})
     bound, others = score(scorer(config=config), records([expensive]), fixed, lambda _: None)
@@ -193,9 +194,9 @@ def test_nothing_is_evaluated_twice() -> None:
         searched.append(policy.digest())
         return synthetic(policy)
 
-    def test(policy: RoutingPolicy) -> Evaluation:
+    def test(policy: RoutingPolicy) -> dict[str, Counts]:
         tested.append(policy.digest())
-        return synthetic(policy, "test")
+        return synthetic_test(policy)
 
     judge = replace(synthetic_judge(), search=search, test=test)
     known = records([RoutingPolicy.uniform(ROUTED, CHUNK, 0.25), FIXED])
@@ -215,16 +216,18 @@ def test_the_scale_runs_from_all_softmax_to_all_delta() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 def test_what_is_not_finite_on_the_test_split_is_left_out_and_noted(bad: float) -> None:
-    def test(policy: RoutingPolicy) -> Evaluation:
-        found = synthetic(policy, "test")
-        wrong = replace(found, errors={**found.errors, "recall_error": bad})
-        return wrong if policy in (GOOD, RoutingPolicy.all_delta(ROUTED, CHUNK)) else found
+    def test(policy: RoutingPolicy) -> dict[str, Counts]:
+        found = synthetic_test(policy)["mqar"]
+        wrong = policy in (GOOD, RoutingPolicy.all_delta(ROUTED, CHUNK))
+        return {"mqar": replace(found, nats=found.nats + (bad if wrong else 0.0))}
 
-    subject = scorer(replace(synthetic_judge(), test=test))
-    points, others = score(subject, records([GOOD, FIXED]), baselines(ROUTED, CHUNK, (), SearchSpace()), lambda _: None)
+    names = ["val_loss", "kept_fraction"]
+    subject = scorer(replace(synthetic_judge(), test=test), config=SearchConfig(objectives=names))
+    chosen = [replace(item, values=dict.fromkeys(names, 0.5)) for item in records([GOOD, FIXED])]
+    points, others = score(subject, chosen, baselines(ROUTED, CHUNK, (), SearchSpace()), lambda _: None)
     assert [point.id for point in points] == ["t0001"]
     assert "all-delta" not in [item.name for item in others]
     assert subject.problems == [
-        f"all-delta: objective recall_error is {bad}",
-        f"t0000: objective recall_error is {bad} on the test split",
+        f"all-delta: objective val_loss is {bad}",
+        f"t0000: objective val_loss is {bad} on the test split",
     ]

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
 
 import pytest
 
 from natsl.counts import Counts
 from natsl.evaluate import Evaluation
+from natsl.search.controls.comparison import LEARNED
 from natsl.search.score import Judge
 from natsl.search.score_cache import ScoreCache
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
@@ -20,6 +22,10 @@ POLICY = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(budget=0.2), LayerPol
 OTHER = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(budget=0.3), LayerPolicy(Op.softmax)), CHUNK)
 MADE_FROM = {"supernet": "s", "data": "d"}
 FRACTIONS = (0.0, 0.1 + 0.2, 1.0)
+
+
+R = TypeVar("R")
+Result: TypeAlias = Evaluation | dict[str, Counts]
 
 
 class Counting:
@@ -41,8 +47,8 @@ class Counting:
 
         return Judge(self._count(inner.search), self._count(inner.test), random, control)
 
-    def _count(self, inner: Callable[[RoutingPolicy], Evaluation]) -> Callable[[RoutingPolicy], Evaluation]:
-        def call(policy: RoutingPolicy) -> Evaluation:
+    def _count(self, inner: Callable[[RoutingPolicy], R]) -> Callable[[RoutingPolicy], R]:
+        def call(policy: RoutingPolicy) -> R:
             self.calls += 1
             return inner(policy)
 
@@ -53,8 +59,15 @@ def judged(path: Path, counting: Counting, made_from: dict[str, str] | None = No
     return ScoreCache(path, made_from or MADE_FROM).judge(counting.judge())
 
 
-def ask_all(judge: Judge) -> list[Evaluation]:
-    return [judge.search(POLICY), judge.test(POLICY), judge.random(POLICY, FRACTIONS, 7)]
+def plain(result: Result) -> dict[str, Any]:
+    """A result in a form that can be compared."""
+    if isinstance(result, Evaluation):
+        return result.to_dict()
+    return {task: item.to_dict() for task, item in result.items()}
+
+
+def ask_all(judge: Judge) -> list[dict[str, Any]]:
+    return [plain(judge.search(POLICY)), plain(judge.test(POLICY)), plain(judge.random(POLICY, FRACTIONS, 7))]
 
 
 def test_a_later_process_evaluates_nothing_again(tmp_path: Path) -> None:
@@ -76,10 +89,10 @@ def test_a_later_process_evaluates_nothing_again(tmp_path: Path) -> None:
     ],
     ids=["other policy", "other policy tested", "other draw", "other fractions", "other policy at random"],
 )
-def test_another_question_is_evaluated(ask: Callable[[Judge], Evaluation], tmp_path: Path) -> None:
+def test_another_question_is_evaluated(ask: Callable[[Judge], Result], tmp_path: Path) -> None:
     path, counting = tmp_path / "scores.jsonl", Counting()
     ask_all(judged(path, counting))
-    assert ask(judged(path, counting)) == ask(synthetic_judge())
+    assert plain(ask(judged(path, counting))) == plain(ask(synthetic_judge()))
     assert counting.calls == 4
 
 
@@ -97,16 +110,16 @@ def test_fractions_of_tasks_are_stored_and_older_lines_have_none(tmp_path: Path)
     path = tmp_path / "scores.jsonl"
     heads = ((0.0, 0.0), (0.1, 0.3), (1.0, 1.0))
 
-    def test(policy: RoutingPolicy) -> Evaluation:
+    def search(policy: RoutingPolicy) -> Evaluation:
         return replace(synthetic(policy), kept_fraction_by_task={"mqar": 0.4}, kept_by_task={"mqar": heads})
 
-    judge = replace(synthetic_judge(), test=test)
+    judge = replace(synthetic_judge(), search=search)
     old, new = ScoreCache(path, MADE_FROM).judge(synthetic_judge()), ScoreCache(path, MADE_FROM).judge(judge)
-    stored = old.search(POLICY), new.test(POLICY)
+    stored = old.search(POLICY), new.search(OTHER)
     assert "kept_by_task" not in path.read_text().splitlines()[0]
     counting = Counting()
     again = judged(path, counting)
-    assert (again.search(POLICY), again.test(POLICY)) == stored
+    assert (again.search(POLICY), again.search(OTHER)) == stored
     assert counting.calls == 0
     assert stored[0].kept_by_task == {}
     assert stored[1].kept_by_task == {"mqar": heads}
@@ -126,15 +139,15 @@ def test_a_damaged_line_is_evaluated_again(left: str, tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_is_stored_as_it_is(tmp_path: Path) -> None:
-    judge = replace(synthetic_judge(), test=lambda policy: replace(synthetic(policy), val_loss=math.nan))
+    judge = replace(synthetic_judge(), search=lambda policy: replace(synthetic(policy), val_loss=math.nan))
     for _ in range(2):
-        loss = ScoreCache(tmp_path / "scores.jsonl", MADE_FROM).judge(judge).test(POLICY).val_loss
+        loss = ScoreCache(tmp_path / "scores.jsonl", MADE_FROM).judge(judge).search(POLICY).val_loss
         assert loss is not None
         assert math.isnan(loss)
 
 
 def test_an_evaluation_that_raises_is_not_stored(tmp_path: Path) -> None:
-    def test(policy: RoutingPolicy) -> Evaluation:
+    def test(policy: RoutingPolicy) -> dict[str, Counts]:
         raise FloatingPointError("logits are not finite")
 
     cache = ScoreCache(tmp_path / "scores.jsonl", MADE_FROM)
@@ -145,13 +158,12 @@ def test_an_evaluation_that_raises_is_not_stored(tmp_path: Path) -> None:
 
 def test_counts_of_controls_are_stored_by_name_and_draw(tmp_path: Path) -> None:
     path, counting = tmp_path / "scores.jsonl", Counting()
-    asked = [(POLICY, "learned", 0), (POLICY, "shuffled", 1), (POLICY, "shuffled", 2), (OTHER, "shuffled", 1)]
+    asked = [(POLICY, LEARNED, 0), (POLICY, "shuffled", 1), (POLICY, "shuffled", 2), (OTHER, "shuffled", 1)]
     first = [judged(path, counting).control(*question) for question in asked]
     again = [judged(path, counting).control(*question) for question in asked]
     assert counting.calls == 4
-    for one, other in zip(first, again, strict=True):
-        assert {task: item.to_dict() for task, item in one.items()} == {
-            task: item.to_dict() for task, item in other.items()
-        }
+    assert list(map(plain, first)) == list(map(plain, again))
+    judged(path, counting).test(POLICY)
+    assert counting.calls == 4, "the learned router is the policy itself"
     judged(path, counting, MADE_FROM | {"supernet": "t"}).control(*asked[0])
     assert counting.calls == 5

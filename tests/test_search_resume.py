@@ -24,7 +24,9 @@ from tests.test_pipeline import interrupting, results, tiny
 def test_the_same_command_goes_on_after_the_memory_was_full(
     at: int, straight: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score, "evaluate", interrupting(at, torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(
+        score, "evaluate", interrupting(score.evaluate, at, torch.OutOfMemoryError("CUDA out of memory"))
+    )
     run = Run.open("first", tmp_path)
     if at == 5:  # the next trials are made, and the report tells of this one
         front = run_search(tiny(tmp_path, text))
@@ -75,12 +77,13 @@ def test_a_search_cut_off_while_its_report_is_written_scores_nothing_again(
     with pytest.raises(KeyboardInterrupt):
         run_search(tiny(tmp_path, text))
     monkeypatch.undo()
-    monkeypatch.setattr(score, "evaluate", interrupted)
+    for function in ("evaluate", "count"):
+        monkeypatch.setattr(score, function, interrupted)
     assert run_search(tiny(tmp_path, text)) is not None
     assert results(Run.open("first", tmp_path, create=False)) == straight
 
 
-@pytest.mark.parametrize("at", [1, 4, 12, 16], ids=lambda at: f"interrupted at {at}")
+@pytest.mark.parametrize("at", [1, 4, 9, 11], ids=lambda at: f"interrupted at {at}")
 def test_no_control_is_evaluated_twice(at: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, str, int]] = []
     cut_off: list[tuple[str, str, int]] = []
@@ -100,7 +103,7 @@ def test_no_control_is_evaluated_twice(at: int, text: str, tmp_path: Path, monke
     front = run_search(tiny(tmp_path / "cut", text, **options))
     assert front is not None
     assert calls.count(cut_off[0]) == 1
-    assert len(calls) == len(set(calls)) >= 16
+    assert len(calls) == len(set(calls)) >= 11
     assert len(front.comparisons) > 0
     straight = run_search(tiny(tmp_path / "straight", text, **options))
     assert straight is not None

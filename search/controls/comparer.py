@@ -46,10 +46,11 @@ class Rules:
 
 
 class Comparer:
-    """Compares policies with their controls; counts what it asks for, in evaluations (``passes``).
+    """Compares policies with their controls; counts what that takes, in evaluations (``passes``).
 
-    ``family``: static policies in ascending cost, all-delta first and all-softmax last. A control whose results are
-    not finite is left out and noted in ``problems``.
+    ``counts`` knows the policies themselves already: only their controls are evaluated, after one pass that records
+    what the router does. ``family``: static policies in ascending cost, all-delta first and all-softmax last. A control
+    whose results are not finite is left out and noted in ``problems``.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Comparer:
         for name, control in CONTROLS.items():
             passes = draws.get(name, 1) * control.passes
             without, more = without + passes * (not control.in_hindsight), more + passes * control.in_hindsight
-        return len(self._family) + sum(without + more * seen for seen in hindsight)
+        return sum(without + more * seen for seen in hindsight)
 
     def compare(
         self, of: str, policy: RoutingPolicy, hindsight: bool, on_step: Callable[[str], None] = lambda _: None
@@ -82,6 +83,7 @@ class Comparer:
         learned = self._ask(of, policy, LEARNED, 0)
         if learned is None:
             return None
+        self.passes += 1
         shuffles = min(SHUFFLES, min(map(len, learned.values())) - 1)
         seeds = [seed_of("control", self._rules.seed, policy.digest(), draw) >> 31 for draw in range(self._rules.draws)]
         draws = {"shuffled": [*range(1, shuffles + 1)], "random_heads": seeds}
@@ -94,7 +96,7 @@ class Comparer:
         return Comparison(of, tuple(item for item in tasks if item is not None))
 
     def _ask(self, of: str, policy: RoutingPolicy, name: str, draw: int) -> dict[str, Counts] | None:
-        self.passes += 1 if name == LEARNED else CONTROLS[name].passes
+        self.passes += 0 if name == LEARNED else CONTROLS[name].passes
         try:
             return self._counts(policy, name, draw)
         except (FloatingPointError, torch.OutOfMemoryError) as error:

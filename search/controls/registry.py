@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from natsl.counts import Counts
 from natsl.evaluate import Routing, count
 from natsl.search.controls import hindsight, routes
-from natsl.search.controls.comparison import LEARNED, Trained
+from natsl.search.controls.comparison import Trained
 from natsl.search.controls.learned import Learned, Subject, follow
 from natsl.space.policy import RoutingPolicy
 from natsl.tasks.sequences import Batch
@@ -76,12 +76,10 @@ class ControlRunner:
         self._learned: Learned | None = None
 
     def __call__(self, policy: RoutingPolicy, name: str, draw: int) -> dict[str, Counts]:
-        """Counts of each task under a control (``LEARNED``: under the policy itself), for the tasks that it knows."""
+        """Counts of each task under a control, for the tasks that it knows."""
         learned = self._learned
         if learned is None or learned.policy != policy:
             learned = self._learned = follow(self._subject, policy)
-        if name == LEARNED:
-            return dict(learned.counts)
         control, subject = CONTROLS[name], self._subject
         sets = {task: batch for task, batch in subject.sets.items() if control.knows(batch)}
         routing = control.routing(subject, learned, draw)
