@@ -21,6 +21,7 @@ class Kind(Enum):
     depth = "depth"  # a schedule over depth that looks at no input, or budgets that rise or fall with depth
     single = "single"  # one layer all-softmax, the others delta
     static = "static"  # whole heads keep everything, the others nothing
+    family = "family"  # of a sweep that the front is compared with as a whole
     random = "random"  # as many chunks as a learned router keeps, chosen at random
 
 
@@ -56,11 +57,59 @@ class Baseline:
 
 
 @dataclass(frozen=True)
+class FamilyFront:
+    """A family of baselines beside the front: the members that nothing in it dominates on the search split.
+
+    ``members`` in order of cost on the test split. ``gain``: hypervolume of the front − that of the family, on the test
+    split, with its standard error over test sequences, which are paired (null: fewer than two sequences).
+    """
+
+    name: str
+    label: str
+    members: tuple[Baseline, ...]
+    hypervolume_search: float
+    hypervolume_test: float
+    gain: float
+    gain_error: float | None
+
+    @property
+    def is_beaten(self) -> bool | None:
+        """Whether the front is better by more than one standard error (null: that is not known)."""
+        return None if self.gain_error is None else self.gain > self.gain_error
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        names = ("name", "label", "hypervolume_search", "hypervolume_test", "gain", "gain_error")
+        points = [
+            {"policy": item.policy.to_dict(), "values": item.values, "search_values": item.search_values}
+            for item in self.members
+        ]
+        return {name: getattr(self, name) for name in names} | {"points": points}
+
+
+@dataclass(frozen=True)
+class KneeChoice:
+    """What choosing the knee on the search split costs: sums of the scaled objectives on the test split.
+
+    ``sum`` of the knee ``point``; ``best_sum`` of ``best``, the point of the front that has the least.
+    """
+
+    point: str
+    sum: float
+    best: str
+    best_sum: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {**vars(self), "cost": self.sum - self.best_sum}
+
+
+@dataclass(frozen=True)
 class Point:
     """A policy of the front, chosen on the search split and scored again on the test split.
 
-    ``dominated_by``: baselines that are at least as good in every objective and better in one, on the test split, and
-    break no constraint.
+    ``dominated_by``: families with a member or a mixture of two neighbours, and baselines of no family, that are at
+    least as good in every objective and better in one, on the test split, and break no constraint.
     ``gain_over_random``: by how much random routing at the same kept fraction per layer is worse, per measure of
     quality (null: the policy routes nothing).
     """
@@ -109,9 +158,10 @@ class Front:
     """Everything that a report shows.
 
     ``points`` are sorted by the fraction kept on the test split; ``knee`` is the id of one of them (null: none).
-    ``hypervolume`` is that of the search split after the last trial, ``history`` after each. ``facts``: what else is
+    ``hypervolume`` is that of the search split after the last trial, ``history`` after each; ``hypervolume_test`` that
+    of the points on the test split, on the same scale (null: a front of an older version). ``facts``: what else is
     worth telling (counts of trials, seconds), shown as it is. ``comparisons``: some points beside their controls, in
-    order of the fraction kept.
+    order of the fraction kept. ``families``: what the front is compared with as a whole.
     """
 
     run: str
@@ -124,11 +174,21 @@ class Front:
     fingerprint: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
     comparisons: tuple[Comparison, ...] = ()
+    families: tuple[FamilyFront, ...] = ()
+    hypervolume_test: float | None = None
+    knee_choice: KneeChoice | None = None
 
     @property
     def rows(self) -> list[Point | Baseline]:
-        """Points, then baselines."""
-        return [*self.points, *self.baselines]
+        """Points, then baselines, then the members of families that are not among the baselines, each once."""
+        known = {item.policy for item in self.baselines}
+        swept = {item.policy: item for family in self.families for item in family.members if item.policy not in known}
+        return [*self.points, *self.baselines, *swept.values()]
+
+    @property
+    def best_family(self) -> FamilyFront | None:
+        """The family with the largest hypervolume on the test split (null: there is none)."""
+        return max(self.families, key=lambda family: family.hypervolume_test, default=None)
 
     def point(self, name: str) -> Point:
         """The point with this id."""
@@ -179,9 +239,12 @@ class Front:
             "objectives": [{"name": name, "direction": OBJECTIVES[name].direction} for name in self.objectives],
             "points": [point.to_dict() for point in self.points],
             "baselines": [item.to_dict() for item in self.baselines],
+            "families": [item.to_dict() for item in self.families],
             "controls": [item.to_dict() for item in self.comparisons],
             "knee": self.knee,
+            "knee_choice": None if self.knee_choice is None else self.knee_choice.to_dict(),
             "hypervolume": self.hypervolume,
+            "hypervolume_test": self.hypervolume_test,
             "hypervolume_history": list(self.history),
             "fingerprint": self.fingerprint,
             "facts": self.facts,

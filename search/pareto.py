@@ -9,6 +9,8 @@ import moocore
 import numpy as np
 import numpy.typing as npt
 
+_ROUNDING = 1e-9  # a gain that is smaller, relative to values above 1, is none
+
 Values = Mapping[str, float]  # objective → value, smaller is better
 
 
@@ -30,6 +32,35 @@ def non_dominated(values: Sequence[Values], names: Sequence[str]) -> list[int]:
         if not any(covers(values[j], values[i], names) for j in kept):
             kept.append(i)
     return sorted(kept)
+
+
+def mixture_dominates(first: Values, second: Values, other: Values, names: Sequence[str]) -> bool:
+    """Whether some mixture of requests under the first two is at least as good as the other, and better in something.
+
+    With the share t of the second, an objective is first + t·(second − first): each allows an interval of t.
+    """
+    low, high = 0.0, 1.0
+    for name in names:
+        step, room = second[name] - first[name], other[name] - first[name]
+        if step > 0:
+            high = min(high, room / step)
+        elif step < 0:
+            low = max(low, room / step)
+        elif room < 0:
+            return False
+    if low > high:
+        return False
+    # What is gained is linear in t, so that an end of the interval has the most of it.
+    ends = [[other[n] - first[n] - t * (second[n] - first[n]) for n in names] for t in (low, high)]
+    return any(
+        gain > _ROUNDING * max(1.0, abs(other[n])) for gains in ends for n, gain in zip(names, gains, strict=True)
+    )
+
+
+def family_dominates(members: Sequence[Values], other: Values, names: Sequence[str]) -> bool:
+    """Whether a member of a family, in order of cost, or a mixture of two neighbours dominates another policy."""
+    neighbours = zip(members, members[1:] or members, strict=False)
+    return any(mixture_dominates(first, second, other, names) for first, second in neighbours)
 
 
 @dataclass(frozen=True)

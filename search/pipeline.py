@@ -25,11 +25,12 @@ from natsl.progress import Progress
 from natsl.record import TrainedText
 from natsl.resume import REPORT_OPTIONS, check_resume
 from natsl.run import Run
-from natsl.search.baseline import baselines
+from natsl.search.baseline import Named, baselines
 from natsl.search.config import SearchRunConfig
 from natsl.search.controls.comparer import Comparer, ControlCounts, Rules
 from natsl.search.controls.comparison import Comparison, chosen_points
 from natsl.search.controls.static import most_evaluations
+from natsl.search.families import Sweep, Swept, listed
 from natsl.search.fault import reported_faults
 from natsl.search.front import Front, Point
 from natsl.search.journal import Journal
@@ -39,7 +40,7 @@ from natsl.search.report.html import render
 from natsl.search.report.png import front_png
 from natsl.search.report.terminal import print_front, print_nothing_to_do
 from natsl.search.samplers import Sampler
-from natsl.search.score import Judge, Scorer, make_judge, score, steps_to_score
+from natsl.search.score import Judge, Scorer, knee_choice, make_judge, score, steps_to_score
 from natsl.search.score_cache import ScoreCache
 from natsl.search.source import obtain_supernet, source_run, take_settings
 from natsl.search.storage import connect
@@ -265,12 +266,15 @@ class _Search:
         known = {item.policy.digest() for item in fixed}
         heads = sum(shape.heads for shape in self.problem.costs.shapes if shape.kind is Op.routed)
         with Progress("heads", most_evaluations(heads)) as progress:
-            family = scorer.static_heads(lambda name: progress.update(progress.done + 1, name))
-        fixed += [item for item in family if item.policy.digest() not in known]
-        with Progress("test", steps_to_score(chosen, fixed)) as progress:
-            points, others = score(scorer, chosen, fixed, lambda name: progress.update(progress.done + 1, name))
+            static = scorer.static_heads(lambda name: progress.update(progress.done + 1, name))
+        fixed += [item for item in static if item.policy.digest() not in known]
+        swept = self._sweep(scorer, static)
+        with Progress("test", steps_to_score(chosen, fixed, swept)) as progress:
+            points, others, families = score(
+                scorer, chosen, fixed, swept, lambda name: progress.update(progress.done + 1, name)
+            )
         knee = scale.knee([point.search_values for point in points])
-        comparer = self._comparer(scorer.counts, [item.policy for item in family])
+        comparer = self._comparer(scorer.counts, [item.policy for item in static])
         comparisons = self._compare(comparer, points, knee)
         volume = Volume(scale)
         # A trial that has to be tried again is not made: without it the history is shorter, and the run not finished.
@@ -299,7 +303,23 @@ class _Search:
                 "setting": self._setting(study.sampler),
             },
             comparisons=comparisons,
+            families=families,
+            hypervolume_test=scale.hypervolume([point.values for point in points]),
+            knee_choice=None if knee is None else knee_choice(points, knee, scale),
         )
+
+    def _sweep(self, scorer: Scorer, static: Sequence[Named]) -> list[Swept]:
+        """The families of baselines on the search split."""
+        problem, settings = self.problem, self.config.search
+        budgets = tuple(settings.uniform_budgets)
+        sweep = Sweep(problem.kinds, problem.chunk_size, problem.heads, settings.space, budgets, tuple(static))
+        families = listed(sweep)
+        with Progress("families", sum(len(members) for _, members in families)) as progress:
+
+            def on_step(name: str) -> None:
+                progress.update(progress.done + 1, name)
+
+            return [scorer.sweep(family, members, on_step) for family, members in families]
 
     def _comparer(self, counts: ControlCounts, static: Sequence[RoutingPolicy]) -> Comparer:
         kinds, chunk = self.problem.kinds, self.problem.chunk_size

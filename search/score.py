@@ -14,21 +14,24 @@ from natsl.data import Split, TaskData
 from natsl.evaluate import Evaluation, RandomRouting, count, evaluate, summary
 from natsl.model import RoutedLM
 from natsl.search.baseline import Named
+from natsl.search.bootstrap import resampled, standard_error
 from natsl.search.config import SearchConfig
 from natsl.search.controls.comparer import ControlCounts
 from natsl.search.controls.comparison import LEARNED, spread_out
 from natsl.search.controls.learned import Subject
 from natsl.search.controls.registry import ControlRunner
 from natsl.search.controls.static import Shape, greedy_heads
-from natsl.search.front import Baseline, Kind, Point, amount
+from natsl.search.families import Family, Swept
+from natsl.search.front import Baseline, FamilyFront, Kind, KneeChoice, Point, amount
 from natsl.search.objective import OBJECTIVES, QUALITY, measure
-from natsl.search.pareto import Scale, dominates
+from natsl.search.pareto import Scale, dominates, family_dominates, non_dominated
 from natsl.search.study import Problem, Record
 from natsl.space.policy import Op, RoutingPolicy
 
 R = TypeVar("R")
 
-RANDOM_POINTS = 16  # of a front beside which random routing stands
+RANDOM_POINTS = 8  # of a front beside which random routing stands
+RANDOM_UNIFORM = 3  # uniform baselines beside which it stands
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Scorer:
         self._search = {r.policy.digest(): r.evaluation for r in records if r.evaluation is not None}
         self._test: dict[str, dict[str, Counts]] = {}
         self._drawn = 0
+        self._of_families: set[str] = set()  # policies that only families asked for, on the search split
         self.problems: list[str] = []  # policies that could not be scored, and why
 
     def on_search(self, policy: RoutingPolicy) -> Evaluation:
@@ -103,12 +107,13 @@ class Scorer:
     def evaluations(self, records: Sequence[Record]) -> dict[str, int]:
         """How many evaluations were made: of the trials, beside them on the search split, and on the test split.
 
-        Stored results count as well.
+        Stored results count as well. Those of families are their own, the others beside the trials are of baselines.
         """
         tried = {record.policy.digest() for record in records if record.evaluation is not None}
         return {
             "trials": len(tried),
-            "search split": len(self._search.keys() - tried),
+            "search split": len(self._search.keys() - tried - self._of_families),
+            "families": len(self._of_families - tried),
             "test split": len(self._test) + self._drawn,
         }
 
@@ -137,6 +142,28 @@ class Scorer:
                 best = judge(policy)
                 found.append(Named(f"static-{i + 1}", Kind.static, policy))
         return found
+
+    def sweep(self, family: Family, policies: Sequence[Named], on_step: Callable[[str], None]) -> Swept:
+        """A family on the search split, from all of its policies; what cannot be scored is left out and noted."""
+        good: list[tuple[Named, dict[str, float]]] = []
+        failed: list[str] = []
+        for named in policies:
+            if named.policy.digest() not in self._search:
+                self._of_families.add(named.policy.digest())
+            try:
+                evaluation = self.on_search(named.policy)
+                values = self._values(evaluation, named.policy)
+                if self._feasible(evaluation, named.policy):
+                    good.append((named, values))
+            except FloatingPointError as error:
+                failed.append(f"{named.name}: {error}")
+            on_step(named.name)
+        if failed:
+            self.problems.append(f"{len(failed)} policies of family {family.name} failed, the last one {failed[-1]}")
+        kept = [good[i] for i in non_dominated([values for _, values in good], self.names)]
+        volume = self.scale().hypervolume([values for _, values in kept])
+        digests = frozenset(named.policy.digest() for named in policies)
+        return Swept(family, tuple(named for named, _ in kept), digests, volume)
 
     def _quality(self) -> str:
         """The measure of quality by which heads are chosen: the first objective that is one, else the first known."""
@@ -208,6 +235,34 @@ class Scorer:
                 spread[name] = statistics.stdev(numbers)
         return spread
 
+    def family_fronts(
+        self, points: Sequence[Point], swept: Sequence[Swept], members: Mapping[str, Baseline]
+    ) -> tuple[FamilyFront, ...]:
+        """The families beside the front of these points, from their members on the test split by digest."""
+        scale, cost = self.scale(), next((name for name in self.names if name not in QUALITY), "kept_fraction")
+        found = [[members[m.policy.digest()] for m in item.members if m.policy.digest() in members] for item in swept]
+        found = [sorted(items, key=lambda item: amount(item, cost) or 0.0) for items in found]
+        scored: list[Point | Baseline] = [*points, *(item for items in found for item in items)]
+        policies = list(dict.fromkeys(item.policy for item in scored))
+        place = {policy: i for i, policy in enumerate(policies)}
+        tested = [(policy, self.counts(policy, LEARNED, 0)) for policy in policies]
+        draws = resampled(tested, self._problem, self._seed) if swept else []
+
+        def volumes(items: Sequence[Point | Baseline]) -> tuple[float, list[float]]:
+            """The hypervolume on the test split, and in every draw of its sequences."""
+            places = [place[item.policy] for item in items]
+            drawn = [scale.hypervolume([draw[i] for i in places]) for draw in draws]
+            return scale.hypervolume([item.values for item in items]), drawn
+
+        front, front_draws = volumes(points)
+        families = []
+        for item, items in zip(swept, found, strict=True):
+            volume, drawn = volumes(items)
+            error = standard_error([a - b for a, b in zip(front_draws, drawn, strict=True)])
+            family, search = item.family, item.hypervolume
+            families.append(FamilyFront(family.name, family.label, tuple(items), search, volume, front - volume, error))
+        return tuple(families)
+
     def _values(self, evaluation: Evaluation, policy: RoutingPolicy) -> dict[str, float]:
         return measure(self.names, evaluation, policy, self._problem.costs)
 
@@ -216,20 +271,25 @@ class Scorer:
         return all(value <= self._bounds[name] for name, value in limited.items())
 
 
-def steps_to_score(records: Sequence[Record], fixed: Sequence[Named]) -> int:
+def steps_to_score(records: Sequence[Record], fixed: Sequence[Named], swept: Sequence[Swept]) -> int:
     """How often ``score`` calls ``on_step`` at most."""
     points = len(records) + min(len(records), RANDOM_POINTS)
-    return points + len(fixed) + sum(item.kind is Kind.uniform for item in fixed)
+    members = sum(len(item.members) for item in swept)
+    return points + len(fixed) + min(sum(item.kind is Kind.uniform for item in fixed), RANDOM_UNIFORM) + members
 
 
 def score(
-    scorer: Scorer, records: Sequence[Record], fixed: Sequence[Named], on_step: Callable[[str], None]
-) -> tuple[tuple[Point, ...], tuple[Baseline, ...]]:
-    """The front and its baselines on the test split, compared with each other.
+    scorer: Scorer,
+    records: Sequence[Record],
+    fixed: Sequence[Named],
+    swept: Sequence[Swept],
+    on_step: Callable[[str], None],
+) -> tuple[tuple[Point, ...], tuple[Baseline, ...], tuple[FamilyFront, ...]]:
+    """The front, its baselines and the families of baselines on the test split, compared with each other.
 
-    Random routing stands beside every uniform budget and every point; of many points beside ``RANDOM_POINTS``, the ends
-    and the knee among them. Points come in order of the fraction kept. What cannot be scored is left out and noted in
-    ``scorer.problems``.
+    Random routing stands beside uniform budgets and points; of many beside ``RANDOM_UNIFORM`` and ``RANDOM_POINTS``,
+    the ends among them, and the knee. Points come in order of the fraction kept. What cannot be scored is left out and
+    noted in ``scorer.problems``.
     """
     points: list[Point] = []
     others: list[Baseline] = []
@@ -239,9 +299,11 @@ def score(
         on_step(named.name)
         if baseline is not None:
             others.append(baseline)
-            if named.kind is Kind.uniform:
-                controls.append(scorer.random(baseline))
-                on_step(f"random routing beside {named.name}")
+    uniform = [item for item in others if item.kind is Kind.uniform]
+    for place in spread_out(len(uniform), RANDOM_UNIFORM):
+        controls.append(scorer.random(uniform[place]))
+        on_step(f"random routing beside {uniform[place].name}")
+    members = _members(scorer, others, swept, on_step)
     for record in records:
         point = scorer.point(record)
         on_step(record.id)
@@ -253,15 +315,44 @@ def score(
         controls.append(scorer.random(points[place]))
         on_step(f"random routing beside {points[place].id}")
     others += [control for control in controls if control is not None]
-    return tuple(_compared(point, others, scorer.names) for point in points), tuple(others)
+    families = scorer.family_fronts(points, swept, members)
+    digests = frozenset[str]().union(*(item.digests for item in swept))
+    single = [item for item in others if item.kind is Kind.random or item.policy.digest() not in digests]
+    return tuple(_compared(point, single, families, scorer.names) for point in points), tuple(others), families
 
 
-def _compared(point: Point, others: Sequence[Baseline], names: Sequence[str]) -> Point:
+def knee_choice(points: Sequence[Point], knee: int, scale: Scale) -> KneeChoice:
+    """The knee beside the point that has the least sum of scaled objectives on the test split."""
+    sums = [float(total) for total in scale.apply([point.values for point in points]).sum(axis=1)]
+    best = min(range(len(points)), key=lambda i: (sums[i], i != knee))
+    return KneeChoice(points[knee].id, sums[knee], points[best].id, sums[best])
+
+
+def _members(
+    scorer: Scorer, others: Sequence[Baseline], swept: Sequence[Swept], on_step: Callable[[str], None]
+) -> dict[str, Baseline]:
+    """The members of families on the test split by digest, under the names that they have as single baselines."""
+    known = {item.policy.digest(): item for item in others}
+    for named in (named for item in swept for named in item.members):
+        if named.policy.digest() not in known:
+            baseline = scorer.baseline(named)
+            if baseline is not None:
+                known[named.policy.digest()] = baseline
+        on_step(named.name)
+    return known
+
+
+def _compared(point: Point, others: Sequence[Baseline], families: Sequence[FamilyFront], names: Sequence[str]) -> Point:
     """The point with what dominates it and what it gains over random routing."""
-    better = tuple(item.name for item in others if item.feasible and dominates(item.values, point.values, names))
+    better = [
+        family.name
+        for family in families
+        if family_dominates([item.values for item in family.members if item.feasible], point.values, names)
+    ]
+    better += [item.name for item in others if item.feasible and dominates(item.values, point.values, names)]
     control = next((item for item in others if item.of == point.id), None)
     gain = None if control is None else _gain(point, control)
-    return replace(point, dominated_by=better, gain_over_random=gain)
+    return replace(point, dominated_by=tuple(better), gain_over_random=gain)
 
 
 def _gain(learned: Point, control: Baseline) -> dict[str, float]:

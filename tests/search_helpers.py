@@ -20,10 +20,11 @@ from natsl.search.baseline import baselines
 from natsl.search.config import SearchConfig
 from natsl.search.controls.comparer import Comparer, Rules
 from natsl.search.controls.comparison import LEARNED, chosen_points
+from natsl.search.families import Sweep, listed
 from natsl.search.front import Baseline, Front, Point
 from natsl.search.objective import CostContext, find_objectives
 from natsl.search.pareto import Volume
-from natsl.search.score import Judge, Scorer, score
+from natsl.search.score import Judge, Scorer, knee_choice, score
 from natsl.search.study import PolicyStudy, Problem, first_policies, open_policy_study
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy
@@ -116,10 +117,12 @@ def with_tasks(front: Front, *tasks: str) -> Front:
         }
         return item.measured | {"kept_by_task": by_task}
 
+    def changed(items: Sequence[Baseline]) -> tuple[Baseline, ...]:
+        return tuple(replace(item, measured=measured(item)) for item in items)
+
     points = tuple(replace(point, measured=measured(point)) for point in front.points)
-    return replace(
-        front, points=points, baselines=tuple(replace(item, measured=measured(item)) for item in front.baselines)
-    )
+    families = tuple(replace(family, members=changed(family.members)) for family in front.families)
+    return replace(front, points=points, baselines=changed(front.baselines), families=families)
 
 
 def read_log(run: Run) -> list[dict[str, Any]]:
@@ -150,14 +153,29 @@ def built(study: PolicyStudy, name: str = "first") -> Front:
     asked, config = study.problem, replace(study.config, random_draws=3)
     scorer = Scorer(synthetic_judge(), asked, config, 0, study.records)
     fixed = baselines(asked.kinds, asked.chunk_size, config.uniform_budgets, config.space)
-    points, others = score(scorer, study.front(), fixed, lambda _: None)
+    sweep = Sweep(asked.kinds, asked.chunk_size, asked.heads, config.space, tuple(config.uniform_budgets))
+    swept = [scorer.sweep(family, members, lambda _: None) for family, members in listed(sweep)]
+    points, others, families = score(scorer, study.front(), fixed, swept, lambda _: None)
     scale = scorer.scale()
     knee = scale.knee([point.search_values for point in points])
     volume = Volume(scale)
     history = tuple(volume.add(record.result) for record in study.records)
     facts = {"counts": {"trials": len(study.records)}, "commands": ["python -m search name=first"]}
     chosen = None if knee is None else points[knee].id
-    return Front(name, scorer.names, points, others, chosen, volume.now, history, study.fingerprint, facts)
+    return Front(
+        run=name,
+        objectives=scorer.names,
+        points=points,
+        baselines=others,
+        knee=chosen,
+        hypervolume=volume.now,
+        history=history,
+        fingerprint=study.fingerprint,
+        facts=facts,
+        families=families,
+        hypervolume_test=scale.hypervolume([point.values for point in points]),
+        knee_choice=None if knee is None else knee_choice(points, knee, scale),
+    )
 
 
 def is_png(data: bytes) -> bool:

@@ -8,7 +8,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from natsl.search.front import Baseline, Front, Kind, Point
+from natsl.search.front import Baseline, FamilyFront, Front, Kind, KneeChoice, Point
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from tests.search_helpers import CHUNK, with_tasks
 
@@ -41,7 +41,21 @@ def small_front() -> Front:
         hypervolume=0.75,
         history=(0.5, 0.75),
         fingerprint={"model": "m"},
+        families=(small_family(policy, measured),),
+        hypervolume_test=0.7,
+        knee_choice=KneeChoice("t0003", 0.35, "t0003", 0.35),
     )
+
+
+def small_family(policy: RoutingPolicy, measured: dict[str, Any]) -> FamilyFront:
+    """Two members, of which one is a baseline of the front."""
+    values = {"recall_error": 0.2, "kept_fraction": 0.2}
+    swept = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(budget=0.4)), CHUNK)
+    members = (
+        Baseline("layer-1-0.4", Kind.family, swept, values, measured | values, values),
+        Baseline("only-layer-1", Kind.single, policy, values, measured, values),
+    )
+    return FamilyFront("one-layer", "one layer", members, 0.6, 0.65, 0.05, 0.01)
 
 
 def test_front_json_is_what_the_specification_says() -> None:
@@ -62,6 +76,20 @@ def test_front_json_is_what_the_specification_says() -> None:
     assert (control["of"], control["draws"], control["std"]) == ("t0003", 5, {"recall_error": 0.02})
     assert (plain["hypervolume"], plain["hypervolume_history"]) == (0.75, [0.5, 0.75])
     assert plain["fingerprint"] == {"model": "m"}
+    (family,) = plain["families"]
+    assert [RoutingPolicy.from_dict(item.pop("policy")).describe() for item in family["points"]] == ["D .4", "D .5"]
+    values = {"recall_error": 0.2, "kept_fraction": 0.2}
+    assert family == {
+        "name": "one-layer",
+        "label": "one layer",
+        "hypervolume_search": 0.6,
+        "hypervolume_test": 0.65,
+        "gain": 0.05,
+        "gain_error": 0.01,
+        "points": [{"values": values, "search_values": values}] * 2,
+    }
+    assert plain["hypervolume_test"] == 0.7
+    assert plain["knee_choice"] == {"point": "t0003", "sum": 0.35, "best": "t0003", "best_sum": 0.35, "cost": 0.0}
 
 
 def test_front_csv_has_a_row_per_point_and_baseline() -> None:
@@ -70,6 +98,7 @@ def test_front_csv_has_a_row_per_point_and_baseline() -> None:
         ("t0003", "front"),
         ("only-layer-1", "single"),
         ("random@t0003", "random"),
+        ("layer-1-0.4", "family"),
     ]
     assert (rows[0]["recall_error"], rows[0]["search_recall_error"], rows[0]["val_loss"]) == ("0.1", "0.1", "2.0")
     assert (rows[0]["knee"], rows[0]["dominated_by"], rows[0]["policy"]) == ("knee", "only-layer-1", "D .5")
@@ -85,7 +114,9 @@ def test_front_csv_has_the_kept_fraction_of_each_of_several_tasks() -> None:
     for row in rows:
         assert [row.pop(f"kept_{task}") for task in ("bytes", "mqar", "needle")] == ["0.0", "0.5", "1.0"]
     assert rows == list(csv.DictReader(io.StringIO(older)))
-    mixed = replace(several, baselines=front.baselines)  # these were stored by an older version
+    mixed = replace(
+        several, baselines=front.baselines, families=front.families
+    )  # these were stored by an older version
     last = list(csv.DictReader(io.StringIO(mixed.to_csv())))[-1]
     assert (last["kept_bytes"], last["kept_mqar"]) == ("", "")
 

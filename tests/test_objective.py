@@ -20,6 +20,7 @@ import pytest
 from natsl.evaluate import Evaluation
 from natsl.search.baseline import baselines
 from natsl.search.config import SearchConfig
+from natsl.search.families import Sweep, listed
 from natsl.search.front import Front, amount
 from natsl.search.objective import OBJECTIVES, QUALITY, CostContext, Objective, Role, find_objectives, measure
 from natsl.search.report.chart import Mark, Series, chart
@@ -32,7 +33,7 @@ from natsl.space import cost
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace
 from natsl.tasks import TASKS, metrics
-from tests.search_helpers import CHUNK, ROUTED, is_png, shapes, synthetic, synthetic_judge
+from tests.search_helpers import CHUNK, HEADS, ROUTED, is_png, shapes, synthetic, synthetic_judge
 
 AT = CostContext(shapes(ROUTED), 4096)
 MIXED = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(Op.softmax), LayerPolicy(budget=0.25)), CHUNK)
@@ -61,9 +62,11 @@ def front_of(names: list[str]) -> Front:
         plain.control,
     )
     scorer = Scorer(judge, asked, config, 0, records)
-    points, others = score(scorer, records, baselines(ROUTED, CHUNK, [0.25], SearchSpace()), lambda _: None)
+    swept = [scorer.sweep(*item, lambda _: None) for item in listed(Sweep(ROUTED, CHUNK, HEADS, SearchSpace()))]
+    fixed = baselines(ROUTED, CHUNK, [0.25], SearchSpace())
+    points, others, families = score(scorer, records, fixed, swept, lambda _: None)
     assert scorer.problems == []
-    return Front("first", scorer.names, points, others, points[0].id, 0.5, (0.25, 0.5), {})
+    return Front("first", scorer.names, points, others, points[0].id, 0.5, (0.25, 0.5), {}, families=families)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from natsl.search.pareto import Scale, Volume, covers, dominates, non_dominated
+from natsl.search.pareto import Scale, Volume, covers, dominates, family_dominates, mixture_dominates, non_dominated
 
 AB = ("a", "b")
 
@@ -46,6 +46,67 @@ def test_non_dominated_agrees_with_its_definition(objectives: int) -> None:
 def test_nothing_and_equal_values_have_a_front() -> None:
     assert non_dominated([], AB) == []
     assert non_dominated(values((1, 1), (1, 1), (1, 1)), AB) == [0]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "other", "expected"),
+    [
+        ((0, 1), (1, 0), (0.5, 0.6), True),
+        ((0, 1), (1, 0), (0.5, 0.5), False),
+        ((0, 1), (1, 0), (0.5, 0.4), False),
+        ((0, 1), (1, 0), (0, 1), False),
+        ((0, 1), (1, 0), (1, 0.1), True),
+        ((0, 1), (0, 0), (0, 0.5), True),
+        ((0.2, 1), (0.2, 0), (0.1, 0.5), False),
+        ((0.5, 0.5), (0.5, 0.5), (0.5, 0.6), True),
+        ((0.5, 0.5), (0.5, 0.5), (0.5, 0.5), False),
+        ((0, 0, 1), (1, 1, 0), (0.5, 0.5, 0.6), True),
+        ((0, 0, 1), (1, 1, 0), (0.5, 0.4, 0.5), False),
+        ((0, 0, 1), (1, 1, 0), (0.5, 0.4, 0.6), True),
+        ((0, 1, 0.3), (1, 0, 0.3), (0.5, 0.5, 0.4), True),
+        ((0, 1, 0.3), (1, 0, 0.3), (0.6, 0.6, 0.2), False),
+        ((0, 1, 1), (1, 0, 0), (1 / 3, 2 / 3, 2 / 3), False),
+    ],
+    ids=[
+        "above the line",
+        "on the line",
+        "below the line",
+        "the first itself",
+        "above the second",
+        "the second is better",
+        "cheaper than both",
+        "one member",
+        "one member itself",
+        "three objectives",
+        "three objectives, no t for both",
+        "three objectives, one t",
+        "three objectives, the same third one",
+        "three objectives, a better third one",
+        "three objectives, on the line",
+    ],
+)
+def test_a_mixture_dominates_what_it_is_at_least_as_good_as(
+    first: tuple[float, ...], second: tuple[float, ...], other: tuple[float, ...], expected: bool
+) -> None:
+    a, b, c = values(first, second, other)
+    names = "abc"[: len(first)]
+    assert mixture_dominates(a, b, c, names) is expected
+    assert mixture_dominates(b, a, c, names) is expected
+    steps = [{n: a[n] + i / 1200 * (b[n] - a[n]) for n in names} for i in range(1201)]
+    if expected:
+        assert any(dominates(step, c, names) for step in steps)
+    else:
+        better = {n: c[n] - 1e-6 for n in names}
+        assert not any(covers(step, better, names) for step in steps)
+
+
+def test_only_neighbours_of_a_family_are_mixed() -> None:
+    bent = values((0, 1), (0.9, 0.9), (1, 0))
+    target = values((0.5, 0.6))[0]
+    assert not family_dominates(bent, target, AB)
+    assert family_dominates([bent[0], bent[2]], target, AB)
+    assert family_dominates(values((0.4, 0.5)), target, AB), "a family of one"
+    assert not family_dominates([], target, AB)
 
 
 UNIT = Scale(AB, (0.0, 0.0), (1.0, 1.0))

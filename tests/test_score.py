@@ -47,7 +47,7 @@ def test_points_carry_both_splits_and_what_beats_them() -> None:
     steps: list[str] = []
     fixed = baselines(ROUTED, CHUNK, (0.1, 0.25), SearchSpace())
     chosen = records([WASTEFUL, GOOD, FIXED])
-    points, others = score(scorer(), chosen, fixed, steps.append)
+    points, others, _ = score(scorer(), chosen, fixed, [], steps.append)
     assert [point.id for point in points] == ["t0001", "t0000", "t0002"]  # by the fraction kept
     good, wasteful, single = points
     assert good.values == {
@@ -62,13 +62,12 @@ def test_points_carry_both_splits_and_what_beats_them() -> None:
         for item in others:
             assert (item.name in point.dominated_by) == dominates(item.values, point.values, NAMES)
     assert single.gain_over_random is None  # it routes nothing
-    assert len(steps) <= steps_to_score(chosen, fixed)
+    assert len(steps) <= steps_to_score(chosen, fixed, [])
 
 
 def test_random_routing_stands_beside_every_routed_point_and_uniform_budget() -> None:
-    points, others = score(
-        scorer(), records([GOOD, FIXED]), baselines(ROUTED, CHUNK, (0.1, 0.25), SearchSpace()), lambda _: None
-    )
+    fixed = baselines(ROUTED, CHUNK, (0.1, 0.25), SearchSpace())
+    points, others, _ = score(scorer(), records([GOOD, FIXED]), fixed, [], lambda _: None)
     controls = {item.of: item for item in others if item.kind is Kind.random}
     assert set(controls) == {"t0000", "uniform-0.1", "uniform-0.25"}
     control = controls["t0000"]
@@ -88,13 +87,13 @@ def test_of_many_points_random_routing_stands_beside_some() -> None:
         for i in range(1, 31)
     ]
     subject, chosen = scorer(), records(policies)
-    points, others = score(subject, chosen, [], lambda _: None)
+    points, others, _ = score(subject, chosen, [], [], lambda _: None)
     beside = [item.of for item in others]
     assert len(beside) == RANDOM_POINTS
     knee = subject.scale().knee([point.search_values for point in points])
     assert knee is not None
     assert {points[0].id, points[knee].id, points[-1].id} <= set(beside)
-    assert subject.evaluations(chosen) == {"trials": 30, "search split": 2, "test split": 30 + 5 * RANDOM_POINTS}
+    assert subject.evaluations(chosen) == {"trials": 30, "search split": 2, "families": 0, "test split": 70}
 
 
 def test_static_heads_are_those_that_pay_on_the_search_split() -> None:
@@ -124,7 +123,7 @@ def test_random_routing_gets_the_measured_fractions_and_other_seeds() -> None:
         return synthetic(policy, str(seed), useful=1.0)
 
     judge = replace(synthetic_judge(), random=random)
-    points, _ = score(scorer(judge, config=SearchConfig(random_draws=3)), records([GOOD]), [], lambda _: None)
+    points, _, _ = score(scorer(judge, config=SearchConfig(random_draws=3)), records([GOOD]), [], [], lambda _: None)
     assert len(calls) == len({seed for _, seed in calls}) == 3
     assert {fractions for fractions, _ in calls} == {points[0].measured["kept_by_layer"]}
 
@@ -143,7 +142,8 @@ def test_random_routing_dominates_a_point_if_its_quality_is_better(names: list[s
 
     config = SearchConfig(objectives=names)
     chosen = [replace(item, values=dict.fromkeys(names, 0.5)) for item in records([GOOD])]
-    points, others = score(scorer(replace(synthetic_judge(), random=random), config=config), chosen, [], lambda _: None)
+    subject = scorer(replace(synthetic_judge(), random=random), config=config)
+    points, others, _ = score(subject, chosen, [], [], lambda _: None)
     assert others[0].values[names[1]] == points[0].values[names[1]]
     assert others[0].std.keys() == {"recall_error", "val_loss", "bits_per_byte"}
     assert points[0].dominated_by == (("random@t0000",) if better else ())
@@ -163,7 +163,8 @@ def test_fractions_of_tasks_are_means_over_the_draws_that_all_have_them(older: i
         return replace(found, kept_fraction_by_task={"mqar": 0.05 * calls}, kept_by_task={"mqar": heads})
 
     judge = replace(synthetic_judge(), random=random)
-    _, (control,) = score(scorer(judge, config=SearchConfig(random_draws=3)), records([GOOD]), [], lambda _: None)
+    subject = scorer(judge, config=SearchConfig(random_draws=3))
+    _, (control,), _ = score(subject, records([GOOD]), [], [], lambda _: None)
     if older:
         assert "kept_by_task" not in control.measured
     else:
@@ -175,12 +176,12 @@ def test_fractions_of_tasks_are_means_over_the_draws_that_all_have_them(older: i
 def test_a_baseline_that_breaks_a_constraint_dominates_nothing() -> None:
     fixed = baselines(ROUTED, CHUNK, (0.25,), SearchSpace())
     expensive = RoutingPolicy((LayerPolicy(budget=0.9), LayerPolicy(Op.delta), LayerPolicy(Op.delta)), CHUNK)
-    free, _ = score(scorer(), records([expensive]), fixed, lambda _: None)
+    free, _, _ = score(scorer(), records([expensive]), fixed, [], lambda _: None)
     assert "uniform-0.25" in free[0].dominated_by
     loss = on_test(RoutingPolicy.uniform(ROUTED, CHUNK, 0.25)).val_loss
     assert loss is not None
     config = SearchConfig(constraints={"val_loss": loss - 1e-6})
-    bound, others = score(scorer(config=config), records([expensive]), fixed, lambda _: None)
+    bound, others, _ = score(scorer(config=config), records([expensive]), fixed, [], lambda _: None)
     assert not next(item for item in others if item.name == "uniform-0.25").feasible
     expected = {item.name for item in others if item.measured["val_loss"] <= loss - 1e-6}
     assert set(bound[0].dominated_by) == set(free[0].dominated_by) & expected
@@ -201,7 +202,7 @@ def test_nothing_is_evaluated_twice() -> None:
     judge = replace(synthetic_judge(), search=search, test=test)
     known = records([RoutingPolicy.uniform(ROUTED, CHUNK, 0.25), FIXED])
     subject = scorer(judge, known)
-    score(subject, known, baselines(ROUTED, CHUNK, (0.25,), SearchSpace()), lambda _: None)
+    score(subject, known, baselines(ROUTED, CHUNK, (0.25,), SearchSpace()), [], lambda _: None)
     assert len(tested) == len(set(tested))
     assert len(searched) == len(set(searched))
     assert not set(searched) & {record.policy.digest() for record in known}
@@ -224,7 +225,8 @@ def test_what_is_not_finite_on_the_test_split_is_left_out_and_noted(bad: float) 
     names = ["val_loss", "kept_fraction"]
     subject = scorer(replace(synthetic_judge(), test=test), config=SearchConfig(objectives=names))
     chosen = [replace(item, values=dict.fromkeys(names, 0.5)) for item in records([GOOD, FIXED])]
-    points, others = score(subject, chosen, baselines(ROUTED, CHUNK, (), SearchSpace()), lambda _: None)
+    fixed = baselines(ROUTED, CHUNK, (), SearchSpace())
+    points, others, _ = score(subject, chosen, fixed, [], lambda _: None)
     assert [point.id for point in points] == ["t0001"]
     assert "all-delta" not in [item.name for item in others]
     assert subject.problems == [

@@ -24,9 +24,8 @@ from tests.test_pipeline import interrupting, results, tiny
 def test_the_same_command_goes_on_after_the_memory_was_full(
     at: int, straight: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        score, "evaluate", interrupting(score.evaluate, at, torch.OutOfMemoryError("CUDA out of memory"))
-    )
+    fault = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(score, "evaluate", interrupting(evaluate, at, fault))
     run = Run.open("first", tmp_path)
     if at == 5:  # the next trials are made, and the report tells of this one
         front = run_search(tiny(tmp_path, text))
