@@ -6,6 +6,7 @@ from typing import Any
 
 from natsl.run import Run
 from natsl.search.front import Front, Point, amount
+from natsl.search.report.headline import family_line
 from natsl.search.study import Record
 from natsl.tracking import Tracker
 
@@ -31,6 +32,12 @@ class Journal:
         """The front, whose files are written."""
         run, tracker = self._run, self._tracker
         tracker.summary({"hypervolume": front.hypervolume, "points": len(front.points), "knee": front.knee})
+        tracker.summary({"hypervolume_test": front.hypervolume_test})
+        for family in front.families:
+            numbers = {"hypervolume_test": family.hypervolume_test, "gain": family.gain, "error": family.gain_error}
+            tracker.summary({f"families/{family.name}/{key}": value for key, value in numbers.items()})
+        against = family_line(front)
+        tracker.summary({"front_against_sweeps": None if against is None else against[0]})
         knee = front.comparison(front.knee)
         shares = {item.task: item.share for item in knee.tasks if item.share is not None} if knee is not None else {}
         tracker.summary({f"selection_share/{task}": share.value for task, share in shares.items()})

@@ -12,13 +12,14 @@ import pytest
 
 from natsl.search.config import SearchConfig
 from natsl.search.controls.comparison import Share
-from natsl.search.front import Front, Kind, Point
+from natsl.search.front import Front, Kind, KneeChoice, Point
 from natsl.search.report.chart import Axis, Mark, Marker, Series, chart, dumbbells
 from natsl.search.report.controls import share_line
 from natsl.search.report.headline import headline
 from natsl.search.report.html import render
-from natsl.search.report.plane import planes, show
-from natsl.search.report.png import front_png
+from natsl.search.report.plane import FAMILY_STYLES, picture, planes, show
+from natsl.search.report.png import COLOURS, front_png
+from natsl.search.report.style import STYLE
 from natsl.space.policy import Op
 from tests.search_helpers import built, compared, is_png, searched, with_tasks
 
@@ -183,7 +184,7 @@ def test_the_headline_compares_with_random_routing_and_baselines(front: Front) -
     assert "random routing at the same fractions" in lines[0][0]
     routed = [point for point in front.points if point.gain_over_random is not None]
     wins = sum(front.beats_random(point) is True for point in routed)
-    assert lines[1] == (f"Points at which learned routing beats random routing: {wins} of {len(routed)}.", True)
+    assert lines[2] == (f"Points at which learned routing beats random routing: {wins} of {len(routed)}.", True)
     assert wins > len(routed) / 2
 
 
@@ -193,10 +194,133 @@ def test_a_router_that_does_not_beat_random_routing_is_told_so(front: Front) -> 
         for p in front.points
     )
     lines = headline(replace(front, points=worse))
-    assert lines[1][0].startswith("Points at which learned routing beats random routing: 0 of")
-    assert lines[1][1] is False
+    assert lines[2][0].startswith("Points at which learned routing beats random routing: 0 of")
+    assert lines[2][1] is False
     assert 'class="bad"' in render(replace(front, points=worse))
     assert 'class="gap good"' not in render(replace(front, points=worse))
+
+
+@pytest.mark.parametrize(
+    ("gain", "error", "expected", "good"),
+    [
+        (0.02, 0.004, "the front is better (+0.0200 ± 0.0040, one standard error).", True),
+        (0.003, 0.004, "the front is not better by more than one standard error (+0.0030 ± 0.0040).", False),
+        (-0.003, 0.004, "the front is not better by more than one standard error (−0.0030 ± 0.0040).", False),
+        (-0.02, 0.004, "the front is worse (−0.0200 ± 0.0040).", False),
+        (0.02, None, "the front is better (+0.0200).", None),
+    ],
+    ids=["better", "a little better", "a little worse", "worse", "error unknown"],
+)
+def test_the_headline_compares_the_front_with_the_best_family(
+    gain: float, error: float | None, expected: str, good: bool | None, front: Front
+) -> None:
+    families = tuple(
+        replace(item, hypervolume_test=volume, gain=gain, gain_error=error)
+        for item, volume in zip(front.families, (0.7, 0.9, 0.8), strict=False)
+    )
+    found = replace(front, families=families, hypervolume_test=0.9 + gain)
+    text, verdict = headline(found)[1]
+    assert text.startswith(
+        f"Hypervolume on the test split: front {0.9 + gain:.4f}, best sweep (one-head, one routing head"
+    )
+    assert text.endswith(f"0.9000: {expected}")
+    assert verdict is good
+    section = render(found).split("The front against sweeps")[1].split("</section>")[0]
+    rows = re.findall(r"<tr><th>([\w-]+)<small>", section)
+    assert rows == ["front", "one-head", "prefix", "one-layer"], "the best family first"
+    assert section.count('<td class="good">') == (3 if good else 0)
+    assert section.count('<td class="bad">') == (3 if good is False else 0)
+
+
+def test_a_report_without_families_says_nothing_of_them(front: Front) -> None:
+    without = replace(front, families=(), hypervolume_test=None, knee_choice=None)
+    Page(render(without))
+    assert "The front against sweeps" not in render(without)
+    assert not any("sweep" in text or "least sum" in text for text, _ in headline(without))
+
+
+def test_the_headline_tells_what_choosing_the_knee_costs(front: Front) -> None:
+    choice = KneeChoice("t0007", 0.31, "t0012", 0.25)
+    assert headline(replace(front, knee_choice=choice))[-1] == (
+        "Choosing the knee on the search split costs 0.0600 of the sum of scaled objectives on the test split, "
+        "where t0012 has the least.",
+        None,
+    )
+    same = headline(replace(front, knee_choice=replace(choice, best="t0007", best_sum=0.31)))[-1][0]
+    assert same.endswith("has the least sum of scaled objectives on the test split too.")
+
+
+@pytest.mark.parametrize(
+    ("kept", "value", "expected"), [(-0.01, -0.001, True), (-0.01, 0.0, False), (0.01, -0.001, False)], ids=str
+)
+def test_an_oracle_that_is_cheaper_and_better_is_in_the_headline(
+    kept: float, value: float, expected: bool, compared_front: Front
+) -> None:
+    knee = compared_front.comparison(compared_front.knee)
+    assert knee is not None
+    recall = knee.tasks[0]
+    learned = replace(recall.learned, kept=0.05, value=0.002)
+    rivals = tuple(
+        replace(rival, kept=0.05 + kept, value=0.002 + value) if rival.name == "oracle" else rival
+        for rival in recall.rivals
+    )
+    comparison = replace(knee, tasks=(replace(recall, learned=learned, rivals=rivals), *knee.tasks[1:]))
+    lines = [text for text, _ in headline(replace(compared_front, comparisons=(comparison,)))]
+    oracle = (
+        f"At {knee.of} the chunks that hold the answers would be cheaper and better: 0.1 % with 4.0 % of the chunks "
+        "instead of 0.2 % with 5.0 % of the chunks on mqar."
+    )
+    assert (oracle in [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]) is expected
+
+
+def test_the_report_says_that_static_heads_mix_requests(compared_front: Front) -> None:
+    section = render(compared_front).split("What the router chooses")[1]
+    assert "some requests are answered with the next cheaper choice of heads" in section
+
+
+def test_the_picture_ends_where_the_front_is_as_good_as_it_gets(front: Front) -> None:
+    def at(name: str, kept: float, error: float) -> Point:
+        values = {"recall_error": error, "kept_fraction": kept}
+        point = front.points[0]
+        return replace(point, id=name, values=values, measured=point.measured | values)
+
+    points = (at("a", 0.0, 0.9), at("b", 0.02, 0.3), at("c", 0.05, 0.008), at("d", 0.6, 0.0))
+    (family, *_), drawn = front.families, replace(front, points=points, knee="b")
+    changed = [{"recall_error": 0.5, "kept_fraction": 0.01}, {"recall_error": 0.1, "kept_fraction": 0.64}]
+    members = zip((family.members[0], family.members[-1]), changed, strict=True)
+    ends = tuple(replace(item, values=new, measured=item.measured | new) for item, new in members)
+    found = picture(
+        replace(drawn, families=(replace(family, members=ends),), baselines=()), "kept_fraction", "recall_error"
+    )
+    assert found.x.end == pytest.approx(1.15 * 0.05)
+    assert found.note == "1 baseline and 1 point of the front lie outside"
+    lines = {item.style: item.marks for item in found.series if item.marks}
+    inside, *between, border = lines["family0"]
+    assert (inside.x, inside.hidden, border.x, border.hidden) == (0.01, False, found.x.end, True)
+    assert between
+    for mark in (*between, border):
+        assert mark.y == pytest.approx(0.5 - 0.4 * (mark.x - 0.01) / 0.63), "mixtures of requests"
+    assert [mark.x for mark in lines["front"]] == [0.0, 0.02, 0.05, found.x.end]
+    assert lines["front"][-1].y == 0.008, "a staircase goes on as it is"
+    html = chart("the front", found.series, found.x, found.y)
+    Page(html)
+    assert html.count("<circle") == 3 + 1 + 1, "points, one member, the ring of the knee"
+    late = picture(replace(drawn, knee="d"), "kept_fraction", "recall_error")
+    assert late.x.end == pytest.approx(1.15 * 0.6), "the knee is always shown"
+
+
+@pytest.mark.parametrize("pair", [("recall_error", "val_loss"), ("kept_fraction", "decode_bytes")], ids="-".join)
+def test_only_costs_under_a_quality_are_cut(pair: tuple[str, str], front: Front) -> None:
+    assert picture(front, *pair).x.end is None
+
+
+def test_only_baselines_of_no_family_are_marks_of_their_own(front: Front) -> None:
+    styles = [item.style for item in picture(front, "kept_fraction", "recall_error").series]
+    families = [f"family{i}" for i in range(len(front.families))]
+    assert styles == [*families, "depth", "extreme", "random", "front", "knee"]
+    assert set(styles) <= COLOURS.keys()
+    assert {f"family{i}" for i in range(FAMILY_STYLES)} <= COLOURS.keys()
+    assert all(f".family{i} " in STYLE for i in range(FAMILY_STYLES))
 
 
 def test_what_comes_from_outside_is_escaped(front: Front) -> None:

@@ -25,13 +25,17 @@ class Marker(Enum):
 
 @dataclass(frozen=True)
 class Mark:
-    """One place in a chart; ``text`` shows on hover, ``error`` is half the length of a vertical bar."""
+    """One place in a chart; ``text`` shows on hover, ``error`` is half the length of a vertical bar.
+
+    ``hidden``: only a line goes there.
+    """
 
     x: float
     y: float
     text: str = ""
     error: float = 0.0
     link: str = ""
+    hidden: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,16 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis. ``root``: the square root of the value is what is linear, to spread small fractions."""
+    """One axis. ``root``: the square root of the value is what is linear, to spread small fractions.
+
+    ``end``: the largest value (null: that of what is drawn).
+    """
 
     label: str
     show: Callable[[float], str]
     root: bool = False
     include: tuple[float, ...] = ()
+    end: float | None = None
 
 
 @dataclass(frozen=True)
@@ -131,21 +139,23 @@ def dumbbells(name: str, rows: Sequence[tuple[str, Mark, Mark, bool]], x: Axis) 
 def _scale(axis: Axis, values: Sequence[float], start: float, end: float) -> _Scale:
     known = [value for value in (*values, *axis.include) if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(known), max(known)
+    high = high if axis.end is None else axis.end
     if axis.root:
         low = 0.0
         high = high or 1.0
         ticks = [tick for tick in FRACTION_TICKS if tick <= high]
         if len(ticks) < 4:
-            ticks = _nice_ticks(low, high)
+            ticks = nice_ticks(low, high)
     else:
         pad = 0.04 * (high - low) or 0.5 * abs(high) or 0.5
         low = low if low in axis.include else low - pad
-        high += pad
-        ticks = _nice_ticks(low, high)
+        high += pad if axis.end is None else 0.0
+        ticks = nice_ticks(low, high)
     return _Scale(axis, low, high, start, end, tuple(ticks))
 
 
-def _nice_ticks(low: float, high: float) -> list[float]:
+def nice_ticks(low: float, high: float) -> list[float]:
+    """About five round numbers between two values."""
     raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
@@ -191,6 +201,8 @@ def _draw(series: Series, x: _Scale, y: _Scale) -> list[str]:
 
 
 def _mark(series: Series, mark: Mark, a: float, b: float) -> str:
+    if mark.hidden:
+        return ""
     s = series.size
     title = f"<title>{escape(mark.text)}</title>" if mark.text else ""
     match series.marker:

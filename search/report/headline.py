@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from natsl.search.front import Front, Kind, amount
+from natsl.search.controls.comparison import Comparison
+from natsl.search.front import FamilyFront, Front, Kind, KneeChoice, amount
 from natsl.search.objective import OBJECTIVES
 from natsl.search.report.controls import share_line
 from natsl.search.report.plane import show
@@ -23,6 +24,9 @@ def headline(front: Front) -> list[tuple[str, bool | None]]:
     others = [f"random routing at the same fractions {show(quality, amount(control, quality))}"] if control else []
     others += [f"{name} {show(quality, amount(item, quality))}" for name, item in ends.items()]
     lines.append((text + (f" ({', '.join(others)})." if others else "."), None))
+    against = family_line(front)
+    if against is not None:
+        lines.append(against)
     verdicts = [front.beats_random(point) for point in front.points]
     compared = [verdict for verdict in verdicts if verdict is not None]
     if compared:
@@ -33,6 +37,61 @@ def headline(front: Front) -> list[tuple[str, bool | None]]:
     share = None if comparison is None else share_line(comparison)
     if share is not None:
         lines.insert(1, share)
+    oracle = None if comparison is None else _oracle_line(comparison)
+    if oracle is not None:
+        lines.append((oracle, None))
     free, whole = sum(not point.dominated_by for point in front.points), len(front.points)
-    lines.append((f"Points that no baseline dominates on the test split: {free} of {whole}.", free * 2 > whole))
+    text = "Points that no baseline dominates on the test split"
+    text += ", mixtures of two of a family included" if front.families else ""
+    lines.append((f"{text}: {free} of {whole}.", free * 2 > whole))
+    if front.knee_choice is not None:
+        lines.append((_knee_line(front.knee_choice), None))
     return lines
+
+
+def family_line(front: Front) -> tuple[str, bool | None] | None:
+    """The front against the best family of baselines, as a sentence, and whether that is good news."""
+    best = front.best_family
+    if best is None or front.hypervolume_test is None:
+        return None
+    text = f"Hypervolume on the test split: front {front.hypervolume_test:.4f}, best sweep ({best.name}, {best.label}) "
+    text += f"{best.hypervolume_test:.4f}: the front is "
+    if best.is_beaten is None:
+        return f"{text}{'better' if best.gain > 0 else 'not better'} ({gain(best)}).", None
+    if best.is_beaten:
+        return f"{text}better ({gain(best)}, one standard error).", True
+    worse = best.gain_error is not None and best.gain < -best.gain_error
+    verdict = "worse" if worse else "not better by more than one standard error"
+    return f"{text}{verdict} ({gain(best)}).", False
+
+
+def gain(family: FamilyFront) -> str:
+    """Front − family with its standard error."""
+    text = f"{family.gain:+.4f}".replace("-", "−")
+    return text if family.gain_error is None else f"{text} ± {family.gain_error:.4f}"
+
+
+def _oracle_line(comparison: Comparison) -> str | None:
+    """Where the chunks with the answers are cheaper and better than what the router keeps."""
+    found = []
+    for item in comparison.tasks:
+        oracle = next((rival for rival in item.rivals if rival.name == "oracle"), None)
+        if oracle is not None and oracle.kept < item.learned.kept and oracle.value < item.learned.value:
+            ours, theirs = (
+                f"{show(item.metric, rival.value)} with {show('kept_fraction', rival.kept)} of the chunks"
+                for rival in (item.learned, oracle)
+            )
+            found.append(f"{theirs} instead of {ours} on {item.task}")
+    if not found:
+        return None
+    return f"At {comparison.of} the chunks that hold the answers would be cheaper and better: {'; '.join(found)}."
+
+
+def _knee_line(choice: KneeChoice) -> str:
+    if choice.best == choice.point:
+        return "The knee, chosen on the search split, has the least sum of scaled objectives on the test split too."
+    cost = choice.sum - choice.best_sum
+    return (
+        f"Choosing the knee on the search split costs {cost:.4f} of the sum of scaled objectives on the test split, "
+        f"where {choice.best} has the least."
+    )

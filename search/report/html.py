@@ -10,8 +10,8 @@ from natsl.search.front import Baseline, Front, Kind, Point, amount, kept_in
 from natsl.search.objective import OBJECTIVES
 from natsl.search.report.chart import Axis, Mark, Marker, Series, chart, dumbbells, legend
 from natsl.search.report.controls import controls_section
-from natsl.search.report.headline import headline
-from natsl.search.report.plane import axis, planes, series, show
+from natsl.search.report.headline import gain, headline
+from natsl.search.report.plane import axis, picture, planes, show
 from natsl.search.report.style import STYLE
 from natsl.space.policy import Op
 
@@ -24,6 +24,7 @@ def render(front: Front) -> str:
     sections = [
         _summary(front),
         _fronts(front),
+        _families(front),
         _controls(front),
         _random(front),
         _budgets(front),
@@ -66,16 +67,44 @@ def _fronts(front: Front) -> str:
     pairs = planes(front)
     figures: list[str] = []
     for across, up in pairs:
-        drawn = series(front, across, up)
+        drawn = picture(front, across, up)
         name = f"{OBJECTIVES[up].label} over {OBJECTIVES[across].label}"
-        key = legend(drawn) if len(pairs) <= 3 or not figures else ""
-        figures.append(f"<figure>{chart(name, drawn, axis(across), axis(up))}{key}</figure>")
+        key = legend(drawn.series) if len(pairs) <= 3 or not figures else ""
+        outside = f"<p class=note>{escape(drawn.note)}</p>" if drawn.note else ""
+        figures.append(f"<figure>{chart(name, drawn.series, drawn.x, drawn.y)}{outside}{key}</figure>")
     return _section(
         "The front and what it has to beat",
         f'<div class="figures{" wide" if len(pairs) == 1 else ""}">{"".join(figures)}</div>',
         "Chosen on the search split, drawn as scored again on the test split. Down and left is better. "
-        "Point at a mark for its policy; the points of the front lead to their rows below.",
+        "Point at a mark for its policy; the points of the front lead to their rows below. Thin lines: sweeps of one "
+        "number, with mixtures of requests between two of a sweep.",
     )
+
+
+def _families(front: Front) -> str:
+    if not front.families or front.hypervolume_test is None:
+        return ""
+
+    def row(name: str, text: str, search: float, test: float, last: str) -> str:
+        volumes = f"<td>{test:.4f}<small>{search:.4f}</small></td>"
+        return f"<tr><th>{escape(name)}<small>{escape(text)}</small></th>{volumes}{last}</tr>"
+
+    rows = [row("front", f"{len(front.points)} policies", front.hypervolume, front.hypervolume_test, "<td></td>")]
+    for item in sorted(front.families, key=lambda item: -item.hypervolume_test):
+        style = "" if item.is_beaten is None else f' class="{"good" if item.is_beaten else "bad"}"'
+        text = f"{item.label}: {len(item.members)} policies"
+        cell = f"<td{style}>{gain(item)}</td>"
+        rows.append(row(item.name, text, item.hypervolume_search, item.hypervolume_test, cell))
+    head = "<tr><th>family</th><th>hypervolume<small>search split</small></th><th>front − family</th></tr>"
+    note = (
+        "What sweeps of one number find, each reduced to its own front on the search split, as the search is. "
+        "Hypervolume on the test split, below it on the search split: share of the box between the worse and the "
+        "better of all-softmax and all-delta on the search split, in every objective. ±: standard error over the test "
+        "sequences, which are the same for both. Green: the front is better by more than one standard error, red: not."
+    )
+    made = front.facts.get("evaluations", {}).get("families")
+    note += "" if made is None else f" The families took {made} evaluations of their own on the search split."
+    return _section("The front against sweeps", f'<div class="sweeps">{_table(head, rows)}</div>', note)
 
 
 def _controls(front: Front) -> str:
@@ -87,7 +116,8 @@ def _controls(front: Front) -> str:
         "over sequences. 0 is a router that chooses only heads, 1 is hindsight, which sees the answers and is first "
         "order: an estimate of what there is to select, not a bound. Green: the learned router is better by more than "
         "the spread of the draws and .005 nats or .01 of error, red: worse. Off-distribution: the supernet was not "
-        "trained with such routes."
+        "trained with such routes. Whole heads rarely cost what the router does: some requests are answered with the "
+        "next cheaper choice of heads and the others with the next dearer one, so that the mean cost is the router's."
     )
     return _section("What the router chooses", controls_section(front), note)
 
@@ -115,14 +145,14 @@ def _random(front: Front) -> str:
             Series("random routing, mean and spread of its draws", "random", (Mark(0, 0),), Marker.diamond),
         ]
     )
-    picture = dumbbells("learned against random routing", shown, axis(quality))
+    drawn = dumbbells("learned against random routing", shown, axis(quality))
     note = (
         f"One row per point of the front{'' if shown is rows else f' ({_ROWS} of {len(rows)})'}, labelled by the "
         "fraction of chunks kept. Random routing keeps the same fraction in every layer, spread over all its heads: a "
         "router that only chooses heads beats it. A green bar: the learned router is better by more than the spread of "
         "the draws; a red one: it is not."
     )
-    return _section("Learned against random routing", f'<figure class="narrow">{picture}{key}</figure>', note)
+    return _section("Learned against random routing", f'<figure class="narrow">{drawn}{key}</figure>', note)
 
 
 def _budgets(front: Front) -> str:
@@ -269,19 +299,21 @@ def _volume(front: Front) -> str:
         marks = tuple(marks[i * (len(marks) - 1) // 399] for i in range(400))
     drawn = [Series("hypervolume", "front", marks, Marker.none, line=True, step=True)]
     x = Axis("trials", lambda v: f"{v:g}")
-    picture = chart("hypervolume over trials", drawn, x, Axis("hypervolume", lambda v: f"{v:.4g}"))
+    curve = chart("hypervolume over trials", drawn, x, Axis("hypervolume", lambda v: f"{v:.4g}"))
     note = (
         "Share of the box between the worse and the better of all-softmax and all-delta, in every objective, that the "
-        "front dominates on the search split (above 1: better than both). A flat end: more trials would add little."
+        "front dominates on the search split (above 1: better than both). The table of sweeps has that of the test "
+        "split. A flat end: more trials would add little."
     )
-    return _section("Hypervolume over trials", f'<figure class="narrow">{picture}</figure>', note)
+    return _section("Hypervolume over trials", f'<figure class="narrow">{curve}</figure>', note)
 
 
 def _reproduce(front: Front) -> str:
     commands = "\n".join(str(command) for command in front.facts.get("commands", []))
+    evaluations = {"evaluations": front.facts.get("evaluations", {})}
     rows = [
         f"<tr><th>{escape(key)}</th><td>{escape(_clip(str(value), 200))}</td></tr>"
-        for source in (front.facts.get("setting", {}), front.fingerprint)
+        for source in (front.facts.get("setting", {}), evaluations, front.fingerprint)
         for key, value in _flat(source)
     ]
     block = f"<pre>{escape(commands)}</pre>" if commands else ""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from natsl.search.front import Front
 from natsl.search.objective import OBJECTIVES
-from natsl.search.report.chart import FRACTION_TICKS, Marker
-from natsl.search.report.plane import axis, planes, series
+from natsl.search.report.chart import FRACTION_TICKS, Marker, nice_ticks
+from natsl.search.report.plane import picture, planes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 COLOURS = {
     "front": "#1f5fd6",
     "random": "#d9730d",
-    "uniform": "#0c8a7a",
     "depth": "#8a4fc7",
-    "single": "#b8377f",
     "extreme": "#4b5563",
-    "static": "#a3760b",
+    "family0": "#b8377f",
+    "family1": "#6b8e23",
+    "family2": "#5b9bd5",
+    "family3": "#0c8a7a",
+    "family4": "#a3760b",
+    "family5": "#7a6a5a",
     "knee": "#14171a",
 }
 _MARKERS = {Marker.dot: "o", Marker.ring: "o", Marker.square: "s", Marker.diamond: "D", Marker.none: ""}
@@ -48,25 +51,32 @@ def front_png(front: Front) -> bytes:
         ncols = 3 if columns > 1 else 2
         figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
     figure.suptitle(f"{front.run}: {len(front.points)} policies on the front, test split", fontsize=12)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
 
 
 def _draw(place: Axes, front: Front, across: str, up: str) -> None:
-    for order, item in enumerate(series(front, across, up)):
+    drawn = picture(front, across, up)
+    for order, item in enumerate(drawn.series):
         if not item.marks:
             continue
-        xs, ys = [mark.x for mark in item.marks], [mark.y for mark in item.marks]
+        marks = [mark for mark in item.marks if not mark.hidden]
         colour = COLOURS[item.style]
         hollow = item.marker is Marker.ring
-        if item.line and len(xs) > 1:
-            drawn = ("steps-post", "-") if item.step else ("default", "--")
-            place.plot(xs, ys, color=colour, linewidth=1.4, zorder=order + 2, drawstyle=drawn[0], linestyle=drawn[1])
+        if item.line and len(item.marks) > 1:
+            place.plot(
+                [mark.x for mark in item.marks],
+                [mark.y for mark in item.marks],
+                color=colour,
+                linewidth=1.6 if item.step else 0.9,
+                drawstyle="steps-post" if item.step else "default",
+                zorder=order + 2,
+            )
         place.errorbar(
-            xs,
-            ys,
-            yerr=[mark.error for mark in item.marks] if any(mark.error for mark in item.marks) else None,
+            [mark.x for mark in marks],
+            [mark.y for mark in marks],
+            yerr=[mark.error for mark in marks] if any(mark.error for mark in marks) else None,
             fmt=_MARKERS[item.marker],
             color=colour,
             markerfacecolor="none" if hollow else colour,
@@ -77,14 +87,17 @@ def _draw(place: Axes, front: Front, across: str, up: str) -> None:
             label=item.label,
             zorder=order + 3,
         )
-    place.set_xlabel(axis(across).label)
-    place.set_ylabel(axis(up).label)
-    x, y = axis(across), axis(up)
+    x, y = drawn.x, drawn.y
+    place.set_xlabel(f"{x.label}\n{drawn.note}" if drawn.note else x.label)
+    place.set_ylabel(y.label)
     if x.root:
         place.set_xscale("function", functions=(lambda v: abs(v) ** 0.5, lambda v: v**2))
         place.set_xlim(left=0)
-        largest = max((mark.x for item in series(front, across, up) for mark in item.marks), default=1.0) or 1.0
-        place.set_xticks([tick for tick in FRACTION_TICKS if tick <= largest * 1.01])
+        largest = x.end or max((mark.x for item in drawn.series for mark in item.marks), default=1.0) or 1.0
+        ticks = [tick for tick in FRACTION_TICKS if tick <= largest * 1.01]
+        place.set_xticks(ticks if len(ticks) > 3 else nice_ticks(0.0, largest))
+    if x.end is not None:
+        place.set_xlim(right=x.end)
     place.xaxis.set_major_formatter(lambda value, _: x.show(value))
     place.yaxis.set_major_formatter(lambda value, _: y.show(value))
     place.grid(alpha=0.25, linewidth=0.7)

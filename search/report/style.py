@@ -3,15 +3,17 @@
 STYLE = """
 :root {
   --page: #f7f7f5; --card: #ffffff; --text: #1d2126; --soft: #5d6671; --rule: #e1e3e6; --grid: #eceef0;
-  --front: #1f5fd6; --random: #d9730d; --uniform: #0c8a7a; --depth: #8a4fc7; --single: #b8377f; --extreme: #4b5563;
-  --static: #a3760b;
+  --front: #1f5fd6; --random: #d9730d; --depth: #8a4fc7; --extreme: #4b5563; --softmax: #b8377f;
+  --family0: #b8377f; --family1: #6b8e23; --family2: #5b9bd5; --family3: #0c8a7a; --family4: #a3760b;
+  --family5: #7a6a5a;
   --good: #1a7f45; --bad: #c22f2f; --good-bar: #9ad5b2; --bad-bar: #efb0ab;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14171a; --card: #1c2024; --text: #e6e8ea; --soft: #9aa4af; --rule: #30363c; --grid: #272c31;
-    --front: #6ea8ff; --random: #f3a04b; --uniform: #3fc9b5; --depth: #bd93f0; --single: #ee7fb5; --extreme: #a7b0bb;
-    --static: #e0c04e;
+    --front: #6ea8ff; --random: #f3a04b; --depth: #bd93f0; --extreme: #a7b0bb; --softmax: #ee7fb5;
+    --family0: #ee7fb5; --family1: #a9c95f; --family2: #8cc4f5; --family3: #3fc9b5; --family4: #e0c04e;
+    --family5: #b9a894;
     --good: #56c783; --bad: #f27b74; --good-bar: #2c6a47; --bad-bar: #7d3531;
   }
 }
@@ -44,9 +46,10 @@ svg .label { fill: var(--text); font-size: 13px; }
 .dot { stroke: var(--card); stroke-width: .8; } .ring { fill: none; stroke-width: 2.4; }
 .front .dot { fill: var(--front); } .front .line { stroke: var(--front); }
 .random .dot { fill: var(--random); } .random .line, .random .error, .random.error { stroke: var(--random); }
-.uniform .dot { fill: var(--uniform); } .uniform .line { stroke: var(--uniform); stroke-dasharray: 5 4; }
-.depth .dot { fill: var(--depth); } .single .dot { fill: var(--single); } .extreme .dot { fill: var(--extreme); }
-.static .dot { fill: var(--static); } .static .line { stroke: var(--static); stroke-dasharray: 2 3; }
+.depth .dot { fill: var(--depth); } .extreme .dot { fill: var(--extreme); }
+.family0 { --own: var(--family0); } .family1 { --own: var(--family1); } .family2 { --own: var(--family2); }
+.family3 { --own: var(--family3); } .family4 { --own: var(--family4); } .family5 { --own: var(--family5); }
+[class*=family] .dot { fill: var(--own); } [class*=family] .line { stroke: var(--own); stroke-width: 1.1; }
 .knee .ring { stroke: var(--text); }
 .gap { stroke-width: 7; } .gap.good { stroke: var(--good-bar); } .gap.bad { stroke: var(--bad-bar); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 16px; padding: 0; margin: 8px 0 0;
@@ -63,10 +66,10 @@ svg .label { fill: var(--text); font-size: 13px; }
 .bars span { flex: 1 1 0; min-width: 4px; display: flex; align-items: flex-end; gap: 1px; background: var(--grid);
   border-radius: 3px; overflow: hidden; }
 .bars i { flex: 1; background: var(--front); }
-.bars .softmax i { background: var(--single); }
+.bars .softmax i { background: var(--softmax); }
 .bars .delta { background: none; border: 1px solid var(--rule); }
 .ops i { width: 12px; height: 12px; border-radius: 3px; background: var(--front); }
-.ops .softmax { background: var(--single); } .ops .delta { background: none; border: 1px solid var(--soft); }
+.ops .softmax { background: var(--softmax); } .ops .delta { background: none; border: 1px solid var(--soft); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
@@ -75,6 +78,7 @@ tbody th { font-weight: 600; white-space: nowrap; }
 td { white-space: nowrap; } td.names { white-space: normal; min-width: 9em; }
 td small, th small { display: block; color: var(--soft); font-weight: 400; }
 .controls + .controls { margin-top: 18px; } .controls tbody th { white-space: normal; min-width: 9.5em; }
+.sweeps tbody th { white-space: normal; } .sweeps td { padding-right: 6px; }
 tr:target { background: var(--grid); }
 code { font: .82rem/1.4 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; white-space: nowrap; }
 .command { user-select: all; }
