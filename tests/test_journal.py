@@ -46,3 +46,19 @@ def test_shares_and_controls_are_tracked(tmp_path: Path) -> None:
     Journal(run, plain).front(replace(front, comparisons=()))
     assert plain.tables["controls"][1] == []
     assert not any(name.startswith("selection_share") for name in plain.numbers)
+
+
+def test_the_front_against_sweeps_is_tracked(tmp_path: Path) -> None:
+    front, recorder = built(searched(tmp_path, SearchConfig(n_trials=20))), Recorder()
+    run = Run.open("first", tmp_path)
+    Journal(run, recorder).front(front)
+    assert recorder.numbers["hypervolume"] == front.hypervolume
+    assert recorder.numbers["hypervolume_test"] == front.hypervolume_test
+    for family in front.families:
+        assert recorder.numbers[f"families/{family.name}/hypervolume_test"] == family.hypervolume_test
+        assert recorder.numbers[f"families/{family.name}/gain"] == family.gain
+        assert recorder.numbers[f"families/{family.name}/error"] == family.gain_error
+    assert recorder.numbers["front_against_sweeps"].startswith("Hypervolume on the test split: front")
+    plain = Recorder()
+    Journal(run, plain).front(replace(front, families=()))
+    assert plain.numbers["front_against_sweeps"] is None

@@ -115,7 +115,8 @@ def test_the_kept_fraction_of_each_of_several_tasks_is_in_the_rows(front: Front)
     cells = "".join(f"<td>{show('kept_fraction', kept)}</td>" for kept in (0.0, 0.5, 1.0))
     rows = [line for line in html.split("<tr") if cells in line]
     budgets = sum(item.kind is Kind.uniform for item in front.baselines)  # once more, beside what they asked for
-    assert len(rows) == len(front.points) + len(front.baselines) + budgets
+    assert len(rows) == len(front.rows) + budgets
+    assert len(front.rows) > len(front.points) + len(front.baselines), "members of families have rows too"
     assert html.count("<th>kept<small>in bytes</small></th><th>kept<small>in mqar</small></th>") == 3
     unknown = render(replace(several, points=older_points(front)))
     assert unknown.count("<td>–</td><td>–</td><td>–</td>") >= len(front.points)
@@ -230,6 +231,13 @@ def test_the_headline_compares_the_front_with_the_best_family(
     assert rows == ["front", "one-head", "prefix", "one-layer"], "the best family first"
     assert section.count('<td class="good">') == (3 if good else 0)
     assert section.count('<td class="bad">') == (3 if good is False else 0)
+
+
+def test_a_report_says_what_was_evaluated(front: Front) -> None:
+    facts = front.facts | {"evaluations": {"trials": 111, "families": 82, "test split": 128, "controls": 174}}
+    html = render(replace(front, facts=facts))
+    assert "The families took 82 evaluations of their own on the search split." in html
+    assert "<tr><th>evaluations.test split</th><td>128</td></tr>" in html
 
 
 def test_a_report_without_families_says_nothing_of_them(front: Front) -> None:

@@ -115,6 +115,14 @@ def test_static_heads_are_those_that_pay_on_the_search_split() -> None:
     assert {item.kind for item in found} == {Kind.static}
 
 
+def test_static_heads_have_the_mix_temperature_of_the_space() -> None:
+    space = SearchSpace(mix_temperature_min=0.5, mix_temperature_max=0.5)
+    found = scorer(config=SearchConfig(space=space)).static_heads(lambda _: None)
+    assert found
+    for item in found:
+        assert all(layer.op is Op.delta or layer.mix_temperature == 0.5 for layer in item.policy.layers)
+
+
 def test_random_routing_gets_the_measured_fractions_and_other_seeds() -> None:
     calls: list[tuple[tuple[float, ...], int]] = []
 

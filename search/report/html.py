@@ -274,7 +274,9 @@ def _baselines(front: Front) -> str:
     titles = "".join(f"<th>{escape(OBJECTIVES[name].label)}</th>" for name in names)
     head = f"<tr><th>baseline</th>{titles}{_task_heads(front)}</tr>"
     rows = []
-    for item in front.baselines:
+    for item in front.rows:
+        if isinstance(item, Point):
+            continue
         cells = []
         for name in names:
             spread = f"<small>± {show(name, item.std[name])}</small>" if name in item.std else ""
