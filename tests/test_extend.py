@@ -123,6 +123,15 @@ def test_a_sampler_is_a_file_and_its_name(tmp_path: Path) -> None:
     assert "\n  sampler: nsga2_sbx\n" in config
 
 
+def test_a_family_is_a_function_and_an_entry(tmp_path: Path) -> None:
+    tree, (suite, search) = apply("A family or a control", tmp_path)
+    assert passed(run(["bash", "-c", suite], tree)) >= 7
+    run(["bash", "-c", f"{search} {QUICK}"], tree)
+    front = json.loads((tree / "runs" / "families" / "front.json").read_text())
+    assert "alternating" in [item["name"] for item in front["families"]]
+    assert "one budget in every second layer" in (tree / "runs" / "families" / "report.html").read_text()
+
+
 def test_an_op_is_checked_against_its_reference(tmp_path: Path) -> None:
     tree, (bench, suite) = apply("An op", tmp_path)
     output = run(["bash", "-c", bench], tree)
