@@ -98,7 +98,7 @@ class CompiledPolicy(_Tensors):
 
     def layer(self, i: int) -> CompiledLayer:
         """Views of what layer ``i`` reads."""
-        return CompiledLayer(**{name: getattr(self, name)[i] for name in _names()}, plan=self.plans[i])
+        return CompiledLayer(**{name: getattr(self, name)[i] for name in tensor_names()}, plan=self.plans[i])
 
     def copy_(self, other: CompiledPolicy) -> None:
         """Take over the policies of ``other`` in place, for evaluation.
@@ -110,7 +110,7 @@ class CompiledPolicy(_Tensors):
             raise ValueError(
                 "only calibrated policies compiled with per_kind=False for one model and batch can be exchanged"
             )
-        for name in _names():
+        for name in tensor_names():
             getattr(self, name).copy_(getattr(other, name))
 
     def check(self, fit: Fit, batch: int, training: bool, fixed: Sequence[bool]) -> None:
@@ -125,7 +125,8 @@ class CompiledPolicy(_Tensors):
             raise ValueError("the policy was compiled without calibration: its budgets are for training only")
 
 
-def _names() -> list[str]:
+def tensor_names() -> list[str]:
+    """Names of the tensors of compiled policies."""
     return [item.name for item in fields(_Tensors)]
 
 
@@ -164,7 +165,7 @@ def compile_policies(
         temperature=rows(temperature.float()),
         delta_only=rows(delta_only > 0),
         plans=tuple(
-            _plan([p.layers[i] for p in policies], kind, batch, per_kind, i not in unchecked)
+            layer_plan([p.layers[i] for p in policies], kind, batch, per_kind, i not in unchecked)
             for i, kind in enumerate(kinds)
         ),
         fit=Fit(tuple(kinds), heads, policies[0].chunk_size),
@@ -186,7 +187,13 @@ def _numbers(layer: LayerPolicy, heads: int) -> list[float]:
     return [*numbers, cap, min(layer.burst, 2**53), layer.mix_temperature, single, layer.op is Op.delta]
 
 
-def _plan(policies: Sequence[LayerPolicy], kind: Op, batch: int, per_kind: bool, checked: bool) -> LayerPlan:
+def layer_plan(
+    policies: Sequence[LayerPolicy], kind: Op, batch: int, per_kind: bool = True, checked: bool = True
+) -> LayerPlan:
+    """How a layer computes ``batch`` rows, an equal slice for each policy; arguments as ``compile_policies``.
+
+    ``checked``: its budgets have quantiles.
+    """
     size = batch // len(policies)
     calibrated = checked or not any(policy.needs_calibration() for policy in policies)
     if not per_kind:

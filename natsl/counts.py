@@ -51,6 +51,12 @@ class Counts:
             chunks=chunks,
         )
 
+    def rows(self, index: slice) -> Counts:
+        """Some of the sequences."""
+        names = ("nats", "tokens", "right", "asked", "kept")
+        chosen = {name: getattr(self, name)[index] for name in names}
+        return Counts(**chosen, chunks=self.chunks, batch_nats=(float(chosen["nats"].sum()),))
+
     @classmethod
     def cat(cls, parts: Sequence[Counts]) -> Counts:
         """The sequences of all parts, which have one length, in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,6 +124,35 @@ def count(
     for task, part, output in run_batches(model, policy, sets, routing=routing, batch_size=batch_size):
         parts[task].append(Counts.of(part, output, model.config.chunk_size))
     return {task: Counts.cat(counts) for task, counts in parts.items()}
+
+
+def count_each(
+    model: RoutedLM, policies: Sequence[RoutingPolicy], sets: Mapping[str, Batch], *, batch_size: int = 32
+) -> list[dict[str, Counts] | None]:
+    """As ``count`` of every one of distinct policies, several in each pass (None: its results are not finite).
+
+    Layers that policies begin with are computed once for those that share them. ``batch_size``: rows of a pass, one for
+    each policy and sequence.
+    """
+    device, G = model.embed.weight.device, len(policies)
+    order = sorted(range(G), key=lambda i: json.dumps(policies[i].to_dict()["layers"]))  # common beginnings together
+    parts: list[dict[str, list[Counts]]] = [{task: [] for task in sets} for _ in policies]
+    broken: set[int] = set()
+    model.eval()
+    for group in (order[first : first + batch_size] for first in range(0, G, batch_size)):
+        size = max(1, batch_size // len(group))
+        for task, batch in sets.items():
+            for first in range(0, len(batch), size):
+                part = batch.rows(slice(first, first + size)).to(device)
+                with torch.no_grad():
+                    tree = model.compile_tree([policies[i] for i in group], len(part))
+                    output = model(part.tokens, tree, targets=part.targets)
+                found = Counts.of(Batch.cat([part] * len(group)), output, model.config.chunk_size)
+                finite = output.loss.view(len(group), len(part), -1)[:, part.targets != IGNORED].isfinite().all(1)
+                broken |= {i for i, good in zip(group, finite.tolist(), strict=True) if not good}
+                for place, i in enumerate(group):
+                    parts[i][task].append(found.rows(slice(place * len(part), (place + 1) * len(part))))
+    return [None if i in broken else {task: Counts.cat(own) for task, own in parts[i].items()} for i in range(G)]
 
 
 def run_batches(

@@ -26,6 +26,7 @@ from natsl.modules import RMSNorm, SwiGLU, linear_cross_entropy
 from natsl.router import LayerContext, LayerRouting, RoutePair
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks.sequences import IGNORED
+from natsl.tree import PolicyTree, compile_tree
 
 Policies: TypeAlias = RoutingPolicy | Sequence[RoutingPolicy]
 Routes: TypeAlias = Sequence[Tensor | RoutePair | None]  # per layer
@@ -119,10 +120,18 @@ class RoutedLM(nn.Module):
         self.calibration.check(policies, [i for i in layers if i not in unchecked])
         return compile_policies(policies, self.kinds, self.config.heads, self.calibration, batch, per_kind, unchecked)
 
+    def compile_tree(self, policies: Sequence[RoutingPolicy], sequences: int) -> PolicyTree:
+        """Compile distinct policies that all see the same sequences, so many; ``forward`` takes the result.
+
+        Layers that several policies begin with are computed once for all of them: policies in the order of their first
+        layers share most. ``ValueError`` if a policy does not fit, comes twice or needs a calibration that is missing.
+        """
+        return compile_tree(policies, self.compile_policy(policies, len(policies)), sequences)
+
     def forward(
         self,
         tokens: Tensor,
-        policy: Policies | CompiledPolicy,
+        policy: Policies | CompiledPolicy | PolicyTree,
         *,
         targets: Tensor | None = None,
         layout: Layout | None = None,
@@ -134,17 +143,18 @@ class RoutedLM(nn.Module):
         """Next-token logits or losses under a policy: the one way into the model.
 
         tokens [B,T] int64. ``policy``: one for all sequences, or several, each for an equal consecutive slice of them,
-        or what ``compile_policy`` has made of them. ``targets`` [B,T] int64, the token that follows each (−100, and
-        padding: not scored): the losses are computed without keeping the logits. ``layout``: padding, or sequences
-        packed into a batch of one row; real tokens get what they get in their sequence alone, padding gets something
-        unspecified. ``cache`` (inference only): the sequences go on from what it holds, and it is updated; the policy
-        may change between calls, but a decided chunk keeps its route. ``routes``: per layer None or fixed routes
-        [B,N,R] instead of the router's, one for both memories or a ``RoutePair``. With a cache all routing is of the N
-        = ``touched_chunks(T, C)`` chunks from each sequence's open one on. ``route_gradient`` (training and
-        calibration): budgets are exact quantiles of their slice, under data parallelism of each rank's (not causal),
-        and routes carry the router's gradient. ``logits_to_keep`` ≤ T: logits of only the last so many real tokens of
-        each sequence, [S,·,vocabulary], anything in the first places of a shorter one (None: of all tokens, or none
-        with targets).
+        or what ``compile_policy`` has made of them; under what ``compile_tree`` has made of several, every sequence is
+        computed with each, and the result has a row for every policy and sequence. ``targets`` [B,T] int64, the token
+        that follows each (−100, and padding: not scored): the losses are computed without keeping the logits.
+        ``layout``: padding, or sequences packed into a batch of one row; real tokens get what they get in their
+        sequence alone, padding gets something unspecified. ``cache`` (inference only): the sequences go on from what it
+        holds, and it is updated; the policy may change between calls, but a decided chunk keeps its route. ``routes``:
+        per layer None or fixed routes [B,N,R] instead of the router's, one for both memories or a ``RoutePair``. With a
+        cache all routing is of the N = ``touched_chunks(T, C)`` chunks from each sequence's open one on.
+        ``route_gradient`` (training and calibration): budgets are exact quantiles of their slice, under data
+        parallelism of each rank's (not causal), and routes carry the router's gradient. ``logits_to_keep`` ≤ T: logits
+        of only the last so many real tokens of each sequence, [S,·,vocabulary], anything in the first places of a
+        shorter one (None: of all tokens, or none with targets).
 
         In training, parameters that have no influence under the policy get zeros as gradients. Raises ``ValueError`` if
         a policy, the layout or the cache does not fit, a token is not in the vocabulary, the sequences do not split, or
@@ -154,7 +164,13 @@ class RoutedLM(nn.Module):
         self._check(tokens, targets, layout, cache, logits_to_keep)
         sequences = tokens.shape[0] if layout.lengths is None else layout.lengths.shape[0]
         self._check_routes(tokens, layout, cache, routes)
-        compiled = self._compiled(sequences, policy, routes, route_gradient is not None)
+        if isinstance(policy, PolicyTree):
+            others = (*vars(layout).values(), cache, routes, route_gradient)
+            self._check_tree(policy, sequences, all(x is None for x in others))
+            targets = None if targets is None else targets.repeat(policy.policies, 1)
+            compiled: CompiledPolicy | PolicyTree = policy
+        else:
+            compiled = self._compiled(sequences, policy, routes, route_gradient is not None)
         with contextlib.ExitStack() as stack:
             if cache is not None:
                 if route_gradient is not None:
@@ -226,14 +242,25 @@ class RoutedLM(nn.Module):
                 if x is not None and tuple(x.shape) != expected:
                     raise ValueError(f"routes[{i}]: route has shape {tuple(x.shape)}, expected {expected}")
 
+    def _check_tree(self, tree: PolicyTree, sequences: int, plain: bool) -> None:
+        fit = self._fit()
+        if tree.fit != fit:
+            raise ValueError(f"the tree was compiled for another model: {tree.fit}, not {fit}")
+        if tree.sequences != sequences:
+            raise ValueError(f"the tree was compiled for {tree.sequences} sequences, not {sequences}")
+        if not plain:
+            raise ValueError("a tree of policies goes with neither a layout, a cache, fixed routes nor a gradient")
+
+    def _fit(self) -> Fit:
+        return Fit(tuple(self.kinds), self.config.heads, self.config.chunk_size)
+
     def _compiled(
         self, sequences: int, policy: Policies | CompiledPolicy, routes: Routes | None, training: bool
     ) -> CompiledPolicy:
         if not isinstance(policy, CompiledPolicy):
             return self.compile_policy(policy, sequences, routes, training=training)
         fixed = [routes is not None and routes[i] is not None for i in range(len(self.kinds))]
-        fit = Fit(tuple(self.kinds), self.config.heads, self.config.chunk_size)
-        policy.check(fit, sequences, training, fixed)
+        policy.check(self._fit(), sequences, training, fixed)
         return policy
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -247,7 +274,7 @@ class RoutedLM(nn.Module):
     def _hidden(
         self,
         tokens: Tensor,
-        policy: CompiledPolicy,
+        policy: CompiledPolicy | PolicyTree,
         layout: Layout,
         cache: Cache | None,
         routes: Routes | None,
@@ -260,8 +287,10 @@ class RoutedLM(nn.Module):
         layers = []
         for i, block in enumerate(self.blocks):
             route, state = None if routes is None else routes[i], None if cache is None else cache.layers[i]
+            if isinstance(policy, PolicyTree):
+                x = policy.branch(i, x)
             x, routing = block(x, LayerContext(policy.layer(i), layout, state, route, gradient))
-            layers.append(routing)
+            layers.append(policy.expand(i, routing) if isinstance(policy, PolicyTree) else routing)
         return self.norm(x), layers
 
 
