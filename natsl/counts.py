@@ -54,8 +54,7 @@ class Counts:
     def rows(self, index: slice) -> Counts:
         """Some of the sequences."""
         names = ("nats", "tokens", "right", "asked", "kept")
-        chosen = {name: getattr(self, name)[index] for name in names}
-        return Counts(**chosen, chunks=self.chunks, batch_nats=(float(chosen["nats"].sum()),))
+        return Counts(**{name: getattr(self, name)[index] for name in names}, chunks=self.chunks)
 
     @classmethod
     def cat(cls, parts: Sequence[Counts]) -> Counts:

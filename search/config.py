@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig
 from natsl.files import check_name
@@ -28,6 +29,8 @@ class SearchConfig:
     context: tokens, the length at which memory and compute are counted.
     policies: JSON files of policies that are tried first (with a list per layer where
         ``space.granularity`` is head, else with one number).
+    rungs: shares of the held-out sequences on which a policy is judged, one after another; one that is not among the
+        better on a part goes no further, and its values are those of the part. [1] judges all policies on all.
     random_draws: how often random routing is drawn beside a point.
     uniform_budgets: baselines with one budget in every layer.
     max_failure_rate, min_failures: the search stops once at least so many trials, and more than this share, failed.
@@ -43,6 +46,7 @@ class SearchConfig:
     space: SearchSpace = field(default_factory=SearchSpace)
     context: int = 32768
     policies: list[str] = field(default_factory=list)
+    rungs: list[float] = field(default_factory=lambda: [0.25, 1.0])
     random_draws: int = 5
     uniform_budgets: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.15, 0.25, 0.375, 0.5, 0.75])
     batch_size: int = 32
@@ -61,6 +65,8 @@ class SearchConfig:
         )
         for name, bound in self.constraints.items():
             check(math.isfinite(bound), f"{p}constraints.{name}", bound, "it must be a finite upper bound")
+        rising = all(a < b for a, b in pairwise([0.0, *self.rungs]))
+        check(rising and self.rungs[-1:] == [1.0], p + "rungs", self.rungs, "they must rise from above 0 to 1")
         for budget in self.uniform_budgets:
             check(0 < budget < 1, p + "uniform_budgets", budget, "each budget must lie in (0, 1)")
         check(0 <= self.local_share <= 1, p + "local_share", self.local_share, "it must lie in [0, 1]")

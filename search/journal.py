@@ -25,6 +25,7 @@ class Journal:
             numbers |= {f"kept_layer_{i}": kept for i, kept in enumerate(record.evaluation.kept_by_layer)}
         self._tracker.log({f"search/{key}": value for key, value in numbers.items()}, step=record.index)
         row = {"event": "trial", "trial": record.id, "policy": record.policy.describe(), **numbers}
+        row |= {} if record.complete else {"share": record.share}
         reason = {} if record.reason is None else {"failed": record.reason}
         self._run.log(row | reason | ({} if record.same_as is None else {"same_as": record.same_as}))
 

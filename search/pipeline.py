@@ -196,7 +196,7 @@ class _Search:
         made_from = self._made_from()
         with contextlib.closing(self._study(made_from)) as study:
             if not finished:
-                judge = make_judge(model.to(self.device), self.data, self.config.search.batch_size)
+                judge = make_judge(model.to(self.device), self.data, self.config.search)
                 return self._search(study, ScoreCache(folder.scores, made_from).judge(judge), outdated)
             print_nothing_to_do(folder, trials_reported(folder))
             if self.config.export:
@@ -235,6 +235,10 @@ class _Search:
         return open_policy_study(path, name, self.config.search, self.problem, self.config.seed, made_from)
 
     def _trials(self, study: PolicyStudy, scorer: Scorer, journal: Journal) -> Scale:
+        first = study.first[: self.config.search.n_trials]
+        if len(study.records) < len(first):
+            with Progress("anchors", len(first)) as progress:
+                scorer.prepare(first, progress.update)
         try:
             scale = scorer.scale()
         except FloatingPointError as error:
@@ -256,7 +260,7 @@ class _Search:
                 text = f"hypervolume {volume.now:.4f}" + (f", {failed} failed" if failed else "")
                 progress.update(len(study.records), text)
 
-            study.run(scorer.on_search, on_record, lambda: probe_device(self.device))
+            study.run(scorer.on_share, on_record, lambda: probe_device(self.device))
         return scale
 
     def _score(self, study: PolicyStudy, scorer: Scorer, scale: Scale, judge: Judge) -> Front:
@@ -280,6 +284,8 @@ class _Search:
         # A trial that has to be tried again is not made: without it the history is shorter, and the run not finished.
         history = tuple(volume.add(record.result) for record in study.records if not record.transient)
         failed = [record for record in study.records if record.reason is not None]
+        counts = {"trials": len(study.records), "trials failed": len(failed)}
+        counts["judged on a part"] = sum(not record.complete for record in study.records)
         problems = [f"{len(failed)} trials failed, the last one: {failed[-1].reason}"] if failed else []
         again = len(study.records) - len(history)
         if again:
@@ -295,7 +301,7 @@ class _Search:
             history=history,
             fingerprint=dict(study.fingerprint),
             facts={
-                "counts": {"trials": len(study.records)} | ({"trials failed": len(failed)} if failed else {}),
+                "counts": {name: count for name, count in counts.items() if count},
                 "problems": problems + scorer.problems + comparer.problems,
                 "evaluations": {**scorer.evaluations(study.records), "controls": comparer.passes},
                 "select": self._select,

@@ -25,6 +25,7 @@ from natsl.search.families import Family, Swept
 from natsl.search.front import Baseline, FamilyFront, Kind, KneeChoice, Point, amount
 from natsl.search.objective import OBJECTIVES, QUALITY, measure
 from natsl.search.pareto import Scale, dominates, family_dominates, non_dominated
+from natsl.search.rungs import Parts
 from natsl.search.study import Problem, Record
 from natsl.space.policy import Op, RoutingPolicy
 
@@ -38,26 +39,30 @@ RANDOM_UNIFORM = 3  # uniform baselines beside which it stands
 class Judge:
     """Evaluates policies: on the search split, on the test split, and there with random routing and other controls.
 
-    ``test`` gives what is counted in each task's sequences, of which an evaluation is the sum. ``random`` takes the
-    policy, the fraction of chunks that each layer keeps, and a seed; ``control`` the policy, the name of a control and
-    the number of a draw.
+    ``search`` takes the policy and the share of the sequences, one of ``search.rungs``; ``search_each`` several
+    policies at once, and gives the results of each by share (none if they are not finite). ``test`` gives what is
+    counted in each task's sequences, of which an evaluation is the sum. ``random`` takes the policy, the fraction of
+    chunks that each layer keeps, and a seed; ``control`` the policy, the name of a control and the number of a draw.
     """
 
-    search: Callable[[RoutingPolicy], Evaluation]
+    search: Callable[[RoutingPolicy, float], Evaluation]
+    search_each: Callable[[Sequence[RoutingPolicy]], list[dict[float, Evaluation]]]
     test: Callable[[RoutingPolicy], dict[str, Counts]]
     random: Callable[[RoutingPolicy, tuple[float, ...], int], Evaluation]
     control: ControlCounts
 
 
-def make_judge(model: RoutedLM, data: TaskData, batch_size: int) -> Judge:
+def make_judge(model: RoutedLM, data: TaskData, config: SearchConfig) -> Judge:
     """A judge of a supernet's policies. Random routing sees the same test sequences in every draw."""
-    search, test = data.eval_sets(Split.search), data.eval_sets(Split.test)
+    batch_size, test = config.batch_size, data.eval_sets(Split.test)
+    search = Parts(model, data.eval_sets(Split.search), config.rungs, batch_size)
 
     def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
         return evaluate(model, policy, test, random_routing=RandomRouting(seed, fractions), batch_size=batch_size)
 
     return Judge(
-        lambda policy: evaluate(model, policy, search, batch_size=batch_size),
+        search.judge,
+        search.judge_each,
         lambda policy: count(model, policy, test, batch_size=batch_size),
         random,
         ControlRunner(Subject(model, test, batch_size)),
@@ -76,8 +81,9 @@ class Scorer:
         self._bounds = config.constraints
         self._seed = seed
         self._draws = config.random_draws
+        self._group = config.batch_size
         self._mix_temperature = config.space.neutral_mix
-        self._search = {r.policy.digest(): r.evaluation for r in records if r.evaluation is not None}
+        self._search = {r.policy.digest(): r.evaluation for r in records if r.evaluation is not None and r.complete}
         self._test: dict[str, dict[str, Counts]] = {}
         self._drawn = 0
         self._of_families: set[str] = set()  # policies that only families asked for, on the search split
@@ -85,7 +91,23 @@ class Scorer:
 
     def on_search(self, policy: RoutingPolicy) -> Evaluation:
         """The policy on the search split."""
-        return _cached(self._search, policy, self._judge.search)
+        return _cached(self._search, policy, lambda policy: self._judge.search(policy, 1.0))
+
+    def on_share(self, policy: RoutingPolicy, share: float) -> Evaluation:
+        """The policy on a share of the search split's sequences."""
+        return self.on_search(policy) if share == 1 else self._judge.search(policy, share)
+
+    def prepare(
+        self, policies: Sequence[RoutingPolicy], on_step: Callable[[int, str], None] = lambda done, text: None
+    ) -> None:
+        """Score policies on the search split, several in a pass, so that asking for them later costs nothing."""
+        wanted = sorted(set(policies), key=lambda policy: [str(layer.to_dict()) for layer in policy.layers])
+        for first in range(0, len(wanted), self._group):
+            group = wanted[first : first + self._group]
+            for policy, results in zip(group, self._judge.search_each(group), strict=True):
+                if results:
+                    self._search.setdefault(policy.digest(), results[1.0])
+            on_step(first + len(group), "")
 
     def on_test(self, policy: RoutingPolicy) -> Evaluation:
         """The policy on the test split."""
@@ -104,16 +126,17 @@ class Scorer:
         first, second = (self._values(self.on_search(policy), policy) for policy in ends)
         return Scale.between(self.names, first, second)
 
-    def evaluations(self, records: Sequence[Record]) -> dict[str, int]:
+    def evaluations(self, records: Sequence[Record]) -> dict[str, float]:
         """How many evaluations were made: of the trials, beside them on the search split, and on the test split.
 
-        Stored results count as well. Those of families are their own, the others beside the trials are of baselines.
+        A trial that was judged on a part of the sequences counts as that part. Stored results count as well. Those of
+        families are their own, the others beside the trials are of baselines.
         """
-        tried = {record.policy.digest() for record in records if record.evaluation is not None}
+        tried = {record.policy.digest(): record.share for record in records if record.evaluation is not None}
         return {
-            "trials": len(tried),
-            "search split": len(self._search.keys() - tried - self._of_families),
-            "families": len(self._of_families - tried),
+            "trials": round(sum(tried.values()), 2),
+            "search split": len(self._search.keys() - tried.keys() - self._of_families),
+            "families": len(self._of_families - tried.keys()),
             "test split": len(self._test) + self._drawn,
         }
 
@@ -147,9 +170,10 @@ class Scorer:
         """A family on the search split, from all of its policies; what cannot be scored is left out and noted."""
         good: list[tuple[Named, dict[str, float]]] = []
         failed: list[str] = []
+        unknown = [named.policy for named in policies if named.policy.digest() not in self._search]
+        self._of_families |= {policy.digest() for policy in unknown}
+        self.prepare(unknown)
         for named in policies:
-            if named.policy.digest() not in self._search:
-                self._of_families.add(named.policy.digest())
             try:
                 evaluation = self.on_search(named.policy)
                 values = self._values(evaluation, named.policy)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,8 +49,21 @@ class ScoreCache:
     def judge(self, judge: Judge) -> Judge:
         """A judge that asks ``judge`` for what is not stored, and stores it."""
 
-        def search(policy: RoutingPolicy) -> Evaluation:
-            return self._evaluation(Split.search, policy, None, lambda: judge.search(policy))
+        def search(policy: RoutingPolicy, share: float) -> Evaluation:
+            return self._evaluation(Split.search, policy, _part(share), lambda: judge.search(policy, share))
+
+        def search_each(policies: Sequence[RoutingPolicy]) -> list[dict[float, Evaluation]]:
+            stored = [self._stored.get(_key(self._row(Split.search, policy, None))) for policy in policies]
+            if None not in stored:
+                return [{1.0: evaluation} for evaluation in stored if evaluation is not None]
+            results = judge.search_each(policies)  # all of them again: what is in a pass decides how it rounds
+            return [
+                {
+                    share: self._evaluation(Split.search, policy, _part(share), partial(_same, result))
+                    for share, result in sorted(of_policy.items())  # all sequences last: then the parts are stored too
+                }
+                for policy, of_policy in zip(policies, results, strict=True)
+            ]
 
         def test(policy: RoutingPolicy) -> dict[str, Counts]:
             return self._counts(policy, LEARNED, 0, lambda: judge.test(policy))
@@ -61,7 +75,7 @@ class ScoreCache:
         def control(policy: RoutingPolicy, name: str, draw: int) -> dict[str, Counts]:
             return self._counts(policy, name, draw, lambda: judge.control(policy, name, draw))
 
-        return Judge(search, test, random, control)
+        return Judge(search, search_each, test, random, control)
 
     def _evaluation(
         self,
@@ -90,6 +104,15 @@ class ScoreCache:
             self._stored[key] = made
         result: R = self._stored[key]
         return result
+
+
+def _same(result: R) -> R:
+    return result
+
+
+def _part(share: float) -> dict[str, Any] | None:
+    """What a row says of a result on a part of the sequences."""
+    return None if share == 1 else {"kind": "part", "share": share}
 
 
 def _plain_counts(counts: Mapping[str, Counts]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from natsl.search.config import SearchConfig
 from natsl.search.fault import PERMANENT, TRANSIENT, check_machine, describe, was_transient
 from natsl.search.objective import CostContext, Objective, measure
 from natsl.search.pareto import non_dominated
+from natsl.search.rungs import Result, goes_on
 from natsl.search.samplers import Sampler, choose_sampler, make_sampler
 from natsl.search.storage import FINGERPRINT, Identity, OpenStudy, open_study, reported_errors
 from natsl.space.cost import LayerShape
@@ -27,9 +28,11 @@ from natsl.space.policy import Op, RoutingPolicy
 # Trial attributes. A trial that failed has a reason; a failed trial without one was cut off and counts for nothing.
 POLICY, EVALUATION, REASON, KNOWN = "policy", "evaluation", "reason", "same_as"
 FAULT = "transient"  # whether the reason is a fault of the machine
+PARTS = "parts"  # results of a trial on growing parts of the sequences, the last one that of its values
+SHARE = "share"  # of the sequences, on which a trial was judged (none: all)
 INDEX = "index"  # of a trial whose policy was given, not drawn by the sampler: which record it makes
 
-Evaluate = Callable[[RoutingPolicy], Evaluation]
+Evaluate = Callable[[RoutingPolicy, float], Evaluation]  # a policy on a share of the sequences
 
 
 class SearchFailedError(UserError):
@@ -42,7 +45,9 @@ class Record:
 
     ``values`` and ``evaluation`` are null if it failed, and ``reason`` says why. ``feasible``: keeps all constraints.
     ``same_as``: index of the earlier trial of the same policy whose result was used. ``transient``: it failed by a
-    fault of the machine, which says nothing about the policy: the next process tries it again.
+    fault of the machine, which says nothing about the policy: the next process tries it again. ``parts``: its results
+    on growing parts of the held-out sequences, objectives and by how much constraints are broken; ``share``: of the
+    sequences that its values are of.
     """
 
     index: int
@@ -54,11 +59,18 @@ class Record:
     reason: str | None = None
     same_as: int | None = None
     transient: bool = False
+    parts: tuple[Result, ...] = ()
+    share: float = 1.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether it was judged on all sequences, if it did not fail."""
+        return self.share == 1
 
     @property
     def result(self) -> dict[str, float] | None:
-        """The values if they may be part of a front (null: failed, or breaks a constraint)."""
-        return self.values if self.feasible else None
+        """The values if they may be part of a front (null: failed, breaks a constraint, or judged only on a part)."""
+        return self.values if self.feasible and self.complete else None
 
     @property
     def id(self) -> str:
@@ -108,7 +120,7 @@ class PolicyStudy:
         self.config = config
         self.problem = problem
         self.sampler = Sampler(self.fingerprint["sampler"])
-        self._first = problem.first[: len(self.fingerprint["first"])]
+        self.first = problem.first[: len(self.fingerprint["first"])]
         self.seed = seed
         self._study = study
         self._names = [item.name for item in problem.objectives]
@@ -147,8 +159,8 @@ class PolicyStudy:
         index, problem = min(self._again, default=len(self.records)), self.problem
         self._study.sampler = make_sampler(self.sampler, self.config.local_share, self.seed, index)
         params = self._again.get(index)
-        if params is None and index < len(self._first):
-            params = self.config.space.params(self._first[index], problem.kinds, problem.heads)
+        if params is None and index < len(self.first):
+            params = self.config.space.params(self.first[index], problem.kinds, problem.heads)
         if params is not None:
             self._study.enqueue_trial(params, user_attrs={INDEX: index})
         with warnings.catch_warnings():
@@ -158,26 +170,48 @@ class PolicyStudy:
         trial.set_user_attr(POLICY, policy.to_dict())
         return Proposal(trial, index, policy, self._by_digest.get(policy.digest()))
 
-    def tell(self, proposal: Proposal, evaluation: Evaluation) -> Record:
-        """Store a result; objectives that are missing or not finite make the trial fail."""
+    def tell(
+        self, proposal: Proposal, evaluation: Evaluation, parts: tuple[Result, ...] = (), share: float = 1.0
+    ) -> Record:
+        """Store a result; objectives that are missing or not finite make the trial fail.
+
+        ``parts``, ``share``: as in ``Record``.
+        """
         try:
-            bounds = self.config.constraints
-            values = measure(self._names, evaluation, proposal.policy, self.problem.costs)
-            limited = measure(list(bounds), evaluation, proposal.policy, self.problem.costs)
+            values, limited = self._measure(evaluation, proposal.policy)
         except FloatingPointError as error:
             return self.fail(proposal, str(error))
         trial = proposal.trial
         trial.set_user_attr(EVALUATION, evaluation.to_dict())
+        trial.set_user_attr(PARTS, parts)
+        if share < 1:
+            trial.set_user_attr(SHARE, share)
         if proposal.known is not None:
             trial.set_user_attr(KNOWN, proposal.known.index)
         for name, value in limited.items():
-            trial.set_constraint(name, value - bounds[name])
+            trial.set_constraint(name, value)
         self._study.tell(trial, [values[name] for name in self._names])
-        feasible = all(value <= bounds[name] for name, value in limited.items())
         same = None if proposal.known is None else proposal.known.index
         return self._add(
-            Record(proposal.index, trial.number, proposal.policy, values, evaluation, feasible, same_as=same)
+            Record(
+                proposal.index,
+                trial.number,
+                proposal.policy,
+                values,
+                evaluation,
+                feasible=all(value <= 0 for value in limited.values()),
+                same_as=same,
+                parts=parts,
+                share=share,
+            )
         )
+
+    def _measure(self, evaluation: Evaluation, policy: RoutingPolicy) -> tuple[dict[str, float], dict[str, float]]:
+        """The objectives, and by how much constrained ones are above their bounds; errors as ``measure``."""
+        bounds = self.config.constraints
+        values = measure(self._names, evaluation, policy, self.problem.costs)
+        limited = measure(list(bounds), evaluation, policy, self.problem.costs)
+        return values, {name: value - bounds[name] for name, value in limited.items()}
 
     def fail(self, proposal: Proposal, reason: str, transient: bool = False) -> Record:
         """Store that a policy could not be evaluated, why, and whether that was a fault of the machine."""
@@ -210,12 +244,12 @@ class PolicyStudy:
     def _evaluate(self, proposal: Proposal, evaluate: Evaluate, probe: Callable[[], None]) -> Record:
         known = proposal.known
         if known is not None and known.evaluation is not None:
-            return self.tell(proposal, known.evaluation)
+            return self.tell(proposal, known.evaluation, known.parts, known.share)
         if known is not None:
             return self.fail(proposal, known.reason or "")
         try:
             try:
-                evaluation = evaluate(proposal.policy)
+                evaluation, parts, share = self._judge(proposal, evaluate)
             except PERMANENT as error:
                 return self.fail(proposal, describe(error))
             except TRANSIENT as error:
@@ -226,7 +260,26 @@ class PolicyStudy:
             with contextlib.suppress(StorageInternalError):
                 self._study.tell(proposal.trial, state=TrialState.FAIL)
             raise
-        return self.tell(proposal, evaluation)
+        return self.tell(proposal, evaluation, parts, share)
+
+    def _judge(self, proposal: Proposal, evaluate: Evaluate) -> tuple[Evaluation, tuple[Result, ...], float]:
+        """Judge a policy on one part after another, as long as it is worth it; the first policies always on all.
+
+        Returns the last evaluation, the results on all parts, and the share of the sequences that it was judged on.
+        """
+        rungs = len(self.config.rungs)
+        parts: tuple[Result, ...] = ()
+        for rung, share in enumerate(self.config.rungs):
+            evaluation = evaluate(proposal.policy, share)
+            values, limited = self._measure(evaluation, proposal.policy)
+            own = (*(values[name] for name in self._names), sum(max(0.0, value) for value in limited.values()))
+            parts = (*parts, own)
+            if share < 1 and proposal.index >= len(self.first):
+                same = [record.parts[rung] for record in self.records if len(record.parts) > rung]
+                complete = [record.parts[-1] for record in self.records if len(record.parts) == rungs]
+                if not goes_on(own, same, complete):
+                    break
+        return evaluation, parts, share
 
     def _check_failures(self) -> None:
         """Failures of policies count for the whole study, all failures for the process that saw them."""
@@ -271,8 +324,17 @@ class PolicyStudy:
             return Record(index, trial.number, policy, None, None, False, reason, transient=transient)
         values = dict(zip(self._names, trial.values, strict=True))
         feasible = all(value <= 0 for value in trial.constraints.values())
-        evaluation = Evaluation.from_dict(attributes[EVALUATION])
-        return Record(index, trial.number, policy, values, evaluation, feasible, same_as=attributes.get(KNOWN))
+        return Record(
+            index,
+            trial.number,
+            policy,
+            values,
+            Evaluation.from_dict(attributes[EVALUATION]),
+            feasible,
+            same_as=attributes.get(KNOWN),
+            parts=tuple(map(tuple, attributes.get(PARTS, ()))),
+            share=attributes.get(SHARE, 1.0),
+        )
 
 
 def open_policy_study(
@@ -302,6 +364,7 @@ def open_policy_study(
             "seed": seed,
             "sampler": sampler,
             "local_share": config.local_share,
+            **({} if config.rungs == [1.0] else {"rungs": config.rungs}),  # a study from before there were any
             **made_from,
         }
 

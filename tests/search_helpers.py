@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,12 @@ def noise(*parts: object) -> float:
     return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:8], 16) / 2**31 - 1
 
 
-def synthetic(policy: RoutingPolicy, split: str = "search", useful: float = 0.22) -> Evaluation:
-    """Recall from how much of the ``useful`` share of chunks each layer keeps; random routing has ``useful`` = 1."""
+def synthetic(policy: RoutingPolicy, split: str | float = 1.0, useful: float = 0.22) -> Evaluation:
+    """Recall from how much of the ``useful`` share of chunks each layer keeps; random routing has ``useful`` = 1.
+
+    ``split``: a name, or a share of the sequences of the search split.
+    """
+    split = "search" if split == 1 else split
     kept, error = [], 0.98
     for i, layer in enumerate(policy.layers):
         fraction = 1.0 if layer.op is Op.softmax else (layer.mean_budget() or 0.0)
@@ -91,7 +95,25 @@ def synthetic_judge() -> Judge:
     def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
         return synthetic(policy, f"random {seed}", useful=1.0)
 
-    return Judge(synthetic, synthetic_test, random, synthetic_counts)
+    def each(policies: Sequence[RoutingPolicy]) -> list[dict[float, Evaluation]]:
+        return [{share: synthetic(policy, share) for share in SearchConfig().rungs} for policy in policies]
+
+    return Judge(synthetic, each, synthetic_test, random, synthetic_counts)
+
+
+def searching(search: Callable[[RoutingPolicy, float], Evaluation]) -> Judge:
+    """The judge of the synthetic supernet with another search split."""
+
+    def each(policies: Sequence[RoutingPolicy]) -> list[dict[float, Evaluation]]:
+        results: list[dict[float, Evaluation]] = []
+        for policy in policies:
+            try:
+                results.append({1.0: search(policy, 1.0)})
+            except FloatingPointError:
+                results.append({})
+        return results
+
+    return replace(synthetic_judge(), search=search, search_each=each)
 
 
 def shapes(kinds: Sequence[Op]) -> tuple[LayerShape, ...]:

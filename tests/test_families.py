@@ -26,7 +26,7 @@ from natsl.search.score import Judge, Scorer, knee_choice, score
 from natsl.search.study import Record
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace
-from tests.search_helpers import CHUNK, HEADS, ROUTED, problem, searched, synthetic, synthetic_judge
+from tests.search_helpers import CHUNK, HEADS, ROUTED, problem, searched, searching, synthetic, synthetic_judge
 
 NAMES = ("recall_error", "kept_fraction")
 HYBRID = (Op.delta, Op.routed, Op.softmax, Op.routed)
@@ -130,7 +130,7 @@ def layer(budget: float) -> RoutingPolicy:
     return RoutingPolicy((LayerPolicy(Op.delta), middle, LayerPolicy(Op.delta)), CHUNK)
 
 
-def fixed(policy: RoutingPolicy) -> Evaluation:
+def fixed(policy: RoutingPolicy, share: float = 1.0) -> Evaluation:
     """Kept fraction and error by the budget of the middle layer: budgets from .12 to .13 give the same routes."""
     softmax = all(item.op is Op.softmax for item in policy.layers)
     kept = 1.0 if softmax else KEPT[policy.layers[1].mean_budget() or 0.0]
@@ -140,7 +140,7 @@ def fixed(policy: RoutingPolicy) -> Evaluation:
 
 def scorer(judge: Judge | None = None, records: Sequence[Record] = (), **config: Any) -> Scorer:
     settings = SearchConfig(**config)
-    return Scorer(judge or replace(synthetic_judge(), search=fixed), problem(settings), settings, 0, records)
+    return Scorer(judge or searching(fixed), problem(settings), settings, 0, records)
 
 
 def members(*budgets: float) -> list[Named]:
@@ -173,12 +173,12 @@ def test_what_breaks_a_constraint_is_no_member() -> None:
 
 
 def test_what_cannot_be_scored_is_left_out_and_noted_once() -> None:
-    def search(policy: RoutingPolicy) -> Evaluation:
+    def search(policy: RoutingPolicy, share: float = 1.0) -> Evaluation:
         if policy in (layer(0.1), layer(0.5)):
             raise FloatingPointError("logits are not finite")
         return fixed(policy)
 
-    subject = scorer(replace(synthetic_judge(), search=search))
+    subject = scorer(searching(search))
     found = subject.sweep(ONE, members(0.1, 0.12, 0.5), lambda _: None)
     assert [item.name for item in found.members] == ["layer-1-0.12"]
     assert subject.problems == ["2 policies of family one failed, the last one layer-1-0.5: logits are not finite"]
@@ -195,7 +195,7 @@ def test_families_use_trials_and_only_their_fronts_are_tested() -> None:
     tested: list[RoutingPolicy] = []
     plain = synthetic_judge()
 
-    def search(policy: RoutingPolicy) -> Evaluation:
+    def search(policy: RoutingPolicy, share: float = 1.0) -> Evaluation:
         searched_again.append(policy)
         return fixed(policy)
 
@@ -204,7 +204,7 @@ def test_families_use_trials_and_only_their_fronts_are_tested() -> None:
         return plain.test(policy)
 
     known = record(0.1)
-    subject = scorer(replace(plain, search=search, test=test), [known])
+    subject = scorer(replace(searching(search), test=test), [known])
     subject.scale()
     swept = subject.sweep(ONE, members(0.9, 0.5, 0.1, 0.12, 0.13, 0.0), lambda _: None)
     assert layer(0.1) not in searched_again
@@ -231,7 +231,7 @@ def test_volumes_and_domination_on_the_test_split() -> None:
     def test(policy: RoutingPolicy) -> dict[str, Counts]:
         return flat_counts(*on_test[policy.layers[1].mean_budget() or 0.0])
 
-    subject = scorer(replace(synthetic_judge(), search=fixed, test=test), random_draws=2)
+    subject = scorer(replace(searching(fixed), test=test), random_draws=2)
     swept = subject.sweep(ONE, members(0.1, 0.5), lambda _: None)
     points, _, (family,) = score(subject, [record(0.12), replace(record(0.9), index=1)], [], [swept], lambda _: None)
     assert family.hypervolume_search == pytest.approx(0.1 * 0.9 + 0.5 * 0.5 - 0.1 * 0.5)
@@ -300,7 +300,7 @@ def test_one_sequence_has_no_error() -> None:
         first = {name: getattr(whole, name)[:1] for name in ("nats", "tokens", "right", "asked", "kept")}
         return {"mqar": Counts(**first, chunks=whole.chunks)}
 
-    subject = scorer(replace(synthetic_judge(), search=fixed, test=test), random_draws=2)
+    subject = scorer(replace(searching(fixed), test=test), random_draws=2)
     swept = subject.sweep(ONE, members(0.1, 0.5), lambda _: None)
     _, _, (family,) = score(subject, [record(0.12)], [], [swept], lambda _: None)
     assert (family.gain_error, family.is_beaten) == (None, None)

@@ -21,7 +21,7 @@ from natsl.space.policy import RoutingPolicy
 from natsl.space.space import SearchSpace
 from tests.search_helpers import problem, synthetic
 
-CONFIG = SearchConfig(n_trials=len(SearchSpace().anchors(problem(SearchConfig()).kinds, 16)) + 4)
+CONFIG = SearchConfig(n_trials=len(SearchSpace().anchors(problem(SearchConfig()).kinds, 16)) + 4, rungs=[1.0])
 CUDA = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -41,11 +41,11 @@ class Failing:
         self.error, self.at = error, at
         self.policies: list[RoutingPolicy] = []
 
-    def __call__(self, policy: RoutingPolicy) -> Evaluation:
+    def __call__(self, policy: RoutingPolicy, share: float = 1.0) -> Evaluation:
         self.policies.append(policy)
         if self.at(len(self.policies) - 1):
             raise self.error
-        return synthetic(policy)
+        return synthetic(policy, share)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,9 @@ def test_a_failure_of_the_policy_itself_is_not_tried_again(error: Exception, tmp
 
 def test_one_fault_stops_neither_the_search_nor_another_trial_of_that_policy(tmp_path: Path) -> None:
     space = SearchSpace(ops=[problem(CONFIG).first[0].layers[0].op, problem(CONFIG).first[1].layers[0].op])
-    config = SearchConfig(n_trials=20, space=space, sampler=Sampler.random)  # 8 policies: they come again and again
+    config = SearchConfig(
+        n_trials=20, space=space, sampler=Sampler.random, rungs=[1.0]
+    )  # 8 policies: they come again and again
     study, evaluate = opened(tmp_path, config), Failing(MEMORY, lambda call: call == 1)
     study.run(evaluate)
     failed = [record for record in study.records if record.reason is not None]
@@ -132,7 +134,7 @@ def test_a_process_killed_while_it_tries_again_loses_nothing(
 
 def test_failures_are_counted_for_each_process(tmp_path: Path) -> None:
     opened(tmp_path).run(synthetic)
-    more = SearchConfig(n_trials=CONFIG.n_trials + 20)
+    more = SearchConfig(n_trials=CONFIG.n_trials + 20, rungs=[1.0])
     for _ in range(2):
         evaluate = Failing(MEMORY)
         with pytest.raises(SearchFailedError, match=r"5 of \d+ trials failed"):

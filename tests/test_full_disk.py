@@ -114,7 +114,7 @@ def test_a_disk_full_in_a_trial_is_one_line_and_loses_one_trial(
     pages = (folder / "study.db").stat().st_size // 4096
     limited(monkeypatch, pages)
     with pytest.raises(UserError, match=r"disk is full\): .* run the same command again") as caught:
-        opened(folder).run(lambda policy: _large(policy))
+        opened(folder).run(lambda policy, share: _large(policy))
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
     study = opened(folder)

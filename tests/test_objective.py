@@ -56,7 +56,8 @@ def front_of(names: list[str]) -> Front:
         records.append(Record(i, i, policy, measure(names, evaluation, policy, AT), evaluation, True))
     plain = synthetic_judge()
     judge = Judge(
-        lambda policy: complete(plain.search(policy)),
+        lambda policy, share: complete(plain.search(policy, share)),
+        lambda policies: [{1.0: complete(plain.search(policy, 1.0))} for policy in policies],
         lambda policy: dict.fromkeys(metrics(), plain.test(policy)["mqar"]),
         lambda policy, fractions, seed: complete(plain.random(policy, fractions, seed)),
         plain.control,

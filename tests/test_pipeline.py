@@ -21,10 +21,10 @@ from natsl.checkpoint import load_model
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig
 from natsl.data import TaskData, load_text
 from natsl.errors import UserError
-from natsl.evaluate import Evaluation, evaluate, summary
+from natsl.evaluate import Evaluation, count, count_each, evaluate, summary
 from natsl.files import read_config
 from natsl.run import Run
-from natsl.search import pipeline, score, source
+from natsl.search import pipeline, rungs, score, source
 from natsl.search.config import SearchConfig, SearchRunConfig
 from natsl.search.front import Front
 from natsl.search.pipeline import run_search
@@ -43,7 +43,7 @@ def tiny(root: Path, text: str, **changes: Any) -> SearchRunConfig:
     """A search of seconds. ``changes``: fields of the search config."""
     settings: dict[str, Any] = {
         "n_trials": 7,
-        "anchors": 7,
+        "anchors": 3,
         "random_draws": 2,
         "uniform_budgets": [0.25],
         "batch_size": 8,
@@ -103,11 +103,11 @@ def test_figures_of_the_front_come_from_the_right_split(done: tuple[Run, Front],
     model = load_model(run.supernet)[0]
     config = tiny(run.path.parent, text)
     data = TaskData(config.data, load_text(text), config.model.vocab_size)
-    judge = make_judge(model, data, 8)
+    judge = make_judge(model, data, config.search)
     for point in front.points:
         tested = summary(judge.test(point.policy), model.kinds)
         assert tested.errors["recall_error"] == point.values["recall_error"]
-        assert judge.search(point.policy).kept_fraction == point.search_values["kept_fraction"]
+        assert judge.search(point.policy, 1.0).kept_fraction == point.search_values["kept_fraction"]
 
 
 def test_secrets_are_nowhere_in_the_run(done: tuple[Run, Front]) -> None:
@@ -124,29 +124,32 @@ def test_a_finished_search_does_nothing(done: tuple[Run, Front], text: str, caps
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def interrupting(
-    function: Callable[..., Any], at: int, error: type[BaseException] | Exception = KeyboardInterrupt
-) -> Callable[..., Any]:
-    """The function, interrupted at its call number ``at``, or raising another error there."""
+def interrupt(
+    monkeypatch: pytest.MonkeyPatch, at: int, error: type[BaseException] | Exception = KeyboardInterrupt
+) -> None:
+    """Interrupt evaluations at call number ``at``, or raise another error there."""
     calls = 0
 
-    def interrupted(*args: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            raise error
-        return function(*args, **named)
+    def interrupted(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise error
+            return plain(*args, **named)
 
-    return interrupted
+        return call
+
+    monkeypatch.setattr(score, "evaluate", interrupted(evaluate))
+    monkeypatch.setattr(score, "count", interrupted(count))
+    monkeypatch.setattr(rungs, "count", interrupted(count))
+    monkeypatch.setattr(rungs, "count_each", interrupted(count_each))
 
 
 @pytest.mark.parametrize(
-    ("function", "at"),
-    [("evaluate", 1), ("evaluate", 5), ("evaluate", 14), ("count", 3)],
-    ids=["before the first trial", "in a trial", "with baselines", "while testing"],
+    "at", [1, 5, 16, 30], ids=["before the first trial", "in a trial", "with baselines", "while testing"]
 )
 def test_an_interrupted_search_ends_as_a_straight_one(
-    function: str,
     at: int,
     done: tuple[Run, Front],
     text: str,
@@ -154,7 +157,7 @@ def test_an_interrupted_search_ends_as_a_straight_one(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(score, function, interrupting(getattr(score, function), at))
+    interrupt(monkeypatch, at)
     with pytest.raises(KeyboardInterrupt):
         run_search(tiny(tmp_path, text))
     monkeypatch.undo()
@@ -240,9 +243,9 @@ def test_a_finished_search_is_tracked_again_only_if_it_goes_on(
         return Tracker()
 
     monkeypatch.setattr(pipeline, "start_tracker", start)
-    for n_trials, count in ((2, 1), (2, 1), (3, 2)):
+    for n_trials, trackers in ((2, 1), (2, 1), (3, 2)):
         run_search(tiny(tmp_path, text, n_trials=n_trials))
-        assert len(started) == count
+        assert len(started) == trackers
 
 
 def contents(run: Run) -> dict[Path, bytes]:
@@ -502,14 +505,16 @@ def test_a_search_without_a_feasible_trial_still_reports(text: str, tmp_path: Pa
 def test_a_model_that_gives_nan_ends_the_search(
     bad: str, error: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(model: Any, policy: RoutingPolicy, *args: Any, **named: Any) -> Evaluation:
-        found = evaluate(model, policy, *args, **named)
+    def judge(self: rungs.Parts, policy: RoutingPolicy, share: float) -> Evaluation:
+        result = plain(self, policy, share)
         fails = bad == "all" or any(layer.op is Op.routed for layer in policy.layers)
-        return replace(found, errors={"recall_error": math.nan}) if fails else found
+        return replace(result, errors={"recall_error": math.nan}) if fails else result
 
-    monkeypatch.setattr(score, "evaluate", broken)
+    plain = rungs.Parts.judge
+    monkeypatch.setattr(rungs.Parts, "judge", judge)
+    monkeypatch.setattr(rungs.Parts, "judge_each", lambda self, policies: [{} for _ in policies])
     with pytest.raises(UserError, match=error) as caught:
-        run_search(tiny(tmp_path, text))
+        run_search(tiny(tmp_path, text, anchors=7))
     assert isinstance(caught.value, SearchFailedError) == (bad == "routed")
     assert not (tmp_path / "first" / "report.html").exists()
 
@@ -520,7 +525,7 @@ def test_random_routing_keeps_the_fractions_asked_for(done: tuple[Run, Front], t
     config = tiny(run.path.parent, text)
     config.data.test_sequences = 64
     data = TaskData(config.data, load_text(text), config.model.vocab_size)
-    judge = make_judge(model, data, 8)
+    judge = make_judge(model, data, config.search)
     policy = RoutingPolicy((LayerPolicy(budget=0.5), LayerPolicy(Op.softmax)), 8)
     first, again, other = (judge.random(policy, (0.25, 1.0), seed) for seed in (1, 1, 2))
     assert first == again

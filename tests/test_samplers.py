@@ -37,11 +37,11 @@ def outcome(records: Sequence[Record]) -> list[tuple[object, ...]]:
     return [(r.index, r.policy.digest(), r.values, r.reason, r.same_as, r.feasible) for r in records]
 
 
-def unlucky(policy: RoutingPolicy) -> Evaluation:
+def unlucky(policy: RoutingPolicy, share: float = 1.0) -> Evaluation:
     """The synthetic evaluation; one policy in five has none."""
     if int(policy.digest(), 16) % 5 == 0:
         raise RuntimeError("unlucky")
-    return synthetic(policy)
+    return synthetic(policy, share)
 
 
 def test_every_module_is_registered() -> None:

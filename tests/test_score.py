@@ -19,7 +19,7 @@ from natsl.search.score import RANDOM_POINTS, Judge, Scorer, score, steps_to_sco
 from natsl.search.study import Record
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace
-from tests.search_helpers import CHUNK, ROUTED, on_test, problem, synthetic, synthetic_judge, synthetic_test
+from tests.search_helpers import CHUNK, ROUTED, on_test, problem, searching, synthetic, synthetic_judge, synthetic_test
 
 NAMES = ("recall_error", "kept_fraction")
 
@@ -99,7 +99,7 @@ def test_of_many_points_random_routing_stands_beside_some() -> None:
 def test_static_heads_are_those_that_pay_on_the_search_split() -> None:
     steps: list[str] = []
 
-    def judged(policy: RoutingPolicy) -> Evaluation:
+    def judged(policy: RoutingPolicy, share: float = 1.0) -> Evaluation:
         found = synthetic(policy)
         heads = [
             layer.budget if isinstance(layer.budget, tuple) else (float(layer.op is Op.softmax),) * 2
@@ -108,7 +108,7 @@ def test_static_heads_are_those_that_pay_on_the_search_split() -> None:
         error = 1 - 0.5 * heads[1][1] - 0.4 * heads[2][0]
         return replace(found, errors={**found.errors, "recall_error": error}, val_loss=2.0)
 
-    found = scorer(replace(synthetic_judge(), search=judged)).static_heads(steps.append)
+    found = scorer(searching(judged)).static_heads(steps.append)
     assert len(steps) == most_evaluations(6)
     assert [item.policy.describe() for item in found] == ["D [0,1] D", "D [0,1] [1,0]"], "more heads give nothing"
     assert [item.name for item in found] == ["static-1", "static-2"]
@@ -199,15 +199,15 @@ def test_nothing_is_evaluated_twice() -> None:
     searched: list[str] = []
     tested: list[str] = []
 
-    def search(policy: RoutingPolicy) -> Evaluation:
+    def search(policy: RoutingPolicy, share: float = 1.0) -> Evaluation:
         searched.append(policy.digest())
-        return synthetic(policy)
+        return synthetic(policy, share)
 
     def test(policy: RoutingPolicy) -> dict[str, Counts]:
         tested.append(policy.digest())
         return synthetic_test(policy)
 
-    judge = replace(synthetic_judge(), search=search, test=test)
+    judge = replace(searching(search), test=test)
     known = records([RoutingPolicy.uniform(ROUTED, CHUNK, 0.25), FIXED])
     subject = scorer(judge, known)
     score(subject, known, baselines(ROUTED, CHUNK, (0.25,), SearchSpace()), [], lambda _: None)

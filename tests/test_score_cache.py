@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -45,14 +45,19 @@ class Counting:
             self.calls += 1
             return inner.control(policy, name, draw)
 
-        return Judge(self._count(inner.search), self._count(inner.test), random, control)
-
-    def _count(self, inner: Callable[[RoutingPolicy], R]) -> Callable[[RoutingPolicy], R]:
-        def call(policy: RoutingPolicy) -> R:
+        def search(policy: RoutingPolicy, share: float) -> Evaluation:
             self.calls += 1
-            return inner(policy)
+            return inner.search(policy, share)
 
-        return call
+        def search_each(policies: Sequence[RoutingPolicy]) -> list[dict[float, Evaluation]]:
+            self.calls += 1
+            return inner.search_each(policies)
+
+        def test(policy: RoutingPolicy) -> dict[str, Counts]:
+            self.calls += 1
+            return inner.test(policy)
+
+        return Judge(search, search_each, test, random, control)
 
 
 def judged(path: Path, counting: Counting, made_from: dict[str, str] | None = None) -> Judge:
@@ -67,7 +72,7 @@ def plain(result: Result) -> dict[str, Any]:
 
 
 def ask_all(judge: Judge) -> list[dict[str, Any]]:
-    return [plain(judge.search(POLICY)), plain(judge.test(POLICY)), plain(judge.random(POLICY, FRACTIONS, 7))]
+    return [plain(judge.search(POLICY, 1.0)), plain(judge.test(POLICY)), plain(judge.random(POLICY, FRACTIONS, 7))]
 
 
 def test_a_later_process_evaluates_nothing_again(tmp_path: Path) -> None:
@@ -81,7 +86,7 @@ def test_a_later_process_evaluates_nothing_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda judge: judge.search(OTHER),
+        lambda judge: judge.search(OTHER, 1.0),
         lambda judge: judge.test(OTHER),
         lambda judge: judge.random(POLICY, FRACTIONS, 8),
         lambda judge: judge.random(POLICY, (0.0, 0.3, 1.0), 7),
@@ -110,19 +115,35 @@ def test_fractions_of_tasks_are_stored_and_older_lines_have_none(tmp_path: Path)
     path = tmp_path / "scores.jsonl"
     heads = ((0.0, 0.0), (0.1, 0.3), (1.0, 1.0))
 
-    def search(policy: RoutingPolicy) -> Evaluation:
+    def search(policy: RoutingPolicy, share: float) -> Evaluation:
         return replace(synthetic(policy), kept_fraction_by_task={"mqar": 0.4}, kept_by_task={"mqar": heads})
 
     judge = replace(synthetic_judge(), search=search)
     old, new = ScoreCache(path, MADE_FROM).judge(synthetic_judge()), ScoreCache(path, MADE_FROM).judge(judge)
-    stored = old.search(POLICY), new.search(OTHER)
+    stored = old.search(POLICY, 1.0), new.search(OTHER, 1.0)
     assert "kept_by_task" not in path.read_text().splitlines()[0]
     counting = Counting()
     again = judged(path, counting)
-    assert (again.search(POLICY), again.search(OTHER)) == stored
+    assert (again.search(POLICY, 1.0), again.search(OTHER, 1.0)) == stored
     assert counting.calls == 0
     assert stored[0].kept_by_task == {}
     assert stored[1].kept_by_task == {"mqar": heads}
+
+
+def test_several_policies_at_once_are_stored_with_their_parts_or_made_together_again(tmp_path: Path) -> None:
+    path, counting = tmp_path / "scores.jsonl", Counting()
+    first = judged(path, counting)
+    assert first.search_each([POLICY]) == synthetic_judge().search_each([POLICY])
+    assert first.search_each([POLICY]) == [{1.0: first.search(POLICY, 1.0)}]
+    assert counting.calls == 1
+    assert first.search(POLICY, 0.25) != first.search(POLICY, 1.0)
+    assert counting.calls == 1
+    assert first.search_each([POLICY, OTHER]) == synthetic_judge().search_each([POLICY, OTHER])
+    later = judged(path, counting)
+    assert [later.search(policy, 0.25) for policy in (POLICY, OTHER)] == [
+        synthetic_judge().search(policy, 0.25) for policy in (POLICY, OTHER)
+    ]
+    assert counting.calls == 2
 
 
 @pytest.mark.parametrize("left", ["half a line", "nothing", "no JSON", "other JSON"])
@@ -139,9 +160,9 @@ def test_a_damaged_line_is_evaluated_again(left: str, tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_is_stored_as_it_is(tmp_path: Path) -> None:
-    judge = replace(synthetic_judge(), search=lambda policy: replace(synthetic(policy), val_loss=math.nan))
+    judge = replace(synthetic_judge(), search=lambda policy, share: replace(synthetic(policy), val_loss=math.nan))
     for _ in range(2):
-        loss = ScoreCache(tmp_path / "scores.jsonl", MADE_FROM).judge(judge).search(POLICY).val_loss
+        loss = ScoreCache(tmp_path / "scores.jsonl", MADE_FROM).judge(judge).search(POLICY, 1.0).val_loss
         assert loss is not None
         assert math.isnan(loss)
 

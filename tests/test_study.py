@@ -45,11 +45,11 @@ class Counting:
         self.policies: list[str] = []
         self.stop_at = stop_at
 
-    def __call__(self, policy: RoutingPolicy) -> Evaluation:
+    def __call__(self, policy: RoutingPolicy, share: float = 1.0) -> Evaluation:
         self.policies.append(policy.digest())
         if len(self.policies) == self.stop_at:
             raise KeyboardInterrupt
-        return synthetic(policy)
+        return synthetic(policy, share)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_a_policy_proposed_twice_is_evaluated_once(tmp_path: Path) -> None:
 def test_a_value_that_is_not_finite_fails_the_trial(bad: float, tmp_path: Path) -> None:
     target = problem(SearchConfig()).first[3]
 
-    def evaluate(policy: RoutingPolicy) -> Evaluation:
+    def evaluate(policy: RoutingPolicy, share: float = 1.0) -> Evaluation:
         found = synthetic(policy)
         return replace(found, errors={"recall_error": bad}) if policy == target else found
 
@@ -220,10 +220,10 @@ def test_a_value_that_is_not_finite_fails_the_trial(bad: float, tmp_path: Path) 
 def test_an_evaluation_that_raises_fails_the_trial(error: Exception, reason: str, tmp_path: Path) -> None:
     first = problem(SearchConfig()).first[0]
 
-    def evaluate(policy: RoutingPolicy) -> Evaluation:
+    def evaluate(policy: RoutingPolicy, share: float = 1.0) -> Evaluation:
         if policy == first:
             raise error
-        return synthetic(policy)
+        return synthetic(policy, share)
 
     study = opened(tmp_path, SearchConfig(anchors=ANCHORS, n_trials=5))
     study.run(evaluate)
@@ -231,7 +231,7 @@ def test_an_evaluation_that_raises_fails_the_trial(error: Exception, reason: str
 
 
 def test_a_search_in_which_every_trial_fails_stops(tmp_path: Path) -> None:
-    def evaluate(policy: RoutingPolicy) -> Evaluation:
+    def evaluate(policy: RoutingPolicy, share: float = 1.0) -> Evaluation:
         raise FloatingPointError("val_loss is nan")
 
     config = SearchConfig(anchors=ANCHORS, n_trials=50)
