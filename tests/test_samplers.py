@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from optuna.distributions import BaseDistribution
@@ -18,6 +19,9 @@ from natsl.evaluate import Evaluation
 from natsl.search import samplers
 from natsl.search.config import SearchConfig
 from natsl.search.samplers import Sampler, make_sampler
+from natsl.search.samplers.history import SHARE, history_of
+from natsl.search.samplers.model import Model
+from natsl.search.samplers.moves import front_of
 from natsl.search.samplers.near_knee import NearKneeSampler
 from natsl.search.study import PolicyStudy, Record, open_policy_study
 from natsl.space.policy import RoutingPolicy
@@ -46,7 +50,7 @@ def unlucky(policy: RoutingPolicy, share: float = 1.0) -> Evaluation:
 
 def test_every_module_is_registered() -> None:
     names = {path.stem for path in Path(samplers.__file__).parent.glob("*.py")}
-    assert names - {"__init__", "near_knee", "moves"} == {sampler.value for sampler in Sampler}
+    assert names - {"__init__", "near_knee", "moves", "history", "model"} == {sampler.value for sampler in Sampler}
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -169,3 +173,102 @@ def test_a_move_that_was_enqueued_by_an_older_version_is_made(sampler: Sampler, 
     study = opened(tmp_path / "old", config)
     study.run(synthetic)
     assert outcome(study.records) == outcome(straight.records)
+
+
+NAMES = tuple(f"u.{i}" for i in range(4))
+
+
+def told(study: optuna.Study, index: int, **attributes: float) -> dict[str, Any]:
+    """The parameters of the sweep's next trial, which is told a result: one number helps, the others cost."""
+    study.sampler = make_sampler(Sampler.sweep, 0.0, 0, index)
+    trial = study.ask()
+    u = [trial.suggest_float(name, 0.0, 1.0) for name in NAMES]
+    for name, value in attributes.items():
+        trial.set_user_attr(name, value)
+    trial.set_constraint("enough", 2.6 - sum(u[:3]) + u[3])
+    study.tell(trial, ((1 - u[0]) ** 2 + 0.1 * u[3], sum(u) / 4))
+    return trial.params
+
+
+def two_objectives() -> optuna.Study:
+    return optuna.create_study(directions=["minimize", "minimize"])
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_the_sweep_goes_to_where_constraints_are_kept() -> None:
+    study = two_objectives()
+    for index in range(40):
+        told(study, index)
+    broken = [trial.constraints["enough"] for trial in study.trials]
+    assert min(broken[:10]) > 0, "nothing keeps the constraint at first"
+    assert sum(value <= 0 for value in broken[20:]) >= 10
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_what_else_is_in_the_study_does_not_disturb_the_sweep() -> None:
+    alone, shared = two_objectives(), two_objectives()
+    far = optuna.distributions.FloatDistribution(5.0, 9.0)
+    for params in ({"other": 6.0}, {"u.0": 7.0}):
+        space: dict[str, BaseDistribution] = dict.fromkeys(params, far)
+        shared.add_trial(optuna.create_trial(params=params, distributions=space, values=[-1.0, -1.0]))
+    for index in range(25):
+        assert told(shared, index, policy=0) == told(alone, index, policy=0)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_trial_judged_on_a_part_of_the_data_is_not_on_the_front_but_was_tried() -> None:
+    study = two_objectives()
+    for value, share in ((0.5, None), (0.1, 0.25), (0.2, 1.0)):
+        study.enqueue_trial(dict.fromkeys(NAMES, value))
+        trial = study.ask()
+        for name in NAMES:
+            trial.suggest_float(name, 0.0, 1.0)
+        if share is not None:
+            trial.set_user_attr(SHARE, share)
+        study.tell(trial, (value, 1 - value if value > 0.15 else 0.0))
+    front, _ = front_of(study)
+    assert [trial.number for trial in front] == [0, 2]
+    history = history_of(study)
+    assert set(history.keys(np.full((1, 4), 0.1))) <= history.tried
+
+
+def test_numbers_that_mean_the_same_policy_are_not_new() -> None:
+    study = two_objectives()
+    study.enqueue_trial(dict.fromkeys(NAMES, 0.0))
+    trial = study.ask()
+    for name in NAMES:
+        trial.suggest_float(name, 0.0, 1.0)
+    study.tell(trial, (0.0, 0.0))
+    history = history_of(study)
+    same, also, other = history.keys(np.array([[0.0, 0.04, 0.02, 0.05], [0, 0, 0, 0.06], [0, 0, 0, 0.1]]))
+    assert {same, also} == history.tried, "ends are snapped, and budgets below half of a thousandth are rounded to 0"
+    assert other not in history.tried
+
+
+def test_the_history_grows_as_the_study_does() -> None:
+    """It is kept between proposals: what it has then must be what another process reads at once."""
+    study = two_objectives()
+    space: dict[str, BaseDistribution] = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in NAMES}
+    for index in range(150):
+        u = [(index * step) % 100 / 100 for step in (1, 3, 7, 9)]
+        params = dict(zip(NAMES, u, strict=True))
+        study.add_trial(optuna.create_trial(params=params, distributions=space, values=[u[0], 1 - u[1]]))
+        grown = history_of(study)
+    again = two_objectives()
+    again.add_trials(study.get_trials())
+    fresh = history_of(again)
+    assert (grown.positions == fresh.positions).all()
+    assert grown.positions.shape == (150, 4)
+    assert (grown.values == fresh.values).all()
+    assert grown.tried == fresh.tried
+    assert grown.front.tolist() == fresh.front.tolist()
+
+
+def test_the_model_interpolates_and_is_less_sure_far_away() -> None:
+    random = np.random.default_rng(0)
+    points = random.random((60, 3)) * 0.5
+    targets = np.stack(((points - 0.2) ** 2 @ [1.0, 2.0, 0.0], points[:, 0] * points[:, 1]), axis=1)
+    model = Model(points[:50], targets[:50])
+    mean, deviation = model.predict(points[50:])
+    assert np.abs(mean - targets[50:]).mean(axis=0) == pytest.approx(np.zeros(2), abs=0.03 * np.ptp(targets))
+    assert (model.predict(np.ones((1, 3)))[1] > deviation.max(axis=0)).all()

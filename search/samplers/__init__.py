@@ -1,7 +1,8 @@
 """Samplers by name: how the next policy is proposed. Imports no optuna; a sampler's module is loaded when it is used.
 
 A sampler is a member of ``Sampler`` and a module of that name here, with ``make(seed) -> BaseSampler``.
-``near_knee`` is not one of them: it wraps any of them; ``moves`` is what it shares with ``sweep``.
+``near_knee`` is not one of them: it wraps any of them. ``history`` is what all may know of a study, ``moves`` and
+``model`` what is proposed from it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Sampler(Enum):
     tpe = "tpe"  # multivariate tree-structured Parzen estimator
     nsga3 = "nsga3"
     random = "random"
-    sweep = "sweep"  # one number at a time, then moves along the front
+    sweep = "sweep"  # one number at a time, then moves along the front that a small model expects most of
 
 
 # Samplers whose proposals take longer than an evaluation of a small model.

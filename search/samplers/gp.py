@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from optuna import Study
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler
 from optuna.trial import FrozenTrial
 
-from natsl.search.samplers.moves import made
+from natsl.search.samplers.history import history_of
 
 _STARTUP = 8  # trials before the first model; the anchors of the space count
-_SAME = 0.002  # of the range: numbers that are no further apart give the same policy, or nearly so
 
 
 def make(seed: int) -> BaseSampler:
@@ -27,9 +26,8 @@ class _NewOnly(GPSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         params = super().sample_relative(study, trial, search_space)
-        spans = {k: d.high - d.low for k, d in search_space.items() if isinstance(d, FloatDistribution)}
-        for other in made(study):
-            known = other.params
-            if params and all(k in known and abs(known[k] - params[k]) <= _SAME * span for k, span in spans.items()):
-                return {}
-        return params
+        history = history_of(study)
+        if not params or params.keys() != history.space.keys() or not history.numbers:
+            return params
+        position = history.position(params)
+        return {} if history.keys(position[None])[0] in history.tried else params

@@ -1,29 +1,32 @@
-"""Sweeps of one number at a time, then coordinate and pairwise moves along the front: the baseline without a model.
+"""One number at a time, then moves along the front that a small model expects most of.
 
-In most models few layers or heads matter. A sweep finds them, and the front of the sweeps is where the rest begins.
+In most models few layers or heads matter. A sweep finds them, and the front of the sweep is where the rest begins. A
+move starts from the front, or from what breaks the constraints least where nothing keeps them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from random import Random
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from optuna import Study
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from natsl.search.samplers.moves import Params, between, front_of, made, neighbours, shift
+from natsl.search.samplers.history import Array, History, history_of
+from natsl.search.samplers.model import Model
+from natsl.search.samplers.moves import change
 
-# Shares of its range at which each number is swept, coarse to fine, and for how many trials at most.
-_LEVELS = (0.5, 0.35, 0.7, 1.0, 0.27, 0.42, 0.6, 0.2, 0.85, 0.31, 0.38, 0.46)
-_SWEEPS = 42
-# Shares of the moves: between two neighbours, of one number (the rest: of two), and of those of one number the shares
-# that set it to its lowest or to anything. How far numbers move: powers of 10, as a share of their range.
-_BETWEEN, _SINGLE, _NOTHING, _ANYWHERE = 0.35, 0.4, 0.2, 0.2
-_STEP = (-2.3, -0.7)
-_TRIES = 20  # to find a move that is new
+_LEVEL = 0.5  # share of its range at which each number is swept, the others at their lowest
+_SWEPT = 40  # trials after which no number is swept any more, those included that came first
+_START = 10  # trials before the first move
+_PARENTS = 8  # where nothing keeps the constraints
+# Moves that are compared, in so many rounds, each from the best of the one before; share of the trials that take a move
+# as it comes; points that the model knows.
+_MOVES, _ROUNDS, _BLIND = 64, 3, 0.25
+_POINTS = 100
 
 
 def make(seed: int) -> BaseSampler:
@@ -37,25 +40,19 @@ class _SweepSampler(BaseSampler):
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._random = RandomSampler(seed)
+        self._history = History()
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return complete[0].distributions if complete else {}
+        self._history = history_of(study)
+        return dict(self._history.numbers)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        numbers = {k: d for k, d in search_space.items() if isinstance(d, FloatDistribution)}
-        if not numbers:
+        if not search_space:
             return {}
-        tried = {_key(other.params, numbers) for other in made(study)}
-        random = Random(self._seed)
-        for level in _sweeps(numbers):
-            untried = [params for params in level if _key(params, numbers) not in tried]
-            if untried:
-                return random.choice(untried)
-        moves = _moves(study, numbers, random)
-        return next((params for params in moves if _key(params, numbers) not in tried), {})
+        position = _propose(self._history, np.random.default_rng(self._seed))
+        return {} if position is None else self._history.params(position)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -63,42 +60,112 @@ class _SweepSampler(BaseSampler):
         return self._random.sample_independent(study, trial, param_name, param_distribution)
 
 
-def _key(params: Params, numbers: dict[str, FloatDistribution]) -> tuple[float | None, ...]:
-    return tuple(map(params.get, numbers))
+def _propose(history: History, random: np.random.Generator) -> Array | None:
+    """The next position [d], which was not tried; None: anything."""
+    made = len(history.trials)
+    if made < _SWEPT:
+        untried = _new(history, _sweep(history))
+        if len(untried):
+            choice: Array = untried[random.integers(len(untried))]
+            return choice
+    if made < _START or not history.valid.any():
+        return None
+    points, chances = _parents(history)
+    moves = _new(history, change(points, chances, _MOVES, random))  # [k, d]
+    if not len(moves):
+        return None
+    if random.random() < _BLIND or np.count_nonzero(history.valid) < _START:
+        return np.asarray(moves[0])
+    judge = _Judge(history, abs(random.standard_normal()))
+    for _ in range(_ROUNDS - 1):
+        best = moves[np.argsort(-judge.gain(moves), kind="stable")[:_PARENTS]]
+        more = change(best, np.full(len(best), 1 / len(best)), _MOVES, random)
+        moves = np.concatenate((best, _new(history, more)))
+    return np.asarray(moves[np.argmax(judge.gain(moves))])
 
 
-def _sweeps(numbers: dict[str, FloatDistribution]) -> Iterator[list[Params]]:
-    """For one level after another, each number at it and the others at their lowest (on a log scale: in the middle)."""
-    swept = {name: d for name, d in numbers.items() if not d.log}
-    base = {name: (d.low * d.high) ** 0.5 if d.log else d.low for name, d in numbers.items()}
-    for level in _LEVELS[: max(2, _SWEEPS // max(1, len(swept)))]:
-        yield [base | {name: d.low + level * (d.high - d.low)} for name, d in swept.items()]
+def _sweep(history: History) -> Array:
+    """Each number at one level and the others at their lowest (on a log scale: in the middle) [·, d]."""
+    log = np.array([item.log for item in history.numbers.values()])
+    base = np.where(log, 0.5, 0.0)
+    return np.asarray(np.where(np.eye(len(log), dtype=bool), _LEVEL, base)[~log])
 
 
-def _moves(study: Study, numbers: dict[str, FloatDistribution], random: Random) -> Iterator[Params]:
-    """Points beside and between those of the front; none while no trial keeps all constraints."""
-    front, scaled = front_of(study)
-    for _ in range(_TRIES if front else 0):
-        pair = neighbours(scaled, random) or (0, 0)
-        kind = random.random()
-        if kind < _BETWEEN:
-            mixed = between(front[pair[0]], front[pair[1]], random.random())
-            if mixed is not None:
-                yield mixed
-            continue
-        params = dict(front[random.choice(pair)].params)
-        step = 10 ** random.uniform(*_STEP)
-        if kind < _BETWEEN + _SINGLE or len(numbers) == 1:
-            name = random.choice(list(numbers))
-            how = random.random()
-            if how < _NOTHING and not numbers[name].log:
-                params[name] = numbers[name].low
-            elif how < _NOTHING + _ANYWHERE:
-                shift(params, name, random.uniform(-1.0, 1.0), numbers[name])
-            else:
-                shift(params, name, random.gauss(0.0, step), numbers[name])
-        else:
-            size = abs(random.gauss(0.0, step))
-            for name, sign in zip(random.sample(list(numbers), 2), (1, -1), strict=True):
-                shift(params, name, sign * size, numbers[name])
-        yield params
+def _new(history: History, positions: Array) -> Array:
+    """Those that were not tried."""
+    new: Array = positions[[key not in history.tried for key in history.keys(positions)]]
+    return new
+
+
+def _parents(history: History) -> tuple[Array, Array]:
+    """Points [p, d] that moves start from and how often each: half of the time one beside a gap of the front."""
+    front = history.front
+    if not len(front):
+        valid = np.flatnonzero(history.valid)
+        least = valid[np.argsort(history.broken[valid], kind="stable")[:_PARENTS]]
+        return history.positions[least], np.full(len(least), 1 / len(least))
+    values = history.values[front]
+    scaled = values / _span(values)
+    gaps = np.full(len(front), 1e-9)
+    for column in scaled.T:
+        order = np.argsort(column, kind="stable")
+        steps = np.abs(np.diff(scaled[order], axis=0)).sum(axis=1)
+        gaps[order[:-1]] += steps
+        gaps[order[1:]] += steps
+    return history.positions[front], 0.5 * gaps / gaps.sum() + 0.5 / len(front)
+
+
+class _Judge:
+    """How much better than the front a position would be, as far as a model knows.
+
+    ``courage``: how many standard deviations better than its mean a result is taken to be. Objectives are compared on a
+    logarithmic scale: differences among the worst matter little.
+    """
+
+    def __init__(self, history: History, courage: float) -> None:
+        valid = history.valid
+        values, broken = history.values[valid], history.broken[valid]
+        places = np.searchsorted(np.flatnonzero(valid), history.front)
+        values = _log(values - values.min(axis=0))
+        self._courage, self._count = courage, values.shape[1]
+        self._front = values[places]
+        self._constrained = bool((broken > 0).any())
+        targets = np.column_stack((values, _log(broken[:, None]))) if self._constrained else values
+        known = _known(len(values), places)
+        self._model = Model(history.positions[valid][known], targets[known])
+
+    def gain(self, positions: Array) -> Array:
+        """[k]; less than −1,000 where constraints are expected to be broken."""
+        mean, deviation = self._model.predict(positions)
+        hoped = mean - self._courage * deviation
+        if not len(self._front):
+            return -hoped[:, -1]
+        ahead = (self._front.T[:, None] - hoped.T[: self._count, :, None]) / _span(self._front)[:, None, None]
+        gain: Array = ahead.max(axis=0).min(axis=1)  # by how much no point of the front is as good
+        if not self._constrained:
+            return gain
+        kept = mean[:, -1] - 0.5 * self._courage * deviation[:, -1] <= 0
+        return np.where(kept, gain, -1000.0 - mean[:, -1])
+
+
+def _known(count: int, front: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Places of the points that a model is made of: the front, evenly thinned to half of them, and the latest."""
+    if count <= _POINTS:
+        return np.arange(count)
+    some = front[np.linspace(0, len(front) - 1, min(len(front), _POINTS // 2)).astype(int)]
+    others = np.setdiff1d(np.arange(count), some)
+    return np.concatenate((some, others[len(some) - _POINTS :]))
+
+
+def _log(values: Array) -> Array:
+    """Each column on a scale that is linear up to its median and logarithmic above; signs are kept."""
+    middle = np.median(np.abs(values), axis=0)
+    scaled = values / np.where(middle > 0, middle, 1.0)
+    out: Array = np.sign(scaled) * np.log1p(np.abs(scaled))
+    return out
+
+
+def _span(values: Array) -> Array:
+    """The range of each column, 1 where there is none."""
+    span = np.ptp(values, axis=0)
+    return np.where(span > 0, span, 1.0)
