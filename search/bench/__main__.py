@@ -1,10 +1,13 @@
 """Hypervolume of the samplers against the number of evaluations, mean and spread over seeds. CPU only, minutes.
 
     natsl bench search                                  all samplers on all problems
-    natsl bench search --problems quickstart --seeds 20
+    natsl bench search --samplers sweep                 one of them again; the others' results stay
+    natsl bench search --proposals 10000                only time proposals, with so many trials in the study
 
-Problems: the recorded policies of the quickstart's supernet, a made-up one of 12 layers, HPOLib, NAS-Bench-201 and
-C2-DTLZ2; the last three need the extra ``bench``. Writes search.json, search.md and search.png.
+Problems: recorded policies of supernets (quickstart, small), a made-up one of 12 layers, HPOLib, NAS-Bench-201 and
+C2-DTLZ2; the last three need the extra ``bench``. The reference is what the others are to reach: how good it is in the
+end, and after how many evaluations each of them is as good. Writes search.json, search.md and search.png after each
+sampler and problem.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from pathlib import Path
 from natsl.kernels.bench.arguments import positive, share
 from natsl.search.samplers import DEAR, Sampler
 
-PROBLEMS = ("quickstart", "layers", "hpolib", "nasbench201", "dtlz")
+PROBLEMS = ("quickstart", "small", "layers", "hpolib", "nasbench201", "dtlz")
+_SMALL = Path(__file__).with_name("small.json")  # it is not always there
 
 
 def _names(text: str, known: Sequence[str]) -> list[str]:
@@ -28,20 +32,30 @@ def _names(text: str, known: Sequence[str]) -> list[str]:
     return names
 
 
+def _reference(text: str) -> tuple[str, int]:
+    name, _, trials = text.partition(":")
+    return _names(name, [sampler.value for sampler in Sampler])[0], positive(trials)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     called = sys.argv[0] if sys.argv[0].endswith("bench search") else "python -m natsl.search.bench"
     out = argparse.ArgumentParser(called, description=(__doc__ or "").split("\n\n")[0])
     samplers = [sampler.value for sampler in Sampler]
+    problems = [name for name in PROBLEMS if name != "small" or _SMALL.exists()]
     add = out.add_argument
-    add("--problems", type=lambda text: _names(text, PROBLEMS), default=list(PROBLEMS), metavar="NAMES",
-        help=f"{','.join(PROBLEMS)} (all)")  # fmt: skip
+    add("--problems", type=lambda text: _names(text, problems), default=problems, metavar="NAMES",
+        help=f"{','.join(problems)} (all)")  # fmt: skip
     add("--samplers", type=lambda text: _names(text, samplers), default=samplers, metavar="NAMES",
         help=f"{','.join(samplers)} (all)")  # fmt: skip
-    add("--trials", type=positive, default=140, help="evaluations of a search (%(default)s)")
+    add("--trials", type=positive, default=140,
+        help="evaluations of a search, a quarter of them anchors where the space has some (%(default)s)")  # fmt: skip
     add("--dear-trials", type=positive, default=60, help="of a sampler whose proposals are dear: gp (%(default)s)")
+    add("--reference", type=_reference, default=("tpe", 500), metavar="SAMPLER:TRIALS",
+        help="what is to be reached (tpe:500)")  # fmt: skip
     add("--seeds", type=positive, default=10, help="searches for each sampler (%(default)s)")
     add("--local-share", type=share, default=0.0, help="share of moves near the knee (%(default)s)")
+    add("--proposals", type=positive, metavar="TRIALS", help="time proposals in a study of so many trials instead")
     add("--out", type=Path, default=Path("runs/bench-search"), metavar="FOLDER", help="for results (%(default)s)")
     return out
 
@@ -52,18 +66,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     import optuna
 
     from natsl.search.bench.problems import PROBLEMS as MAKE
-    from natsl.search.bench.report import summary, table, write
-    from natsl.search.bench.run import curves
+    from natsl.search.bench.report import Results
+    from natsl.search.bench.run import Setting, curves, proposal_times
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    results = []
+    samplers = list(map(Sampler, args.samplers))
+    if args.proposals is not None:
+        for sampler in samplers:
+            wall, busy = proposal_times(sampler, args.proposals, args.local_share)
+            text = f"{1000 * wall:.1f} ms, {1000 * busy:.1f} ms of CPU time"
+            print(f"{sampler.value}: {text} a proposal, {args.proposals} trials of 12 numbers", flush=True)
+        return 0
+    setting = Setting(args.seeds, args.trials // 4, args.local_share)
+    results = Results(args.out, setting, args.reference)
     for problem in [MAKE[name]() for name in args.problems]:
-        for sampler in map(Sampler, args.samplers):
+        for sampler in samplers:
             trials = min(args.trials, args.dear_trials) if sampler in DEAR else args.trials
-            results.append(summary(curves(problem, sampler, trials, args.seeds, args.local_share)))
-            print(table(results[-1:]).splitlines()[-1], flush=True)
-    write(results, args.out)
-    print(f"results in {args.out}")
+            if sampler.value == args.reference[0]:
+                trials = max(trials, args.reference[1])
+            print(results.add(curves(problem, sampler, trials, setting)), flush=True)
+    print(f"{results.passed()}results in {args.out}")
     return 0
 
 

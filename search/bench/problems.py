@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,15 @@ from natsl.space.space import SNAP, SearchSpace
 Array = npt.NDArray[np.float64]
 Evaluated = tuple[Array, float]  # objectives, and by how much constraints are broken (≤ 0: they are kept)
 _WORTH = (0.1, 0.05, 0.5, 0.1, 0.3, 0.05, 0.7, 0.1, 0.2, 0.05, 0.4, 0.1)  # of the made-up layers
-_TABLE = Path(__file__).with_name("quickstart.json")
+TABLES = Path(__file__).parent  # of the recorded spaces: what natsl.search.bench.record writes
 
 
 @dataclass(frozen=True)
 class Problem:
-    """``evaluate`` takes numbers [size]; ``best``: volume of the best known front; ``first``: tried first."""
+    """``evaluate`` takes numbers [size]; ``best``: volume of the best known front; ``first``: tried first.
+
+    ``partial``: the same on a share of the held-out data, which costs as much less, by that share.
+    """
 
     name: str
     size: int
@@ -38,6 +41,7 @@ class Problem:
     best: float
     first: tuple[Mapping[str, float], ...] = ()
     constrained: bool = False
+    partial: Mapping[float, Callable[[Array], Evaluated]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -51,22 +55,40 @@ def volume(points: Array) -> float:
     return float(moocore.hypervolume(inside, ref=1.0)) if len(inside) else 0.0
 
 
-def quickstart() -> Problem:
-    """The supernet of the default search: recall error and kept fraction on the search split, 3 layers.
+def recorded_space(path: Path) -> Problem:
+    """A supernet whose policies on a grid of u per layer were scored; values between them are interpolated.
 
-    Policies on a grid of u per layer were evaluated; between them values are interpolated (multilinear).
+    The file is what ``natsl.search.bench.record`` writes; the interpolation is linear in every u.
     """
-    plain = json.loads(_TABLE.read_text(encoding="utf-8"))
-    axes = [np.array(axis) for axis in plain["u"]]
-    table = np.array(plain["values"]).reshape(*map(len, axes), 2)  # [layer 0, layer 1, layer 2, objective]
-    ends = np.array([table[0, 0, 0], table[-1, -1, -1]])  # all-delta, all-softmax
-    table = (table - ends.min(axis=0)) / np.ptp(ends, axis=0)
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    axes = [np.array(axis, dtype=np.float64) for axis in plain["u"]]
+    tables = np.array(plain["values"]).reshape(len(plain["parts"]), *map(len, axes), len(plain["objectives"]))
+    ends = np.array([tables[-1][(i,) * len(axes)] for i in (0, -1)])  # all-delta, all-softmax, on all data
+    tables = (tables - ends.min(axis=0)) / np.ptp(ends, axis=0)
 
-    def evaluate(u: Array) -> Evaluated:
-        snapped = np.where(u <= SNAP, 0.0, np.where(u >= 1 - SNAP, 1.0, u))
-        return _interpolate(table, axes, snapped), 0.0
+    def on(table: Array) -> Callable[[Array], Evaluated]:
+        def evaluate(u: Array) -> Evaluated:
+            snapped = np.where(u <= SNAP, 0.0, np.where(u >= 1 - SNAP, 1.0, u))
+            return _interpolate(table, axes, snapped), 0.0
 
-    return Problem("quickstart", 3, evaluate, 1.0, _anchors(3))
+        return evaluate
+
+    parts = {part: on(table) for part, table in zip(plain["parts"], tables, strict=True)}
+    whole = parts.pop(plain["parts"][-1])
+    return Problem(path.stem, len(axes), whole, 1.0, _anchors(len(axes)), partial=parts)
+
+
+def quickstart() -> Problem:
+    """The supernet of the default search: recall error and kept fraction on the search split, 3 layers."""
+    return recorded_space(TABLES / "quickstart.json")
+
+
+def small() -> Problem:
+    """The supernet of ``experiment=small``: the same of 4 layers."""
+    path = TABLES / "small.json"
+    if not path.exists():
+        raise UserError(f"the problem small needs {path}, which natsl.search.bench.record makes")
+    return recorded_space(path)
 
 
 def layers() -> Problem:
@@ -113,6 +135,7 @@ def dtlz() -> Problem:
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "quickstart": quickstart,
+    "small": small,
     "layers": layers,
     "hpolib": hpolib,
     "nasbench201": nasbench201,

@@ -1,0 +1,141 @@
+"""Record the space of a run's supernet as a table that the benchmark of the samplers searches at no cost.
+
+    python -m natsl.search.bench.record --run runs/search --levels 0,.2,.4,.6,.8,1 --out mine.json
+
+Every policy with one of the levels (values of u, see space/space.py) in each routed layer is scored on the search split
+of the run: on the first quarter of its sequences, and on all of them, so that a search that stops poor policies early
+can be simulated too. Put the file beside quickstart.json, and it is a problem of that name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from natsl.errors import UserError
+from natsl.files import write_text
+from natsl.kernels.bench.arguments import positive, share
+
+if TYPE_CHECKING:
+    from natsl.evaluate import Evaluation
+    from natsl.model import RoutedLM
+    from natsl.space.policy import RoutingPolicy
+    from natsl.tasks.sequences import Batch
+
+LARGEST = 300_000  # bytes of a file
+DIGITS = 6
+PARTS = (0.25, 1.0)
+
+
+def _shares(text: str) -> list[float]:
+    levels = [share(part) for part in text.split(",")]
+    if levels != sorted(set(levels)) or len(levels) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: at least two numbers that increase")
+    return levels
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser("python -m natsl.search.bench.record", description=(__doc__ or "").split("\n\n")[0])
+    add = out.add_argument
+    add("--run", type=Path, required=True, metavar="FOLDER", help="a run with a finished supernet")
+    add("--levels", type=_shares, default=[0, 0.2, 0.4, 0.6, 0.8, 1], metavar="NUMBERS",
+        help="values of u in each routed layer (0,.2,.4,.6,.8,1)")  # fmt: skip
+    add("--parts", type=_shares, default=list(PARTS), metavar="NUMBERS",
+        help="shares of the sequences, the last of them 1 (.25,1)")  # fmt: skip
+    add("--objectives", default="recall_error,kept_fraction", metavar="NAMES", help="%(default)s")
+    add("--context", type=positive, default=32768, help="tokens at which memory and compute count (%(default)s)")
+    add("--batch-size", type=positive, default=32, help="sequences (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:<n> (%(default)s)")
+    add("--out", type=Path, required=True, metavar="FILE", help="JSON; it is overwritten")
+    return out
+
+
+def evaluate_each(
+    model: RoutedLM, policies: Sequence[RoutingPolicy], sets: Mapping[str, Batch], batch_size: int
+) -> Iterator[Evaluation]:
+    """Score policies on the same sequences."""
+    from natsl.evaluate import evaluate
+
+    for policy in policies:
+        yield evaluate(model, policy, sets, batch_size=batch_size)
+
+
+def record(args: argparse.Namespace) -> dict[str, Any]:
+    """The table: ``u`` has the levels of each routed layer, ``values`` [parts][policies][objectives] in their order."""
+    from natsl import checkpoint
+    from natsl.data import Split
+    from natsl.device import resolve_device
+    from natsl.heldout import held_out
+    from natsl.load import Choice
+    from natsl.progress import Progress
+    from natsl.run import Run
+    from natsl.search.objective import CostContext, find_objectives, measure
+    from natsl.space.policy import Op
+    from natsl.space.space import SearchSpace
+    from natsl.tasks import OtherTextConfig
+
+    if args.parts[-1] != 1:
+        raise UserError(f"--parts = {args.parts} is not allowed: the last one must be 1")
+    device = resolve_device(args.device)
+    run = Run.open(args.run.name, args.run.parent, create=False)
+    model, made_from = checkpoint.load_model(run.supernet)
+    choice = Choice(run=run.name, root=str(args.run.parent))
+    data = held_out(choice, OtherTextConfig(), model.config.vocab_size, allow_other=False).data
+    names = args.objectives.split(",")
+    find_objectives(names, set(data.tasks), {})
+    routed = [i for i, kind in enumerate(model.kinds) if kind is Op.routed]
+    count = len(args.levels) ** len(routed)
+    if count * len(args.parts) * len(names) * (DIGITS + 3) > LARGEST:
+        raise UserError(f"{count} policies are too many for a file of {LARGEST} bytes: take fewer --levels")
+    space, chunk = SearchSpace(), model.config.chunk_size
+    policies = [
+        space.from_params({f"u.{i}": u for i, u in zip(routed, levels, strict=True)}, model.kinds, chunk)
+        for levels in itertools.product(args.levels, repeat=len(routed))
+    ]
+    costs = CostContext(model.config.layer_shapes(), args.context)
+    sets = data.eval_sets(Split.search)
+    model.to(device)
+    values: list[list[list[float]]] = []
+    with Progress("record", count * len(args.parts), 0) as progress:
+        for part in args.parts:
+            some = {task: batch.rows(slice(0, math.ceil(part * len(batch)))) for task, batch in sets.items()}
+            rows = []
+            for policy, result in zip(policies, evaluate_each(model, policies, some, args.batch_size), strict=True):
+                found = measure(names, result, policy, costs)
+                rows.append([float(f"{found[name]:.{DIGITS}g}") for name in names])
+                progress.update(len(values) * count + len(rows), "")
+            values.append(rows)
+    about = f"step {made_from.get('step')}, {data.config.search_sequences} sequences of {', '.join(data.tasks)}"
+    return {
+        "about": about,
+        "objectives": names,
+        "u": [args.levels] * len(routed),
+        "parts": args.parts,
+        "values": values,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    import json
+
+    args = parser().parse_args(argv)
+    try:
+        table = record(args)
+    except ValueError as error:
+        print(f"record: {error}", file=sys.stderr)
+        return 1
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(args.out, json.dumps(table, separators=(",", ":")) + "\n")
+    print(f"{len(table['values'][-1])} policies in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
