@@ -58,7 +58,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[Sampler, list[Rec
     found = {}
     for sampler in Sampler:
         study = opened(
-            tmp_path_factory.mktemp(sampler.value), SearchConfig(anchors=ANCHORS, n_trials=TRIALS, sampler=sampler)
+            tmp_path_factory.mktemp(sampler.value),
+            SearchConfig(anchors=ANCHORS, n_trials=TRIALS, sampler=sampler, rungs=[1.0]),
         )
         study.run(synthetic)
         found[sampler] = study.records
@@ -83,7 +84,7 @@ def test_a_search_finds_better_policies_than_its_anchors(
 def test_a_resumed_search_equals_a_straight_one(
     sampler: Sampler, stop_at: int, straight: dict[Sampler, list[Record]], tmp_path: Path
 ) -> None:
-    config = SearchConfig(anchors=ANCHORS, n_trials=TRIALS, sampler=sampler)
+    config = SearchConfig(anchors=ANCHORS, n_trials=TRIALS, sampler=sampler, rungs=[1.0])
     with pytest.raises(KeyboardInterrupt):
         opened(tmp_path, config).run(Counting(stop_at))
     study = opened(tmp_path, config)
@@ -99,7 +100,7 @@ def beginnings(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path
     @functools.cache
     def make(trials: int) -> Path:
         folder = tmp_path_factory.mktemp("beginning")
-        opened(folder, SearchConfig(anchors=ANCHORS, n_trials=trials, sampler=Sampler.tpe)).run(synthetic)
+        opened(folder, SearchConfig(anchors=ANCHORS, n_trials=trials, sampler=Sampler.tpe, rungs=[1.0])).run(synthetic)
         with sqlite3.connect(folder / "study.db") as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return folder / "study.db"
@@ -126,7 +127,7 @@ def test_a_search_killed_at_any_step_equals_a_straight_one(
         raise Killed
 
     shutil.copy(beginnings(at), tmp_path / "study.db")
-    config = SearchConfig(anchors=ANCHORS, n_trials=at + 3, sampler=Sampler.tpe)
+    config = SearchConfig(anchors=ANCHORS, n_trials=at + 3, sampler=Sampler.tpe, rungs=[1.0])
     study = opened(tmp_path, config)
     if moment == "enqueued":
         monkeypatch.setattr(optuna.Study, "ask", kill)
@@ -180,7 +181,7 @@ def test_a_finished_study_evaluates_nothing(tmp_path: Path) -> None:
 
 def test_a_policy_proposed_twice_is_evaluated_once(tmp_path: Path) -> None:
     space = SearchSpace(ops=[Op.delta, Op.softmax])  # 8 policies
-    config, counting = SearchConfig(anchors=ANCHORS, n_trials=20, space=space), Counting()
+    config, counting = SearchConfig(anchors=ANCHORS, n_trials=20, space=space, rungs=[1.0]), Counting()
     study = opened(tmp_path, config)
     study.run(counting)
     assert len(counting.policies) == len(set(counting.policies)) <= 8

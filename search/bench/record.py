@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
+import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from natsl.errors import UserError
 from natsl.files import write_text
 from natsl.kernels.bench.arguments import positive, share
 
-if TYPE_CHECKING:
-    from natsl.evaluate import Evaluation
-    from natsl.model import RoutedLM
-    from natsl.space.policy import RoutingPolicy
-    from natsl.tasks.sequences import Batch
-
 LARGEST = 300_000  # bytes of a file
 DIGITS = 6
 PARTS = (0.25, 1.0)
+_ALONE = 12  # policies that are also timed one by one
 
 
 def _shares(text: str) -> list[float]:
@@ -56,16 +52,6 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-def evaluate_each(
-    model: RoutedLM, policies: Sequence[RoutingPolicy], sets: Mapping[str, Batch], batch_size: int
-) -> Iterator[Evaluation]:
-    """Score policies on the same sequences."""
-    from natsl.evaluate import evaluate
-
-    for policy in policies:
-        yield evaluate(model, policy, sets, batch_size=batch_size)
-
-
 def record(args: argparse.Namespace) -> dict[str, Any]:
     """The table: ``u`` has the levels of each routed layer, ``values`` [parts][policies][objectives] in their order."""
     from natsl import checkpoint
@@ -76,6 +62,7 @@ def record(args: argparse.Namespace) -> dict[str, Any]:
     from natsl.progress import Progress
     from natsl.run import Run
     from natsl.search.objective import CostContext, find_objectives, measure
+    from natsl.search.rungs import Parts
     from natsl.space.policy import Op
     from natsl.space.space import SearchSpace
     from natsl.tasks import OtherTextConfig
@@ -99,18 +86,27 @@ def record(args: argparse.Namespace) -> dict[str, Any]:
         for levels in itertools.product(args.levels, repeat=len(routed))
     ]
     costs = CostContext(model.config.layer_shapes(), args.context)
-    sets = data.eval_sets(Split.search)
-    model.to(device)
-    values: list[list[list[float]]] = []
-    with Progress("record", count * len(args.parts), 0) as progress:
-        for part in args.parts:
-            some = {task: batch.rows(slice(0, math.ceil(part * len(batch)))) for task, batch in sets.items()}
-            rows = []
-            for policy, result in zip(policies, evaluate_each(model, policies, some, args.batch_size), strict=True):
-                found = measure(names, result, policy, costs)
-                rows.append([float(f"{found[name]:.{DIGITS}g}") for name in names])
-                progress.update(len(values) * count + len(rows), "")
-            values.append(rows)
+    parts = Parts(model.to(device), data.eval_sets(Split.search), args.parts, args.batch_size)
+    values: list[list[list[float]]] = [[] for _ in args.parts]
+    seconds, size = 0.0, 4 * args.batch_size  # policies between two signs of progress
+    with Progress("record", count, 0) as progress:
+        for first in range(0, count, size):
+            start = time.perf_counter()
+            results = parts.judge_each(policies[first : first + size])
+            seconds += time.perf_counter() - start
+            for policy, of_policy in zip(policies[first:], results, strict=False):
+                for rows, part in zip(values, args.parts, strict=True):
+                    if part not in of_policy:
+                        raise UserError(f"{policy.describe()} gives results that are not finite")
+                    numbers = measure(names, of_policy[part], policy, costs)
+                    rows.append([float(f"{numbers[name]:.{DIGITS}g}") for name in names])
+            progress.update(len(values[0]), "")
+    alone = random.Random(0).sample(policies, min(_ALONE, count))
+    start = time.perf_counter()
+    for policy in alone:
+        parts.judge(policy)
+    rate = len(alone) / (time.perf_counter() - start)
+    print(f"{count / seconds:.2f} policies a second, {rate:.2f} one by one (of {len(alone)})")
     about = f"step {made_from.get('step')}, {data.config.search_sequences} sequences of {', '.join(data.tasks)}"
     return {
         "about": about,
