@@ -20,7 +20,7 @@ from natsl.errors import UserError
 from natsl.files import to_plain
 from natsl.record import EVERY_PART, TrainedText
 from natsl.space.check import check, check_counts
-from natsl.tasks import TASKS, DataConfig
+from natsl.tasks import TASKS, DataConfig, drop_newer
 from natsl.tasks.sequences import BYTES, KEYS, VALUES, Batch, draw_uniform
 from natsl.tasks.task import Request
 from natsl.text import TextFile, TextRules, printable, read_text, shown_size
@@ -183,11 +183,13 @@ class TaskData:
         *,
         length: int | None = None,
         depth: float | None = None,
+        grow: bool = False,
     ) -> Batch:
         """``count`` sequences of one task from one part of the text.
 
         ``length``: tokens per sequence instead of ``data.seq_len``. ``depth``: where all needles are planted, instead
-        of the configured range (a share in [0, 1]; only for tasks that have a depth).
+        of the configured range (a share in [0, 1]; only for tasks that have a depth). ``grow``: longer sequences hold
+        more that is to be recalled, in proportion, as far as there are keys; else as much as those of ``data.seq_len``.
         """
         check_counts(1, {"count": count})
         size = self.config.seq_len if length is None else length
@@ -199,7 +201,7 @@ class TaskData:
             check(TASKS[task].has_depth, "depth", depth, f"task {task} has no depth, only {having} has")
             check(0 <= depth <= 1, "depth", depth, "it must lie in [0, 1]")
         generator = _generator("batch", task, split.value, seed)
-        request = Request(count, size, split is Split.train, depth)
+        request = Request(count, size, split is Split.train, depth, grow)
         return self.config.build(task).make(self.corpus.part(split), request, generator)
 
     def train_batch(self, count: int, seed: int, step: int) -> Batch:
@@ -229,8 +231,8 @@ class TaskData:
 
     def _check(self, name: str, length: int) -> None:
         task = self.config.build(name)
-        needed = VALUES.stop + max(0, self.config.keys - len(KEYS)) if task.needs_pairs else BYTES.stop
-        what = f"bytes, values and data.keys = {self.config.keys} keys" if task.needs_pairs else "bytes"
+        needed = VALUES.stop + max(0, self.config.keys - len(KEYS)) if task.uses_pairs() else BYTES.stop
+        what = f"bytes, values and data.keys = {self.config.keys} keys" if task.uses_pairs() else "bytes"
         check(
             self.vocab_size >= needed,
             "model.vocab_size",
@@ -255,6 +257,7 @@ class TaskData:
         # Runs from before these settings existed must keep their fingerprints.
         if self.config.keys == len(KEYS):
             del plain["keys"]
+        drop_newer(plain)
         for name in TASKS.keys() - _FIRST_TASKS - set(self.tasks):
             plain.pop(name, None)
         return hashlib.sha256(json.dumps([text, plain], sort_keys=True).encode()).hexdigest()

@@ -17,7 +17,7 @@ from natsl.files import check_name, child_folder, read_config, read_json, user_p
 from natsl.run import Run
 from natsl.space.check import check, check_choice
 from natsl.space.policy import RoutingPolicy
-from natsl.tasks import DataConfig
+from natsl.tasks import NEWER, DataConfig
 
 if TYPE_CHECKING:
     from natsl.model import RoutedLM
@@ -267,6 +267,8 @@ def stored_data(run: str | None, root: str, export: str | None) -> DataConfig:
             schema.tasks = {}  # else the default task would be added to those of the run
         if isinstance(settings, Mapping) and "field" not in settings:
             schema.field = ""  # older runs read .jsonl files as they are
+        for (task, name), value in NEWER.items():
+            schema[task][name] = value  # unless it is stored
         result = OmegaConf.to_object(OmegaConf.merge(schema, settings))
     except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{path} holds no data settings: {error}") from None

@@ -10,6 +10,7 @@ from natsl.errors import UserError
 from natsl.files import read_config, to_plain
 from natsl.run import Run
 from natsl.secrets import MASK, redact, redact_text
+from natsl.tasks import NEWER
 
 # Options and whole sections that a resumed run honours. Nothing else may change.
 FREE_ON_RESUME = (
@@ -65,6 +66,7 @@ def check_resume(run: Run, config: Any) -> frozenset[str]:
 
 
 _OF_SUPERNET = ("model", "train", "supernet")
+_OLDER = {f"data.{task}.{name}": value for (task, name), value in NEWER.items()}
 
 
 def is_free_on_resume(name: str) -> bool:
@@ -77,6 +79,7 @@ def _differences(
 ) -> Iterator[tuple[str, object, object]]:
     """Name, stored and present value of every option that differs. What an older version did not store was the default.
 
+    (Or what ``_OLDER`` says, where today's default is another.)
     A section that is not stored belongs to another command: the search that goes on from a training adds its own.
     """
     for item in fields(config):
@@ -86,6 +89,6 @@ def _differences(
             if isinstance(section, Mapping):
                 yield from _differences(f"{name}.", section, value, default)
             continue
-        old, new = stored.get(item.name, to_plain(default)), to_plain(value)
+        old, new = stored.get(item.name, _OLDER.get(name, to_plain(default))), to_plain(value)
         if old not in (new, redact(new)) and MASK not in str(old):  # a secret is not stored
             yield name, old, new

@@ -27,7 +27,7 @@ from natsl.progress import Progress
 from natsl.run import Run
 from natsl.signals import TerminatedError, sigterm_raises
 from natsl.space.check import check, check_counts
-from natsl.tasks import DataConfig
+from natsl.tasks import DataConfig, drop_newer
 
 
 @dataclass
@@ -88,6 +88,7 @@ class Job:
         for name in ("include", "exclude", "field"):
             if not parts[1][name]:  # results from before there was a choice keep their fingerprints
                 del parts[1][name]
+        drop_newer(parts[1])
         if relative and c.data.path is not None:
             parts[1]["path"] = os.path.relpath(c.data.path)
         text = json.dumps([parts, self.seed, c.budgets, c.random_draws], sort_keys=True)

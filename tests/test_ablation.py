@@ -86,6 +86,7 @@ def test_results_of_another_training_are_not_mixed(tmp_path: Path) -> None:
 
 def test_results_from_before_text_could_be_chosen_are_kept() -> None:
     c = config(Path("unused"))
+    c.data.mqar.shift = False
     job = Job(c, "base", 0, Path("unused"))
     assert job.fingerprint() == "a38d8f1f269aadaf"
     c.data.include = ["*.md"]

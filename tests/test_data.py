@@ -18,7 +18,7 @@ from natsl.data import Split, TaskData, load_text
 from natsl.tasks import TASKS, DataConfig
 from natsl.tasks.bytes import BytesTask
 from natsl.tasks.mqar import MqarConfig
-from natsl.tasks.needle import NeedleConfig
+from natsl.tasks.needle import Alphabet, NeedleConfig
 from natsl.tasks.sequences import Batch
 from natsl.tasks.task import Request, Task
 from tests.task_helpers import check_sequence, make_corpus, make_data, same
@@ -312,8 +312,17 @@ def test_as_many_keys_as_before_there_was_a_choice_is_the_same_data() -> None:
     assert first.fingerprint == second.fingerprint
     assert first.fingerprint != make_data(keys=63).fingerprint
     # checkpoints hold it: if it changed, older trainings could not be resumed
-    older = make_data(tasks={"bytes": 1.0, "mqar": 1.0, "needle": 1.0})
+    older = make_data(tasks={"bytes": 1.0, "mqar": 1.0, "needle": 1.0}, mqar=MqarConfig(shift=False))
     assert older.fingerprint == "e44187fbfab5184be9001699a152cd50d668e0e7202b613c7404fd9d7b6dce5c"
+
+
+def test_newer_options_count_where_they_change_the_sequences() -> None:
+    """The value is that of the version before there was ``data.mqar.shift``, with its defaults."""
+    older = make_data(tasks={"mqar": 1.0}, mqar=MqarConfig(shift=False))
+    assert older.fingerprint == "f96711c7107b64b838fa27918f6f40d8907ba7da71e22367be8b65753feab0c7"
+    assert older.fingerprint != make_data(tasks={"mqar": 1.0}).fingerprint
+    needles = make_data(mqar=MqarConfig(shift=False), needle=NeedleConfig(alphabet=Alphabet.bytes))
+    assert needles.fingerprint != make_data(mqar=MqarConfig(shift=False)).fingerprint
 
 
 @dataclass

@@ -13,9 +13,12 @@ from natsl.cli.commands import TrainRunConfig
 from natsl.config import TrainConfig
 from natsl.errors import UserError
 from natsl.files import read_config
+from natsl.load import stored_data
 from natsl.resume import FREE_ON_RESUME, check_resume, is_free_on_resume
 from natsl.run import Run
 from natsl.search.config import SearchConfig, SearchRunConfig
+from natsl.tasks import DataConfig
+from natsl.tasks.mqar import MqarConfig
 
 
 def leaves(config: Any, prefix: str = "") -> list[str]:
@@ -82,6 +85,18 @@ def test_an_older_run_without_todays_options_goes_on(tmp_path: Path) -> None:
     assert not check_resume(run, SearchRunConfig(seed=1))
     with pytest.raises(UserError, match=r"search.local_share: 0.35 then, 0.5 now"):
         check_resume(run, SearchRunConfig(seed=1, search=SearchConfig(local_share=0.5)))
+
+
+def test_an_older_run_has_the_sequences_that_it_was_trained_on(tmp_path: Path) -> None:
+    aligned = replace(SearchRunConfig(), data=DataConfig(mqar=MqarConfig(shift=False)))
+    run = stored(tmp_path, aligned)
+    plain = read_config(run.config)
+    del plain["data"]["mqar"]["shift"], plain["data"]["needle"]["alphabet"]
+    run.config.write_text(yaml.safe_dump(plain))
+    assert not check_resume(run, aligned)
+    assert stored_data("r", str(tmp_path), None) == aligned.data
+    with pytest.raises(UserError, match=r"\(data.mqar.shift: False then, True now\)"):
+        check_resume(run, SearchRunConfig())
 
 
 def test_a_search_may_go_on_from_a_training_of_its_name(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ class MqarConfig:
 
     A sequence is cut into segments of ``segment`` tokens. The share ``pair_share`` of them, at random places, holds
     ``segment / 2`` key–value pairs, the others hold text; the last ``query_segments`` ask for keys, each answered by
-    its value.
+    its value. ``shift``: whether the cut before the questions begins at a random token of each sequence, less than a
+    segment from its start, so that segments lie across the borders of chunks.
     """
 
     segment: int = 16
@@ -30,12 +31,14 @@ class MqarConfig:
     query_segments: int = 2
     easy_share: float = 0.0
     easy_pairs: list[int] = field(default_factory=lambda: [4, 8, 16])
+    shift: bool = True
 
     def __post_init__(self) -> None:
         check_counts(2, {"data.mqar.segment": self.segment})
         check(self.segment % 2 == 0, "data.mqar.segment", self.segment, "it must be even and ≥ 2")
         check(0 < self.pair_share < 1, "data.mqar.pair_share", self.pair_share, "it must lie in (0, 1)")
         check_counts(1, {"data.mqar.query_segments": self.query_segments})
+        check(type(self.shift) is bool, "data.mqar.shift", self.shift, "it must be true or false")
         check(0 <= self.easy_share <= 1, "data.mqar.easy_share", self.easy_share, "it must lie in [0, 1]")
         check(
             all(type(n) is int and n >= 1 for n in self.easy_pairs) and (self.easy_share == 0 or bool(self.easy_pairs)),
@@ -49,8 +52,8 @@ class MqarTask(Task[MqarConfig]):
     """Segments of pairs between contiguous text, then segments of queried keys.
 
     The keys of a sequence are distinct and so are its queries, while there are enough pairs. The number of pairs
-    follows from ``data.seq_len``, also in sequences of another length: these hold more or less text around them.
-    Easy training batches repeat a few pairs.
+    follows from ``data.seq_len``, also in sequences of another length: these hold more or less text around them, unless
+    pairs are asked to grow with the length. Easy training batches repeat a few pairs.
     """
 
     name = "mqar"
@@ -62,7 +65,7 @@ class MqarTask(Task[MqarConfig]):
         segment, share = self.config.segment, self.config.pair_share
         for name, value in (("data.seq_len", self.seq_len), ("length", length)):
             check(value % segment == 0, name, value, f"mqar needs a multiple of data.mqar.segment = {segment}")
-        pairs, pair_segments = self._pairs()
+        pairs, pair_segments = self._pairs(self.seq_len)
         check(
             pairs <= self.keys,
             "data.mqar.pair_share",
@@ -74,6 +77,12 @@ class MqarTask(Task[MqarConfig]):
         name = "data.seq_len" if length == self.seq_len else "length"
         check(length >= fewest, name, length, f"mqar needs at least {fewest}: pairs, queries and a segment of text")
 
+    def planted(self, length: int) -> tuple[int, int]:
+        """Pairs of sequences that grow with the length: as many as there are keys for, and as the share asks for."""
+        pairs, segments = self._pairs(length)
+        per_segment = self.config.segment // 2
+        return min(segments, self.keys // per_segment) * per_segment, pairs
+
     def make(self, text: Tensor, request: Request, generator: torch.Generator) -> Batch:
         """Sequences laid out segment by segment."""
         import torch
@@ -81,7 +90,8 @@ class MqarTask(Task[MqarConfig]):
         from natsl.tasks.sequences import append_questions, draw_pairs, draw_uniform, interleave, shuffles
 
         count, segment = request.count, self.config.segment
-        pairs, pair_segments = self._pairs()
+        pairs = self.planted(request.length)[0] if request.grow else self._pairs(self.seq_len)[0]
+        pair_segments = pairs // (segment // 2)
         queries = self.config.query_segments * segment
         context = request.length - queries  # tokens before the queries
         distinct = pairs
@@ -89,9 +99,15 @@ class MqarTask(Task[MqarConfig]):
             choice = int(draw_uniform(generator) * len(self.config.easy_pairs))
             distinct = min(self.config.easy_pairs[choice], pairs)
 
-        place = shuffles(count, context // segment, generator)[:, :pair_segments]
-        holds_pairs = torch.zeros(count, context // segment, dtype=torch.bool).scatter_(1, place, True)
+        cells = context // segment - int(self.config.shift)  # shifted, a segment is cut in two at the ends
+        place = shuffles(count, cells, generator)[:, :pair_segments]
+        holds_pairs = torch.zeros(count, cells, dtype=torch.bool).scatter_(1, place, True)
         is_pair = holds_pairs.repeat_interleave(segment, dim=1)  # [B, context]
+        if self.config.shift:
+            start = torch.randint(segment, (count, 1), generator=generator)
+            shifted = torch.arange(context) - start  # [B, context], the token's place in the grid
+            inside = (shifted >= 0) & (shifted < is_pair.shape[1])
+            is_pair = is_pair.gather(1, shifted.clamp(0, is_pair.shape[1] - 1)) & inside
 
         keys, values = draw_pairs(count, distinct, self.keys, generator)
         which = shuffles(count, pairs, generator) % distinct  # equals a permutation unless the batch is easy
@@ -100,7 +116,7 @@ class MqarTask(Task[MqarConfig]):
         body = interleave(text, is_pair, torch.stack((keys, values), dim=-1).flatten(1), generator)
         return append_questions(body, is_pair, keys.gather(1, query), values.gather(1, query))
 
-    def _pairs(self) -> tuple[int, int]:
-        """Pairs of a sequence and the segments that hold them."""
-        segments = max(1, math.floor(self.config.pair_share * (self.seq_len // self.config.segment) + 0.5))
+    def _pairs(self, length: int) -> tuple[int, int]:
+        """Pairs that the share asks for in a sequence of this length and the segments that hold them."""
+        segments = max(1, math.floor(self.config.pair_share * (length // self.config.segment) + 0.5))
         return segments * self.config.segment // 2, segments

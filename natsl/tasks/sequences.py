@@ -109,15 +109,21 @@ def interleave(text: Tensor, is_pair: Tensor, pairs: Tensor, generator: torch.Ge
     return body
 
 
+def text_targets(body: Tensor, is_pair: Tensor) -> Tensor:
+    """Targets [B, S] of a body: next bytes inside stretches of text, nothing at pairs, before them and at the end."""
+    targets = torch.full_like(body, IGNORED)
+    inside = ~(is_pair[:, :-1] | is_pair[:, 1:])  # a byte whose next token is the next byte of the text
+    targets[:, :-1] = torch.where(inside, body[:, 1:], IGNORED)
+    return targets
+
+
 def append_questions(body: Tensor, is_pair: Tensor, keys: Tensor, values: Tensor) -> Batch:
     """Append the queried keys; score next bytes inside stretches of text, and at each query its value.
 
     ``body`` and ``is_pair`` [B, S], ``keys`` and ``values`` [B, Q]; the batch has T = S + Q. Every occurrence of a
     queried key in the body and the value after it are relevant.
     """
-    targets = torch.full_like(body, IGNORED)
-    inside = ~(is_pair[:, :-1] | is_pair[:, 1:])  # a byte whose next token is the next byte of the text
-    targets[:, :-1] = torch.where(inside, body[:, 1:], IGNORED)
+    targets = text_targets(body, is_pair)
     recall = torch.zeros(body.shape[0], body.shape[1] + keys.shape[1], dtype=torch.bool)
     recall[:, body.shape[1] :] = True
     tokens = torch.cat((body, keys), dim=1)

@@ -20,13 +20,15 @@ class Request:
     """A batch to make: ``count`` sequences of ``length`` tokens, for training or held out.
 
     ``depth``: where everything to be recalled is planted, a share in [0, 1] of the text (None: as configured). Only
-    tasks with ``has_depth`` are sent one.
+    tasks with ``has_depth`` are sent one. ``grow``: what is to be recalled grows with the length (``Task.planted``)
+    instead of being as much as in ``data.seq_len`` tokens.
     """
 
     count: int
     length: int
     training: bool
     depth: float | None = None
+    grow: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,17 @@ class Task(ABC, Generic[C]):
 
     def check(self, length: int) -> None:
         """Raise ``ValueError`` if sequences of ``length`` tokens cannot be made."""
+
+    def uses_pairs(self) -> bool:
+        """Whether key and value tokens are used under these options."""
+        return self.needs_pairs
+
+    def planted(self, length: int) -> tuple[int, int]:
+        """How much a sequence holds that grows with the length, and how much it would hold with keys enough.
+
+        (0, 0) if nothing is planted.
+        """
+        return 0, 0
 
     @abstractmethod
     def make(self, text: Tensor, request: Request, generator: torch.Generator) -> Batch:
