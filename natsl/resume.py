@@ -34,9 +34,10 @@ FREE_ON_RESUME = (
     "search.min_failures",
     "search.random_draws",
     "search.uniform_budgets",
+    "search.lengths",
 )
 # What only the report depends on: it is made again if they change.
-REPORT_OPTIONS = frozenset({"search.random_draws", "search.uniform_budgets"})
+REPORT_OPTIONS = frozenset({"search.random_draws", "search.uniform_budgets", "search.lengths"})
 
 
 def check_resume(run: Run, config: Any) -> frozenset[str]:

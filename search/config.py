@@ -10,7 +10,8 @@ from natsl.config import ModelConfig, SupernetConfig, TrainConfig
 from natsl.files import check_name
 from natsl.search.samplers import Sampler
 from natsl.space.check import check, check_counts
-from natsl.space.space import SearchSpace
+from natsl.space.policy import Op
+from natsl.space.space import Control, SearchSpace
 from natsl.tasks import DataConfig
 from natsl.tracking import TrackingConfig
 
@@ -26,7 +27,10 @@ class SearchConfig:
         sampler.
     objectives: names from the registry in ``natsl.search.objective``, all minimised.
     constraints: upper bounds by objective name; what breaks one is no candidate for the front.
-    context: tokens, the length at which memory and compute are counted.
+    context: tokens, the length at which memory and compute are counted (null: ``data.seq_len``, where the fractions
+        that they are counted from are measured).
+    lengths: multiples of ``data.seq_len`` at which some points are measured again after the search, such as [1, 2, 4],
+        with more to recall in proportion; on a GPU also at ``context``.
     policies: JSON files of policies that are tried first (with a list per layer where
         ``space.granularity`` is head, else with one number).
     rungs: shares of the held-out sequences on which a policy is judged, one after another; one that is not among the
@@ -44,7 +48,8 @@ class SearchConfig:
     objectives: list[str] = field(default_factory=lambda: ["recall_error", "kept_fraction"])
     constraints: dict[str, float] = field(default_factory=dict)
     space: SearchSpace = field(default_factory=SearchSpace)
-    context: int = 32768
+    context: int | None = None
+    lengths: list[int] = field(default_factory=list)
     policies: list[str] = field(default_factory=list)
     rungs: list[float] = field(default_factory=lambda: [0.25, 1.0])
     random_draws: int = 5
@@ -56,7 +61,9 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         p = "search."
-        check_counts(1, {p + k: getattr(self, k) for k in ("n_trials", "context", "batch_size", "min_failures")})
+        check_counts(1, {p + k: getattr(self, k) for k in ("n_trials", "batch_size", "min_failures")})
+        check_counts(1, {p + "context": 1 if self.context is None else self.context})
+        check_counts(1, {f"{p}lengths[{i}]": factor for i, factor in enumerate(self.lengths)})
         check_counts(0, {p + "anchors": 0 if self.anchors is None else self.anchors})
         check_counts(2, {p + "random_draws": self.random_draws})
         check(len(self.objectives) > 0, p + "objectives", self.objectives, "at least one objective is needed")
@@ -101,3 +108,18 @@ class SearchRunConfig:
     def __post_init__(self) -> None:
         check_name(self.name, "name")
         check_counts(0, {"seed": self.seed})
+
+    def untrained_budgets(self) -> str | None:
+        """A line for a search whose layers may have larger budgets than any had in training (None: they may not).
+
+        Training draws means over the routed layers: one layer may have a multiple of that.
+        """
+        space, layers = self.search.space, self.model.layers.count(Op.routed)
+        seen = min(1.0, self.supernet.budget_max * layers)
+        asks = space.control is Control.budget and Op.routed in space.ops
+        if not asks or space.budget_max <= seen:
+            return None
+        return (
+            f"search.space.budget_max = {space.budget_max:g} asks for more than training saw: a layer had {seen:g} at "
+            f"most (supernet.budget_max = {self.supernet.budget_max:g} over {layers} routed layers)"
+        )

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 from natsl.search.controls.comparison import Comparison
+from natsl.search.lengths import Lengths
 from natsl.search.objective import OBJECTIVES, QUALITY
 from natsl.space.policy import RoutingPolicy
 
@@ -161,7 +162,8 @@ class Front:
     ``hypervolume`` is that of the search split after the last trial, ``history`` after each; ``hypervolume_test`` that
     of the points on the test split, on the same scale (null: a front of an older version). ``facts``: what else is
     worth telling (counts of trials, seconds), shown as it is. ``comparisons``: some points beside their controls, in
-    order of the fraction kept. ``families``: what the front is compared with as a whole.
+    order of the fraction kept. ``families``: what the front is compared with as a whole. ``lengths``: what is billed,
+    and what was measured again on longer sequences.
     """
 
     run: str
@@ -177,6 +179,7 @@ class Front:
     families: tuple[FamilyFront, ...] = ()
     hypervolume_test: float | None = None
     knee_choice: KneeChoice | None = None
+    lengths: Lengths | None = None
 
     @property
     def rows(self) -> list[Point | Baseline]:
@@ -241,6 +244,7 @@ class Front:
             "baselines": [item.to_dict() for item in self.baselines],
             "families": [item.to_dict() for item in self.families],
             "controls": [item.to_dict() for item in self.comparisons],
+            "lengths": None if self.lengths is None else self.lengths.to_dict(),
             "knee": self.knee,
             "knee_choice": None if self.knee_choice is None else self.knee_choice.to_dict(),
             "hypervolume": self.hypervolume,

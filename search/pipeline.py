@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from natsl.search.families import Sweep, Swept, listed
 from natsl.search.fault import reported_faults
 from natsl.search.front import Front, Point
 from natsl.search.journal import Journal
+from natsl.search.lengths import LengthRunner, Lengths
 from natsl.search.objective import OBJECTIVES, CostContext, Role, find_objectives
 from natsl.search.pareto import Scale, Volume
 from natsl.search.report.html import render
@@ -64,6 +65,8 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
     """
     device = resolve_device(config.device)
     config = take_settings(config)
+    if config.untrained_budgets():
+        _LOG.info("%s", config.untrained_budgets())
     if config.supernet_from is None:
         check_batch(config.model.layers, config.train, config.supernet)
     check_chunks(config.model.chunk_size, config.data.seq_len)
@@ -113,7 +116,8 @@ def make_problem(config: SearchRunConfig) -> Problem:
     objectives = find_objectives(config.search.objectives, tasks, config.search.constraints)
     given = [_read_first_policy(path, config) for path in config.search.policies]
     first = first_policies(config.search, model.layer_shapes(), model.chunk_size, given)
-    costs = CostContext(model.layer_shapes(), config.search.context)
+    context = config.data.seq_len if config.search.context is None else config.search.context
+    costs = CostContext(model.layer_shapes(), context)
     own = len(dict.fromkeys(policy.digest() for policy in given))
     return Problem(kinds, model.chunk_size, costs, objectives, first, own, _evaluation_flop(config, len(tasks)))
 
@@ -197,13 +201,15 @@ class _Search:
         with contextlib.closing(self._study(made_from)) as study:
             if not finished:
                 judge = make_judge(model.to(self.device), self.data, self.config.search)
-                return self._search(study, ScoreCache(folder.scores, made_from).judge(judge), outdated)
+                cache = ScoreCache(folder.scores, made_from)
+                lengths = LengthRunner(model, self.data, cache, self.config.search, self.problem.costs)
+                return self._search(study, cache.judge(judge), outdated, lengths)
             print_nothing_to_do(folder, trials_reported(folder))
             if self.config.export:
                 export_knee(folder)  # it is missing if the search was cut off after its report
             return None
 
-    def _search(self, study: PolicyStudy, judge: Judge, outdated: bool) -> Front:
+    def _search(self, study: PolicyStudy, judge: Judge, outdated: bool, lengths: LengthRunner) -> Front:
         folder, settings = self.folder, self.config.search
         if outdated:
             folder.report.unlink(missing_ok=True)  # so that the next call does not take the search for finished
@@ -213,6 +219,7 @@ class _Search:
         with reported_faults():
             scale = self._trials(study, scorer, journal)
             front = self._score(study, scorer, scale, judge)
+            front = replace(front, lengths=self._at_lengths(front, lengths, scorer))
         self._write(front)
         journal.front(front)
         exported = export_knee(folder) if self.config.export else None
@@ -290,6 +297,7 @@ class _Search:
         again = len(study.records) - len(history)
         if again:
             problems.append(f"{again} of them by a fault of the machine: the same command tries them again")
+        problems += [line for line in [self.config.untrained_budgets()] if line]
         problems += [f"part of the trials and scores is of other text: {other}" for other in self.others]
         return Front(
             run=self.folder.name,
@@ -348,6 +356,15 @@ class _Search:
                     )
                 )
         return tuple(item for item in found if item is not None)
+
+    def _at_lengths(self, front: Front, runner: LengthRunner, scorer: Scorer) -> Lengths:
+        """The points that were compared with controls and the two ends, measured at other lengths."""
+        kinds, chunk = self.problem.kinds, self.problem.chunk_size
+        policies = {item.of: front.point(item.of).policy for item in front.comparisons}
+        policies |= {"all-softmax": RoutingPolicy.all_softmax(kinds, chunk)}
+        policies |= {"all-delta": RoutingPolicy.all_delta(kinds, chunk)}
+        with Progress("lengths", len(policies) * len(runner.lengths)) as progress:
+            return runner.measure(policies, scorer.on_test, lambda name: progress.update(progress.done + 1, name))
 
     def _setting(self, sampler: Sampler) -> dict[str, Any]:
         data, settings = self.config.data, self.config.search

@@ -77,6 +77,10 @@ class ScoreCache:
 
         return Judge(search, search_each, test, random, control)
 
+    def evaluation(self, policy: RoutingPolicy, of: Mapping[str, Any], make: Callable[[], Evaluation]) -> Evaluation:
+        """The result of a policy on the sequences of the test split that ``of`` names, stored or new."""
+        return self._evaluation(Split.test, policy, of, make)
+
     def _evaluation(
         self,
         split: Split,

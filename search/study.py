@@ -358,7 +358,7 @@ def open_policy_study(
         return {
             "objectives": {item.name: item.direction for item in problem.objectives},
             "constraints": config.constraints,
-            "context": config.context,
+            "context": problem.costs.context,
             "space": config.space.fingerprint(),
             "first": [policy.digest() for policy in problem.first[:count]],
             "seed": seed,

@@ -125,7 +125,7 @@ def problem(config: SearchConfig, kinds: Sequence[Op] = ROUTED) -> Problem:
     """What a search over these kinds of layers asks."""
     objectives = find_objectives(config.objectives, {"mqar"}, config.constraints)
     first = first_policies(config, shapes(kinds), CHUNK, [])
-    return Problem(tuple(kinds), CHUNK, CostContext(shapes(kinds), config.context), objectives, first)
+    return Problem(tuple(kinds), CHUNK, CostContext(shapes(kinds), config.context or 384), objectives, first)
 
 
 def with_tasks(front: Front, *tasks: str) -> Front:

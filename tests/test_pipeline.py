@@ -124,26 +124,34 @@ def test_a_finished_search_does_nothing(done: tuple[Run, Front], text: str, caps
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def interrupted(
+    plain: Callable[..., Any],
+    at: int,
+    error: type[BaseException] | Exception = KeyboardInterrupt,
+    calls: list[None] | None = None,
+) -> Callable[..., Any]:
+    """The function, interrupted at its call number ``at``, or raising another error there.
+
+    ``calls``: counts those of several functions together.
+    """
+    made: list[None] = [] if calls is None else calls
+
+    def call(*args: Any, **named: Any) -> Any:
+        made.append(None)
+        if len(made) == at:
+            raise error
+        return plain(*args, **named)
+
+    return call
+
+
 def interrupt(
     monkeypatch: pytest.MonkeyPatch, at: int, error: type[BaseException] | Exception = KeyboardInterrupt
 ) -> None:
-    """Interrupt evaluations at call number ``at``, or raise another error there."""
-    calls = 0
-
-    def interrupted(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **named: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == at:
-                raise error
-            return plain(*args, **named)
-
-        return call
-
-    monkeypatch.setattr(score, "evaluate", interrupted(evaluate))
-    monkeypatch.setattr(score, "count", interrupted(count))
-    monkeypatch.setattr(rungs, "count", interrupted(count))
-    monkeypatch.setattr(rungs, "count_each", interrupted(count_each))
+    """Interrupt evaluations of a search at call number ``at``, or raise another error there."""
+    calls: list[None] = []
+    for module, function in ((score, evaluate), (score, count), (rungs, count), (rungs, count_each)):
+        monkeypatch.setattr(module, function.__name__, interrupted(function, at, error, calls))
 
 
 @pytest.mark.parametrize(

@@ -14,21 +14,11 @@ from typing import Any
 from natsl.space.check import check, check_counts
 from natsl.tasks.bytes import BytesTask
 from natsl.tasks.mqar import MqarConfig, MqarTask
-from natsl.tasks.needle import Alphabet, NeedleConfig, NeedleTask
+from natsl.tasks.needle import NeedleConfig, NeedleTask
 from natsl.tasks.task import Task
 from natsl.text import TextRules, absolute
 
 TASKS: dict[str, type[Task[Any]]] = {task.name: task for task in (BytesTask, MqarTask, NeedleTask)}
-
-# Options that came later → the value that makes the sequences of before, which runs that did not store them have.
-NEWER: dict[tuple[str, str], Any] = {("mqar", "shift"): False, ("needle", "alphabet"): Alphabet.tokens.value}
-
-
-def drop_newer(plain: dict[str, Any]) -> None:
-    """Take newer options with their older values out of plain data settings: such runs keep their fingerprints."""
-    for (task, name), older in NEWER.items():
-        if plain[task][name] == older:
-            del plain[task][name]
 
 
 def metrics() -> dict[str, str]:
@@ -126,3 +116,14 @@ class CalibrationDataConfig(OtherTextConfig):
 def _check_patterns(include: list[str], exclude: list[str]) -> None:
     for name, patterns in (("data.include", include), ("data.exclude", exclude)):
         check(all(patterns), name, patterns, "a pattern must not be empty")
+
+
+# Options that came later → the value that makes the sequences of before, which runs that did not store them have.
+NEWER: dict[tuple[str, str], Any] = {("mqar", "shift"): False, ("needle", "alphabet"): "tokens"}
+
+
+def drop_newer(plain: dict[str, Any]) -> None:
+    """Take newer options with their older values out of plain data settings: such runs keep their fingerprints."""
+    for (task, name), older in NEWER.items():
+        if plain[task][name] == older:
+            del plain[task][name]

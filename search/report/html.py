@@ -11,6 +11,7 @@ from natsl.search.objective import OBJECTIVES
 from natsl.search.report.chart import Axis, Mark, Marker, Series, chart, dumbbells, legend
 from natsl.search.report.controls import controls_section
 from natsl.search.report.headline import gain, headline
+from natsl.search.report.lengths import lengths_section
 from natsl.search.report.plane import axis, picture, planes, show
 from natsl.search.report.style import STYLE
 from natsl.space.policy import Op
@@ -26,6 +27,7 @@ def render(front: Front) -> str:
         _fronts(front),
         _families(front),
         _controls(front),
+        _lengths(front),
         _random(front),
         _budgets(front),
         _policies(front),
@@ -120,6 +122,15 @@ def _controls(front: Front) -> str:
         "next cheaper choice of heads and the others with the next dearer one, so that the mean cost is the router's."
     )
     return _section("What the router chooses", controls_section(front), note)
+
+
+def _lengths(front: Front) -> str:
+    body = lengths_section(front)
+    note = (
+        "Test split. Longer sequences hold more pairs and needles, in proportion and as far as there are keys, but ask "
+        "no more about pairs; the thresholds are those of the search. Costs are billed at the length of their table."
+    )
+    return _section("Longer sequences", body, note) if body else ""
 
 
 def _random(front: Front) -> str:

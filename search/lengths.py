@@ -1,0 +1,160 @@
+"""Policies of a front measured again on longer sequences, which hold more to recall. Imports no torch by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from natsl.search.objective import OBJECTIVES, CostContext, Role
+from natsl.space.policy import RoutingPolicy
+
+if TYPE_CHECKING:
+    from natsl.data import TaskData
+    from natsl.evaluate import Evaluation
+    from natsl.model import RoutedLM
+    from natsl.search.config import SearchConfig
+    from natsl.search.score_cache import ScoreCache
+    from natsl.tasks.sequences import Batch
+
+FEWEST = 4  # sequences of a task at any length, unless the test split has fewer
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Pairs or needles of a sequence, and how many it would hold with keys enough."""
+
+    count: int
+    wanted: int
+
+
+@dataclass(frozen=True)
+class AtLength:
+    """What was measured on test sequences of ``tokens`` tokens, ``sequences`` of each task.
+
+    ``planted``: of the tasks that plant something. ``measured``: name of a policy → its evaluation, as ``to_dict`` of
+    ``Evaluation``; ``costs``: name → every cost objective, billed at this length. ``left_out``: task or policy → why.
+    """
+
+    tokens: int
+    sequences: int
+    planted: dict[str, Planted]
+    measured: dict[str, dict[str, Any]]
+    costs: dict[str, dict[str, float]]
+    left_out: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "tokens": self.tokens,
+            "sequences": self.sequences,
+            "planted": {task: {"count": item.count, "wanted": item.wanted} for task, item in self.planted.items()},
+            "policies": {
+                name: {"measured": measured, "costs": self.costs[name]} for name, measured in self.measured.items()
+            },
+            "left_out": self.left_out,
+        }
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """At which lengths, in tokens, policies were searched (``searched_at``), billed and measured again, ascending."""
+
+    searched_at: int
+    billed_at: int
+    measured: tuple[AtLength, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "searched_at": self.searched_at,
+            "billed_at": self.billed_at,
+            "measured": [item.to_dict() for item in self.measured],
+        }
+
+
+class LengthRunner:
+    """Measures policies of a supernet at the lengths that a search names, each once: results go to its cache.
+
+    On a GPU costs may be billed at a length of their own, ``search.context``: policies are measured there as well.
+    """
+
+    def __init__(
+        self, model: RoutedLM, data: TaskData, cache: ScoreCache, config: SearchConfig, costs: CostContext
+    ) -> None:
+        self._model, self._data, self._cache = model, data, cache
+        self._config, self._costs = config, costs
+        own = data.config.seq_len
+        lengths = {factor * own for factor in config.lengths}
+        if model.embed.weight.device.type == "cuda" and costs.context != own:
+            lengths.add(costs.context)
+        self.lengths = tuple(sorted(lengths))
+
+    def measure(
+        self,
+        policies: Mapping[str, RoutingPolicy],
+        tested: Callable[[RoutingPolicy], Evaluation],
+        on_step: Callable[[str], None],
+    ) -> Lengths:
+        """The policies, by name, at every length; ``tested`` knows them at that of the search.
+
+        ``on_step`` is called after each of them.
+        """
+        own = self._data.config.seq_len
+        measured = tuple(
+            self._at(tokens, policies, tested if tokens == own else None, on_step) for tokens in self.lengths
+        )
+        return Lengths(self._data.config.seq_len, self._costs.context, measured)
+
+    def _at(
+        self,
+        tokens: int,
+        policies: Mapping[str, RoutingPolicy],
+        tested: Callable[[RoutingPolicy], Evaluation] | None,
+        on_step: Callable[[str], None],
+    ) -> AtLength:
+        own, test = self._data.config.seq_len, self._data.config.test_sequences
+        count = max(min(FEWEST, test), test * own // tokens)  # about as many tokens at every length
+        sets, left_out = self._sets(tokens, count)
+        found: dict[str, Evaluation] = {}
+        for name, policy in policies.items() if sets else ():
+            try:
+                found[name] = self._evaluate(policy, sets, tokens, count) if tested is None else tested(policy)
+            except FloatingPointError as error:
+                left_out[name] = str(error)
+            on_step(f"{name} at {tokens} tokens")
+        at = CostContext(self._costs.shapes, tokens)
+        costs = {name: _costs(evaluation, policies[name], at) for name, evaluation in found.items()}
+        planted = {task: Planted(*self._data.config.build(task).planted(tokens)) for task in sets}
+        return AtLength(
+            tokens=tokens,
+            sequences=count,
+            planted={task: item for task, item in planted.items() if item.wanted},
+            measured={name: evaluation.to_dict() for name, evaluation in found.items()},
+            costs=costs,
+            left_out=left_out,
+        )
+
+    def _sets(self, tokens: int, count: int) -> tuple[dict[str, Batch], dict[str, str]]:
+        """Test sequences of every task that has some of this length, and why others have none."""
+        from natsl.data import Split
+
+        sets, left_out = {}, {}
+        for task in self._data.tasks:
+            try:
+                sets[task] = self._data.batch(task, Split.test, count, seed=0, length=tokens, grow=True)
+            except ValueError as error:
+                left_out[task] = str(error)
+        return sets, left_out
+
+    def _evaluate(self, policy: RoutingPolicy, sets: Mapping[str, Batch], tokens: int, count: int) -> Evaluation:
+        from natsl.evaluate import evaluate
+
+        at_once = max(1, self._config.batch_size * self._data.config.seq_len // tokens)  # tokens of a pass stay as many
+        of = {"kind": "length", "tokens": tokens, "sequences": count, "tasks": sorted(sets)}
+        return self._cache.evaluation(policy, of, lambda: evaluate(self._model, policy, sets, batch_size=at_once))
+
+
+def _costs(evaluation: Evaluation, policy: RoutingPolicy, at: CostContext) -> dict[str, float]:
+    values = {name: item.value(evaluation, policy, at) for name, item in OBJECTIVES.items() if item.role is Role.cost}
+    return {name: value for name, value in values.items() if value is not None}
