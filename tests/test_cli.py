@@ -368,7 +368,7 @@ def test_help_names_every_option(search: Command) -> None:
         "Usage: ",
         "Examples:",
         "model=340m | 760m | small | tiny",
-        "experiment=bytes | needle | small | smoke",
+        "experiment=bytes | needle | small | smoke | unaligned",
         "name=search",
         "model.layers=[routed,routed,routed]",
         "search.sampler=null",
@@ -446,13 +446,13 @@ def test_model_presets(preset: str, millions: tuple[float, float], search: Comma
         assert config.softmax_heads == (12 if preset == "340m" else 18)
 
 
-@pytest.mark.parametrize("experiment", ["bytes", "needle", "small", "smoke"])
+@pytest.mark.parametrize("experiment", ["bytes", "needle", "small", "smoke", "unaligned"])
 def test_experiments_compose(experiment: str, search: Command) -> None:
     assert type(search(f"experiment={experiment}").job) is SearchRunConfig
 
 
 def test_presets_of_other_commands_are_not_offered(search: Command) -> None:
-    assert "the presets are bytes, needle, small, smoke" in mistake(search("experiment=ablation"))
+    assert "the presets are bytes, needle, small, smoke, unaligned" in mistake(search("experiment=ablation"))
 
 
 def test_presets_hold_differences_only(search: Command) -> None:
