@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from natsl.checkpoint import load_model
 from natsl.config import SupernetConfig
@@ -18,9 +20,11 @@ from natsl.files import read_config
 from natsl.run import Run
 from natsl.search.config import SearchConfig, SearchRunConfig
 from natsl.search.front import Front
-from natsl.search.lengths import AtLength, Lengths, Planted
+from natsl.search.lengths import AtLength, LengthRunner, Lengths, Planted
+from natsl.search.objective import CostContext
 from natsl.search.pipeline import make_problem, run_search
 from natsl.search.report.html import render
+from natsl.search.score_cache import ScoreCache
 from natsl.space import cost
 from natsl.space.policy import RoutingPolicy
 from natsl.space.space import Control, SearchSpace
@@ -154,6 +158,21 @@ def test_a_context_of_its_own_is_billed_and_told(text: str, tmp_path: Path) -> N
     again = replace(far, lengths=Lengths(64, 4096, (AtLength(4096, 1, {}, {"all-delta": {}}, {"all-delta": {}}, {}),)))
     assert "where some policies were measured again" in render(again)
     assert "were measured at" not in render(own)
+
+
+@pytest.mark.parametrize(
+    ("device", "context", "lengths"),
+    [("cpu", 4096, (64, 192)), ("cuda", 4096, (64, 192, 4096)), ("cuda", 64, (64, 192)), ("cuda", 192, (64, 192))],
+)
+def test_on_a_gpu_points_are_measured_at_the_context_too(
+    device: str, context: int, lengths: tuple[int, ...], text: str, tmp_path: Path
+) -> None:
+    config = tiny(tmp_path, text, lengths=[3, 1])
+    data = TaskData(config.data, load_text(text), config.model.vocab_size)
+    model: Any = SimpleNamespace(embed=SimpleNamespace(weight=SimpleNamespace(device=torch.device(device))))
+    cache = ScoreCache(tmp_path / "scores.jsonl", {})
+    at = CostContext(config.model.layer_shapes(), context)
+    assert LengthRunner(model, data, cache, config.search, at).lengths == lengths
 
 
 def test_an_older_search_keeps_the_length_that_it_was_billed_at(text: str, tmp_path: Path) -> None:
