@@ -19,7 +19,6 @@ from natsl.search.bench import __main__ as command
 from natsl.search.bench import problems, run
 from natsl.search.bench.__main__ import PROBLEMS, main, parser
 from natsl.search.bench.problems import quickstart, recorded_space, volume
-from natsl.search.bench.record import main as record
 from natsl.search.bench.report import passed
 from natsl.search.bench.run import Setting, curves
 from natsl.search.samplers import Sampler
@@ -79,7 +78,7 @@ def test_a_table_of_any_size_interpolates(tmp_path: Path) -> None:
 def test_a_recorded_run_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made, model = make_run(tmp_path), make_model()
     options = ["--levels", "0,.3,1", "--objectives", "val_loss,kept_fraction", "--device", "cpu"]
-    assert record([*options, "--run", str(made.path), "--out", str(tmp_path / "x.json")]) == 0
+    assert main(["record", *options, "--run", str(made.path), "--out", str(tmp_path / "x.json")]) == 0
     assert "9 policies" in capsys.readouterr().out
     plain = json.loads((tmp_path / "x.json").read_text())
     assert (plain["u"], plain["parts"]) == ([[0, 0.3, 1]] * 2, [0.25, 1])
@@ -109,7 +108,7 @@ def test_what_cannot_be_recorded_is_refused(
 ) -> None:
     made = make_run(tmp_path)
     common = ["--objectives", "val_loss,kept_fraction", "--run", str(made.path), "--out", str(tmp_path / "x.json")]
-    assert record([*common, *options]) == 1
+    assert main(["record", *common, *options]) == 1
     assert message in capsys.readouterr().err
 
 

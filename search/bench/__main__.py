@@ -2,6 +2,7 @@
 
     natsl bench search                                  all samplers on all problems
     natsl bench search --samplers sweep                 one of them again; the others' results stay
+    natsl bench search record --help                    record the space of a supernet of yours
     natsl bench search --proposals 10000                only time proposals, with so many trials in the study
 
 Problems: recorded policies of supernets (quickstart, small), a made-up one of 12 layers, HPOLib, NAS-Bench-201 and
@@ -62,7 +63,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    args = parser().parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["record"]:
+        from natsl.search.bench.record import main as record
+
+        return record(arguments[1:])
+    args = parser().parse_args(arguments)
     import optuna
 
     from natsl.search.bench.problems import PROBLEMS as MAKE

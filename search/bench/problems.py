@@ -25,7 +25,7 @@ from natsl.space.space import SNAP, SearchSpace
 Array = npt.NDArray[np.float64]
 Evaluated = tuple[Array, float]  # objectives, and by how much constraints are broken (≤ 0: they are kept)
 _WORTH = (0.1, 0.05, 0.5, 0.1, 0.3, 0.05, 0.7, 0.1, 0.2, 0.05, 0.4, 0.1)  # of the made-up layers
-TABLES = Path(__file__).parent  # of the recorded spaces: what natsl.search.bench.record writes
+TABLES = Path(__file__).parent  # of the recorded spaces: what natsl bench search record writes
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def volume(points: Array) -> float:
 def recorded_space(path: Path) -> Problem:
     """A supernet whose policies on a grid of u per layer were scored; values between them are interpolated.
 
-    The file is what ``natsl.search.bench.record`` writes; the interpolation is linear in every u.
+    The file is what ``natsl bench search record`` writes; the interpolation is linear in every u.
     """
     plain = json.loads(path.read_text(encoding="utf-8"))
     axes = [np.array(axis, dtype=np.float64) for axis in plain["u"]]
@@ -87,7 +87,7 @@ def small() -> Problem:
     """The supernet of ``experiment=small``: the same of 4 layers."""
     path = TABLES / "small.json"
     if not path.exists():
-        raise UserError(f"the problem small needs {path}, which natsl.search.bench.record makes")
+        raise UserError(f"the problem small needs {path}, which natsl bench search record makes")
     return recorded_space(path)
 
 

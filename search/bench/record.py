@@ -1,6 +1,6 @@
 """Record the space of a run's supernet as a table that the benchmark of the samplers searches at no cost.
 
-    python -m natsl.search.bench.record --run runs/search --levels 0,.2,.4,.6,.8,1 --out mine.json
+    natsl bench search record --run runs/search --levels 0,.2,.4,.6,.8,1 --out mine.json
 
 Every policy with one of the levels (values of u, see space/space.py) in each routed layer is scored on the search split
 of the run: on the first quarter of its sequences, and on all of them, so that a search that stops poor policies early
@@ -37,7 +37,7 @@ def _shares(text: str) -> list[float]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    out = argparse.ArgumentParser("python -m natsl.search.bench.record", description=(__doc__ or "").split("\n\n")[0])
+    out = argparse.ArgumentParser("natsl bench search record", description=(__doc__ or "").split("\n\n")[0])
     add = out.add_argument
     add("--run", type=Path, required=True, metavar="FOLDER", help="a run with a finished supernet")
     add("--levels", type=_shares, default=[0, 0.2, 0.4, 0.6, 0.8, 1], metavar="NUMBERS",
@@ -131,7 +131,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_text(args.out, json.dumps(table, separators=(",", ":")) + "\n")
     print(f"{len(table['values'][-1])} policies in {args.out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -132,7 +132,8 @@ def _draw(summaries: Sequence[dict[str, Any]], path: Path) -> None:
             if len(item["mean"]) > COUNTS[-1]:
                 axes.axhline(item["mean"][-1], color=color, linestyle=":", label=f"… at {len(item['mean'])}")
         starts = [item["mean"][min(14, len(item["mean"]) - 1)] for item in summaries if item["problem"] == problem]
-        axes.set_ylim(bottom=min(starts) - 0.002)
+        ends = [max(item["mean"]) + item["standard_deviation"][-1] for item in summaries if item["problem"] == problem]
+        axes.set_ylim(min(starts) - 0.002, max(ends) + 0.05 * (max(ends) - min(starts)) + 0.002)
         axes.set(title=problem, xlabel="evaluations")
         axes.grid(alpha=0.3)
         axes.legend()
