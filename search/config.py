@@ -20,7 +20,6 @@ from natsl.tracking import TrackingConfig
 class SearchConfig:
     """One search over the routing policies of a trained supernet.
 
-    sampler: null chooses by what an evaluation costs and ``n_trials``; the choice stays when the search is resumed.
     anchors: how many policies of the space's own are tried first, one-layer sweeps among them (null: a quarter of
         ``n_trials`` when the search begins).
     local_share: share of the trials that move a policy near the knee of the front a little instead of asking the
@@ -42,7 +41,7 @@ class SearchConfig:
     """
 
     n_trials: int = 140
-    sampler: Sampler | None = None
+    sampler: Sampler = Sampler.sweep
     anchors: int | None = None
     local_share: float = 0.35
     objectives: list[str] = field(default_factory=lambda: ["recall_error", "kept_fraction"])

@@ -47,7 +47,6 @@ from natsl.search.source import obtain_supernet, source_run, take_settings
 from natsl.search.storage import connect
 from natsl.search.study import PolicyStudy, Problem, Record, first_policies, open_policy_study
 from natsl.secrets import redact, redact_text
-from natsl.space.cost import prefill_flops
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks.sequences import IGNORED
 from natsl.tracking import Tracker, start_tracker
@@ -119,15 +118,7 @@ def make_problem(config: SearchRunConfig) -> Problem:
     context = config.data.seq_len if config.search.context is None else config.search.context
     costs = CostContext(model.layer_shapes(), context)
     own = len(dict.fromkeys(policy.digest() for policy in given))
-    return Problem(kinds, model.chunk_size, costs, objectives, first, own, _evaluation_flop(config, len(tasks)))
-
-
-def _evaluation_flop(config: SearchRunConfig, tasks: int) -> float:
-    """Operations of one evaluation of a policy that keeps everything, without the output head."""
-    shapes, data = config.model.layer_shapes(), config.data
-    policy = RoutingPolicy.all_softmax(config.model.layers, config.model.chunk_size)
-    kept = [float(shape.kind is not Op.delta) for shape in shapes]
-    return tasks * data.search_sequences * prefill_flops(shapes, policy, kept, data.seq_len)
+    return Problem(kinds, model.chunk_size, costs, objectives, first, own)
 
 
 def _read_first_policy(path: str, config: SearchRunConfig) -> RoutingPolicy:

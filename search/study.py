@@ -20,7 +20,8 @@ from natsl.search.fault import PERMANENT, TRANSIENT, check_machine, describe, wa
 from natsl.search.objective import CostContext, Objective, measure
 from natsl.search.pareto import non_dominated
 from natsl.search.rungs import Result, goes_on
-from natsl.search.samplers import Sampler, choose_sampler, make_sampler
+from natsl.search.samplers import Sampler, make_sampler
+from natsl.search.samplers.history import SHARE
 from natsl.search.storage import FINGERPRINT, Identity, OpenStudy, open_study, reported_errors
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy
@@ -29,7 +30,6 @@ from natsl.space.policy import Op, RoutingPolicy
 POLICY, EVALUATION, REASON, KNOWN = "policy", "evaluation", "reason", "same_as"
 FAULT = "transient"  # whether the reason is a fault of the machine
 PARTS = "parts"  # results of a trial on growing parts of the sequences, the last one that of its values
-SHARE = "share"  # of the sequences, on which a trial was judged (none: all)
 INDEX = "index"  # of a trial whose policy was given, not drawn by the sampler: which record it makes
 
 Evaluate = Callable[[RoutingPolicy, float], Evaluation]  # a policy on a share of the sequences
@@ -92,8 +92,7 @@ class Proposal:
 class Problem:
     """What is searched: the layers of the model, what cost is counted for, what is wanted, what is tried first.
 
-    ``given``: how many of ``first`` are the user's; the anchors of the space follow. ``evaluation_flop``: operations of
-    one evaluation, about.
+    ``given``: how many of ``first`` are the user's; the anchors of the space follow.
     """
 
     kinds: tuple[Op, ...]
@@ -102,7 +101,6 @@ class Problem:
     objectives: tuple[Objective, ...]
     first: tuple[RoutingPolicy, ...]
     given: int = 0
-    evaluation_flop: float = 0.0
 
     @property
     def heads(self) -> int:
@@ -348,13 +346,10 @@ def open_policy_study(
     """
 
     def fingerprint(stored: Mapping[str, Any]) -> dict[str, Any]:
-        """What is left to us, the sampler and the number of anchors, is chosen once, when the study is made."""
-        chosen = choose_sampler(problem.evaluation_flop, config.n_trials)
-        sampler = chosen.value if config.sampler is None else config.sampler.value
+        """The number of anchors, if it is left to us, is chosen once, when the study is made."""
         count = problem.given + (config.n_trials // 4 if config.anchors is None else config.anchors)
-        if stored:
-            sampler = stored.get("sampler", sampler) if config.sampler is None else sampler
-            count = len(stored.get("first", ())) if config.anchors is None else count
+        if stored and config.anchors is None:
+            count = len(stored.get("first", ()))
         return {
             "objectives": {item.name: item.direction for item in problem.objectives},
             "constraints": config.constraints,
@@ -362,7 +357,7 @@ def open_policy_study(
             "space": config.space.fingerprint(),
             "first": [policy.digest() for policy in problem.first[:count]],
             "seed": seed,
-            "sampler": sampler,
+            "sampler": config.sampler.value,
             "local_share": config.local_share,
             **({} if config.rungs == [1.0] else {"rungs": config.rungs}),  # a study from before there were any
             **made_from,

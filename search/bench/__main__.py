@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
         help="what is to be reached (tpe:500)")  # fmt: skip
     add("--seeds", type=positive, default=10, help="searches for each sampler (%(default)s)")
     add("--local-share", type=share, default=0.0, help="share of moves near the knee (%(default)s)")
+    add("--parts", action="store_true", help="judge policies on a part of the data first, where a problem has parts")
     add("--proposals", type=positive, metavar="TRIALS", help="time proposals in a study of so many trials instead")
     add("--out", type=Path, default=Path("runs/bench-search"), metavar="FOLDER", help="for results (%(default)s)")
     return out
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = f"{1000 * wall:.1f} ms, {1000 * busy:.1f} ms of CPU time"
             print(f"{sampler.value}: {text} a proposal, {args.proposals} trials of 12 numbers", flush=True)
         return 0
-    setting = Setting(args.seeds, args.trials // 4, args.local_share)
+    setting = Setting(args.seeds, args.trials // 4, args.local_share, args.parts)
     results = Results(args.out, setting, args.reference)
     for problem in [MAKE[name]() for name in args.problems]:
         for sampler in samplers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from dataclasses import dataclass
@@ -12,21 +13,31 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning
 
 from natsl.search.bench.problems import Array, Problem, layers, volume
+from natsl.search.rungs import Result, goes_on
 from natsl.search.samplers import Sampler, make_sampler
+from natsl.search.samplers.history import SHARE
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all samplers have in common: searches from seeds 0, 1, …, and how many of the problem's first ones."""
+    """What all samplers have in common.
+
+    Searches from seeds 0, 1, …; how many of the problem's first policies; the share of moves near the knee; whether
+    policies are judged on a part of the data first, where the problem has parts.
+    """
 
     seeds: int
     anchors: int
     local_share: float = 0.0
+    in_parts: bool = False
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Hypervolume [seeds, trials] after each trial, 1 is the best known front; seconds of a proposal."""
+    """Hypervolume [seeds, evaluations] after 1, 2, … evaluations' worth of data, 1 is the best known front.
+
+    ``seconds`` of a proposal.
+    """
 
     problem: str
     sampler: str
@@ -34,26 +45,54 @@ class Curves:
     seconds: float
 
 
-def curves(problem: Problem, sampler: Sampler, trials: int, setting: Setting) -> Curves:
-    """Searches of so many trials; a shorter one is the beginning of a longer one."""
-    volumes, seconds = np.zeros((setting.seeds, trials)), 0.0
+def curves(problem: Problem, sampler: Sampler, evaluations: int, setting: Setting) -> Curves:
+    """Searches of so many evaluations; a shorter one is the beginning of a longer one."""
+    in_parts = setting.in_parts and bool(problem.partial)
+    volumes, seconds, trials = np.zeros((setting.seeds, evaluations)), 0.0, 0
     for seed in range(setting.seeds):
         study = optuna.create_study(directions=["minimize"] * 2)
-        front = np.empty((0, 2))
-        for index in range(trials):
+        front, judge, done, index = np.empty((0, 2)), _Judge(problem), 0.0, 0
+        while done < evaluations:
             start = time.perf_counter()
-            if index < setting.anchors and index < len(problem.first):
+            anchor = index < setting.anchors and index < len(problem.first)
+            if anchor:
                 study.enqueue_trial(dict(problem.first[index]))
             trial = propose(study, problem.names, make_sampler(sampler, setting.local_share, seed, index))
             seconds += time.perf_counter() - start
-            values, broken = problem.evaluate(np.array([trial.params[name] for name in problem.names]))
+            u = np.array([trial.params[name] for name in problem.names])
+            share, values, broken = judge(u, everything=anchor or not in_parts)
             if problem.constrained:
                 trial.set_constraint("broken", broken)
+            if share < 1:
+                trial.set_user_attr(SHARE, share)
             study.tell(trial, values.tolist())
-            if broken <= 0:
+            if broken <= 0 and share == 1:
                 front = np.concatenate((front, values[None]))
-            volumes[seed, index] = volume(front) / problem.best
-    return Curves(problem.name, sampler.value, volumes, seconds / (setting.seeds * trials))
+            done, index = done + share, index + 1
+            volumes[seed, math.ceil(done - 1e-9) - 1 :] = volume(front) / problem.best
+        trials += index
+    name = sampler.value + (", in parts" if in_parts else "")
+    return Curves(problem.name, name, volumes[:, :evaluations], seconds / trials)
+
+
+class _Judge:
+    """Evaluates numbers on parts of the data, one after another, as a search does."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._parts = {**problem.partial, 1.0: problem.evaluate}
+        self._results: dict[float, list[Result]] = {share: [] for share in self._parts}
+
+    def __call__(self, u: Array, everything: bool) -> tuple[float, Array, float]:
+        """The share of the data that it was judged on, the objectives there, and by how much constraints are broken."""
+        for share, evaluate in self._parts.items():
+            values, broken = evaluate(u)
+            own = (*values.tolist(), max(0.0, broken))
+            same, complete = self._results[share], self._results[1.0]
+            stops = share < 1 and not everything and not goes_on(own, same, complete)
+            same.append(own)
+            if stops:
+                break
+        return share, values, broken
 
 
 def propose(study: optuna.Study, names: list[str], sampler: optuna.samplers.BaseSampler) -> optuna.Trial:

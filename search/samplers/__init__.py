@@ -31,17 +31,6 @@ class Sampler(Enum):
 DEAR = frozenset({Sampler.gp})
 
 
-# A Gaussian process pays off for so dear an evaluation (operations: about 2 s on one GPU) and so few trials.
-DEAR_FLOP = 1e14
-GP_TRIALS = 200
-
-
-def choose_sampler(evaluation_flop: float, n_trials: int) -> Sampler:
-    """What an undecided search uses when evaluations cost so much."""
-    dear = evaluation_flop >= DEAR_FLOP and n_trials <= GP_TRIALS
-    return Sampler.gp if dear else Sampler.sweep
-
-
 def make_sampler(sampler: Sampler, local_share: float, seed: int, index: int) -> BaseSampler:
     """The sampler of trial ``index``.
 
