@@ -371,7 +371,7 @@ def test_help_names_every_option(search: Command) -> None:
         "experiment=bytes | needle | small | smoke | unaligned",
         "name=search",
         "model.layers=[routed,routed,routed]",
-        "search.sampler=null",
+        "search.sampler=sweep",
         " | ".join(sampler.value for sampler in Sampler),
         "data.mqar.pair_share=0.25",
         "search.space.budget_max=1.0",
