@@ -63,7 +63,7 @@ class _SweepSampler(BaseSampler):
 def _propose(history: History, random: np.random.Generator) -> Array | None:
     """The next position [d], which was not tried; None: anything."""
     made = len(history.trials)
-    if made < _SWEPT:
+    if made < _SWEPT and len(history.front):  # where nothing keeps the constraints, a sweep hardly helps
         untried = _new(history, _sweep(history))
         if len(untried):
             choice: Array = untried[random.integers(len(untried))]
