@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from natsl.model import LMOutput, RoutedLM, Routes
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import metrics
 from natsl.tasks.sequences import IGNORED, Batch
+from natsl.tree import common_order
 
 
 @dataclass(frozen=True)
@@ -135,18 +135,19 @@ def count_each(
     each policy and sequence.
     """
     device, G = model.embed.weight.device, len(policies)
-    order = sorted(range(G), key=lambda i: json.dumps(policies[i].to_dict()["layers"]))  # common beginnings together
+    order = sorted(range(G), key=lambda i: common_order(policies[i]))
     parts: list[dict[str, list[Counts]]] = [{task: [] for task in sets} for _ in policies]
     broken: set[int] = set()
     model.eval()
     for group in (order[first : first + batch_size] for first in range(0, G, batch_size)):
-        size = max(1, batch_size // len(group))
+        size, trees = max(1, batch_size // len(group)), {}  # by the number of sequences
         for task, batch in sets.items():
             for first in range(0, len(batch), size):
                 part = batch.rows(slice(first, first + size)).to(device)
+                if len(part) not in trees:
+                    trees[len(part)] = model.compile_tree([policies[i] for i in group], len(part))
                 with torch.no_grad():
-                    tree = model.compile_tree([policies[i] for i in group], len(part))
-                    output = model(part.tokens, tree, targets=part.targets)
+                    output = model(part.tokens, trees[len(part)], targets=part.targets)
                 found = Counts.of(Batch.cat([part] * len(group)), output, model.config.chunk_size)
                 finite = output.loss.view(len(group), len(part), -1)[:, part.targets != IGNORED].isfinite().all(1)
                 broken |= {i for i, good in zip(group, finite.tolist(), strict=True) if not good}

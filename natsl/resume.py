@@ -22,8 +22,8 @@ FREE_ON_RESUME = (
     "tracking",
     "data.path",  # the text itself is compared, by its contents
     "search.policies",  # compared by their contents
-    "search.sampler",  # null keeps the study's, which compares any other
-    "search.anchors",  # the same
+    "search.sampler",  # the study compares it with its own
+    "search.anchors",  # null keeps the study's, which compares any other
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.log_every",
@@ -67,7 +67,7 @@ def check_resume(run: Run, config: Any) -> frozenset[str]:
 
 
 _OF_SUPERNET = ("model", "train", "supernet")
-_OLDER = {f"data.{task}.{name}": value for (task, name), value in NEWER.items()}
+_OLDER = {f"data.{task}.{name}": value for (task, name), value in NEWER.items()} | {"search.rungs": [1.0]}
 
 
 def is_free_on_resume(name: str) -> bool:

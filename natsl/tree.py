@@ -59,6 +59,11 @@ class PolicyTree:
         return LayerRouting(margins, routing.route[rows], routing.skip[rows])
 
 
+def common_order(policy: RoutingPolicy) -> list[str]:
+    """The key that sorts policies so that those with the same first layers are together."""
+    return [str(layer.to_dict()) for layer in policy.layers]
+
+
 def compile_tree(policies: Sequence[RoutingPolicy], compiled: CompiledPolicy, sequences: int) -> PolicyTree:
     """The tree of distinct policies, from these compiled for one row each."""
     device, G = compiled.threshold.device, len(policies)

@@ -5,6 +5,7 @@ Shapes: D draws, P policies, B sequences of a task, L layers, R routing heads.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import metrics
 
 DRAWS = 200
+_BLOCK = 25  # draws whose kept fractions are in memory at once
 
 Array = npt.NDArray[np.float64]
 
@@ -47,21 +49,23 @@ def resampled(
     """
     if not tested or all(len(counts) < 2 for counts in tested[0][1].values()):
         return []
-    means = _means([counts for _, counts in tested], seed, draws)
+    rng = np.random.default_rng(seed)
+    sizes = {task: len(first) for task, first in tested[0][1].items()}
+    weights = {task: rng.multinomial(n, np.full(n, 1 / n), size=draws) for task, n in sizes.items()}  # [D,B]
     names = [item.name for item in problem.objectives]
-    found: list[list[Values]] = []
-    for draw in range(draws):
-        try:
-            pairs = enumerate(tested)
-            found.append(
-                [
-                    measure(names, _evaluation(means, problem.kinds, draw, place), policy, problem.costs)
-                    for place, (policy, _) in pairs
-                ]
-            )
-        except FloatingPointError:
-            continue
-    return found
+    results: list[list[Values]] = []
+    for start in range(0, draws, _BLOCK):
+        block = {task: drawn[start : start + _BLOCK] for task, drawn in weights.items()}
+        means = _means([counts for _, counts in tested], block)
+        for draw in range(len(means.loss)):
+            with contextlib.suppress(FloatingPointError):
+                results.append(
+                    [
+                        measure(names, _evaluation(means, problem.kinds, draw, place), policy, problem.costs)
+                        for place, (policy, _) in enumerate(tested)
+                    ]
+                )
+    return results
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -69,15 +73,15 @@ def standard_error(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _means(tested: Sequence[Mapping[str, Counts]], seed: int, draws: int) -> _Means:
-    rng = np.random.default_rng(seed)
+def _means(tested: Sequence[Mapping[str, Counts]], drawn: Mapping[str, npt.NDArray[np.int64]]) -> _Means:
+    """``drawn``: task → how often each sequence was drawn, [D,B]."""
     layers, heads = next(iter(tested[0].values())).kept.shape[1:]
-    shape = (draws, len(tested))
+    shape = (len(next(iter(drawn.values()))), len(tested))
     nats, tokens, kept, chunks = np.zeros(shape), np.zeros(shape), np.zeros((*shape, layers, heads)), 0
     errors: dict[str, Array] = {}
     for task, first in tested[0].items():
         n = len(first)
-        weights = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)  # [D,B]
+        weights = drawn[task].astype(np.float64)
         sums = {
             name: weights @ np.stack([getattr(counts[task], name).double().numpy() for counts in tested], 1)
             for name in ("nats", "tokens", "right", "asked")

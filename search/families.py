@@ -170,12 +170,11 @@ class Swept:
     """A family on the search split.
 
     ``members``: those that keep all constraints and that no other dominates, which is what goes to the test split.
-    ``digests`` of all of its policies; ``hypervolume`` on the search split.
+    ``hypervolume`` on the search split.
     """
 
     family: Family
     members: tuple[Named, ...]
-    digests: frozenset[str]
     hypervolume: float
 
 

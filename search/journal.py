@@ -23,7 +23,8 @@ class Journal:
         numbers: dict[str, Any] = {"hypervolume": hypervolume, **(record.values or {})}
         if record.evaluation is not None:
             numbers |= {f"kept_layer_{i}": kept for i, kept in enumerate(record.evaluation.kept_by_layer)}
-        self._tracker.log({f"search/{key}": value for key, value in numbers.items()}, step=record.index)
+        shown = numbers if record.complete else {"hypervolume": hypervolume}  # values on a part are others
+        self._tracker.log({f"search/{key}": value for key, value in shown.items()}, step=record.index)
         row = {"event": "trial", "trial": record.id, "policy": record.policy.describe(), **numbers}
         row |= {} if record.complete else {"share": record.share}
         reason = {} if record.reason is None else {"failed": record.reason}

@@ -1,4 +1,4 @@
-"""Policies of a front measured again on longer sequences, which hold more to recall. Imports no torch by itself."""
+"""Policies of a front measured again on longer sequences, which hold more to recall."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from natsl.search.fault import describe
 from natsl.search.objective import OBJECTIVES, CostContext, Role
 from natsl.space.policy import RoutingPolicy
 
@@ -120,8 +121,8 @@ class LengthRunner:
         for name, policy in policies.items() if sets else ():
             try:
                 found[name] = self._evaluate(policy, sets, tokens, count) if tested is None else tested(policy)
-            except FloatingPointError as error:
-                left_out[name] = str(error)
+            except (ArithmeticError, ValueError, MemoryError, RuntimeError) as error:  # the report goes without it
+                left_out[name] = describe(error)
             on_step(f"{name} at {tokens} tokens")
         at = CostContext(self._costs.shapes, tokens)
         costs = {name: _costs(evaluation, policies[name], at) for name, evaluation in found.items()}

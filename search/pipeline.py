@@ -40,6 +40,7 @@ from natsl.search.pareto import Scale, Volume
 from natsl.search.report.html import render
 from natsl.search.report.png import front_png
 from natsl.search.report.terminal import print_front, print_nothing_to_do
+from natsl.search.rungs import useful
 from natsl.search.samplers import Sampler
 from natsl.search.score import Judge, Scorer, knee_choice, make_judge, score, steps_to_score
 from natsl.search.score_cache import ScoreCache
@@ -64,6 +65,8 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
     """
     device = resolve_device(config.device)
     config = take_settings(config)
+    rungs = useful(config.search.rungs, config.data.search_sequences)
+    config = replace(config, search=replace(config.search, rungs=rungs))
     if config.untrained_budgets():
         _LOG.info("%s", config.untrained_budgets())
     if config.supernet_from is None:
@@ -236,7 +239,7 @@ class _Search:
         first = study.first[: self.config.search.n_trials]
         if len(study.records) < len(first):
             with Progress("anchors", len(first)) as progress:
-                scorer.prepare(first, progress.update)
+                scorer.prepare(first, progress.update, trials=True)
         try:
             scale = scorer.scale()
         except FloatingPointError as error:

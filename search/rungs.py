@@ -42,6 +42,12 @@ def _covers(first: Result, second: Result) -> bool:
     return all(a <= b for a, b in zip(first, second, strict=True))
 
 
+def useful(shares: Sequence[float], sequences: int) -> list[float]:
+    """Those of the shares that add a sequence, where a task has so many."""
+    ends = {max(1, math.ceil(share * sequences)): share for share in reversed(shares)}  # the least of equal ones
+    return [*(share for end, share in sorted(ends.items()) if end < sequences), 1.0]
+
+
 class Parts:
     """Judges policies on growing parts of sequences: ``shares`` of those of every task, the last one all of them."""
 
@@ -64,8 +70,11 @@ class Parts:
             counts.append(count(self._model, policy, part, batch_size=self._batch_size))
         return self._sum(counts[:parts])
 
-    def judge_each(self, policies: Sequence[RoutingPolicy]) -> list[dict[float, Evaluation]]:
-        """Score distinct policies on every share, several in a pass (nothing of one whose results are not finite)."""
+    def judge_each(self, policies: Sequence[RoutingPolicy], trials: bool = True) -> list[dict[float, Evaluation]]:
+        """Score distinct policies on every share, several in a pass (nothing of one whose results are not finite).
+
+        The same whether they are ``trials`` or not.
+        """
         parts = [count_each(self._model, policies, part, batch_size=self._batch_size) for part in self._parts]
         results: list[dict[float, Evaluation]] = []
         for of_policy in zip(*parts, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import statistics
@@ -28,6 +29,7 @@ from natsl.search.pareto import Scale, dominates, family_dominates, non_dominate
 from natsl.search.rungs import Parts
 from natsl.search.study import Problem, Record
 from natsl.space.policy import Op, RoutingPolicy
+from natsl.tree import common_order
 
 R = TypeVar("R")
 
@@ -40,13 +42,14 @@ class Judge:
     """Evaluates policies: on the search split, on the test split, and there with random routing and other controls.
 
     ``search`` takes the policy and the share of the sequences, one of ``search.rungs``; ``search_each`` several
-    policies at once, and gives the results of each by share (none if they are not finite). ``test`` gives what is
-    counted in each task's sequences, of which an evaluation is the sum. ``random`` takes the policy, the fraction of
-    chunks that each layer keeps, and a seed; ``control`` the policy, the name of a control and the number of a draw.
+    policies at once, trials or not, and gives the results of each by share (none if they are not finite). ``test``
+    gives what is counted in each task's sequences, of which an evaluation is the sum. ``random`` takes the policy, the
+    fraction of chunks that each layer keeps, and a seed; ``control`` the policy, the name of a control and the number
+    of a draw.
     """
 
     search: Callable[[RoutingPolicy, float], Evaluation]
-    search_each: Callable[[Sequence[RoutingPolicy]], list[dict[float, Evaluation]]]
+    search_each: Callable[[Sequence[RoutingPolicy], bool], list[dict[float, Evaluation]]]
     test: Callable[[RoutingPolicy], dict[str, Counts]]
     random: Callable[[RoutingPolicy, tuple[float, ...], int], Evaluation]
     control: ControlCounts
@@ -98,15 +101,23 @@ class Scorer:
         return self.on_search(policy) if share == 1 else self._judge.search(policy, share)
 
     def prepare(
-        self, policies: Sequence[RoutingPolicy], on_step: Callable[[int, str], None] = lambda done, text: None
+        self,
+        policies: Sequence[RoutingPolicy],
+        on_step: Callable[[int, str], None] = lambda done, text: None,
+        *,
+        trials: bool = False,
     ) -> None:
-        """Score policies on the search split, several in a pass, so that asking for them later costs nothing."""
-        wanted = sorted(set(policies), key=lambda policy: [str(layer.to_dict()) for layer in policy.layers])
+        """Score policies on the search split, several in a pass, so that asking for them later costs nothing.
+
+        ``trials``: they are trials of the search. What cannot be scored is left to be asked for by itself.
+        """
+        wanted = sorted(set(policies), key=common_order)
         for first in range(0, len(wanted), self._group):
             group = wanted[first : first + self._group]
-            for policy, results in zip(group, self._judge.search_each(group), strict=True):
-                if results:
-                    self._search.setdefault(policy.digest(), results[1.0])
+            with contextlib.suppress(ValueError, MemoryError, RuntimeError):
+                for policy, results in zip(group, self._judge.search_each(group, trials), strict=True):
+                    if results:
+                        self._search.setdefault(policy.digest(), results[1.0])
             on_step(first + len(group), "")
 
     def on_test(self, policy: RoutingPolicy) -> Evaluation:
@@ -133,10 +144,11 @@ class Scorer:
         families are their own, the others beside the trials are of baselines.
         """
         tried = {record.policy.digest(): record.share for record in records if record.evaluation is not None}
+        complete = {digest for digest, share in tried.items() if share == 1}
         return {
             "trials": round(sum(tried.values()), 2),
-            "search split": len(self._search.keys() - tried.keys() - self._of_families),
-            "families": len(self._of_families - tried.keys()),
+            "search split": len(self._search.keys() - complete - self._of_families),
+            "families": len(self._of_families - complete),
             "test split": len(self._test) + self._drawn,
         }
 
@@ -186,8 +198,7 @@ class Scorer:
             self.problems.append(f"{len(failed)} policies of family {family.name} failed, the last one {failed[-1]}")
         kept = [good[i] for i in non_dominated([values for _, values in good], self.names)]
         volume = self.scale().hypervolume([values for _, values in kept])
-        digests = frozenset(named.policy.digest() for named in policies)
-        return Swept(family, tuple(named for named, _ in kept), digests, volume)
+        return Swept(family, tuple(named for named, _ in kept), volume)
 
     def _quality(self) -> str:
         """The measure of quality by which heads are chosen: the first objective that is one, else the first known."""
@@ -340,7 +351,7 @@ def score(
         on_step(f"random routing beside {points[place].id}")
     others += [control for control in controls if control is not None]
     families = scorer.family_fronts(points, swept, members)
-    digests = frozenset[str]().union(*(item.digests for item in swept))
+    digests = {named.policy.digest() for item in swept for named in item.members}
     single = [item for item in others if item.kind is Kind.random or item.policy.digest() not in digests]
     return tuple(_compared(point, single, families, scorer.names) for point in points), tuple(others), families
 

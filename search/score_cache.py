@@ -52,14 +52,18 @@ class ScoreCache:
         def search(policy: RoutingPolicy, share: float) -> Evaluation:
             return self._evaluation(Split.search, policy, _part(share), lambda: judge.search(policy, share))
 
-        def search_each(policies: Sequence[RoutingPolicy]) -> list[dict[float, Evaluation]]:
-            stored = [self._stored.get(_key(self._row(Split.search, policy, None))) for policy in policies]
+        def search_each(policies: Sequence[RoutingPolicy], trials: bool) -> list[dict[float, Evaluation]]:
+            # What is in a pass decides how it rounds: what is no trial is kept apart, and passes are made as a whole.
+            def row(share: float) -> dict[str, Any] | None:
+                return _part(share) if trials else {"kind": "family", "share": share}
+
+            stored = [self._stored.get(_key(self._row(Split.search, policy, row(1.0)))) for policy in policies]
             if None not in stored:
                 return [{1.0: evaluation} for evaluation in stored if evaluation is not None]
-            results = judge.search_each(policies)  # all of them again: what is in a pass decides how it rounds
+            results = judge.search_each(policies, trials)
             return [
                 {
-                    share: self._evaluation(Split.search, policy, _part(share), partial(_same, result))
+                    share: self._evaluation(Split.search, policy, row(share), partial(_same, result))
                     for share, result in sorted(of_policy.items())  # all sequences last: then the parts are stored too
                 }
                 for policy, of_policy in zip(policies, results, strict=True)

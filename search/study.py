@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +241,8 @@ class PolicyStudy:
 
     def _evaluate(self, proposal: Proposal, evaluate: Evaluate, probe: Callable[[], None]) -> Record:
         known = proposal.known
+        if known is not None and not known.complete and proposal.index < len(self.first):
+            proposal, known = replace(proposal, known=None), None  # these are judged on everything
         if known is not None and known.evaluation is not None:
             return self.tell(proposal, known.evaluation, known.parts, known.share)
         if known is not None:
@@ -273,8 +275,9 @@ class PolicyStudy:
             own = (*(values[name] for name in self._names), sum(max(0.0, value) for value in limited.values()))
             parts = (*parts, own)
             if share < 1 and proposal.index >= len(self.first):
-                same = [record.parts[rung] for record in self.records if len(record.parts) > rung]
-                complete = [record.parts[-1] for record in self.records if len(record.parts) == rungs]
+                others = [record.parts for record in self.records if record.same_as is None]
+                same = [item[rung] for item in others if len(item) > rung]
+                complete = [item[-1] for item in others if len(item) == rungs]
                 if not goes_on(own, same, complete):
                     break
         return evaluation, parts, share

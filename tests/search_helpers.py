@@ -95,7 +95,7 @@ def synthetic_judge() -> Judge:
     def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
         return synthetic(policy, f"random {seed}", useful=1.0)
 
-    def each(policies: Sequence[RoutingPolicy]) -> list[dict[float, Evaluation]]:
+    def each(policies: Sequence[RoutingPolicy], trials: bool) -> list[dict[float, Evaluation]]:
         return [{share: synthetic(policy, share) for share in SearchConfig().rungs} for policy in policies]
 
     return Judge(synthetic, each, synthetic_test, random, synthetic_counts)
@@ -104,7 +104,7 @@ def synthetic_judge() -> Judge:
 def searching(search: Callable[[RoutingPolicy, float], Evaluation]) -> Judge:
     """The judge of the synthetic supernet with another search split."""
 
-    def each(policies: Sequence[RoutingPolicy]) -> list[dict[float, Evaluation]]:
+    def each(policies: Sequence[RoutingPolicy], trials: bool) -> list[dict[float, Evaluation]]:
         results: list[dict[float, Evaluation]] = []
         for policy in policies:
             try:

@@ -99,8 +99,9 @@ def test_a_recorded_run_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("options", "message"),
     [
         (["--levels", ",".join(str(i / 200) for i in range(201))], "40401 policies are too many"),
-        (["--parts", ".25,.5"], "the last one must be 1"),
-        (["--objectives", "recall_error"], "needs the task mqar"),
+        (["--parts", ".25,.5"], "from above 0 to 1"),
+        (["--levels", ".2,1"], "they go from 0 to 1"),
+        (["--objectives", "recall_error,val_loss"], "needs the task mqar"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(

@@ -40,12 +40,10 @@ def rows(counts: Counts, pick: np.ndarray) -> Counts:
 
 def test_a_draw_is_the_evaluation_of_the_sequences_that_it_has() -> None:
     tested = [{"mqar": counted(7, seed), "needle": counted(5, seed + 10)} for seed in range(3)]
-    means = _means(tested, 4, 3)
     rng = np.random.default_rng(4)
-    picks = {
-        task: [np.repeat(np.arange(n), row) for row in rng.multinomial(n, np.full(n, 1 / n), size=3)]
-        for task, n in (("mqar", 7), ("needle", 5))
-    }
+    drawn = {task: rng.multinomial(n, np.full(n, 1 / n), size=3) for task, n in (("mqar", 7), ("needle", 5))}
+    means = _means(tested, drawn)
+    picks = {task: [np.repeat(np.arange(len(row)), row) for row in rows] for task, rows in drawn.items()}
     for draw in range(3):
         for place, counts in enumerate(tested):
             own = summary({task: rows(item, picks[task][draw]) for task, item in counts.items()}, KINDS)

@@ -110,6 +110,20 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(
     assert len(calls) == len(set(calls)) == len(done[1].lengths.measured[1].measured)  # type: ignore[union-attr]
 
 
+def test_a_fault_at_a_length_is_told_in_the_report(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Evaluation:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("natsl.evaluate.evaluate", fails)
+    front = run_search(tiny(tmp_path, text, **LONGER))
+    assert front is not None
+    assert front.lengths is not None
+    (longer,) = (item for item in front.lengths.measured if item.tokens == 128)
+    assert longer.measured == {}
+    assert set(longer.left_out.values()) == {"OutOfMemoryError: CUDA out of memory"}
+    assert "CUDA out of memory" in render(front)
+
+
 def test_lengths_can_be_asked_for_later(text: str, tmp_path: Path) -> None:
     first = run_search(tiny(tmp_path, text, n_trials=2))
     assert first is not None

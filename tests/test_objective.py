@@ -57,7 +57,7 @@ def front_of(names: list[str]) -> Front:
     plain = synthetic_judge()
     judge = Judge(
         lambda policy, share: complete(plain.search(policy, share)),
-        lambda policies: [{1.0: complete(plain.search(policy, 1.0))} for policy in policies],
+        lambda policies, trials: [{1.0: complete(plain.search(policy, 1.0))} for policy in policies],
         lambda policy: dict.fromkeys(metrics(), plain.test(policy)["mqar"]),
         lambda policy, fractions, seed: complete(plain.random(policy, fractions, seed)),
         plain.control,

@@ -520,7 +520,7 @@ def test_a_model_that_gives_nan_ends_the_search(
 
     plain = rungs.Parts.judge
     monkeypatch.setattr(rungs.Parts, "judge", judge)
-    monkeypatch.setattr(rungs.Parts, "judge_each", lambda self, policies: [{} for _ in policies])
+    monkeypatch.setattr(rungs.Parts, "judge_each", lambda self, policies, trials: [{} for _ in policies])
     with pytest.raises(UserError, match=error) as caught:
         run_search(tiny(tmp_path, text, anchors=7))
     assert isinstance(caught.value, SearchFailedError) == (bad == "routed")

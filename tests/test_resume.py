@@ -99,6 +99,16 @@ def test_an_older_run_has_the_sequences_that_it_was_trained_on(tmp_path: Path) -
         check_resume(run, SearchRunConfig())
 
 
+def test_an_older_search_goes_on_with_judging_policies_on_everything(tmp_path: Path) -> None:
+    run = stored(tmp_path, SearchRunConfig())
+    plain = read_config(run.config)
+    del plain["search"]["rungs"]
+    run.config.write_text(yaml.safe_dump(plain))
+    assert not check_resume(run, SearchRunConfig(search=SearchConfig(rungs=[1.0])))
+    with pytest.raises(UserError, match=r"search.rungs: \[1.0\] then, \[0.25, 1.0\] now"):
+        check_resume(run, SearchRunConfig())
+
+
 def test_a_search_may_go_on_from_a_training_of_its_name(tmp_path: Path) -> None:
     training = TrainRunConfig(train=TrainConfig(steps=3))
     run = stored(tmp_path, training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,14 @@ import pytest
 from natsl.data import Split
 from natsl.evaluate import Evaluation, count, summary
 from natsl.search.config import SearchConfig
-from natsl.search.rungs import FEWEST, Parts, goes_on
+from natsl.search.rungs import FEWEST, Parts, goes_on, useful
+from natsl.search.study import Proposal
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.tasks.sequences import Batch
 from tests.oracles import fill_calibration, tiny_model
 from tests.search_helpers import searched, synthetic
 from tests.task_helpers import make_data
-from tests.test_study import opened
+from tests.test_study import opened, outcome
 
 LINE = [(1 - i / 20, i / 20, 0.0) for i in range(20)]  # a front, none of which dominates another
 WORSE = [(a + 0.1, b + 0.1, c) for a, b, c in LINE]
@@ -97,6 +99,53 @@ def test_one_rung_judges_all_on_everything(tmp_path: Path) -> None:
     study = searched(tmp_path, SearchConfig(n_trials=20, rungs=[1.0]))
     assert {record.share for record in study.records} == {1.0}
     assert "rungs" not in study.fingerprint
+
+
+def test_a_search_stopped_anywhere_goes_on_as_a_straight_one(tmp_path: Path) -> None:
+    config = SearchConfig(n_trials=30, anchors=12, rungs=[0.25, 0.5, 1.0], constraints={"recall_error": 0.7})
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+    straight = opened(tmp_path / "straight", config)
+    straight.run(synthetic)
+    assert min(record.share for record in straight.records) < 1
+    calls = 0
+
+    def stopping(policy: RoutingPolicy, share: float) -> Evaluation:
+        nonlocal calls
+        calls += 1
+        if calls % 7 == 0:
+            raise KeyboardInterrupt
+        return synthetic(policy, share)
+
+    study = opened(tmp_path / "stopped", config)
+    while study.remaining:
+        with contextlib.suppress(KeyboardInterrupt):
+            study.run(stopping)
+        study.close()
+        study = opened(tmp_path / "stopped", config)
+    assert calls > 7
+    assert outcome(study.records) == outcome(straight.records)
+    assert [record.parts for record in study.records] == [record.parts for record in straight.records]
+
+
+def test_a_first_policy_that_was_stopped_as_another_trial_is_judged_on_everything(tmp_path: Path) -> None:
+    """It failed by a fault of the machine, came again as a trial of the sampler, and is then tried again itself."""
+    config = SearchConfig(n_trials=40, anchors=20)
+    study = opened(tmp_path, config)
+    study.run(synthetic)
+    stopped = next(record for record in study.records if record.share < 1)
+    proposal = Proposal(study._study.ask(), 5, stopped.policy, stopped)
+    record = study._evaluate(proposal, synthetic, lambda: None)
+    assert (record.share, record.same_as) == (1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("shares", "sequences", "left"),
+    [([0.25, 1.0], 32, [0.25, 1.0]), ([0.25, 1.0], 1, [1.0]), ([0.1, 0.2, 0.5, 1.0], 4, [0.1, 0.5, 1.0])],
+    ids=str,
+)
+def test_only_shares_that_add_a_sequence_are_used(shares: list[float], sequences: int, left: list[float]) -> None:
+    assert useful(shares, sequences) == left
 
 
 @pytest.mark.parametrize("rungs", [[], [0.5], [0.5, 0.5, 1.0], [0.0, 1.0], [1.0, 0.5], [1.0, 2.0]], ids=str)

@@ -205,6 +205,27 @@ def test_the_sweep_goes_to_where_constraints_are_kept() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("names", [("a",), ("a", "b")], ids=["one constraint", "two constraints"])
+def test_a_first_trial_that_failed_hides_no_constraint(names: tuple[str, ...]) -> None:
+    study = optuna.create_study(directions=["minimize"] * 2)
+    for index in range(12):
+        trial = study.ask()
+        for name in NAMES:
+            trial.suggest_float(name, 0.0, 1.0)
+        if index == 0:
+            trial.set_user_attr("reason", "it failed")
+            study.tell(trial, state=TrialState.FAIL)
+            continue
+        for name in names:
+            trial.set_constraint(name, 1.0)
+        study.tell(trial, (index / 12, 1 - index / 12))
+    history = history_of(study)
+    assert len(history.trials) == 12
+    assert len(history.front) == 0
+    assert history.broken.tolist() == [0.0, *[1.0] * 11]
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_what_else_is_in_the_study_does_not_disturb_the_sweep() -> None:
     alone, shared = two_objectives(), two_objectives()
     far = optuna.distributions.FloatDistribution(5.0, 9.0)

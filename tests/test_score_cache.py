@@ -49,9 +49,9 @@ class Counting:
             self.calls += 1
             return inner.search(policy, share)
 
-        def search_each(policies: Sequence[RoutingPolicy]) -> list[dict[float, Evaluation]]:
+        def search_each(policies: Sequence[RoutingPolicy], trials: bool) -> list[dict[float, Evaluation]]:
             self.calls += 1
-            return inner.search_each(policies)
+            return inner.search_each(policies, trials)
 
         def test(policy: RoutingPolicy) -> dict[str, Counts]:
             self.calls += 1
@@ -133,16 +133,28 @@ def test_fractions_of_tasks_are_stored_and_older_lines_have_none(tmp_path: Path)
 def test_several_policies_at_once_are_stored_with_their_parts_or_made_together_again(tmp_path: Path) -> None:
     path, counting = tmp_path / "scores.jsonl", Counting()
     first = judged(path, counting)
-    assert first.search_each([POLICY]) == synthetic_judge().search_each([POLICY])
-    assert first.search_each([POLICY]) == [{1.0: first.search(POLICY, 1.0)}]
+    assert first.search_each([POLICY], True) == synthetic_judge().search_each([POLICY], True)
+    assert first.search_each([POLICY], True) == [{1.0: first.search(POLICY, 1.0)}]
     assert counting.calls == 1
     assert first.search(POLICY, 0.25) != first.search(POLICY, 1.0)
     assert counting.calls == 1
-    assert first.search_each([POLICY, OTHER]) == synthetic_judge().search_each([POLICY, OTHER])
+    assert first.search_each([POLICY, OTHER], True) == synthetic_judge().search_each([POLICY, OTHER], True)
     later = judged(path, counting)
     assert [later.search(policy, 0.25) for policy in (POLICY, OTHER)] == [
         synthetic_judge().search(policy, 0.25) for policy in (POLICY, OTHER)
     ]
+    assert counting.calls == 2
+
+
+def test_what_families_are_judged_by_is_no_result_of_a_trial(tmp_path: Path) -> None:
+    """Passes of several policies round otherwise, and what is in one depends on more than the policy."""
+    path, counting = tmp_path / "scores.jsonl", Counting()
+    judge = judged(path, counting)
+    judge.search_each([POLICY], False)
+    assert counting.calls == 1
+    judge.search(POLICY, 1.0)
+    assert counting.calls == 2
+    assert judged(path, counting).search_each([POLICY], False) == judge.search_each([POLICY], False)
     assert counting.calls == 2
 
 

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--parts", type=_shares, default=list(PARTS), metavar="NUMBERS",
         help="shares of the sequences, the last of them 1 (.25,1)")  # fmt: skip
     add("--objectives", default="recall_error,kept_fraction", metavar="NAMES", help="%(default)s")
-    add("--context", type=positive, default=32768, help="tokens at which memory and compute count (%(default)s)")
+    add("--context", type=positive, help="tokens at which memory and compute count (those of the run's sequences)")
     add("--batch-size", type=positive, default=32, help="sequences (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<n> (%(default)s)")
     add("--out", type=Path, required=True, metavar="FILE", help="JSON; it is overwritten")
@@ -67,14 +67,18 @@ def record(args: argparse.Namespace) -> dict[str, Any]:
     from natsl.space.space import SearchSpace
     from natsl.tasks import OtherTextConfig
 
-    if args.parts[-1] != 1:
-        raise UserError(f"--parts = {args.parts} is not allowed: the last one must be 1")
+    if args.parts[-1] != 1 or args.parts[0] == 0:
+        raise UserError(f"--parts = {args.parts} is not allowed: they go from above 0 to 1")
+    if (args.levels[0], args.levels[-1]) != (0, 1):
+        raise UserError(f"--levels = {args.levels} is not allowed: they go from 0 to 1")
     device = resolve_device(args.device)
     run = Run.open(args.run.name, args.run.parent, create=False)
     model, made_from = checkpoint.load_model(run.supernet)
     choice = Choice(run=run.name, root=str(args.run.parent))
     data = held_out(choice, OtherTextConfig(), model.config.vocab_size, allow_other=False).data
     names = args.objectives.split(",")
+    if len(names) != 2:
+        raise UserError(f"--objectives = {args.objectives!r} is not allowed: the benchmark searches two")
     find_objectives(names, set(data.tasks), {})
     routed = [i for i, kind in enumerate(model.kinds) if kind is Op.routed]
     count = len(args.levels) ** len(routed)
@@ -85,7 +89,7 @@ def record(args: argparse.Namespace) -> dict[str, Any]:
         space.from_params({f"u.{i}": u for i, u in zip(routed, levels, strict=True)}, model.kinds, chunk)
         for levels in itertools.product(args.levels, repeat=len(routed))
     ]
-    costs = CostContext(model.config.layer_shapes(), args.context)
+    costs = CostContext(model.config.layer_shapes(), args.context or data.config.seq_len)
     parts = Parts(model.to(device), data.eval_sets(Split.search), args.parts, args.batch_size)
     values: list[list[list[float]]] = [[] for _ in args.parts]
     seconds, size = 0.0, 4 * args.batch_size  # policies between two signs of progress

@@ -133,6 +133,8 @@ def _series(front: Front, across: str, up: str) -> list[Series]:
         curve = _mixtures(members) if line else members
         drawn.append(Series(family.label, f"family{i % FAMILY_STYLES}", curve, line=line, size=2.4))
     drawn += [Series(label, kind.value, marks(of(kind)), shape, size=4) for kind, (label, shape) in _KINDS.items()]
+    if "uniform" not in {family.name for family in front.families}:
+        drawn.append(Series("one budget in every layer", f"family{FAMILY_STYLES - 1}", marks(of(Kind.uniform)), size=4))
     points = {point.id for point in front.points}
     random = [item for item in of(Kind.random) if item.of in points]
     drawn.append(Series("random routing, equal kept fractions", "random", marks(random), Marker.diamond, size=3.5))

@@ -44,7 +44,11 @@ class History:
         self.__dict__.pop("front", None)
         position = self.position(trial.params)
         limits = trial.constraints
-        self._constraints = self._constraints or list(limits)
+        if limits and not self._constraints:  # those before had no result, and so none of them
+            self._constraints = list(limits)
+            self._rows["broken"] = _Rows()
+            for _ in self.trials:
+                self._rows["broken"].add(np.full(len(limits), np.nan))
         self.trials.append(trial)
         self.tried.update(self.keys(position[None]))
         self._rows["positions"].add(position)
