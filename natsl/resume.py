@@ -56,16 +56,18 @@ def check_resume(run: Run, config: Any) -> frozenset[str]:
     refused = [
         f"{name}: {old!r} then, {new!r} now" for name, (old, new) in changes.items() if not is_free_on_resume(name)
     ]
+    of_search = all(name.startswith("search.") or is_free_on_resume(name) for name in changes)
     if refused:
         raise UserError(
             redact_text(
                 f"the run {run.name!r} was made under other settings ({', '.join(refused)}): "
-                "restore them or choose another name"
+                f"restore them or choose another name{_ANEW if of_search else ''}"
             )
         )
     return frozenset(changes)
 
 
+_ANEW = " (supernet_from=<this run> searches its supernet anew)"
 _OF_SUPERNET = ("model", "train", "supernet")
 _OLDER = {f"data.{task}.{name}": value for (task, name), value in NEWER.items()} | {"search.rungs": [1.0]}
 

@@ -62,6 +62,7 @@ class SearchConfig:
         p = "search."
         check_counts(1, {p + k: getattr(self, k) for k in ("n_trials", "batch_size", "min_failures")})
         check_counts(1, {p + "context": 1 if self.context is None else self.context})
+        check(len(set(self.lengths)) == len(self.lengths), p + "lengths", self.lengths, "each may come once")
         check_counts(1, {f"{p}lengths[{i}]": factor for i, factor in enumerate(self.lengths)})
         check_counts(0, {p + "anchors": 0 if self.anchors is None else self.anchors})
         check_counts(2, {p + "random_draws": self.random_draws})
@@ -72,7 +73,12 @@ class SearchConfig:
         for name, bound in self.constraints.items():
             check(math.isfinite(bound), f"{p}constraints.{name}", bound, "it must be a finite upper bound")
         rising = all(a < b for a, b in pairwise([0.0, *self.rungs]))
-        check(rising and self.rungs[-1:] == [1.0], p + "rungs", self.rungs, "they must rise from above 0 to 1")
+        check(
+            rising and self.rungs[-1:] == [1.0],
+            p + "rungs",
+            self.rungs,
+            "they must rise from above 0, and the last must be 1",
+        )
         for budget in self.uniform_budgets:
             check(0 < budget < 1, p + "uniform_budgets", budget, "each budget must lie in (0, 1)")
         check(0 <= self.local_share <= 1, p + "local_share", self.local_share, "it must lie in [0, 1]")

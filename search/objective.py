@@ -155,7 +155,7 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective(
             name="kv_bytes_per_token",
-            label="KV cache",
+            label="KV cache per token",
             unit="bytes/token",
             role=Role.cost,
             value=_kv_bytes,

@@ -23,6 +23,7 @@ from natsl.search.front import Front
 from natsl.search.lengths import AtLength, LengthRunner, Lengths, Planted
 from natsl.search.objective import CostContext
 from natsl.search.pipeline import make_problem, run_search
+from natsl.search.report.headline import headline
 from natsl.search.report.html import render
 from natsl.search.score_cache import ScoreCache
 from natsl.space import cost
@@ -84,6 +85,15 @@ def test_files_and_report_show_them(done: tuple[Run, Front]) -> None:
     assert "128 tokens" in page
     assert "16 to recall in mqar" in page
     assert "were measured at" not in page, "costs are billed where fractions were measured"
+
+
+def test_the_headline_has_the_knee_at_the_greatest_length(done: tuple[Run, Front]) -> None:
+    front = done[1]
+    name = front.comparisons[0].of
+    last = headline(replace(front, knee=name))[-1][0]
+    assert last.startswith(f"At 128 tokens {name} keeps ")
+    assert ", all-softmax " in last
+    assert not any(text.startswith("At 64") for text, _ in headline(replace(front, lengths=Lengths(64, 64))))
 
 
 @pytest.mark.parametrize("at", [1, 3])

@@ -185,7 +185,10 @@ def test_the_headline_compares_with_random_routing_and_baselines(front: Front) -
     assert "random routing at the same fractions" in lines[0][0]
     routed = [point for point in front.points if point.gain_over_random is not None]
     wins = sum(front.beats_random(point) is True for point in routed)
-    assert lines[2] == (f"Points at which learned routing beats random routing: {wins} of {len(routed)}.", True)
+    assert lines[2] == (
+        f"Points at which learned routing beats random routing: {wins} of the {len(routed)} compared.",
+        True,
+    )
     assert wins > len(routed) / 2
 
 
@@ -195,7 +198,7 @@ def test_a_router_that_does_not_beat_random_routing_is_told_so(front: Front) -> 
         for p in front.points
     )
     lines = headline(replace(front, points=worse))
-    assert lines[2][0].startswith("Points at which learned routing beats random routing: 0 of")
+    assert lines[2][0].startswith("Points at which learned routing beats random routing: 0 of the")
     assert lines[2][1] is False
     assert 'class="bad"' in render(replace(front, points=worse))
     assert 'class="gap good"' not in render(replace(front, points=worse))
@@ -250,8 +253,8 @@ def test_a_report_without_families_says_nothing_of_them(front: Front) -> None:
 def test_the_headline_tells_what_choosing_the_knee_costs(front: Front) -> None:
     choice = KneeChoice("t0007", 0.31, "t0012", 0.25)
     assert headline(replace(front, knee_choice=choice))[-1] == (
-        "Choosing the knee on the search split costs 0.0600 of the sum of scaled objectives on the test split, "
-        "where t0012 has the least.",
+        "Choosing the knee on the search split costs 0.0600: on the test split its sum of scaled objectives is "
+        "0.3100, that of t0012 0.2500, the least.",
         None,
     )
     same = headline(replace(front, knee_choice=replace(choice, best="t0007", best_sum=0.31)))[-1][0]

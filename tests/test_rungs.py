@@ -150,7 +150,7 @@ def test_only_shares_that_add_a_sequence_are_used(shares: list[float], sequences
 
 @pytest.mark.parametrize("rungs", [[], [0.5], [0.5, 0.5, 1.0], [0.0, 1.0], [1.0, 0.5], [1.0, 2.0]], ids=str)
 def test_rungs_rise_to_all_sequences(rungs: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"search.rungs = .* they must rise from above 0 to 1"):
+    with pytest.raises(ValueError, match=r"search.rungs = .* they must rise from above 0, and the last must be 1"):
         SearchConfig(rungs=rungs)
 
 

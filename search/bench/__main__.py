@@ -41,7 +41,8 @@ def _reference(text: str) -> tuple[str, int]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     called = sys.argv[0] if sys.argv[0].endswith("bench search") else "python -m natsl.search.bench"
-    out = argparse.ArgumentParser(called, description=(__doc__ or "").split("\n\n")[0])
+    more = "natsl bench search record --help: record the space of a supernet of yours"
+    out = argparse.ArgumentParser(called, description=(__doc__ or "").split("\n\n")[0], epilog=more)
     samplers = [sampler.value for sampler in Sampler]
     problems = [name for name in PROBLEMS if name != "small" or _SMALL.exists()]
     add = out.add_argument

@@ -31,7 +31,7 @@ def headline(front: Front) -> list[tuple[str, bool | None]]:
     compared = [verdict for verdict in verdicts if verdict is not None]
     if compared:
         wins = sum(compared)
-        text = f"Points at which learned routing beats random routing: {wins} of {len(compared)}."
+        text = f"Points at which learned routing beats random routing: {wins} of the {len(compared)} compared."
         lines.append((text, wins * 2 > len(compared)))
     comparison = front.comparison(knee.id)
     share = None if comparison is None else share_line(comparison)
@@ -46,7 +46,8 @@ def headline(front: Front) -> list[tuple[str, bool | None]]:
     lines.append((f"{text}: {free} of {whole}.", free * 2 > whole))
     if front.knee_choice is not None:
         lines.append((_knee_line(front.knee_choice), None))
-    return lines
+    longest = _length_line(front, knee.id)
+    return lines if longest is None else [*lines, (longest, None)]
 
 
 def family_line(front: Front) -> tuple[str, bool | None] | None:
@@ -87,11 +88,24 @@ def _oracle_line(comparison: Comparison) -> str | None:
     return f"At {comparison.of} the chunks that hold the answers would be cheaper and better: {'; '.join(found)}."
 
 
+def _length_line(front: Front, name: str) -> str | None:
+    """The point at the greatest length at which it was measured, beside all-softmax."""
+    lengths = front.lengths
+    measured = [item for item in lengths.measured if name in item.measured] if lengths is not None else []
+    if lengths is None or not measured or measured[-1].tokens == lengths.searched_at:
+        return None
+    of, softmax = measured[-1].measured[name], measured[-1].measured.get("all-softmax", {})
+    quality = front.quality
+    text = f"At {measured[-1].tokens:,} tokens {name} keeps {show('kept_fraction', of['kept_fraction'])}: "
+    text += f"{OBJECTIVES[quality].label} {show(quality, of.get(quality))}"
+    return f"{text}, all-softmax {show(quality, softmax.get(quality))}."
+
+
 def _knee_line(choice: KneeChoice) -> str:
     if choice.best == choice.point:
         return "The knee, chosen on the search split, has the least sum of scaled objectives on the test split too."
     cost = choice.sum - choice.best_sum
     return (
-        f"Choosing the knee on the search split costs {cost:.4f} of the sum of scaled objectives on the test split, "
-        f"where {choice.best} has the least."
+        f"Choosing the knee on the search split costs {cost:.4f}: on the test split its sum of scaled objectives is "
+        f"{choice.sum:.4f}, that of {choice.best} {choice.best_sum:.4f}, the least."
     )

@@ -54,7 +54,10 @@ def _summary(front: Front) -> str:
         style = "" if good is None else f' class="{"good" if good else "bad"}"'
         sign = "" if good is None else ("✓ " if good else "✗ ")
         lines.append(f"<li{style}>{sign}{escape(text)}</li>")
-    facts = {"points": len(front.points), "hypervolume": f"{front.hypervolume:.4f}", **front.facts.get("counts", {})}
+    volume = {"hypervolume, search split": f"{front.hypervolume:.4f}"}
+    if front.hypervolume_test is not None:
+        volume = {"hypervolume, test split": f"{front.hypervolume_test:.4f}"}
+    facts = {"points": len(front.points), **volume, **front.facts.get("counts", {})}
     cards = "".join(f"<div><b>{escape(str(value))}</b>{escape(str(name))}</div>" for name, value in facts.items())
     notes = "".join(f"<p class=bad>{escape(str(note))}</p>" for note in front.facts.get("problems", []))
     verdict = f'<ul class="verdict">{"".join(lines)}</ul>'
@@ -84,7 +87,7 @@ def _fronts(front: Front) -> str:
 
 
 def _families(front: Front) -> str:
-    if not front.families or front.hypervolume_test is None:
+    if not front.families or front.hypervolume_test is None or not front.points:
         return ""
 
     def row(name: str, text: str, search: float, test: float, last: str) -> str:
@@ -93,6 +96,9 @@ def _families(front: Front) -> str:
 
     rows = [row("front", f"{len(front.points)} policies", front.hypervolume, front.hypervolume_test, "<td></td>")]
     for item in sorted(front.families, key=lambda item: -item.hypervolume_test):
+        if not item.members:
+            rows.append(f"<tr><th>{escape(item.name)}</th><td>–</td><td>none keeps the constraints</td></tr>")
+            continue
         style = "" if item.is_beaten is None else f' class="{"good" if item.is_beaten else "bad"}"'
         text = f"{item.label}: {len(item.members)} policies"
         cell = f"<td{style}>{gain(item)}</td>"

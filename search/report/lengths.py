@@ -33,7 +33,7 @@ def lengths_section(front: Front) -> str:
 
 
 def _at(front: Front, item: AtLength) -> str:
-    notes = [f"{item.sequences} sequences of each task"]
+    notes = [f"{item.sequences} sequences of each task, other ones than at other lengths"]
     for task, planted in item.planted.items():
         capped = f", not {planted.wanted}: there are no more keys" if planted.count < planted.wanted else ""
         notes.append(f"{planted.count} to recall in {task}{capped}")

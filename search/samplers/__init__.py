@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Sampler(Enum):
     """How the next policy is proposed."""
 
-    gp = "gp"  # Gaussian process: the fewest evaluations, the dearest proposals
+    gp = "gp"  # Optuna's Gaussian process: the dearest proposals
     tpe = "tpe"  # multivariate tree-structured Parzen estimator
     nsga3 = "nsga3"
     random = "random"
