@@ -67,8 +67,6 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
     config = take_settings(config)
     rungs = useful(config.search.rungs, config.data.search_sequences)
     config = replace(config, search=replace(config.search, rungs=rungs))
-    if config.untrained_budgets():
-        _LOG.info("%s", config.untrained_budgets())
     if config.supernet_from is None:
         check_batch(config.model.layers, config.train, config.supernet)
     check_chunks(config.model.chunk_size, config.data.seq_len)
@@ -82,6 +80,9 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
         outdated = bool(check_resume(run, config) & REPORT_OPTIONS)
         others = keep_record(run, data, config.root, trained, config.allow_other_data)
         finished = trials_reported(run) >= config.search.n_trials and not outdated
+        untrained = config.untrained_budgets()
+        if untrained and not finished:
+            _LOG.info("%s", untrained)
         with Tracker() if finished else start_tracker(config.tracking, run, to_plain(config)) as tracker:
             search = _Search(config, run, data, problem, tracker, device, others, arguments)
             return search.run(finished, outdated)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,6 +31,13 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 # wrote shows in the result. An operation that has no deterministic algorithm may still run.
 torch.use_deterministic_algorithms(True, warn_only=True)
 assert torch.empty(3).isnan().all()
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """A command line keeps notes from the root logger; the ``caplog`` of the next test must not get them twice."""
+    yield
+    logging.getLogger("natsl").propagate = True
 
 
 @pytest.fixture(autouse=True)

@@ -42,10 +42,10 @@ def kept(model: RoutedLM, budget: float | tuple[float, ...], tokens: Tensor) -> 
 def test_budgets_keep_what_they_say(at_once: int, scope: CalibrationScope, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a tenth on the sequences of the calibration, at its budgets and between them, and nearly so on others."""
     monkeypatch.setattr(calibration, "PASS_TOKENS", at_once)
-    config = SupernetConfig(calibration=scope, calibration_sequences=400)
+    config = SupernetConfig(calibration=scope, calibration_sequences=800)
     model, data = made(config)
-    tokens = mixed_sequences(data, 400, seed_of("calibration", 0))
-    fresh = mixed_sequences(data, 400, 12345)
+    tokens = mixed_sequences(data, 800, seed_of("calibration", 0))
+    fresh = mixed_sequences(data, 800, 12345)
     for budget in (0.01, 0.025, 0.05, 0.07, 0.1, 0.25, 0.5, 0.8):
         near = 0.1 if budget > 0.01 or at_once > 640 else 0.2  # each pass has quantiles of its own
         for value in (budget, (budget, budget)):

@@ -30,7 +30,7 @@ def shipped() -> set[str]:
     files = {
         Path("natsl", *([] if folder == "natsl" else [folder]), path.relative_to(ROOT / folder)).as_posix()
         for folder in ("natsl", "kernels", "space", "search", "conf")
-        for suffix in ("*.py", "*.yaml", "tuned.json", "quickstart.json")
+        for suffix in ("*.py", "*.yaml", "tuned.json", "quickstart.json", "small.json")
         for path in (ROOT / folder).rglob(suffix)
         if "__pycache__" not in path.parts
     }

@@ -162,7 +162,6 @@ def test_threads_wait_passively_beside_other_work(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     use(monkeypatch, used)
-    monkeypatch.setattr(logging.getLogger("natsl"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="natsl"):
         assert chosen() == ({"OMP_WAIT_POLICY": "passive"} if passive else {})
     notes = [f"other work uses {used:.1f} of 2 cores: threads wait without spinning"] if passive else []
@@ -302,7 +301,6 @@ def test_a_resumed_training_takes_the_number_of_threads_it_began_with(
     train_supernet(unbroken, tiny_data(), recipe(), tmp_path / "unbroken")
     cut_off(tmp_path / "broken")
     torch.set_num_threads(3)
-    monkeypatch.setattr(logging.getLogger("natsl"), "propagate", True)
     seen = []
     resumed = make_model(init=1)
     with caplog.at_level(logging.INFO, logger="natsl"):
