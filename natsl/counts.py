@@ -15,6 +15,8 @@ from torch import Tensor
 from natsl.model import LMOutput
 from natsl.tasks.sequences import IGNORED, Batch
 
+_BY_SEQUENCE = ("nats", "tokens", "right", "asked", "kept")  # the tensors
+
 
 @dataclass(frozen=True, eq=False)
 class Counts:
@@ -53,21 +55,17 @@ class Counts:
 
     def rows(self, index: slice) -> Counts:
         """Some of the sequences."""
-        names = ("nats", "tokens", "right", "asked", "kept")
-        return Counts(**{name: getattr(self, name)[index] for name in names}, chunks=self.chunks)
+        return Counts(**{name: getattr(self, name)[index] for name in _BY_SEQUENCE}, chunks=self.chunks)
 
     @classmethod
     def cat(cls, parts: Sequence[Counts]) -> Counts:
         """The sequences of all parts, which have one length, in order."""
-        names = ("nats", "tokens", "right", "asked", "kept")
-        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in _BY_SEQUENCE}
         return cls(**joined, chunks=parts[0].chunks)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
-        names = ("nats", "tokens", "right", "asked", "kept")
-        plain = {name: getattr(self, name).tolist() for name in names}
-        return plain | {"chunks": self.chunks}
+        return {name: getattr(self, name).tolist() for name in _BY_SEQUENCE} | {"chunks": self.chunks}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Counts:

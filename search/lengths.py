@@ -1,4 +1,4 @@
-"""Policies of a front measured again on longer sequences, which hold more to recall."""
+"""Policies of a front measured again on longer sequences, which hold more to recall. Imports no torch by itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from natsl.search.fault import describe
 from natsl.search.objective import OBJECTIVES, CostContext, Role
 from natsl.space.policy import RoutingPolicy
 
@@ -114,6 +113,8 @@ class LengthRunner:
         tested: Callable[[RoutingPolicy], Evaluation] | None,
         on_step: Callable[[str], None],
     ) -> AtLength:
+        from natsl.search.fault import describe
+
         own, test = self._data.config.seq_len, self._data.config.test_sequences
         count = max(min(FEWEST, test), test * own // tokens)  # about as many tokens at every length
         sets, left_out = self._sets(tokens, count)

@@ -63,6 +63,12 @@ def family_dominates(members: Sequence[Values], other: Values, names: Sequence[s
     return any(mixture_dominates(first, second, other, names) for first, second in neighbours)
 
 
+def dominated_volume(points: npt.NDArray[np.float64]) -> float:
+    """Volume that points [n, objectives] dominate, up to 1 in every objective."""
+    inside = points[(points < 1).all(axis=1)]
+    return float(moocore.hypervolume(inside, ref=1.0)) if len(inside) else 0.0
+
+
 @dataclass(frozen=True)
 class Scale:
     """Maps objectives so that 0 is the better and 1 the worse of two reference policies (all-softmax and all-delta)."""
@@ -93,11 +99,7 @@ class Scale:
 
         1 is reached by a policy as good as the better reference in every objective at once.
         """
-        scaled = self.apply(values)
-        scaled = scaled[(scaled < 1).all(axis=1)]
-        if len(scaled) == 0:
-            return 0.0
-        return float(moocore.hypervolume(scaled, ref=1.0))
+        return dominated_volume(self.apply(values))
 
     def knee(self, values: Sequence[Values]) -> int | None:
         """Index of the policy with the least sum of scaled objectives (null: there is none)."""

@@ -44,8 +44,12 @@ def _covers(first: Result, second: Result) -> bool:
 
 def useful(shares: Sequence[float], sequences: int) -> list[float]:
     """Those of the shares that add a sequence, where a task has so many."""
-    ends = {max(1, math.ceil(share * sequences)): share for share in reversed(shares)}  # the least of equal ones
+    ends = {_end(share, sequences): share for share in reversed(shares)}  # the least of equal ones
     return [*(share for end, share in sorted(ends.items()) if end < sequences), 1.0]
+
+
+def _end(share: float, size: int) -> int:
+    return max(1, math.ceil(share * size))
 
 
 class Parts:
@@ -90,5 +94,5 @@ class Parts:
 
 def _rows(size: int, shares: Sequence[float], rung: int) -> slice:
     """The sequences that a rung adds, at least one of them at the first."""
-    ends = [0, *(max(1, math.ceil(share * size)) for share in shares)]
+    ends = [0, *(_end(share, size) for share in shares)]
     return slice(ends[rung], ends[rung + 1])

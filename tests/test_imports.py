@@ -170,6 +170,7 @@ LIGHT = [
     ("natsl.config", ["torch", "optuna", "wandb"]),
     ("natsl.space", ["torch", "numpy", "optuna", "hydra", "wandb"]),
     ("natsl.search.config", ["torch", "optuna", "wandb"]),
+    ("natsl.search.families", ["torch", "optuna", "wandb"]),
     ("natsl.cli.main", ["torch", "optuna", "hydra", "wandb"]),
     ("natsl.cli.commands", ["torch", "optuna", "wandb"]),
     ("natsl.load", ["torch", "optuna", "wandb"]),

@@ -14,11 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import moocore
 import numpy as np
 import numpy.typing as npt
 
 from natsl.errors import UserError
+from natsl.search.pareto import dominated_volume
 from natsl.space.policy import Op
 from natsl.space.space import SNAP, SearchSpace
 
@@ -47,12 +47,6 @@ class Problem:
     def names(self) -> list[str]:
         """Names of the parameters."""
         return [f"u.{i}" for i in range(self.size)]
-
-
-def volume(points: Array) -> float:
-    """Volume that points [n, objectives] dominate, up to 1 in every objective."""
-    inside = points[(points < 1).all(axis=1)]
-    return float(moocore.hypervolume(inside, ref=1.0)) if len(inside) else 0.0
 
 
 def recorded_space(path: Path) -> Problem:
@@ -130,7 +124,7 @@ def dtlz() -> Problem:
         out = problem.evaluate(u[None], return_as_dictionary=True)
         return out["F"][0] / reference, float(out["G"][0, 0])
 
-    return Problem("C2-DTLZ2", 12, evaluate, volume(kept / reference), constrained=True)
+    return Problem("C2-DTLZ2", 12, evaluate, dominated_volume(kept / reference), constrained=True)
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
@@ -175,7 +169,7 @@ def _recorded(name: str, family: str, data: str, objectives: Mapping[str, Callab
         index = np.minimum((u * counts).astype(int), counts - 1)
         return table[int((index * strides).sum())], 0.0
 
-    return Problem(name, len(choices), evaluate, volume(table))
+    return Problem(name, len(choices), evaluate, dominated_volume(table))
 
 
 def _interpolate(table: Array, axes: Sequence[Array], at: Array) -> Array:

@@ -12,7 +12,8 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning
 
-from natsl.search.bench.problems import Array, Problem, layers, volume
+from natsl.search.bench.problems import Array, Problem, layers
+from natsl.search.pareto import dominated_volume
 from natsl.search.rungs import Result, goes_on
 from natsl.search.samplers import Sampler, make_sampler
 from natsl.search.samplers.history import SHARE
@@ -69,7 +70,7 @@ def curves(problem: Problem, sampler: Sampler, evaluations: int, setting: Settin
             if broken <= 0 and share == 1:
                 front = np.concatenate((front, values[None]))
             done, index = done + share, index + 1
-            volumes[seed, math.ceil(done - 1e-9) - 1 :] = volume(front) / problem.best
+            volumes[seed, math.ceil(done - 1e-9) - 1 :] = dominated_volume(front) / problem.best
         trials += index
     name = sampler.value + (", in parts" if in_parts else "")
     return Curves(problem.name, name, volumes[:, :evaluations], seconds / trials)

@@ -110,6 +110,12 @@ class History:
         return [row.tobytes() for row in steps]
 
 
+def span_of(values: Array) -> Array:
+    """The range of each column, 1 where there is none."""
+    span = np.ptp(values, axis=0)
+    return np.where(span > 0, span, 1.0)
+
+
 def _share(value: float, item: FloatDistribution) -> float:
     if item.high <= item.low:
         return 0.0

@@ -11,7 +11,7 @@ from optuna import Study
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial
 
-from natsl.search.samplers.history import Array, history_of
+from natsl.search.samplers.history import Array, history_of, span_of
 
 Params = dict[str, Any]
 
@@ -29,8 +29,7 @@ def front_of(study: Study) -> tuple[list[FrozenTrial], Array]:
     if not len(front):
         return [], np.empty((0, len(study.directions)))
     values = history.values[history.valid]
-    span = np.ptp(values, axis=0)
-    scaled = (history.values[front] - values.min(axis=0)) / np.where(span > 0, span, 1.0)
+    scaled = (history.values[front] - values.min(axis=0)) / span_of(values)
     return [history.trials[i] for i in front.tolist()], scaled
 
 

@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial
 
-from natsl.search.samplers.history import Array, History, history_of
+from natsl.search.samplers.history import Array, History, history_of, span_of
 from natsl.search.samplers.model import Model
 from natsl.search.samplers.moves import change
 
@@ -105,7 +105,7 @@ def _parents(history: History) -> tuple[Array, Array]:
         least = valid[np.argsort(history.broken[valid], kind="stable")[:_PARENTS]]
         return history.positions[least], np.full(len(least), 1 / len(least))
     values = history.values[front]
-    scaled = values / _span(values)
+    scaled = values / span_of(values)
     gaps = np.full(len(front), 1e-9)
     for column in scaled.T:
         order = np.argsort(column, kind="stable")
@@ -140,7 +140,7 @@ class _Judge:
         hoped = mean - self._courage * deviation
         if not len(self._front):
             return -hoped[:, -1]
-        ahead = (self._front.T[:, None] - hoped.T[: self._count, :, None]) / _span(self._front)[:, None, None]
+        ahead = (self._front.T[:, None] - hoped.T[: self._count, :, None]) / span_of(self._front)[:, None, None]
         gain: Array = ahead.max(axis=0).min(axis=1)  # by how much no point of the front is as good
         if not self._constrained:
             return gain
@@ -163,9 +163,3 @@ def _log(values: Array) -> Array:
     scaled = values / np.where(middle > 0, middle, 1.0)
     out: Array = np.sign(scaled) * np.log1p(np.abs(scaled))
     return out
-
-
-def _span(values: Array) -> Array:
-    """The range of each column, 1 where there is none."""
-    span = np.ptp(values, axis=0)
-    return np.where(span > 0, span, 1.0)
