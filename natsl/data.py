@@ -66,17 +66,18 @@ class Corpus:
 def load_text(path: str | None = None, rules: TextRules | None = None, trained: TrainedText | None = None) -> Corpus:
     """Read a text file or a folder of them (None: the sources of the interpreter's standard library).
 
-    A folder is split by file, 90/5/5, on a hash of the relative name: a file stays in its part when others come or go.
-    One file, fewer than 20, or files that leave a part too small (likely below 100) are joined in the order of their
-    hashes and cut into contiguous spans. ``trained``: what a supernet was trained on; unless it is this very text with
+    A folder is split by file, 90/5/5, on a hash of the relative name, or of its first ``rules.split_depth`` folders: a
+    file stays in its part when others come or go. One file, fewer than 20, or files that leave a part too small (likely
+    below 100) are joined in the order of their hashes and cut into contiguous spans. ``trained``: what a supernet was trained on; unless it is this very text with
     this very split, files that match one of its names or contents are kept out of the held-out parts. What is read,
     and what is left out, goes to the log. Raises ``ValueError`` for a path that is missing or unreadable, that holds
     no text, or none that the supernet was not trained on.
     """
-    text = read_text(path, rules or TextRules())
+    rules = rules or TextRules()
+    text = read_text(path, rules)
     folder = printable(str(text.folder.absolute()))
     digests = {name: hashlib.sha256(contents).hexdigest() for name, contents in text.files.items()}
-    parts, how = _split(text.files)
+    parts, how = _split(text.files, rules)
     if trained is not None and _fingerprint(parts) != trained.text:
         matches = trained.matches(folder, {printable(name): sha256 for name, sha256 in digests.items()})
         rest = {name: contents for name, contents in text.files.items() if printable(name) not in matches}
@@ -86,7 +87,7 @@ def load_text(path: str | None = None, rules: TextRules | None = None, trained: 
                 "contents, so that none is left to judge it on"
             )
         if matches:
-            parts, how = _split(rest)
+            parts, how = _split(rest, rules)
             parts[Split.train] += [(name, contents) for name, contents in text.files.items() if name not in rest]
             how += f"; {len(text.files) - len(rest)} that the supernet was trained on are not held out"
     # Spans of several files have no name of a file, and those of one file share it.
@@ -117,18 +118,18 @@ def load_text(path: str | None = None, rules: TextRules | None = None, trained: 
 Parts = dict[Split, list[tuple[str, bytes]]]
 
 
-def _split(files: dict[str, bytes]) -> tuple[Parts, str]:
+def _split(files: dict[str, bytes], rules: TextRules) -> tuple[Parts, str]:
     if len(files) >= FEWEST_FILES:
         parts: Parts = {split: [] for split in Split}
         for name, text in files.items():
-            place = _place(name)
+            place = _place(rules.unit(name))
             split = Split.test if place < HELD_OUT else Split.search if place < 2 * HELD_OUT else Split.train
             parts[split].append((name, text))
         sizes = {split: sum(len(text) for _, text in part) for split, part in parts.items()}
         total = sum(sizes.values())
         if min(sizes[Split.search], sizes[Split.test]) >= 0.4 * HELD_OUT * total and 2 * sizes[Split.train] >= total:
-            return parts, "file"
-    order = sorted(files, key=lambda name: (_place(name), name))  # not by name: held-out text is like the rest
+            return parts, "folder" if rules.split_depth else "file"
+    order = sorted(files, key=lambda name: (_place(rules.unit(name)), name))  # not by name: held-out text is like the rest
     name, joined = "\n".join(order), b"".join(files[name] for name in order)
     test = round(len(joined) * (1 - HELD_OUT))
     search = round(len(joined) * (1 - 2 * HELD_OUT))
@@ -252,7 +253,7 @@ class TaskData:
     def fingerprint_with(self, text: str) -> str:
         """sha256 over settings and a text of this fingerprint: trainings of equal ones see the same sequences."""
         plain = to_plain(self.config)
-        for name in ("path", "include", "exclude", "field"):  # what they have read is what counts
+        for name in ("path", "include", "exclude", "field", "split_depth"):  # what they have read is what counts
             del plain[name]
         # Runs from before these settings existed must keep their fingerprints.
         if self.config.keys == len(KEYS):

@@ -35,12 +35,21 @@ class TextFile:
 
 @dataclass(frozen=True)
 class TextRules:
-    """Which files below a path are text; see ``DataConfig``. ``runs``: folders that are never entered."""
+    """Which files below a path are text, and by what they are split; see ``DataConfig``.
+
+    ``runs``: folders that are never entered.
+    """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     field: str | None = None
     runs: tuple[str, ...] = ()
+    split_depth: int = 0
+
+    def unit(self, name: str) -> str:
+        """What a file of this relative name is split by: names of one unit stay in one part."""
+        folders = name.split("/")[:-1][: self.split_depth]
+        return "/".join(folders) or name
 
     def allows(self, name: str) -> bool:
         """Whether the patterns let a file of this relative name in."""

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,42 @@ def test_files_keep_their_part_when_others_come(tmp_path: Path) -> None:
         for split in Split:
             inside = path.read_bytes() in as_bytes(before.part(split))
             assert inside == (path.read_bytes() in as_bytes(after.part(split)))
+
+
+def test_folders_stay_in_one_part(tmp_path: Path) -> None:
+    root = tmp_path / "packages"
+    for i in range(120):
+        folder = root / f"p{i % 40}" / f"inner{i % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.txt").write_bytes(words(i, 200))
+    config = DataConfig(path=str(root), split_depth=1, seq_len=64)
+    corpus = load_text(config.path, config.text_rules())
+    assert "by folder" in corpus.description
+    part_of: dict[str, set[str]] = {}
+    for file in corpus.contents:
+        part_of.setdefault(file.name.split("/")[0], set()).add(file.part)
+    assert len(part_of) == 40
+    assert all(len(parts) == 1 for parts in part_of.values())
+    assert {part for parts in part_of.values() for part in parts} == {"train", "search", "test"}
+    # one by one they are split otherwise, and two folders deep the folders inside are drawn apart
+    for depth, units in ((0, 120), (2, 120)):
+        rules = replace(config, split_depth=depth).text_rules()
+        assert load_text(config.path, rules).fingerprint != corpus.fingerprint
+        assert len({rules.unit(file.name) for file in corpus.contents}) == units
+    plain = TaskData(replace(config, split_depth=0), corpus, 512).fingerprint
+    assert TaskData(config, corpus, 512).fingerprint == plain  # what was read is what counts
+
+
+def test_few_folders_are_cut_into_spans_that_keep_them_together(tmp_path: Path) -> None:
+    root = tmp_path / "packages"
+    for i in range(30):
+        folder = root / f"p{i % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i:02d}.txt").write_bytes(b"%d" % (i % 3) * (100 + i))  # no copies
+    corpus = load_text(str(root), DataConfig(split_depth=1).text_rules())
+    assert "by span" in corpus.description
+    joined = b"".join(as_bytes(corpus.part(split)) for split in (Split.train, Split.search, Split.test))
+    assert sum(a != b for a, b in pairwise(joined)) == 2
 
 
 def test_copies_and_hidden_files_are_not_read(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ class DataConfig:
     sequences per task for judging trials and for the report. ``include`` / ``exclude``: patterns such as ``*.md`` or
     ``drafts/*`` for names below the folder (``*`` matches ``/`` too): only files that match one of the former (none:
     all) and none of the latter are read. ``field``: which field of each line of a ``.jsonl`` file is text (null: such
-    files are left out; empty: they are read as they are).
+    files are left out; empty: they are read as they are). ``split_depth``: files of a folder are split by so many of the
+    folders in their names instead of by the whole name (0), so that a part holds whole packages and long sequences stay
+    in one.
     """
 
     path: str | None = None
@@ -49,6 +51,7 @@ class DataConfig:
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
+    split_depth: int = 0
     field: str | None = None  # the last one: above it, `field` is the function
 
     def __post_init__(self) -> None:
@@ -67,13 +70,15 @@ class DataConfig:
             1,
             {"data.search_sequences": self.search_sequences, "data.test_sequences": self.test_sequences},
         )
+        check_counts(0, {"data.split_depth": self.split_depth})
         _check_patterns(self.include, self.exclude)
         if self.path is not None:
             self.path = absolute(self.path)
 
     def text_rules(self, *runs: str) -> TextRules:
         """Which files are text; ``runs``: folders of runs, which are never entered."""
-        return TextRules(tuple(self.include), tuple(self.exclude), self.field, tuple(map(os.path.expanduser, runs)))
+        folders = tuple(map(os.path.expanduser, runs))
+        return TextRules(tuple(self.include), tuple(self.exclude), self.field, folders, self.split_depth)
 
     def build(self, task: str) -> Task[Any]:
         """A task with its options; ``ValueError`` for an unknown name."""
