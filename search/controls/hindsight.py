@@ -41,7 +41,7 @@ def hindsight_layer(subject: Subject, learned: Learned, draw: int) -> Routing:
 
 
 def _chosen(subject: Subject, learned: Learned, by_head: bool) -> Routing:
-    policy, device = _undecided(learned.policy), subject.model.embed.weight.device
+    policy, device = learned.policy, subject.model.embed.weight.device
     size = max(1, subject.batch_size // _SMALLER)
     routes: dict[str, list[Tensor | None]] = {}
     for task, batch in subject.sets.items():
@@ -64,30 +64,42 @@ def choose(
     model: RoutedLM, policy: RoutingPolicy, batch: Batch, kept: Sequence[Tensor | None], by_head: bool
 ) -> list[Tensor | None]:
     """Routes [B,N,R] of 0 and 1 with as many chunks as ``kept`` has in each sequence, layer and head (or layer)."""
-    scored = batch.recall if bool(batch.recall.any()) else batch.targets != IGNORED
-    complete = batch.tokens.shape[1] // policy.chunk_size
     chosen = [None if route is None else torch.zeros_like(route, dtype=torch.float32) for route in kept]
+    if all(route is None for route in chosen):
+        return chosen
     for step in range(1, ROUNDS + 1):
-        leaves = [None if route is None else route.clone().requires_grad_() for route in chosen]
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        if not wanted:
-            break
-        with torch.enable_grad():
-            output = model(batch.tokens, policy, targets=batch.targets, routes=leaves, route_gradient=_INSERTION)
-            assert output.loss is not None, "the model was given targets"
-            gradients = iter(torch.autograd.grad(output.loss[scored].sum(), wanted))
-        for route, before in zip(kept, chosen, strict=True):
-            if route is None or before is None:
+        gains = gains_of(model, policy, batch, chosen)
+        for route, before, gain in zip(kept, chosen, gains, strict=True):
+            if route is None or before is None or gain is None:
                 continue
-            gain = -next(gradients)
-            if not bool(gain.isfinite().all()):
-                raise FloatingPointError("the gains of chunks are not finite")
-            gain[:, complete:] = -math.inf
+            gain[:, batch.tokens.shape[1] // policy.chunk_size :] = -math.inf
             total = _pools(route, by_head).sum(2)
             need = (total * step + ROUNDS // 2) // ROUNDS - _pools(before, by_head).sum(2).long()
             taken = take(_pools(gain.masked_fill(before > 0, -math.inf), by_head), need)
             before += taken.transpose(1, 2) if by_head else taken.view_as(before)
     return chosen
+
+
+def gains_of(
+    model: RoutedLM, policy: RoutingPolicy, batch: Batch, routes: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """What keeping each chunk takes off its sequence's loss under routes [B,N,R], in nats, to first order: [B,N,R].
+
+    Of the answers where the batch has some, else of all that is scored. ``policy``: routed where there are routes.
+    ``FloatingPointError`` if a gain is not finite.
+    """
+    scored = batch.recall if bool(batch.recall.any()) else batch.targets != IGNORED
+    leaves = [None if route is None else route.clone().requires_grad_() for route in routes]
+    with torch.enable_grad():
+        undecided = _undecided(policy)
+        output = model(batch.tokens, undecided, targets=batch.targets, routes=leaves, route_gradient=_INSERTION)
+        assert output.loss is not None, "the model was given targets"
+        loss = output.loss[scored].sum()
+        gradients = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None]))
+    gains = [None if leaf is None else -next(gradients) for leaf in leaves]
+    if not all(gain is None or bool(gain.isfinite().all()) for gain in gains):
+        raise FloatingPointError("the gains of chunks are not finite")
+    return gains
 
 
 def _pools(x: Tensor, by_head: bool) -> Tensor:
