@@ -15,9 +15,15 @@ if TYPE_CHECKING:
     from natsl.model import RoutedLM
     from natsl.search.config import SearchConfig
     from natsl.search.score_cache import ScoreCache
+    from natsl.tasks import DataConfig
     from natsl.tasks.sequences import Batch
 
 FEWEST = 4  # sequences of a task at any length, unless the test split has fewer
+
+
+def sequences_at(tokens: int, data: DataConfig) -> int:
+    """How many test sequences of a task there are at a length: about as many tokens in all at every length."""
+    return max(min(FEWEST, data.test_sequences), data.test_sequences * data.seq_len // tokens)
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,7 @@ class LengthRunner:
     ) -> AtLength:
         from natsl.search.fault import describe
 
-        own, test = self._data.config.seq_len, self._data.config.test_sequences
-        count = max(min(FEWEST, test), test * own // tokens)  # about as many tokens at every length
+        count = sequences_at(tokens, self._data.config)
         sets, left_out = self._sets(tokens, count)
         found: dict[str, Evaluation] = {}
         for name, policy in policies.items() if sets else ():

@@ -109,7 +109,7 @@ class Comparer:
     def _in_task(
         self, task: str, learned: Counts, found: Mapping[str, Sequence[Mapping[str, Counts]]]
     ) -> InTask | None:
-        metric, wrong, weights = _quality(task, learned)
+        metric, wrong, weights = task_quality(task, learned)
         if not float(weights.sum()):
             return None  # nothing is scored
         of_task = {name: [part[task] for part in parts if task in part] for name, parts in found.items()}
@@ -123,7 +123,7 @@ class Comparer:
         return InTask(task, metric, own, (*self._mixed(task, own), *rivals), share)
 
     def _rival(self, name: str, task: str, parts: Sequence[Counts]) -> Rival:
-        values = [_value(task, part) for part in parts]
+        values = [task_value(task, part) for part in parts]
         control = CONTROLS.get(name)
         trained = Trained.always if control is None else control.trained
         return Rival(
@@ -150,7 +150,7 @@ class Comparer:
         def mixed(amount: Callable[[Counts], float]) -> float:
             return (1 - weight) * amount(family[i]) + weight * amount(family[j])
 
-        value, kept, size = mixed(lambda part: _value(task, part)), mixed(self._kept), mixed(self._bytes)
+        value, kept, size = mixed(lambda part: task_value(task, part)), mixed(self._kept), mixed(self._bytes)
         return [replace(learned, name=STATIC, label=_STATIC_LABEL, value=value, kept=kept, bytes=size)]
 
     def _kept(self, counts: Counts) -> float:
@@ -164,17 +164,18 @@ class Comparer:
         return sum(float(kept[i]) * kv_token_bytes(self._shapes[i]) * self._chunk for i in self._routed)
 
 
-def _quality(task: str, counts: Counts) -> tuple[str, Tensor, Tensor]:
+def task_quality(task: str, counts: Counts) -> tuple[str, Tensor, Tensor]:
     """A task's own measure, with amounts and weights per sequence, float64 [B]: wrong answers, else nats of text."""
     if task in metrics() and bool(counts.asked.any()):
         return metrics()[task], (counts.asked - counts.right).double(), counts.asked.double()
     return "val_loss", counts.nats, counts.tokens.double()
 
 
-def _value(task: str, counts: Counts) -> float:
-    _, amounts, weights = _quality(task, counts)
+def task_value(task: str, counts: Counts) -> float:
+    """A task's own measure of quality, over all its sequences; smaller is better."""
+    _, amounts, weights = task_quality(task, counts)
     return float(amounts.sum() / weights.sum())
 
 
 def _mean_amounts(task: str, parts: Sequence[Counts]) -> Tensor:
-    return torch.stack([_quality(task, part)[1] for part in parts]).mean(0)
+    return torch.stack([task_quality(task, part)[1] for part in parts]).mean(0)

@@ -12,6 +12,7 @@ from natsl.search.report.plane import picture, planes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Colours that can be told apart with a colour weakness, on white.
 COLOURS = {
@@ -27,30 +28,45 @@ COLOURS = {
     "family5": "#7a6a5a",
     "knee": "#14171a",
 }
+_NARROW = 7.0  # inches, a single panel
 _MARKERS = {Marker.dot: "o", Marker.ring: "o", Marker.square: "s", Marker.diamond: "D", Marker.none: ""}
 
 
 def front_png(front: Front) -> bytes:
     """A PNG: each pair of objectives, then the loss on plain text over the fraction kept."""
+    panels = planes(front)
+    if any(item.measured.get("val_loss") is not None for item in front.rows):
+        panels = list(dict.fromkeys([*panels, ("kept_fraction", "val_loss")]))
+    columns = min(2, len(panels))
+    figure, axes = new_figure(-(-len(panels) // columns), columns, len(panels))
+    for place, (across, up) in zip(axes, panels, strict=True):
+        _draw(place, front, across, up)
+    return figure_png(figure, axes[0], f"{front.run}: {len(front.points)} policies on the front, test split")
+
+
+def new_figure(rows: int, columns: int, panels: int | None = None) -> tuple[Figure, list[Axes]]:
+    """A figure with ``rows`` × ``columns`` panels, row by row, or with the first ``panels`` of them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    panels = planes(front)
-    if any(item.measured.get("val_loss") is not None for item in front.rows):
-        panels = list(dict.fromkeys([*panels, ("kept_fraction", "val_loss")]))
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(6.2 * columns, 4.6 * rows + 0.9), layout="constrained", dpi=130)
-    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(len(panels))]
-    for place, (across, up) in zip(axes, panels, strict=True):
-        _draw(place, front, across, up)
-    handles, labels = axes[0].get_legend_handles_labels()
+    count = rows * columns if panels is None else panels
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+
+
+def figure_png(figure: Figure, legend_of: Axes, title: str) -> bytes:
+    """A PNG of a figure with a title and, below it, the legend of one panel."""
+    from matplotlib.text import Text
+
+    handles, labels = legend_of.get_legend_handles_labels()
     if handles:
-        ncols = 3 if columns > 1 else 2
+        ncols = 3 if figure.get_figwidth() > _NARROW else 2
         figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
-    figure.suptitle(f"{front.run}: {len(front.points)} policies on the front, test split", fontsize=12)
+    figure.suptitle(title, fontsize=12)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # dollars in a name are dollars
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()
