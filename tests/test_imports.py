@@ -118,7 +118,7 @@ def test_libraries_that_are_commands_only_call_their_verb() -> None:
                     assert source == "from natsl.cli.main import run_verb"
                     assert call in {f"run_verb({verb!r})" for verb in VERBS}
                     seen.add(module_name(path))
-    commands = ("train", "evaluate", "export", "generate", "throughput", "search.ablation")
+    commands = ("train", "evaluate", "export", "generate", "throughput")
     assert seen == {f"natsl.{name}" for name in commands}
 
 

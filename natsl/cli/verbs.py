@@ -74,8 +74,8 @@ VERBS = {
         Verb(
             "ablation",
             "train variants of a supernet and compare their routers",
-            "natsl.search.ablation:run_ablation",
-            "natsl.search.ablation:AblationConfig",
+            "natsl.search.ablation.command:run_ablation",
+            "natsl.search.ablation.config:AblationConfig",
         ),
     )
 }
