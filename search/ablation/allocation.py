@@ -56,10 +56,9 @@ def allocate(
     static heads (``family``, measured) at the fraction that it keeps itself, which is rarely the budget.
     """
     routed = [i for i, kind in enumerate(kinds) if kind is Op.routed]
-    total = budget * len(routed)
 
     def spread(layers: Sequence[int]) -> RoutingPolicy:
-        return layers_policy(kinds, chunk_size, dict.fromkeys(layers, min(1.0, total / len(layers))))
+        return layers_policy(kinds, chunk_size, dict.fromkeys(layers, min(1.0, budget * (len(routed) / len(layers)))))
 
     def gain(policy: RoutingPolicy) -> float:
         item = measure(policy)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -54,7 +57,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, devices: Sequence[str]) -> Itera
             while waiting or running:
                 while waiting and free:
                     device = free.popleft()
-                    running[pool.submit(run_job, waiting.popleft(), device)] = device
+                    running[pool.submit(_work, waiting.popleft(), device)] = device
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     free.append(running.pop(future))
                     yield future.result()
@@ -62,3 +65,16 @@ def run_jobs(jobs: Sequence[Job], workers: int, devices: Sequence[str]) -> Itera
             for child in multiprocessing.active_children():  # else the pool would wait for all jobs
                 child.terminate()
             raise
+
+
+def _work(job: Job, device: str) -> dict[str, Any]:
+    """A job in a process that ends with the one that made it, however that ends: nobody would know of its result."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    return run_job(job, device)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
