@@ -50,7 +50,7 @@ def test_a_table_by_hand(config: AblationConfig, results: list[dict[str, Any]]) 
         "| uniform: kept | learned / random heads / static heads | share | − base |"
     )
     assert lines[4] == (
-        "| base | 2.0000 | 4.0000 | 10.0 % | 1.3500 ± 0.0500 / 1.4500 / 1.5500 | 0.20 ± 0.14 | – "
+        "| base | 2.0000 | 4.0000 | 10.0 % | 1.3500 ± 0.0500 / 1.4500 / 1.5500 | 0.20 ± 0.14 (2 of 3) | – "
         "| 30.0 % | 1.4000 ± 0.0000 / 1.5000 / 1.6000 | – | – |"
     )
     # Mean −.04, standard deviation √.0007 = .02646, over √3: .01528. Uniform: +.1, +.1, +.2.
@@ -81,6 +81,7 @@ def test_one_seed_shows_the_error_over_sequences() -> None:
     assert share_text(own) == "-0.25 ± 0.50"
     assert share_text([replace(own[0], share_error=None)]) == "-0.25"
     assert share_text([replace(own[0], share=None)]) == "–"
+    assert share_text([replace(own[0], share=None, seed=1), *own]) == "-0.25 ± 0.50 (1 of 2)"
 
 
 def test_lengths_tasks_and_budgets_have_tables_of_their_own(
@@ -173,6 +174,10 @@ def test_pictures_show_what_is_drawn(results: list[dict[str, Any]], monkeypatch:
     assert drawn["learned, uniform"] == [([300.0], [pytest.approx(1.4)], None)]
     assert drawn["oracle"] == [([50.0], [pytest.approx(1.25)], None)]
     assert drawn["random heads"] == [([100.0], [pytest.approx(1.45)], None)]
+
+
+def test_a_policy_that_was_not_scored_is_left_out_of_the_picture() -> None:
+    assert is_png(loss_png([result("base", 0, [judged("uniform", BUDGET, 1.0)])], "base"))
 
 
 def test_pictures_without_results() -> None:

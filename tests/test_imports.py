@@ -171,6 +171,7 @@ LIGHT = [
     ("natsl.space", ["torch", "numpy", "optuna", "hydra", "wandb"]),
     ("natsl.search.config", ["torch", "optuna", "wandb"]),
     ("natsl.search.families", ["torch", "optuna", "wandb"]),
+    ("natsl.search.ablation.command", ["torch", "optuna", "wandb", "matplotlib"]),
     ("natsl.cli.main", ["torch", "optuna", "hydra", "wandb"]),
     ("natsl.cli.commands", ["torch", "optuna", "wandb"]),
     ("natsl.load", ["torch", "optuna", "wandb"]),

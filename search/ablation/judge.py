@@ -160,7 +160,7 @@ class Judge:
             try:
                 counts = sequences.counts(policy)
             except FloatingPointError:
-                continue  # a control of static heads has said so
+                continue  # noted where the router was compared
             for task, own in counts.items():
                 metric, _, weights = task_quality(task, own)
                 if float(weights.sum()):

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from natsl.search.ablation.record import Row, Spread, anchors, deviation, mean, rows
+from natsl.search.ablation.record import Row, Spread, anchors, deviation, mean, mean_share, rows
 from natsl.search.controls.comparison import LEARNED
 from natsl.search.objective import BYTES, OBJECTIVES
 from natsl.search.report.png import COLOURS, figure_png, new_figure
@@ -33,8 +33,9 @@ def share_png(results: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> 
     for place, (task, spread) in zip(axes, [(task, spread) for task in tasks for spread in Spread], strict=False):
         for i, name in enumerate(variants):
             line = [row for row in own if (row.task, row.spread, row.variant) == (task, spread, name)]
-            points = [(budget, *found) for budget, of in _by_budget(line) if (found := _share(of)) is not None]
-            _line(place, name, i, points)
+            shares = [(budget, mean_share(of_budget)) for budget, of_budget in _by_budget(line)]
+            known = [(budget, *share) for budget, share in shares if share is not None]
+            _line(place, name, i, [(budget, value, error or 0.0) for budget, value, error in known])
         if all(row.share is None for row in own if (row.task, row.spread) == (task, spread)):
             place.text(0.5, 0.55, "nothing to select", transform=place.transAxes, ha="center")
         place.axhline(0, color=COLOURS["knee"], linewidth=0.8)
@@ -55,6 +56,7 @@ def loss_png(results: Sequence[Mapping[str, Any]], variant: str) -> bytes:
     figure, axes = new_figure(1, max(len(tasks), 1))
     for place, task in zip(axes, tasks, strict=False):
         best, uniform = ([row for row in own if (row.task, row.spread) == (task, spread)] for spread in Spread)
+        metric = next(row.metric for row in own if row.task == task)
         for i, name in enumerate(names):
             _line(place, name.replace("_", " "), i + (i >= _DASHED), _qualities(best, name))
         _line(place, "learned, uniform", _DASHED, _qualities(uniform, LEARNED))  # as learned, but dashed
@@ -63,22 +65,12 @@ def loss_png(results: Sequence[Mapping[str, Any]], variant: str) -> bytes:
             if value is not None:
                 place.axhline(value, color=COLOURS["knee"], linewidth=1.0, linestyle=style, label=f"all-{name}")
         place.xaxis.set_major_formatter(lambda value, _: BYTES.tick(value))
-        _finish(place, task, "bytes of keys and values kept, per sequence", OBJECTIVES[best[0].metric].axis_label)
+        _finish(place, task, "bytes of keys and values kept, per sequence", OBJECTIVES[metric].axis_label)
     return figure_png(figure, axes[0], f"{variant}: the budget in the best layers, test split")
 
 
 def _by_budget(own: Sequence[Row]) -> list[tuple[float, list[Row]]]:
     return [(budget, [row for row in own if row.budget == budget]) for budget in sorted({row.budget for row in own})]
-
-
-def _share(own: Sequence[Row]) -> tuple[float, float] | None:
-    """The mean share of rows that differ in their seed, and the length of its bar (None: no share is known)."""
-    known = [row for row in own if row.share is not None]
-    value = mean(row.share for row in known)
-    if value is None:
-        return None
-    error = deviation(row.share for row in known) if len(known) > 1 else known[0].share_error
-    return value, error or 0.0
 
 
 def _qualities(own: Sequence[Row], name: str) -> list[tuple[float, float, float]]:

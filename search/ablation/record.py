@@ -136,3 +136,15 @@ def deviation(values: Iterable[float | None]) -> float | None:
     """The standard deviation of the values that are known (None: of fewer than two)."""
     known = [value for value in values if value is not None]
     return statistics.stdev(known) if len(known) > 1 else None
+
+
+def mean_share(own: Sequence[Row]) -> tuple[float, float | None] | None:
+    """The mean share of rows that differ in their seed, of those that have one, and its standard deviation.
+
+    Of one seed its error over sequences; None if no share is known.
+    """
+    known = [row for row in own if row.share is not None]
+    value = mean(row.share for row in known)
+    if value is None:
+        return None
+    return value, deviation(row.share for row in known) if len(known) > 1 else known[0].share_error

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from natsl.search.ablation.config import AblationConfig
-from natsl.search.ablation.record import Anchor, Row, Spread, anchors, deviation, mean, rows
+from natsl.search.ablation.record import Anchor, Row, Spread, anchors, deviation, mean, mean_share, rows
 from natsl.search.controls.comparison import LEARNED
 from natsl.search.objective import OBJECTIVES
 
@@ -65,14 +65,14 @@ def _cells(own: Sequence[Row]) -> list[str]:
 
 
 def share_text(own: Sequence[Row]) -> str:
-    """The mean share over seeds ± its standard deviation; of one seed ± its error over sequences."""
-    known = [row for row in own if row.share is not None]
-    if not known:
+    """The mean share over seeds ± its standard deviation, and of how many seeds if not of all."""
+    share = mean_share(own)
+    if share is None:
         return _NONE
-    error = deviation(row.share for row in known) if len(known) > 1 else known[0].share_error
-    value = mean(row.share for row in known)
-    assert value is not None, "some shares are known"
-    return f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}")
+    known = sum(row.share is not None for row in own)
+    value, error = share
+    of_seeds = "" if known == len(own) else f" ({known} of {len(own)})"
+    return f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}") + of_seeds
 
 
 def paired_difference(own: Sequence[Row], name: str, first: str) -> tuple[float, float | None] | None:
@@ -90,11 +90,13 @@ def paired_difference(own: Sequence[Row], name: str, first: str) -> tuple[float,
 
 
 def _notes(results: Sequence[Mapping[str, Any]], config: AblationConfig) -> list[str]:
+    first = _text(next(iter(config.variants)))
     lines = [
         "Test split; smaller is better. Means over seeds, ± the standard deviation over seeds (of a share of one seed: "
-        f"the error over sequences); the difference to {_text(next(iter(config.variants)))} is paired by seed, ± its "
-        "standard error. layers: the total budget in the layers that make the most of it, chosen on the search split; "
-        "uniform: the same budget in every routed layer. Random and static heads keep as much.",
+        "the error over sequences; a seed with nothing to select has no share). The difference of learned to "
+        f"{first} is paired by seed, ± its standard error. layers: the total budget in the layers that make the most "
+        "of it, chosen on the search split; uniform: the same budget in every routed layer. Random and static heads "
+        "keep as much.",
         "",
     ]
     quiet = [name for name in config.variants if config.variant(name).supernet.route_noise == 0]
