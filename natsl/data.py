@@ -68,10 +68,10 @@ def load_text(path: str | None = None, rules: TextRules | None = None, trained: 
 
     A folder is split by file, 90/5/5, on a hash of the relative name, or of its first ``rules.split_depth`` folders: a
     file stays in its part when others come or go. One file, fewer than 20, or files that leave a part too small (likely
-    below 100) are joined in the order of their hashes and cut into contiguous spans. ``trained``: what a supernet was trained on; unless it is this very text with
-    this very split, files that match one of its names or contents are kept out of the held-out parts. What is read,
-    and what is left out, goes to the log. Raises ``ValueError`` for a path that is missing or unreadable, that holds
-    no text, or none that the supernet was not trained on.
+    below 100) are joined in the order of their hashes and cut into contiguous spans. ``trained``: what a supernet was
+    trained on; unless it is this very text with this very split, files that match one of its names or contents are kept
+    out of the held-out parts. What is read, and what is left out, goes to the log. Raises ``ValueError`` for a path
+    that is missing or unreadable, that holds no text, or none that the supernet was not trained on.
     """
     rules = rules or TextRules()
     text = read_text(path, rules)
@@ -129,7 +129,8 @@ def _split(files: dict[str, bytes], rules: TextRules) -> tuple[Parts, str]:
         total = sum(sizes.values())
         if min(sizes[Split.search], sizes[Split.test]) >= 0.4 * HELD_OUT * total and 2 * sizes[Split.train] >= total:
             return parts, "folder" if rules.split_depth else "file"
-    order = sorted(files, key=lambda name: (_place(rules.unit(name)), name))  # not by name: held-out text is like the rest
+    # not by name: held-out text is like the rest
+    order = sorted(files, key=lambda name: (_place(rules.unit(name)), name))
     name, joined = "\n".join(order), b"".join(files[name] for name in order)
     test = round(len(joined) * (1 - HELD_OUT))
     search = round(len(joined) * (1 - 2 * HELD_OUT))

@@ -56,4 +56,11 @@ def result(variant: str, seed: int, policies: list[dict[str, Any]], problems: tu
     """The result of a job at length 1 with these policies."""
     anchors: Mapping[str, Any] = {"bytes": {"metric": "val_loss", "softmax": 1.0 + seed, "delta": 4.0}}
     at = {"length": 1, "tokens": 64, "sequences": 3, "anchors": anchors, "policies": policies}
-    return {"format": 2, "variant": variant, "seed": seed, "lengths": [at], "problems": list(problems)}
+    return {
+        "format": 2,
+        "variant": variant,
+        "seed": seed,
+        "lengths": [at],
+        "headroom": [],
+        "problems": list(problems),
+    }

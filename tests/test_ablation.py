@@ -93,6 +93,7 @@ def test_bad_variants_are_refused(overrides: dict[str, Any], message: str) -> No
         ({"workers": 0}, r"workers = 0 is not allowed"),
         ({"batch_size": 0}, r"batch_size = 0 is not allowed"),
         ({"random_draws": 0}, r"random_draws = 0 is not allowed"),
+        ({"headroom_sequences": -1}, r"headroom_sequences = -1 is not allowed"),
         ({"variants": {}}, r"variants = {} is not allowed: at least one is needed, such as {base: {}}"),
         ({"name": "../a"}, r"name = '../a' is not allowed"),
     ],
@@ -120,6 +121,24 @@ def test_data_that_do_not_fit_are_refused_before_there_is_a_run(
     with pytest.raises(UserError, match=message):
         run_ablation(c)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, r"variants.base: data.tasks = {'mqar': 1.0} is not allowed: headroom_sequences needs the task bytes"),
+        (
+            {"tasks": {"bytes": 1.0}, "seq_len": 70},
+            r"variants.base: data.seq_len = 70 is not allowed: with headroom_sequences it must be a multiple of .* = 8",
+        ),
+    ],
+    ids=["task", "length"],
+)
+def test_headroom_needs_text_in_whole_chunks(data: dict[str, Any], message: str, tmp_path: Path, text: str) -> None:
+    c = small(tmp_path / "runs", text)
+    c = replace(c, headroom_sequences=4, data=replace(c.data, **data))
+    with pytest.raises(UserError, match=message):
+        run_ablation(c)
 
 
 def test_every_variant_has_its_own_text(tmp_path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from natsl.data import Split, TaskData
 from natsl.evaluate import evaluate
 from natsl.model import RoutedLM
+from natsl.search import headroom
 from natsl.search.ablation.allocation import Measure, Measured, allocate, static_quality
 from natsl.search.ablation.config import AblationConfig
 from natsl.search.ablation.judge import Judge
@@ -133,7 +135,7 @@ def settings(**options: object) -> AblationConfig:
     return c
 
 
-def judged(model: RoutedLM, data: TaskData, config: AblationConfig) -> dict[str, object]:
+def judged(model: RoutedLM, data: TaskData, config: AblationConfig) -> dict[str, Any]:
     plain = judge(model, data, config).judge()
     return {"variant": "base", "seed": 0, **plain}
 
@@ -155,7 +157,7 @@ def test_text_is_judged_by_its_loss_on_the_test_split(model: RoutedLM) -> None:
     assert own[0].bytes["shuffled"] == own[0].bytes[LEARNED] > 0
     for name, policy in (("softmax", RoutingPolicy.all_softmax), ("delta", RoutingPolicy.all_delta)):
         assert getattr(ends, name) == pytest.approx(evaluate(model, policy(model.kinds, 8), test).val_loss, rel=1e-5)
-    plain = result["lengths"][0]["policies"][1]["tasks"]["bytes"]  # type: ignore[index]
+    plain = result["lengths"][0]["policies"][1]["tasks"]["bytes"]
     heads = evaluate(model, RoutingPolicy.uniform(model.kinds, 8, 0.3), test).kept_by_task["bytes"]
     assert plain["kept_by_head"] == rounded(heads)
     assert "kept" not in plain["controls"]["shuffled"]
@@ -247,6 +249,21 @@ def test_a_supernet_that_is_not_finite_is_reported() -> None:
     assert isinstance(problems, list)
     assert any(line.startswith("learned@layers 0.3 at 64 tokens: ") for line in problems)
     assert "Not scored: base, seed 0: learned@layers 0.3" in report([result], config)
+    config = settings(budgets=[0.3], headroom_sequences=2)
+    result = judged(broken, tiny_data(tasks={"bytes": 1.0}), config)
+    assert result["headroom"] == []
+    assert any(line.startswith("headroom at 0.3: ") for line in result["problems"])
+
+
+def test_headroom_is_measured_at_every_uniform_budget(model: RoutedLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headroom, "STEPS", 2)
+    config = settings(budgets=[0.2, 0.4], headroom_sequences=6)
+    result = judged(model, tiny_data(tasks={"bytes": 1.0}), config)
+    assert [at["budget"] for at in result["headroom"]] == [0.2, 0.4]
+    for row in (row for row in rows([result]) if row.task == "bytes" and row.spread is Spread.uniform):
+        (at,) = (at for at in result["headroom"] if at["budget"] == row.budget)
+        assert at["loss"]["learned"]["loss"] == pytest.approx(row.quality[LEARNED], rel=1e-5)
+    assert "## What is known of gains at a uniform budget of 0.4" in report([result], config)
 
 
 def test_a_layer_policy_of_everything_needs_no_router(model: RoutedLM) -> None:

@@ -104,6 +104,20 @@ def test_lengths_tasks_and_budgets_have_tables_of_their_own(
     assert "| base | – | 1.0000 | 10.0 % | 0.5000 ± 0.0000 / 0.6000 / 0.7000 | – | – | – | – | – | – |" in text
 
 
+def test_predictors_stand_beside_the_router(config: AblationConfig, results: list[dict[str, Any]]) -> None:
+    """Two heads whose best tenths gain 1 and 3: the second counts three times; shares are means over two seeds."""
+    for item, share in zip(results[:2], (0.2, 0.4), strict=True):
+        ridge = {"r2": [0.1, 0.3], "captured": [0.2, 0.6]}
+        loss = {"learned": {"share": 0.5}, "predicted: ridge, hidden": {"share": share}, "hindsight_in": {}}
+        item["headroom"] = [{"budget": BUDGET, "layers": {"0": {"best_tenth": [1.0, 3.0], "ridge, hidden": ridge}}}]
+        item["headroom"][0]["loss"] = loss
+    lines = report(results, config).splitlines()
+    start = lines.index("## What is known of gains at a uniform budget of 0.25: R² / captured · share")
+    assert lines[start + 2] == "| variant | learned | ridge, hidden |"
+    assert lines[start + 4] == "| base | 0.50 | 0.25 / 0.50 · 0.30 |"
+    assert lines[start + 5] == "| noise | – | – |"
+
+
 def test_numbers_have_six_digits() -> None:
     assert rounded({"a": [1.23456789, (0.000123456789,)], "b": 1234567, "c": None, "d": "1.23456789"}) == {
         "a": [1.23457, [0.000123457]],

@@ -36,9 +36,9 @@ class DataConfig:
     sequences per task for judging trials and for the report. ``include`` / ``exclude``: patterns such as ``*.md`` or
     ``drafts/*`` for names below the folder (``*`` matches ``/`` too): only files that match one of the former (none:
     all) and none of the latter are read. ``field``: which field of each line of a ``.jsonl`` file is text (null: such
-    files are left out; empty: they are read as they are). ``split_depth``: files of a folder are split by so many of the
-    folders in their names instead of by the whole name (0), so that a part holds whole packages and long sequences stay
-    in one.
+    files are left out; empty: they are read as they are). ``split_depth``: files of a folder are split by so many of
+    the folders in their names instead of by the whole name (0), so that a part holds whole packages and long sequences
+    stay in one.
     """
 
     path: str | None = None

@@ -16,7 +16,7 @@ from natsl.errors import UserError
 from natsl.files import read_json, to_plain, write_bytes, write_text
 from natsl.progress import Progress
 from natsl.run import Run
-from natsl.search.ablation.config import AblationConfig
+from natsl.search.ablation.config import AblationConfig, check_headroom
 from natsl.search.ablation.job import Job
 from natsl.search.ablation.pool import run_jobs, stored_results
 from natsl.search.ablation.record import FORMAT
@@ -70,12 +70,14 @@ def check_data(config: AblationConfig) -> dict[str, str]:
     for name in config.variants:
         variant = config.variant(name)
         settings = variant.data
-        key = repr((settings.path, settings.include, settings.exclude, settings.field))
+        key = repr((settings.path, settings.text_rules()))
         where = f"variants.{name}"
         try:
             if key not in known:
                 known[key] = load_text(settings.path, settings.text_rules(config.root))
             data = TaskData(settings, known[key], variant.model.vocab_size)
+            if config.headroom_sequences:
+                check_headroom(variant.model.chunk_size, settings)
             for factor in config.factors[1:]:
                 where = f"variants.{name}, lengths = {factor}"
                 for task in data.tasks:

@@ -24,6 +24,8 @@ class AblationConfig:
         test split.
     lengths: multiples of ``data.seq_len`` at which both are judged as well, with more to recall in proportion; 1 always
         is.
+    headroom_sequences: sequences of training text on which predictors of what chunks gain are fitted, at each uniform
+        budget; 0: none. The data needs the task ``bytes``.
     random_draws: how often random routing is drawn. batch_size: sequences of a pass of judging, fewer of longer ones.
     workers: processes at a time, one thread each; device=cuda spreads them over all GPUs.
     keep_supernets: whether the checkpoints of a supernet stay after it was judged.
@@ -36,6 +38,7 @@ class AblationConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     budgets: list[float] = field(default_factory=lambda: [0.05, 0.12])
     lengths: list[int] = field(default_factory=lambda: [1])
+    headroom_sequences: int = 0
     random_draws: int = 5
     batch_size: int = 32
     keep_supernets: bool = False
@@ -49,6 +52,7 @@ class AblationConfig:
         check_name(self.name, "name")
         names = ("workers", "random_draws", "batch_size")
         check_counts(1, {name: getattr(self, name) for name in names})
+        check_counts(0, {"headroom_sequences": self.headroom_sequences})
         check_counts(1, {f"lengths[{i}]": factor for i, factor in enumerate(self.lengths)})
         for name in ("seeds", "budgets"):
             values = getattr(self, name)
@@ -74,3 +78,10 @@ class AblationConfig:
     def factors(self) -> list[int]:
         """The lengths that are judged, as multiples of ``data.seq_len``, ascending."""
         return sorted({1, *self.lengths})
+
+
+def check_headroom(chunk_size: int, data: DataConfig) -> None:
+    """Raise ``UserError`` unless headroom can be measured on sequences of this data."""
+    check(data.tasks.get("bytes", 0) > 0, "data.tasks", data.tasks, "headroom_sequences needs the task bytes")
+    what = f"with headroom_sequences it must be a multiple of model.chunk_size = {chunk_size}"
+    check(data.seq_len % chunk_size == 0, "data.seq_len", data.seq_len, what)

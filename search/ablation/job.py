@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from natsl.data import TaskData
     from natsl.model import RoutedLM
 
-_TEXT = ("path", "include", "exclude", "field")  # what they have read is what counts
+_TEXT = ("path", "include", "exclude", "field", "split_depth")  # what they have read is what counts
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Job:
             del variant["data"][name]
         drop_newer(variant["data"])
         variant["train"] = {k: v for k, v in variant["train"].items() if not is_free_on_resume(f"train.{k}")}
-        judging = [c.budgets, c.factors, c.random_draws]
+        judging = [c.budgets, c.factors, c.random_draws, c.headroom_sequences]
         text = json.dumps([variant, self.seed, judging], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -18,6 +18,7 @@ from natsl.search.controls.comparison import LEARNED
 from natsl.search.controls.learned import Subject
 from natsl.search.controls.registry import ControlRunner
 from natsl.search.controls.static import Shape, greedy_heads
+from natsl.search.headroom import headroom
 from natsl.search.lengths import sequences_at
 from natsl.space.policy import RoutingPolicy
 from natsl.tasks.bytes import BytesTask
@@ -67,8 +68,24 @@ class Judge:
         return {
             "static": [policy.describe() for policy in family[1:-1]],
             "lengths": lengths,
+            "headroom": self._headroom(policies) if self._config.headroom_sequences else [],
             "problems": self._problems,
         }
+
+    def _headroom(self, policies: Mapping[tuple[Spread, float], RoutingPolicy]) -> list[dict[str, Any]]:
+        """What predictors of gains get of the headroom of text, at every uniform budget."""
+        number, size = self._config.headroom_sequences, max(1, self._config.batch_size // 4)
+        train = self._data.batch(BytesTask.name, Split.train, number, seed=0)
+        test = self._data.eval_sets(Split.test)[BytesTask.name]
+        found = []
+        for (spread, budget), policy in policies.items():
+            if spread is not Spread.uniform:
+                continue
+            try:
+                found.append({"budget": budget, **rounded(headroom(self._model, policy, train, test, size))})
+            except FloatingPointError as error:
+                self._problems.append(f"headroom at {budget:g}: {error}")
+        return found
 
     def static_family(self) -> list[RoutingPolicy]:
         """All-delta, whole heads that nothing cheaper among them beats on the search split, and all-softmax."""

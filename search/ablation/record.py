@@ -148,3 +148,37 @@ def mean_share(own: Sequence[Row]) -> tuple[float, float | None] | None:
     if value is None:
         return None
     return value, deviation(row.share for row in known) if len(known) > 1 else known[0].share_error
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a predictor of gains reaches in one supernet at one uniform budget, or the router itself (``learned``).
+
+    ``r2`` and ``captured`` (None: of the router) are means over the heads, weighted by what their best tenth of chunks
+    gains; ``share`` is the selection share of what it chooses (None: nothing to select).
+    """
+
+    variant: str
+    budget: float
+    name: str
+    r2: float | None
+    captured: float | None
+    share: float | None
+
+
+def predictions(results: Iterable[Mapping[str, Any]]) -> list[Prediction]:
+    """The router and every predictor of each result and budget whose headroom was measured."""
+    return [item for result in results for at in result["headroom"] for item in _predictions(result["variant"], at)]
+
+
+def _predictions(variant: str, at: Mapping[str, Any]) -> list[Prediction]:
+    prefix, layers, loss = "predicted: ", at["layers"].values(), at["loss"]
+    weights = [max(gain, 1e-9) for layer in layers for gain in layer["best_tenth"]]
+    found = [Prediction(variant, at["budget"], LEARNED, None, None, loss[LEARNED]["share"])]
+    for name in (name.removeprefix(prefix) for name in loss if name.startswith(prefix)):
+        r2, captured = (
+            statistics.fmean([value for layer in layers for value in layer[name][key]], weights)
+            for key in ("r2", "captured")
+        )
+        found.append(Prediction(variant, at["budget"], name, r2, captured, loss[prefix + name]["share"]))
+    return found

@@ -8,7 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from natsl.search.ablation.config import AblationConfig
-from natsl.search.ablation.record import Anchor, Row, Spread, anchors, deviation, mean, mean_share, rows
+from natsl.search.ablation.record import (
+    Anchor,
+    Prediction,
+    Row,
+    Spread,
+    anchors,
+    deviation,
+    mean,
+    mean_share,
+    predictions,
+    rows,
+)
 from natsl.search.controls.comparison import LEARNED
 from natsl.search.objective import OBJECTIVES
 
@@ -31,7 +42,36 @@ def report(results: Sequence[Mapping[str, Any]], config: AblationConfig) -> str:
             for budget in config.budgets if own_ends else ():
                 of_budget = [row for row in own if row.budget == budget]
                 parts.append(_table(of_budget, own_ends, names, f"{task} at budget {budget:g}{of_length}"))
-    return "\n".join([*parts, *_notes(results, config)])
+    return "\n".join([*parts, *_headroom(results, names), *_notes(results, config)])
+
+
+def _headroom(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """A table per budget whose headroom was measured: a row per variant, the router and every predictor beside it."""
+    found = predictions(results)
+    predictors = list(dict.fromkeys(item.name for item in found))
+    parts = []
+    for budget in dict.fromkeys(item.budget for item in found):
+        lines = [f"## What is known of gains at a uniform budget of {budget:g}: R² / captured · share", ""]
+        lines += [_line(["variant", *predictors]), "| --- " * (len(predictors) + 1) + "|"]
+        for name in names:
+            own = [item for item in found if (item.variant, item.budget) == (name, budget)]
+            by_name = ([item for item in own if item.name == predictor] for predictor in predictors)
+            lines.append(_line([_text(name), *map(_prediction, by_name)]))
+        parts += [*lines, ""]
+    if parts:
+        parts += [
+            "Predictors are fitted on other text, the supernet frozen, from what a layer knows at the end of a chunk. "
+            "R² and captured (what the tenth of the chunks with the highest predictions gains: 0 a random tenth, 1 the "
+            "best) are means over heads, weighted by what the best tenth gains.",
+            "",
+        ]
+    return parts
+
+
+def _prediction(own: Sequence[Prediction]) -> str:
+    r2, captured, share = (mean(getattr(item, key) for item in own) for key in ("r2", "captured", "share"))
+    text = _NONE if share is None else f"{share:.2f}"
+    return text if r2 is None or captured is None else f"{r2:.2f} / {captured:.2f} · {text}"
 
 
 def _table(own: Sequence[Row], ends: Sequence[Anchor], names: Sequence[str], title: str) -> str:
