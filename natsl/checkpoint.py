@@ -141,7 +141,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 def build_model(config: dict[str, Any], state: dict[str, Tensor], precision: Precision = Precision.float32) -> RoutedLM:
     """A model from a plain configuration and its state; ``UserError`` if they do not fit each other."""
     try:
-        shape = ModelConfig(**config)
+        shape = ModelConfig.stored(config)
     except TypeError as error:
         raise UserError(f"the model configuration cannot be read: {error}") from None
     state = upgraded(state)

@@ -7,8 +7,10 @@ checks itself in ``__post_init__`` and raises ``ValueError`` naming the value an
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Any
 
 from natsl.space.check import check, check_at_least, check_choice, check_counts
 from natsl.space.cost import LayerShape
@@ -50,6 +52,9 @@ class Precision(Enum):
 
 
 CHUNK_SIZES = (8, 16, 32, 64, 128)
+# Options that came later → what models and trainings of before have.
+OLDER_MODEL: dict[str, Any] = {"router_norm": False}
+OLDER_TRAIN: dict[str, Any] = {"precision": Precision.float32.value, "router_lr": None}
 
 
 @dataclass
@@ -58,7 +63,8 @@ class ModelConfig:
 
     ``layers`` lists the kind of every layer in order: ``delta`` (Gated DeltaNet only), ``softmax`` (attention only) or
     ``routed`` (both memories and a router). Per routing head: key width ``key_dim``, value width ``value_dim``, split
-    into ``softmax_per_head`` softmax heads of width ``key_dim / softmax_per_head``.
+    into ``softmax_per_head`` softmax heads of width ``key_dim / softmax_per_head``. ``router_norm``: routers read the
+    mean of a chunk standardised by running statistics of training.
     """
 
     layers: list[Op] = field(default_factory=lambda: [Op.routed] * 3)
@@ -76,6 +82,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
     associative_init: bool = False
+    router_norm: bool = False
 
     def __post_init__(self) -> None:
         self.layers = [check_choice(f"model.layers[{i}]", kind, Op) for i, kind in enumerate(self.layers)]
@@ -101,6 +108,11 @@ class ModelConfig:
             check(width % 2 == 0, "model.key_dim", self.key_dim, "rope needs an even key width per softmax head")
         check(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "it must be > 0")
         check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "it must be > 0")
+
+    @classmethod
+    def stored(cls, plain: Mapping[str, Any]) -> ModelConfig:
+        """The configuration of a stored model; what an older version did not store has the value that it had then."""
+        return cls(**{**OLDER_MODEL, **plain})
 
     @property
     def softmax_heads(self) -> int:
@@ -217,6 +229,7 @@ class SupernetConfig:
 class TrainConfig:
     """Optimiser and schedule: AdamW, linear warm-up, cosine to ``lr · lr_final``, clipping by norm.
 
+    ``router_lr``: instead of ``lr`` for the routers (null: as the rest); their gradient is far noisier.
     ``precision``: of the computation, in training and wherever the supernet is run afterwards (search, evaluation,
     generation, export); weights and losses are float32 always.
     """
@@ -225,6 +238,7 @@ class TrainConfig:
     batch_size: int = 24
     precision: Precision = Precision.float32
     lr: float = 6e-3
+    router_lr: float | None = None
     lr_final: float = 0.05
     warmup_steps: int = 30
     beta1: float = 0.9
@@ -244,9 +258,9 @@ class TrainConfig:
         check_counts(0, {p + "warmup_steps": self.warmup_steps})
         check_at_least(0, {p + "weight_decay": self.weight_decay})
         self.precision = check_choice(p + "precision", self.precision, Precision)
-        for name in ("lr", "clip", "router_clip"):
+        for name in ("lr", "router_lr", "clip", "router_clip"):
             value = getattr(self, name)
-            check(math.isfinite(value) and value > 0, p + name, value, "it must be > 0")
+            check(value is None or (math.isfinite(value) and value > 0), p + name, value, "it must be > 0")
         check(0 <= self.lr_final <= 1, p + "lr_final", self.lr_final, "it must lie in [0, 1]")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, p + name, getattr(self, name), "it must lie in [0, 1)")

@@ -83,7 +83,7 @@ class RoutedMixer(nn.Module):
         if kind is Op.routed:
             self.mix_proj = nn.Linear(self.key_width, 2 * c.softmax_heads)
             self.mix_bias = nn.Parameter(torch.zeros(2 * c.softmax_heads))
-            self.router = Router(c.width, c.heads)
+            self.router = Router(c.width, c.heads, c.router_norm)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -121,7 +121,7 @@ class RoutedMixer(nn.Module):
             nn.init.zeros_(self.mix_proj.weight)
             nn.init.zeros_(self.mix_proj.bias)
             nn.init.zeros_(self.mix_bias)
-            nn.init.normal_(self.router.weight, std=0.02)
+            nn.init.normal_(self.router.weight, std=0.002 if self.router.norm else 0.02)
 
     def forward(self, x: Tensor, context: LayerContext) -> tuple[Tensor, LayerRouting]:
         """Mix tokens: x [B,T,D] (normed) → [B,T,D] and the routing that happened."""

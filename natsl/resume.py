@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from natsl.config import OLDER_MODEL, OLDER_TRAIN
 from natsl.errors import UserError
 from natsl.files import read_config, to_plain
 from natsl.run import Run
@@ -68,8 +69,13 @@ def check_resume(run: Run, config: Any) -> frozenset[str]:
 
 
 _ANEW = " (supernet_from=<this run> searches its supernet anew)"
+_SECTIONS = {"model": OLDER_MODEL, "train": OLDER_TRAIN}
 _OF_SUPERNET = ("model", "train", "supernet")
-_OLDER = {f"data.{task}.{name}": value for (task, name), value in NEWER.items()} | {"search.rungs": [1.0]}
+_OLDER = (
+    {f"data.{task}.{name}": value for (task, name), value in NEWER.items()}
+    | {f"{section}.{name}": value for section, older in _SECTIONS.items() for name, value in older.items()}
+    | {"search.rungs": [1.0]}
+)
 
 
 def is_free_on_resume(name: str) -> bool:

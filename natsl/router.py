@@ -22,6 +22,9 @@ from natsl.kernels.segment import touched_chunks
 from natsl.layout import Layout
 from natsl.modules import precise
 
+# Least share of a step in the running statistics of a router's input.
+MOMENTUM = 0.02
+
 
 class RoutePair(NamedTuple):
     """Two routes apart: ``keep`` [B,N,R], 1 = softmax keeps the chunk; ``skip`` [B,N,R], 1 = the delta rule does not
@@ -93,16 +96,42 @@ class LayerContext:
 class Router(nn.Linear):
     """Scores of the two memories for every routing head, from the mean input of a chunk: [.., D] → [.., 2·R].
 
-    For each head first the score of the delta rule, then that of softmax.
+    For each head first the score of the delta rule, then that of softmax. ``norm``: each dimension of a mean is
+    standardised by its running mean and variance over the chunks of training, ``mean`` and ``variance`` [D]. Else what
+    all chunks have in common outweighs what tells them apart: heads are chosen before chunks are.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    mean: Tensor
+    variance: Tensor
+    updates: Tensor
+
+    def __init__(self, width: int, heads: int, norm: bool = False) -> None:
         super().__init__(width, 2 * heads, bias=False)
+        self.norm = norm
+        if norm:
+            self.bias = nn.Parameter(torch.zeros(2 * heads))  # heads differ in how much they gain at all
+            self.register_buffer("mean", torch.zeros(width))
+            self.register_buffer("variance", torch.ones(width))
+            self.register_buffer("updates", torch.zeros(()))
+
+    @torch.no_grad()
+    def observe(self, means: Tensor, real: Tensor | None) -> None:
+        """Update the running statistics with the means of chunks [B,N,D], those that are ``real`` [B,N] (None: all)."""
+        rows = means.flatten(0, 1).to(self.mean.dtype)
+        weight = rows.new_ones(len(rows), 1) if real is None else real.reshape(-1, 1).to(rows.dtype)
+        weight = weight / weight.sum()
+        self.updates += 1
+        share = (1.0 / self.updates).clamp(min=MOMENTUM)
+        self.mean.lerp_((weight * rows).sum(0), share)
+        self.variance.lerp_((weight * (rows - self.mean).square()).sum(0), share)
 
     def margins(self, means: Tensor) -> Tensor:
         """Score of softmax − score of the delta rule, from the means of chunks: [B,N,D] → at least float32 [B,N,R]."""
         with torch.autocast(means.device.type, enabled=False):  # half-precision margins would tie
-            z: Tensor = precise(self(means.to(self.weight.dtype))).unflatten(-1, (-1, 2))
+            x = means.to(self.weight.dtype)
+            if self.norm:
+                x = (x - self.mean) * (self.variance + 1e-8).rsqrt()
+            z: Tensor = precise(self(x)).unflatten(-1, (-1, 2))
         return z[..., 1] - z[..., 0]
 
 
@@ -123,6 +152,9 @@ def route_chunks(router: Router | None, x: Tensor, heads: int, chunk_size: int, 
             means, cache.total = continued_means(source, read % chunk_size, cache.total, chunk_size, lengths)
         else:
             means = chunk_means(source, chunk_size, lengths) if packing is None else packing.chunk_means(source)
+        if router.norm and router.training and gradient is not None:
+            real = None if lengths is None else complete_chunks(lengths + chunk_size - 1, chunk_size, N)
+            router.observe(means, real)
         margins = router.margins(means)
     if context.route is not None:
         pair = context.route if isinstance(context.route, RoutePair) else RoutePair(context.route, context.route)

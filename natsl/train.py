@@ -19,6 +19,8 @@ from torch import Tensor
 from natsl import checkpoint, signals
 from natsl.calibrate import calibrate
 from natsl.config import (
+    OLDER_MODEL,
+    OLDER_TRAIN,
     TRAINING_VERSION,
     ModelConfig,
     Precision,
@@ -67,15 +69,23 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def build_optimizer(model: RoutedLM, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only (not on norms, biases, gates' scales, convolutions and embeddings)."""
-    decayed: list[torch.nn.Parameter] = []
-    plain: list[torch.nn.Parameter] = []
+    """AdamW with weight decay on matrices only (not on norms, biases, gates' scales, convolutions and embeddings).
+
+    ``rate`` of a group: its learning rate in units of ``learning_rate``. A step decays routers as much as other
+    matrices.
+    """
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}  # by whether they decay, and are of a router
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() == 2 and "embed" not in name and not name.endswith("conv")
-        (decayed if matrix else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups.setdefault((matrix, ".router." in name), []).append(parameter)
+    router_rate = 1.0 if config.router_lr is None else config.router_lr / config.lr
+    rates = {False: 1.0, True: router_rate}
+    settings = [
+        {"params": own, "weight_decay": config.weight_decay / rates[router] if matrix else 0.0, "rate": rates[router]}
+        for (matrix, router), own in groups.items()
+    ]
     fused = True if model.embed.weight.device.type == "cuda" else None  # it can leave out a step on the device
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)
+    return torch.optim.AdamW(settings, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,7 @@ class Trainer:
         )
         rate = learning_rate(train, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate"]
         if self.optimizer.defaults["fused"]:
             self.optimizer.found_inf = bad  # type: ignore[attr-defined] # the way GradScaler skips a step
             self.optimizer.step()
@@ -321,8 +331,9 @@ def _resume(folder: Path, model: RoutedLM, optimizer: torch.optim.Optimizer, met
         )
     for key, value in {**meta, "model": to_plain(model.config)}.items():
         old = record.get(key)
-        if key == "train" and isinstance(old, dict):  # older checkpoints do not have it
-            old = {"precision": Precision.float32.value, **old}
+        if isinstance(old, dict):  # older checkpoints do not have all
+            older = {"train": OLDER_TRAIN, "model": OLDER_MODEL}.get(key, {})
+            old = {**older, **old}
         if old == value:
             continue
         if isinstance(old, dict) and isinstance(value, dict):

@@ -41,7 +41,7 @@ def take_settings(config: SearchRunConfig) -> SearchRunConfig:
     trained, supernet = source.get("train", {}), source.get("supernet", {})  # older checkpoints do not have them
     return replace(
         config,
-        model=ModelConfig(**source["model"]),
+        model=ModelConfig.stored(source["model"]),
         train=replace(config.train, **_known(trained, TrainConfig)),
         supernet=replace(config.supernet, **_known(supernet, SupernetConfig)),
     )

@@ -96,7 +96,9 @@ def plain_rotation(x: Tensor, position: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("kind", "op"), [(kind.value, op.value) for kind, ops in ALLOWED_OPS.items() for op in ops])
-@pytest.mark.parametrize("options", [{}, {"softmax_per_head": 2}, {"rope": True}, {"associative_init": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"softmax_per_head": 2}, {"rope": True}, {"associative_init": True}, {"router_norm": True}], ids=str
+)
 @pytest.mark.parametrize("T", [1, 7, 8, 21])
 def test_layer_equals_its_definition(T: int, options: dict[str, object], kind: str, op: str) -> None:
     mixer = make_mixer(kind, **options)
@@ -106,7 +108,8 @@ def test_layer_equals_its_definition(T: int, options: dict[str, object], kind: s
     margins = x.new_zeros(2, N, 2)
     if kind == "routed":
         for n in range(N):
-            z = x[:, 8 * n : 8 * n + 8].mean(1) @ mixer.router.weight.T
+            r, means = mixer.router, x[:, 8 * n : 8 * n + 8].mean(1)
+            z = (means - r.mean) / r.variance.sqrt() @ r.weight.T + r.bias if r.norm else means @ r.weight.T
             margins[:, n] = z.view(2, 2, 2)[..., 1] - z.view(2, 2, 2)[..., 0]
     fixed = {"delta": torch.zeros_like(margins), "softmax": torch.ones_like(margins)}
     route = fixed.get(op, (margins > 0).double())

@@ -41,6 +41,51 @@ def test_margins_are_differences_of_scores_of_chunk_means(lengths: list[int] | N
             assert_near(margins[b, n], scores[:, 1] - scores[:, 0])
 
 
+def test_margins_of_a_standardised_input() -> None:
+    torch.manual_seed(0)
+    router = Router(16, 3, norm=True).double()
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    Router(16, 3)
+    assert torch.equal(after, torch.rand(1)), "the norm takes no random numbers"
+    assert set(router.state_dict()) == {"weight", "bias", "mean", "variance", "updates"}
+    means = torch.randn(2, 5, 16).double()
+    plain = router.margins(means)  # no statistics yet
+    assert_near(plain, (means @ router.weight.T).unflatten(-1, (3, 2)).diff(dim=-1)[..., 0], torch.float32)
+    with torch.no_grad():
+        router.bias.normal_()
+        router.mean.normal_()
+        router.variance.uniform_(0.5, 2.0)
+    scores = (means - router.mean) / router.variance.sqrt() @ router.weight.T + router.bias
+    assert_near(router.margins(means), scores.unflatten(-1, (3, 2)).diff(dim=-1)[..., 0], torch.float32)
+
+
+def test_statistics_follow_the_chunks_of_training() -> None:
+    router = Router(16, 2, norm=True)
+    x = 3 * torch.randn(2, 21, 16) + 5
+    policies = [LayerPolicy(budget=0.5)]
+    lengths = torch.tensor([21, 7])  # three chunks, and one
+
+    def route(router: Router, gradient: RouteGradient | None, lengths: Tensor | None = None) -> None:
+        layout = Layout() if lengths is None else Layout(lengths=lengths)
+        route_chunks(router, x, 2, 8, replace(layer_context(policies, 2, gradient=gradient), layout=layout))
+
+    route(router.eval(), RouteGradient())
+    assert float(router.updates) == 0
+    route(router.train(), RouteGradient(), lengths)
+    chunks = torch.cat((chunk_means(x[:1], 8)[0], x[1:, :7].mean(1)))
+    assert_near(router.mean, chunks.mean(0))
+    assert_near(router.variance, chunks.var(0, unbiased=False))
+    route(router, RouteGradient(), lengths)  # the second of two equal steps changes nothing
+    assert_near(router.mean, chunks.mean(0))
+    assert_near(router.variance, chunks.var(0, unbiased=False))
+    with torch.no_grad():
+        router.updates.fill_(999.0)
+    route(router, RouteGradient())
+    whole = chunk_means(x, 8).flatten(0, 1).mean(0)
+    assert_near(router.mean, chunks.mean(0) + 0.02 * (whole - chunks.mean(0)))
+
+
 @pytest.mark.parametrize("routed", [True, False], ids=["router", "none"])
 def test_every_group_follows_its_policy(routed: bool) -> None:
     router = Router(16, 3) if routed else None

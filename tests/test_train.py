@@ -56,15 +56,36 @@ def test_learning_rate() -> None:
 
 def test_matrices_alone_decay() -> None:
     model = make_model("r", tie_embeddings=False)
-    decayed, plain = build_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    groups = build_optimizer(model, TrainConfig(lr=0.002, router_lr=0.01, weight_decay=0.1)).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed_names = {names[id(p)] for p in decayed["params"]}
-    plain_names = {names[id(p)] for p in plain["params"]}
+    for group in groups:  # a step takes as much of every matrix by decay
+        assert group["rate"] * group["weight_decay"] == pytest.approx(0.1 if group["weight_decay"] else 0.0)
+    decayed_names = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    plain_names = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
     assert decayed_names | plain_names == set(names.values())
     assert {"head.weight", "blocks.0.mixer.router.weight", "blocks.0.mlp.in_proj.weight"} <= decayed_names
     assert {"embed.weight", "blocks.0.mixer.conv", "blocks.0.mixer.A_log", "norm.weight"} <= plain_names
     assert not any(name.endswith(("bias", "norm.weight", "conv")) for name in decayed_names)
+
+
+@pytest.mark.parametrize(("router_lr", "rate"), [(0.01, 5.0), (None, 1.0)], ids=["own", "as the rest"])
+def test_routers_have_a_rate_of_their_own(
+    tmp_path: Path, router_lr: float | None, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[dict[str, float]] = []
+
+    def step(self: torch.optim.AdamW, closure: None = None) -> None:
+        taken.append({names[id(p)]: group["lr"] for group in self.param_groups for p in group["params"]})
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    model = make_model()
+    names = {id(p): name for name, p in model.named_parameters()}
+    train_supernet(model, tiny_data(), recipe(lr=0.002, router_lr=router_lr, warmup_steps=2, steps=4), tmp_path)
+    assert len(taken) == 4
+    for number, rates in enumerate(taken):
+        expected = learning_rate(TrainConfig(lr=0.002, warmup_steps=2, steps=4), number)
+        for name, value in rates.items():
+            assert value == pytest.approx(expected * (rate if ".router." in name else 1.0)), name
 
 
 @pytest.mark.parametrize(

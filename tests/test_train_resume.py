@@ -174,6 +174,38 @@ def test_an_older_training_that_is_finished_is_taken(tmp_path: Path, version: in
         assert torch.equal(again.calibration.by_head, trained.calibration.by_head)
 
 
+def test_a_training_from_before_routers_had_settings_of_their_own(tmp_path: Path) -> None:
+    trained = make_model()
+    train_supernet(trained, tiny_data(), recipe(), tmp_path)
+    for path in tmp_path.glob("*.json"):
+        record = json.loads(path.read_text())
+        del record["model"]["router_norm"], record["train"]["router_lr"]
+        path.write_text(json.dumps(record))
+    loaded, _ = checkpoint.load_model(tmp_path)
+    assert not loaded.config.router_norm
+    assert_equal(trained, loaded)
+    again = make_model(init=5)
+    train_supernet(again, tiny_data(), recipe(), tmp_path)
+    assert_equal(trained, again)
+    with pytest.raises(UserError, match=r"model.router_norm: False then, True now"):
+        train_supernet(make_model(router_norm=True), tiny_data(), recipe(), tmp_path)
+    with pytest.raises(UserError, match=r"train.router_lr: None then, 0.01 now"):
+        train_supernet(again, tiny_data(), recipe(router_lr=0.01), tmp_path)
+
+
+def test_statistics_of_routers_are_resumed(tmp_path: Path) -> None:
+    unbroken = make_model(router_norm=True)
+    train_supernet(unbroken, tiny_data(), recipe(router_lr=0.01), tmp_path / "unbroken")
+    with pytest.raises(Killed):
+        train_supernet(make_model(router_norm=True), tiny_data(), recipe(router_lr=0.01), tmp_path / "b", kill_at(5))
+    resumed = make_model(init=1, router_norm=True)
+    train_supernet(resumed, tiny_data(), recipe(router_lr=0.01), tmp_path / "b")
+    assert_equal(unbroken, resumed)
+    assert float(mixer_of(resumed, 0).router.updates) == 7  # calibration is not training
+    loaded, _ = checkpoint.load_model(tmp_path / "b")
+    assert_equal(loaded, resumed)
+
+
 def test_how_often_to_log_and_how_many_to_keep_may_change(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         train_supernet(make_model(), tiny_data(), recipe(), tmp_path, kill_at(5))
