@@ -62,5 +62,6 @@ def result(variant: str, seed: int, policies: list[dict[str, Any]], problems: tu
         "seed": seed,
         "lengths": [at],
         "headroom": [],
+        "sample": None,
         "problems": list(problems),
     }

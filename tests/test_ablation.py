@@ -154,7 +154,10 @@ def test_an_ablation_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(command, "run_ablation", configs.append)
     run_verb("ablation", [f"root={tmp_path}"])
     run_verb("ablation", ["variants={base: {}, x: {data: {mqar: {pair_share: 0.25}}}}", "variants.x.train.steps=7"])
-    preset, own = configs
+    run_verb("ablation", ["experiment=routing", "device=cpu"])
+    preset, own, routing = configs
+    assert list(routing.variant("neither").data.tasks.items()) == [("mqar", 0.0), ("bytes", 1.0)]
+    assert [routing.variant(name).train.router_lr for name in routing.variants] == [None, None, *[0.01] * 4]
     assert preset.variant("chosen only").supernet.counterfactual is Counterfactual.none
     assert len(preset.variants) == 6
     assert (own.variant("x").data.mqar.pair_share, own.variant("x").train.steps) == (0.25, 7)

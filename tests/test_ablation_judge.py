@@ -255,6 +255,26 @@ def test_a_supernet_that_is_not_finite_is_reported() -> None:
     assert any(line.startswith("headroom at 0.3: ") for line in result["problems"])
 
 
+def test_a_sample_shows_what_heads_keep(model: RoutedLM) -> None:
+    data = tiny_data(tasks={"bytes": 1.0})
+    subject = judge(model, data, settings(budgets=[0.5, 0.3]))
+    policy = RoutingPolicy((LayerPolicy(budget=0.4), LayerPolicy(Op.delta)), 8)
+    chosen = {(Spread.layers, 0.3): policy, (Spread.layers, 0.5): RoutingPolicy.all_delta(model.kinds, 8)}
+    subject.policies = lambda family: chosen  # type: ignore[method-assign]
+    sample = subject.judge()["sample"]
+    test = data.eval_sets(Split.test)["bytes"]
+    with torch.no_grad():
+        route = model(test.tokens[:1], policy).layers[0].route[0]
+    assert sample["budget"] == 0.3
+    assert "".join(sample["text"]).encode() == bytes(test.tokens[0].tolist())
+    assert [{int(name.split(".")[1]) for name in kept} for kept in sample["kept"]] == [
+        set(row.nonzero().flatten().tolist()) for row in route
+    ]
+    assert set(sample["heads"]) == {name for kept in sample["kept"] for name in kept} != set()
+    recall = settings(budgets=[0.3])
+    assert judged(model, tiny_data(), recall)["sample"] is None
+
+
 def test_headroom_is_measured_at_every_uniform_budget(model: RoutedLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headroom, "STEPS", 2)
     config = settings(budgets=[0.2, 0.4], headroom_sequences=6)

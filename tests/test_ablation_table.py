@@ -11,7 +11,7 @@ import pytest
 
 from natsl.search.ablation.command import write_results
 from natsl.search.ablation.config import AblationConfig
-from natsl.search.ablation.picture import loss_png, share_png
+from natsl.search.ablation.picture import kept_png, loss_png, share_png
 from natsl.search.ablation.record import Spread, plain_task, rounded, rows
 from natsl.search.ablation.table import paired_difference, report, share_text
 from natsl.search.controls.comparison import LEARNED, InTask, Rival
@@ -192,6 +192,27 @@ def test_pictures_show_what_is_drawn(results: list[dict[str, Any]], monkeypatch:
 
 def test_a_policy_that_was_not_scored_is_left_out_of_the_picture() -> None:
     assert is_png(loss_png([result("base", 0, [judged("uniform", BUDGET, 1.0)])], "base"))
+
+
+def test_the_picture_of_a_sample_marks_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    marks: list[list[int]] = []
+    original = Axes.plot
+
+    def plot(self: Axes, *given: Any, **options: Any) -> Any:
+        marks.append(list(given[0]))
+        return original(self, *given, **options)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    sample = {
+        "text": ["import ä$x$\n", "\tpass", "'\""],
+        "heads": ["0.1", "2.0"],
+        "kept": [["2.0"], [], ["0.1", "2.0"]],
+    }
+    assert is_png(kept_png(sample, "base"))
+    assert marks == [[1], [], [0, 1]]
+    assert is_png(kept_png({**sample, "heads": [], "kept": [[], [], []]}, "base"))
 
 
 def test_pictures_without_results() -> None:

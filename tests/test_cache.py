@@ -15,6 +15,7 @@ from natsl.config import Precision, RouteGradient
 from natsl.kernels.segment import touched_chunks
 from natsl.layout import Layout
 from natsl.model import RoutedLM
+from natsl.router import Router
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from tests.oracles import TOLERANCE, fill_calibration, tiny_model
 
@@ -36,7 +37,10 @@ POLICIES = [  # for layers of kinds r, s, d, r
 
 def double(kinds: str = "rsdr", **options: Any) -> RoutedLM:
     torch.manual_seed(0)
-    model = tiny_model(kinds, **{"rope": True, **options})
+    model = tiny_model(kinds, **{"rope": True, "router_norm": True, **options})
+    for router in (module for module in model.modules() if isinstance(module, Router)):
+        router.mean.normal_()
+        router.variance.uniform_(0.5, 2.0)
     fill_calibration(model)
     return model.double()
 
@@ -252,7 +256,7 @@ def test_caches_that_do_not_fit_are_refused() -> None:
         ({"cache": model.new_cache(3)}, "the cache holds 3 sequences, not 2"),
         ({"cache": double(width=24).new_cache(2)}, "the cache is of a model of another shape"),
         (
-            {"cache": tiny_model("rsdr", rope=True).new_cache(2)},
+            {"cache": tiny_model("rsdr", rope=True, router_norm=True).new_cache(2)},
             "in torch.float32, but the model computes in torch.float",
         ),
         ({"cache": model.new_cache(2), "routes": [torch.zeros(2, 3, 2), *[None] * 3]}, "expected \\(2, 2, 2\\)"),

@@ -106,8 +106,12 @@ def write_results(path: Path, results: Sequence[dict[str, Any]], jobs: Sequence[
 
 
 def _draw(folder: Path, results: Sequence[dict[str, Any]], config: AblationConfig) -> None:
-    from natsl.search.ablation.picture import loss_png, share_png
+    from natsl.search.ablation.picture import kept_png, loss_png, share_png
 
     names = list(config.variants)
     write_bytes(folder / "share.png", share_png(results, names))
     write_bytes(folder / "loss.png", loss_png(results, names[-1]))
+    sample = next((r["sample"] for r in results if r["variant"] == names[-1] and r["sample"] is not None), None)
+    if sample is not None:
+        title = f"{names[-1]}: what is kept at a budget of {sample['budget']:g} in the best layers"
+        write_bytes(folder / "kept.png", kept_png(sample, title))

@@ -15,7 +15,7 @@ from natsl.search.ablation.config import AblationConfig
 from natsl.search.ablation.record import Spread, plain_task, rounded
 from natsl.search.controls.comparer import Comparer, Rules, task_quality, task_value
 from natsl.search.controls.comparison import LEARNED
-from natsl.search.controls.learned import Subject
+from natsl.search.controls.learned import Subject, follow
 from natsl.search.controls.registry import ControlRunner
 from natsl.search.controls.static import Shape, greedy_heads
 from natsl.search.headroom import headroom
@@ -69,7 +69,39 @@ class Judge:
             "static": [policy.describe() for policy in family[1:-1]],
             "lengths": lengths,
             "headroom": self._headroom(policies) if self._config.headroom_sequences else [],
+            "sample": self._sample(policies),
             "problems": self._problems,
+        }
+
+    def _sample(self, policies: Mapping[tuple[Spread, float], RoutingPolicy]) -> dict[str, Any] | None:
+        """One sequence of test text and what is kept of it at the smallest budget, in the best layers.
+
+        ``text``: a string per complete chunk. ``kept``: for each of them the names (layer.head) of the heads that keep
+        it, out of ``heads``, those that keep any. None without the task ``bytes`` or a finite result.
+        """
+        if BytesTask.name not in self._data.tasks:
+            return None
+        budget = min(self._config.budgets)
+        policy = policies[Spread.layers, budget]
+        batch = self._data.eval_sets(Split.test)[BytesTask.name].rows(slice(0, 1))
+        try:
+            (routes,) = follow(Subject(self._model, {"text": batch}, 1), policy).routes.values()
+        except FloatingPointError:
+            return None  # noted where the router was compared
+        C = policy.chunk_size
+        rows = [bytes(row) for row in batch.tokens[0, : len(batch.tokens[0]) // C * C].view(-1, C).tolist()]
+        kept = {
+            f"{i}.{head}": route[0, : len(rows), head].tolist()
+            for i, route in enumerate(routes)
+            if route is not None
+            for head in range(route.shape[2])
+        }
+        heads = [name for name, row in kept.items() if any(row)]
+        return {
+            "budget": budget,
+            "text": [row.decode("utf-8", "replace") for row in rows],
+            "heads": heads,
+            "kept": [[name for name in heads if kept[name][n]] for n in range(len(rows))],
         }
 
     def _headroom(self, policies: Mapping[tuple[Spread, float], RoutingPolicy]) -> list[dict[str, Any]]:

@@ -69,6 +69,29 @@ def loss_png(results: Sequence[Mapping[str, Any]], variant: str) -> bytes:
     return figure_png(figure, axes[0], f"{variant}: the budget in the best layers, test split")
 
 
+def kept_png(sample: Mapping[str, Any], title: str) -> bytes:
+    """A PNG of a sample of text, a chunk in each row, with a mark for every head that keeps it."""
+    rows, heads = sample["text"], sample["heads"]
+    figure, (place,) = new_figure(1, 1)
+    figure.set_size_inches(11.0, 0.19 * len(rows) + 1.2)
+    for n, (text, kept) in enumerate(zip(rows, sample["kept"], strict=True)):
+        if kept:
+            shade = 0.12 + 0.38 * len(kept) / len(heads)
+            place.axhspan(n - 0.5, n + 0.5, color=COLOURS["front"], alpha=shade, linewidth=0)
+        printed = "".join(c if c.isascii() and c.isprintable() else "↵" if c == "\n" else "·" for c in text)
+        place.text(len(heads) + 0.5, n, printed, family="monospace", fontsize=7, va="center")
+        marks = [heads.index(name) for name in kept]
+        place.plot(marks, [n] * len(marks), "s", color=COLOURS["front"], markersize=5)
+    place.set_xlim(-1, len(heads) + 75)
+    place.set_ylim(len(rows) - 0.5, -0.5)
+    place.set_xticks(range(len(heads)), heads, rotation=90, fontsize=7)
+    place.xaxis.tick_top()
+    place.set_ylabel("chunk")
+    place.set_xlabel("layer.head that keeps the chunk, and its text", fontsize=9)
+    place.spines[["top", "right", "bottom"]].set_visible(False)
+    return figure_png(figure, place, title)
+
+
 def _by_budget(own: Sequence[Row]) -> list[tuple[float, list[Row]]]:
     return [(budget, [row for row in own if row.budget == budget]) for budget in sorted({row.budget for row in own})]
 
