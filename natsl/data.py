@@ -1,6 +1,7 @@
 """Text, how it is split, and the batches that tasks make of it.
 
-All text is bytes, held as uint8 tensors; one byte is one token. Shapes: B sequences, T tokens.
+Text is bytes, held as uint8 tensors; one byte is one token. A file of token ids takes the place of text: one id is one
+token, held in the smallest dtype that fits. Shapes: B sequences, T tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import logging
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -21,7 +22,7 @@ from natsl.files import to_plain
 from natsl.record import EVERY_PART, TrainedText
 from natsl.space.check import check, check_counts
 from natsl.tasks import TASKS, DataConfig, drop_newer
-from natsl.tasks.sequences import BYTES, KEYS, VALUES, Batch, draw_uniform
+from natsl.tasks.sequences import BYTES, KEYS, VALUES, Batch, draw_uniform, move_ids
 from natsl.tasks.task import Request
 from natsl.text import TextFile, TextRules, printable, read_text, shown_size
 
@@ -44,8 +45,9 @@ class Split(Enum):
 class Corpus:
     """Text in three parts, each uint8 [bytes]; files of one part follow each other.
 
-    ``fingerprint``: sha256 over the split, the relative name and the contents of every file used. ``contents``: those
-    files, with names below ``folder``. ``source`` says in words where they were read, ``description`` also how many.
+    ``tokens``: the parts are token ids as their file has them, uint8, int16 or int32 [tokens]. ``fingerprint``: sha256
+    over the split, the relative name and the contents of every file used. ``contents``: those files, with names below
+    ``folder``. ``source`` says in words where they were read, ``description`` also how many.
     """
 
     train: Tensor
@@ -57,14 +59,20 @@ class Corpus:
     contents: tuple[TextFile, ...] = ()
     folder: str = ""
     source: str = ""
+    tokens: bool = False
+
+    @property
+    def unit(self) -> str:
+        """What the parts consist of, in words."""
+        return "tokens" if self.tokens else "bytes"
 
     def part(self, split: Split) -> Tensor:
-        """The text of one part, uint8 [bytes]."""
+        """The text of one part, uint8 [bytes], or its token ids."""
         return {Split.train: self.train, Split.search: self.search, Split.test: self.test}[split]
 
 
 def load_text(path: str | None = None, rules: TextRules | None = None, trained: TrainedText | None = None) -> Corpus:
-    """Read a text file or a folder of them (None: the sources of the interpreter's standard library).
+    """Read a text file, a folder of them or a file of token ids (None: the sources of Python's standard library).
 
     A folder is split by file, 90/5/5, on a hash of the relative name, or of its first ``rules.split_depth`` folders: a
     file stays in its part when others come or go. One file, fewer than 20, or files that leave a part too small (likely
@@ -77,7 +85,8 @@ def load_text(path: str | None = None, rules: TextRules | None = None, trained: 
     text = read_text(path, rules)
     folder = printable(str(text.folder.absolute()))
     digests = {name: hashlib.sha256(contents).hexdigest() for name, contents in text.files.items()}
-    parts, how = _split(text.files, rules)
+    dtype: torch.dtype = getattr(torch, text.id_type or "uint8")
+    parts, how = _split(text.files, rules, dtype.itemsize)
     if trained is not None and _fingerprint(parts) != trained.text:
         matches = trained.matches(folder, {printable(name): sha256 for name, sha256 in digests.items()})
         rest = {name: contents for name, contents in text.files.items() if printable(name) not in matches}
@@ -87,7 +96,7 @@ def load_text(path: str | None = None, rules: TextRules | None = None, trained: 
                 "contents, so that none is left to judge it on"
             )
         if matches:
-            parts, how = _split(rest, rules)
+            parts, how = _split(rest, rules, dtype.itemsize)
             parts[Split.train] += [(name, contents) for name, contents in text.files.items() if name not in rest]
             how += f"; {len(text.files) - len(rest)} that the supernet was trained on are not held out"
     # Spans of several files have no name of a file, and those of one file share it.
@@ -95,14 +104,15 @@ def load_text(path: str | None = None, rules: TextRules | None = None, trained: 
     part_of = {name: split.value for split, files in parts.items() for name, _ in files if uses[name] == 1}
     size = sum(len(contents) for contents in text.files.values())
     count = len(text.files)
-    description = f"{text.source}: {count} file{'s' * (count != 1)}, {shown_size(size)}, split by {how}"
+    amount = shown_size(size) if text.id_type is None else f"{size // dtype.itemsize:,} tokens"
+    description = f"{text.source}: {count} file{'s' * (count != 1)}, {amount}, split by {how}"
     if text.left_out:
         description += f"; {text.left_out_line}"
     _LOG.info("text: %s", description)
     return Corpus(
-        train=_joined(parts[Split.train]),
-        search=_joined(parts[Split.search]),
-        test=_joined(parts[Split.test]),
+        train=_joined(parts[Split.train], dtype),
+        search=_joined(parts[Split.search], dtype),
+        test=_joined(parts[Split.test], dtype),
         fingerprint=_fingerprint(parts),
         description=description,
         files=count,
@@ -112,13 +122,15 @@ def load_text(path: str | None = None, rules: TextRules | None = None, trained: 
         ),
         folder=folder,
         source=text.source,
+        tokens=text.id_type is not None,
     )
 
 
 Parts = dict[Split, list[tuple[str, bytes]]]
 
 
-def _split(files: dict[str, bytes], rules: TextRules) -> tuple[Parts, str]:
+def _split(files: dict[str, bytes], rules: TextRules, width: int) -> tuple[Parts, str]:
+    """The files in three parts and what they are split by; ``width``: bytes of a token, which spans do not cut."""
     if len(files) >= FEWEST_FILES:
         parts: Parts = {split: [] for split in Split}
         for name, text in files.items():
@@ -132,8 +144,9 @@ def _split(files: dict[str, bytes], rules: TextRules) -> tuple[Parts, str]:
     # not by name: held-out text is like the rest
     order = sorted(files, key=lambda name: (_place(rules.unit(name)), name))
     name, joined = "\n".join(order), b"".join(files[name] for name in order)
-    test = round(len(joined) * (1 - HELD_OUT))
-    search = round(len(joined) * (1 - 2 * HELD_OUT))
+    count = len(joined) // width
+    test = width * round(count * (1 - HELD_OUT))
+    search = width * round(count * (1 - 2 * HELD_OUT))
     spans = {Split.train: joined[:search], Split.search: joined[search:test], Split.test: joined[test:]}
     return {split: [(name, text)] for split, text in spans.items()}, "span"
 
@@ -143,9 +156,9 @@ def _place(name: str) -> float:
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
 
 
-def _joined(part: list[tuple[str, bytes]]) -> Tensor:
+def _joined(part: list[tuple[str, bytes]], dtype: torch.dtype) -> Tensor:
     data = bytearray().join(text for _, text in part)
-    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 def _fingerprint(parts: Parts) -> str:
@@ -174,6 +187,14 @@ class TaskData:
             self._check(name, config.seq_len)
         for split in Split:
             self._check_text(split, config.seq_len, "data.seq_len")
+        self._text = {split: move_ids(corpus.part(split), config.keys) for split in Split}
+        needed = 1 + max(int(text.max()) for text in self._text.values())
+        check(
+            vocab_size >= needed,
+            "model.vocab_size",
+            vocab_size,
+            f"the ids of data.path = {config.path!r}, moved behind keys and values, need at least {needed}",
+        )
         self.fingerprint = self.fingerprint_with(corpus.fingerprint)
 
     def batch(
@@ -204,7 +225,7 @@ class TaskData:
             check(0 <= depth <= 1, "depth", depth, "it must lie in [0, 1]")
         generator = _generator("batch", task, split.value, seed)
         request = Request(count, size, split is Split.train, depth, grow)
-        return self.config.build(task).make(self.corpus.part(split), request, generator)
+        return self._make(task, split, request, generator)
 
     def train_batch(self, count: int, seed: int, step: int) -> Batch:
         """The training batch of a step: tasks by weight, in random order of sequences."""
@@ -220,7 +241,7 @@ class TaskData:
             if rows:
                 request = Request(rows, self.config.seq_len, training=True)
                 own = _generator("train", name, seed, step)
-                parts.append(self.config.build(name).make(self.corpus.train, request, own))
+                parts.append(self._make(name, Split.train, request, own))
         if len(parts) == 1:
             return parts[0]
         return Batch.cat(parts).rows(torch.randperm(count, generator=generator))
@@ -230,6 +251,10 @@ class TaskData:
         sizes = {Split.search: self.config.search_sequences, Split.test: self.config.test_sequences}
         check(split in sizes, "split", split.value, "only search and test have fixed sequences")
         return {name: self.batch(name, split, sizes[split], seed=0) for name in self.tasks}
+
+    def _make(self, task: str, split: Split, request: Request, generator: torch.Generator) -> Batch:
+        batch = self.config.build(task).make(self._text[split], request, generator)
+        return replace(batch, in_bytes=not self.corpus.tokens)
 
     def _check(self, name: str, length: int) -> None:
         task = self.config.build(name)
@@ -247,7 +272,7 @@ class TaskData:
         size = self.corpus.part(split).numel()
         if size <= length:
             raise UserError(
-                f"data.path = {self.config.path!r} is too short: its {split.value} part has {size} bytes, "
+                f"data.path = {self.config.path!r} is too short: its {split.value} part has {size} {self.corpus.unit}, "
                 f"a sequence of {name} = {length} needs {length + 1}"
             )
 

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from natsl.errors import UserError
+from natsl.tokens import is_token_file, read_ids
 
 # Tests are missing from some distributions and hold broken text on purpose; the tables in `encodings` are near copies
 # of one another, so that a split by file would show a model its own held-out text.
@@ -25,7 +26,10 @@ _SHOWN = 3  # names in a summary
 
 @dataclass(frozen=True)
 class TextFile:
-    """One file that was read: relative name, sha256 of the text in it, bytes, and the part of the data it is in."""
+    """One file that was read: relative name, sha256 of the text in it, bytes, and the part of the data it is in.
+
+    Of a file of token ids, sha256 and bytes are those of the ids in the smallest dtype that holds them.
+    """
 
     name: str
     sha256: str
@@ -61,13 +65,15 @@ class TextRules:
 class TextFiles:
     """Contents of the files below ``folder`` by relative name, in a fixed order, and what was not read, by reason.
 
-    ``source`` says in words where they were read.
+    ``source`` says in words where they were read. ``id_type``: dtype of the token ids that the contents are (None: they
+    are text).
     """
 
     source: str
     folder: Path
     files: dict[str, bytes] = field(default_factory=dict)
     left_out: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    id_type: str | None = None
 
     def leave_out(self, reason: str, name: str, size: int) -> None:
         """Count a file that was not read, of ``size`` bytes."""
@@ -115,8 +121,9 @@ def absolute(path: str) -> str:
 def read_text(path: str | None, rules: TextRules) -> TextFiles:
     """Read a text file or the text files below a folder (None: the sources of the interpreter's standard library).
 
-    Links are followed, each folder is entered once. Hidden names and folders of runs are skipped; copies are read once.
-    Raises ``ValueError`` for a path that is missing or unreadable, that holds no text, or is a file that is no text.
+    A path to a ``.npy`` file names token ids instead; below a folder such files are binaries like others. Links are
+    followed, each folder is entered once. Hidden names and folders of runs are skipped; copies are read once. Raises
+    ``ValueError`` for a path that is missing or unreadable, that holds no text, or is a file that is no text.
     """
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
@@ -210,7 +217,7 @@ def _walk(text: TextFiles, skipped: frozenset[str], rules: TextRules) -> list[Pa
 def _read_all(text: TextFiles, paths: Sequence[Path], rules: TextRules, refuse: bool = False) -> None:
     """Read files, without empty ones and without copies, which could fall into two parts.
 
-    ``refuse``: a file that is no text raises ``ValueError`` instead of being left out.
+    ``refuse``: a file that is no text raises ``ValueError`` instead of being left out, and token ids are read.
     """
     known: set[bytes] = set()
     for path in paths:
@@ -219,7 +226,10 @@ def _read_all(text: TextFiles, paths: Sequence[Path], rules: TextRules, refuse: 
             text.leave_out("by data.include and data.exclude", name, path.stat().st_size)
             continue
         try:
-            contents = _contents(path, rules)
+            if refuse and is_token_file(path):
+                contents, text.id_type = read_ids(path)
+            else:
+                contents = _contents(path, rules)
         except _NotTextError as error:
             reason, details = error.args
             if refuse:

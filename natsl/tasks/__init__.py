@@ -30,7 +30,8 @@ def metrics() -> dict[str, str]:
 class DataConfig:
     """What the supernet is trained and judged on.
 
-    ``path``: a text file or a folder of them (null: the sources of Python's standard library). ``tasks``: weight of
+    ``path``: a text file or a folder of them (null: the sources of Python's standard library), or a ``.npy`` file with
+    the ids of a tokenizer, one-dimensional. ``tasks``: weight of
     each task (``bytes``, ``mqar``, ``needle``) in the training batches. ``keys``: how many different keys the recall
     tasks have; beyond 64 each needs a token more in the vocabulary. ``search_sequences`` / ``test_sequences``: held-out
     sequences per task for judging trials and for the report. ``include`` / ``exclude``: patterns such as ``*.md`` or
@@ -90,8 +91,9 @@ class DataConfig:
 class OtherTextConfig:
     """Text to use instead of that of the run.
 
-    ``path``: a text file or a folder of them (null: the run's own text). ``include``, ``exclude``, ``field``: what of
-    it is read, as in the options of training; they go with ``path``.
+    ``path``: a text file or a folder of them (null: the run's own text); a ``.npy`` file of token ids for a run that
+    was trained on such. ``include``, ``exclude``, ``field``: what of it is read, as in the options of training; they go
+    with ``path``.
     """
 
     path: str | None = None

@@ -1,13 +1,13 @@
 """Sequences of tokens: the vocabulary, batches, and the parts that tasks make them of.
 
 Shapes: B sequences, T tokens. Vocabulary: 256 bytes, then 64 keys, then 64 values, then the keys that ``data.keys`` has
-beyond 64.
+beyond 64, then the ids of a tokenizer from 256 on; its ids below 256 take the places of bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +29,15 @@ class Batch:
     -100 where nothing is scored; ``recall`` bool [B, T], true where the target has to be recalled from earlier in the
     sequence, such as the value of a queried key (the other scored targets are next bytes of the text); ``relevant``
     bool [B, T], true on the tokens that the answers are to be found in, such as a queried key and its value (by default
-    nowhere: the task does not say). No model sees it: it is what an ideal router would keep.
+    nowhere: the task does not say). No model sees it: it is what an ideal router would keep. ``in_bytes``: the text is
+    bytes, not ids of a tokenizer.
     """
 
     tokens: Tensor
     targets: Tensor
     recall: Tensor
     relevant: Tensor = None  # type: ignore[assignment]  # a default that needs the shape
+    in_bytes: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.relevant is None:
@@ -44,7 +46,8 @@ class Batch:
     @staticmethod
     def cat(batches: Iterable[Batch]) -> Batch:
         """The sequences of all batches, which have one length, in order."""
-        return Batch(*map(torch.cat, zip(*(batch._tensors() for batch in batches), strict=True)))
+        first, *others = batches
+        return first._with(map(torch.cat, zip(*(batch._tensors() for batch in (first, *others)), strict=True)))
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -57,11 +60,11 @@ class Batch:
             pin = target.type == "cuda" and x.device.type == "cpu"
             return (x.pin_memory() if pin else x).to(target, non_blocking=pin)
 
-        return Batch(*map(move, self._tensors()))
+        return self._with(map(move, self._tensors()))
 
     def rows(self, index: slice | Tensor) -> Batch:
         """Some of the sequences."""
-        return Batch(*(x[index] for x in self._tensors()))
+        return self._with(x[index] for x in self._tensors())
 
     def relevant_chunks(self, chunk_size: int) -> Tensor:
         """The chunks with a relevant token, bool [B, ceil(T / chunk_size)]; the last one may be incomplete."""
@@ -72,6 +75,9 @@ class Batch:
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.tokens, self.targets, self.recall, self.relevant
 
+    def _with(self, tensors: Iterable[Tensor]) -> Batch:
+        return Batch(*tensors, in_bytes=self.in_bytes)
+
 
 def draw_uniform(generator: torch.Generator) -> float:
     """A number in [0, 1)."""
@@ -81,6 +87,19 @@ def draw_uniform(generator: torch.Generator) -> float:
 def shuffles(count: int, size: int, generator: torch.Generator) -> Tensor:
     """One random permutation of 0 … size - 1 per row, int64 [count, size]."""
     return torch.rand(count, size, generator=generator, dtype=torch.float64).argsort(dim=1)
+
+
+def move_ids(ids: Tensor, keys: int) -> Tensor:
+    """Ids of a tokenizer [tokens] with those from 256 on moved behind the ``keys`` keys and the values of tasks.
+
+    In int16 or int32, whichever is smaller and holds them; ids that are all below 256 stay as they are.
+    """
+    largest = int(ids.max())
+    if largest < BYTES.stop:
+        return ids
+    offset = VALUES.stop + max(0, keys - len(KEYS)) - BYTES.stop
+    ids = ids.to(torch.int16 if largest + offset < 2**15 else torch.int32)
+    return torch.where(ids < BYTES.stop, ids, ids + offset)
 
 
 def draw_windows(text: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:

@@ -64,4 +64,7 @@ class Task(ABC, Generic[C]):
 
     @abstractmethod
     def make(self, text: Tensor, request: Request, generator: torch.Generator) -> Batch:
-        """Sequences from ``text`` (uint8 [bytes], at least ``length + 1``); ``generator`` is the only randomness."""
+        """Sequences from ``text``, at least ``length + 1`` tokens; ``generator`` is the only randomness.
+
+        ``text``: uint8 [bytes], or ids of a tokenizer, int16 or int32 [tokens], which leave keys and values free.
+        """
