@@ -24,6 +24,7 @@ class Counts:
 
     ``nats`` float64 [B]: summed loss of the ``tokens`` int64 [B] of scored text. ``right`` of the ``asked`` answers,
     int64 [B]. ``kept`` int64 [B,L,R]: complete chunks that softmax kept, of ``chunks`` in every sequence.
+    ``in_bytes``: a token of text is a byte.
     """
 
     nats: Tensor
@@ -32,6 +33,7 @@ class Counts:
     asked: Tensor
     kept: Tensor
     chunks: int
+    in_bytes: bool = True
 
     def __len__(self) -> int:
         return self.nats.shape[0]
@@ -51,21 +53,24 @@ class Counts:
             asked=batch.recall.sum(1).cpu(),
             kept=kept.long().cpu(),
             chunks=chunks,
+            in_bytes=batch.in_bytes,
         )
 
     def rows(self, index: slice) -> Counts:
         """Some of the sequences."""
-        return Counts(**{name: getattr(self, name)[index] for name in _BY_SEQUENCE}, chunks=self.chunks)
+        part = {name: getattr(self, name)[index] for name in _BY_SEQUENCE}
+        return Counts(**part, chunks=self.chunks, in_bytes=self.in_bytes)
 
     @classmethod
     def cat(cls, parts: Sequence[Counts]) -> Counts:
         """The sequences of all parts, which have one length, in order."""
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in _BY_SEQUENCE}
-        return cls(**joined, chunks=parts[0].chunks)
+        return cls(**joined, chunks=parts[0].chunks, in_bytes=parts[0].in_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
-        return {name: getattr(self, name).tolist() for name in _BY_SEQUENCE} | {"chunks": self.chunks}
+        by_sequence = {name: getattr(self, name).tolist() for name in _BY_SEQUENCE}
+        return by_sequence | {"chunks": self.chunks, "in_bytes": self.in_bytes}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Counts:
@@ -74,4 +79,5 @@ class Counts:
             nats=torch.tensor(plain["nats"], dtype=torch.float64),
             **{name: torch.tensor(plain[name]) for name in ("tokens", "right", "asked", "kept")},
             chunks=plain["chunks"],
+            in_bytes=plain.get("in_bytes", True),  # older counts do not have it
         )

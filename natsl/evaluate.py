@@ -34,11 +34,12 @@ class RandomRouting:
 class Evaluation:
     """Measured values: losses in nats per token, errors as 1 − accuracy, fractions of complete chunks.
 
-    ``errors``: metric of every task → its error (None: the task was not evaluated). ``kept_fraction`` is the mean over
-    the layers with a router; ``kept_by_layer`` has an entry per layer, ``kept_by_head`` one per layer and routing head.
-    All three are over the sequences of all tasks together. ``kept_fraction_by_task`` and ``kept_by_task`` are
-    ``kept_fraction`` and ``kept_by_head`` of each task's own sequences: one threshold serves all tasks, and need not
-    spend its budget evenly on them. Both are empty in values from before they were measured.
+    ``bits_per_byte`` is None where the text is token ids. ``errors``: metric of every task → its error (None: the task
+    was not evaluated). ``kept_fraction`` is the mean over the layers with a router; ``kept_by_layer`` has an entry per
+    layer, ``kept_by_head`` one per layer and routing head. All three are over the sequences of all tasks together.
+    ``kept_fraction_by_task`` and ``kept_by_task`` are ``kept_fraction`` and ``kept_by_head`` of each task's own
+    sequences: one threshold serves all tasks, and need not spend its budget evenly on them. Both are empty in values
+    from before they were measured.
     """
 
     val_loss: float | None
@@ -195,9 +196,10 @@ def summary(counts: Mapping[str, Counts], kinds: Sequence[Op]) -> Evaluation:
         return float(kept.mean(1)[routed].mean()) if routed else 0.0
 
     val_loss = text_sum / text_count if text_count else None
+    in_bytes = all(item.in_bytes for item in counts.values())
     return Evaluation(
         val_loss=val_loss,
-        bits_per_byte=None if val_loss is None else val_loss / math.log(2),
+        bits_per_byte=val_loss / math.log(2) if val_loss is not None and in_bytes else None,
         errors={metric: errors.get(task) for task, metric in metrics().items()},
         kept_fraction=over_routers(kept),
         kept_by_layer=tuple(kept.mean(1).tolist()),

@@ -31,12 +31,13 @@ Array = npt.NDArray[np.float64]
 class _Means:
     """What an evaluation is made of, under every draw and policy; ``nan`` where nothing is scored.
 
-    ``loss`` [D,P], ``errors`` task → [D,P], ``kept`` [D,P,L,R] as fractions.
+    ``loss`` [D,P], ``errors`` task → [D,P], ``kept`` [D,P,L,R] as fractions. ``in_bytes``: a token of text is a byte.
     """
 
     loss: Array
     errors: Mapping[str, Array]
     kept: Array
+    in_bytes: bool = True
 
 
 def resampled(
@@ -92,7 +93,8 @@ def _means(tested: Sequence[Mapping[str, Counts]], drawn: Mapping[str, npt.NDArr
         with np.errstate(invalid="ignore"):
             errors[task] = 1 - sums["right"] / sums["asked"]
     with np.errstate(invalid="ignore"):
-        return _Means(nats / tokens, errors, kept / max(chunks, 1))
+        in_bytes = all(counts.in_bytes for counts in tested[0].values())
+        return _Means(nats / tokens, errors, kept / max(chunks, 1), in_bytes)
 
 
 def _evaluation(means: _Means, kinds: Sequence[Op], draw: int, place: int) -> Evaluation:
@@ -104,7 +106,7 @@ def _evaluation(means: _Means, kinds: Sequence[Op], draw: int, place: int) -> Ev
     routed = [i for i, kind in enumerate(kinds) if kind is Op.routed]
     return Evaluation(
         val_loss=loss,
-        bits_per_byte=None if loss is None else loss / math.log(2),
+        bits_per_byte=loss / math.log(2) if loss is not None and means.in_bytes else None,
         errors={metric: errors.get(task) for task, metric in metrics().items()},
         kept_fraction=float(by_layer[routed].mean()) if routed else 0.0,
         kept_by_layer=tuple(by_layer.tolist()),

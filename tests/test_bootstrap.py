@@ -73,6 +73,12 @@ def test_draws_in_which_nothing_is_asked_are_left_out() -> None:
     assert len(resampled([(POLICY, {"mqar": few})], asked("val_loss"), 0)) == 200
 
 
+def test_token_ids_have_no_bits_per_byte() -> None:
+    counts = counted(4, 0)
+    assert len(resampled([(POLICY, {"mqar": counts})], asked("bits_per_byte"), 0)) == 200
+    assert resampled([(POLICY, {"mqar": replace(counts, in_bytes=False)})], asked("bits_per_byte"), 0) == []
+
+
 def test_two_hundred_draws_of_a_front_take_seconds_at_most() -> None:
     tested = [(POLICY, {"mqar": counted(64, seed)}) for seed in range(80)]
     start = time.process_time()

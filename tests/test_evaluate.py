@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from natsl.config import Precision
 from natsl.counts import Counts
 from natsl.data import Split
 from natsl.errors import UserError
-from natsl.evaluate import Evaluation, RandomRouting, count, evaluate, summary
+from natsl.evaluate import Evaluation, RandomRouting, count, count_each, evaluate, summary
 from natsl.export import _write
 from natsl.files import to_plain, write_json
 from natsl.load import load_exported
@@ -300,3 +301,20 @@ def test_counts_are_read_back_as_they_were() -> None:
         for name in ("nats", "tokens", "right", "asked", "kept"):
             assert torch.equal(getattr(again, name), getattr(counts, name))
         assert again.chunks == counts.chunks
+        older = {key: value for key, value in counts.to_dict().items() if key != "in_bytes"}
+        assert Counts.from_dict(older).in_bytes
+
+
+def test_token_ids_have_a_loss_and_no_bits_per_byte() -> None:
+    model, p = make_model("rd"), policy(ROUTED, LayerPolicy(Op.delta))
+    sets = make_sets()
+    of_ids = {task: replace(batch, in_bytes=False) for task, batch in sets.items()}
+    in_bytes, result = evaluate(model, p, sets), evaluate(model, p, of_ids)
+    assert in_bytes.bits_per_byte is not None
+    assert result == replace(in_bytes, bits_per_byte=None)
+    assert result.to_dict()["bits_per_byte"] is None
+    (each,) = count_each(model, [p], of_ids)
+    assert each is not None
+    plain = {task: json.loads(json.dumps(counts.to_dict())) for task, counts in each.items()}
+    again = {task: Counts.from_dict(counts).rows(slice(0, 2)) for task, counts in plain.items()}
+    assert summary(again, model.kinds).bits_per_byte is None, "it is stored with the counts"
