@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from natsl import checkpoint
-from natsl.data import TaskData, load_text
+from natsl.data import Corpus, TaskData, load_text
 from natsl.errors import UserError
 from natsl.files import read_config, read_json
 from natsl.load import Choice, stored_data
@@ -40,8 +40,8 @@ def held_out(
     """The held-out data of a run or an export, or the text that ``named`` names on purpose.
 
     tasks: weights that replace the run's. scored: whether files that the supernet was trained on are left out of text
-    that is named. Raises ``UserError`` for a run's own text that has changed (without ``allow_other``), and for named
-    text of which nothing is left.
+    that is named. Raises ``UserError`` for a run's own text that has changed (without ``allow_other``), for named text
+    of which nothing is left, and for token ids where the supernet was trained on text or the other way round.
     """
     settings = stored_data(choice.run, choice.root, choice.export)
     record = _stored_record(choice)
@@ -54,6 +54,7 @@ def held_out(
         corpus = load_text(settings.path, settings.text_rules(*rules), trained)
         if record is None or corpus.fingerprint != record.text:
             other = f"data.path = {path!r} was named instead of the text of the run"
+        _check_kind(record, corpus)
     else:
         # A run with the supernet of another one has left out of its held-out text what that one was trained on.
         trained = record.trained if record and record.trained.text != record.text else None
@@ -61,6 +62,7 @@ def held_out(
             corpus = load_text(settings.path, settings.text_rules(*rules), trained)
         except UserError as error:
             raise UserError(f"{error}; data.path=<path> names where the text is now, or another one") from None
+        _check_kind(record, corpus)
         other = _difference(choice, record, TaskData(settings, corpus, vocab_size))
         if other is not None and not allow_other:
             raise UserError(
@@ -92,6 +94,7 @@ def keep_record(run: Run, data: TaskData, root: str, trained: TrainedText | None
     begun = f"the text is not what run {run.name!r} began with: {other}"
     if not _checkpoint_record(run).get("finished"):
         raise UserError(f"{begun}; its training goes on with the same text only: choose another name")
+    record.trained.check_kind(data.corpus)
     if not allow_other:
         raise UserError(f"{begun}; choose another name, or allow_other_data=true, which goes on and marks the report")
     data.fingerprint = data.fingerprint_with(record.text)
@@ -122,12 +125,24 @@ def _name(choice: Choice) -> str:
     return f"run {choice.run!r}" if choice.export is None else f"the export {choice.export}"
 
 
+def trained_on_tokens(choice: Choice) -> bool:
+    """Whether a run, or the run behind an export, was trained on ids of a tokenizer instead of text."""
+    record = _stored_record(choice)
+    return record is not None and record.trained.tokens
+
+
 def _stored_record(choice: Choice) -> DataRecord | None:
     if choice.export is None:
         return DataRecord.read(Run.open(str(choice.run), choice.root, create=False).text)
     path = Path(choice.export) / "provenance.json"
     plain = read_json(path).get("text")
     return None if plain is None else DataRecord.from_dict(plain, path)
+
+
+def _check_kind(record: DataRecord | None, corpus: Corpus) -> None:
+    """As ``TrainedText.check_kind``; what stored no record was trained on text."""
+    trained = TrainedText("", "", ()) if record is None else record.trained
+    trained.check_kind(corpus)
 
 
 def _difference(choice: Choice, record: DataRecord | None, data: TaskData) -> str | None:

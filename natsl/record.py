@@ -23,17 +23,27 @@ class TrainedText:
     """The files that a supernet was trained on.
 
     ``text``: fingerprint of the whole text and its split. ``files``: names below ``folder`` and sha256 of the contents.
+    ``tokens``: they are ids of a tokenizer instead of text.
     """
 
     text: str
     folder: str
     files: tuple[tuple[str, str], ...]
+    tokens: bool = False
 
     @classmethod
     def of(cls, corpus: Corpus) -> TrainedText:
         """What training on a corpus reads: its training part, or every file where spans are cut."""
         files = [file for file in corpus.contents if file.part in ("train", EVERY_PART)]
-        return cls(corpus.fingerprint, corpus.folder, tuple((file.name, file.sha256) for file in files))
+        return cls(corpus.fingerprint, corpus.folder, tuple((file.name, file.sha256) for file in files), corpus.tokens)
+
+    def check_kind(self, corpus: Corpus) -> None:
+        """Raise ``UserError`` for token ids where the supernet was trained on text, and the other way round."""
+        if self.tokens != corpus.tokens:
+            then, now = ("token ids", "text") if self.tokens else ("text", "token ids")
+            raise UserError(
+                f"{corpus.source} holds {now}, the supernet was trained on {then}: it can be judged on {then} only"
+            )
 
     def matches(self, folder: str, files: Mapping[str, str]) -> set[str]:
         """Names, of ``files`` (name below ``folder`` → sha256), that are the name or hold the contents of one here."""
@@ -76,7 +86,10 @@ class DataRecord:
                 runs=str(plain["runs"]),
                 files=tuple(TextFile(**file) for file in plain["files"]),
                 trained=TrainedText(
-                    str(trained["text"]), str(trained["folder"]), tuple((str(n), str(s)) for n, s in trained["files"])
+                    str(trained["text"]),
+                    str(trained["folder"]),
+                    tuple((str(n), str(s)) for n, s in trained["files"]),
+                    bool(trained.get("tokens", False)),  # older records do not have it
                 ),
                 others=tuple(map(str, plain["others"])),
             )

@@ -74,7 +74,8 @@ FLOP = _prefixed("FLOP")
 class Objective:
     """One number to minimise, and how it is shown.
 
-    ``task``: the task that must be part of the data for it to exist (null: any). On an axis, ``zero`` is always in
+    ``task``: the task that must be part of the data for it to exist (null: any). ``of_bytes``: it exists only where the
+    text is bytes, not token ids. On an axis, ``zero`` is always in
     sight, and with ``root`` the square root of the value is what is linear, which spreads small fractions.
     """
 
@@ -87,6 +88,7 @@ class Objective:
     zero: bool = False
     root: bool = False
     task: str | None = None
+    of_bytes: bool = False
     direction: Direction = "minimize"
 
     def show(self, value: float | None) -> str:
@@ -141,6 +143,7 @@ OBJECTIVES: dict[str, Objective] = {
             unit="bits",
             role=Role.quality,
             value=lambda evaluation, policy, at: evaluation.bits_per_byte,
+            of_bytes=True,
         ),
         *(_task_error(task, metric) for task, metric in metrics().items()),
         Objective(

@@ -91,12 +91,15 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
 def held_out_data(config: SearchRunConfig) -> tuple[TaskData, TrainedText | None]:
     """The data of a search, and what a supernet of another run was trained on, which is not held out.
 
-    ``UserError`` if nothing else is left, or if it is not known what the supernet was trained on.
+    ``UserError`` if nothing else is left, if it is not known what the supernet was trained on, or if that was text
+    where this is token ids, or the other way round.
     """
     settings = config.data
     source = None if config.supernet_from is None else source_run(config)
     trained = None if source is None else trained_text(source)
     text = load_text(settings.path, settings.text_rules(str(user_path(config.root, "root"))), trained)
+    if trained is not None:
+        trained.check_kind(text)
     data = TaskData(settings, text, config.model.vocab_size)
     if source is not None and trained is None:
         newest = checkpoint.read_newest(source.supernet)
@@ -136,8 +139,17 @@ def _read_first_policy(path: str, config: SearchRunConfig) -> RoutingPolicy:
 
 
 def check_text(config: SearchRunConfig, data: TaskData) -> None:
-    """Raise ``ValueError`` for an objective or a constraint about text where the held-out sequences score none."""
+    """Raise ``ValueError`` for an objective or a constraint that the text does not have.
+
+    One about bytes needs text instead of token ids, and any about text needs sequences that score some.
+    """
     names = (*config.search.objectives, *config.search.constraints)
+    of_bytes = [name for name in names if OBJECTIVES[name].of_bytes]
+    if of_bytes and data.corpus.tokens:
+        raise UserError(
+            f"objective {of_bytes[0]!r} is not defined for token ids, which data.path = {config.data.path!r} holds: "
+            "choose val_loss instead"
+        )
     about_text = [name for name in names if OBJECTIVES[name].role is Role.quality and OBJECTIVES[name].task is None]
     for split in (Split.search, Split.test) if about_text else ():
         batches = data.eval_sets(split).values()
@@ -218,7 +230,7 @@ class _Search:
         self._write(front)
         journal.front(front)
         exported = export_knee(folder) if self.config.export else None
-        print_front(front, folder, self._select, exported)
+        print_front(front, folder, f"{self._verb} {self._select}", exported)
         return front
 
     def _made_from(self) -> dict[str, Any]:
@@ -381,7 +393,12 @@ class _Search:
             shown = [redact_text(argument) for argument in self.arguments]
             again = shlex.join(["natsl", "search", *shown])
             note = [] if shown == list(self.arguments) else ["# secrets were removed from this command:"]
-        return [*note, again, *(command(verb, {**options, "pick": "knee"}) for verb in ("export", "generate"))]
+        return [*note, again, *(command(verb, {**options, "pick": "knee"}) for verb in ("export", self._verb))]
+
+    @property
+    def _verb(self) -> str:
+        """The command that shows what the knee can do: ``generate`` has no tokenizer."""
+        return "evaluate" if self.data.corpus.tokens else "generate"
 
     @property
     def _select(self) -> str:

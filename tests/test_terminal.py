@@ -30,7 +30,7 @@ def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     run = Run.open("first", tmp_path)
 
     def show(front: Front, exported: Path | None = None) -> str:
-        print_front(front, run, "run=first", exported)
+        print_front(front, run, "generate run=first", exported)
         return capsys.readouterr().out
 
     return show

@@ -243,21 +243,27 @@ def run_evaluation(config: EvaluateRunConfig) -> None:
 def run_export(config: ExportConfig) -> None:
     """Export a point or a policy, and say where it went."""
     from natsl.export import export_choice
+    from natsl.heldout import trained_on_tokens
 
     folder = export_choice(config.choice(), config.name, config.overwrite)
     print(f"exported to {folder}; a fresh process gave the supernet's logits")
-    print(f"try it: {command('generate', {'export': str(folder), 'prompt': 'def '})}")
+    tokens = trained_on_tokens(Choice(export=str(folder)))
+    options = {"export": str(folder)} if tokens else {"export": str(folder), "prompt": "def "}
+    print(f"try it: {command('evaluate' if tokens else 'generate', options)}")
 
 
 def run_generation(config: GenerateConfig) -> None:
     """Print a prompt and its continuation as it is drawn."""
     device = resolve_device(config.device)
     from natsl.generate import Sampling, encode, generate, read_prompt, stream
+    from natsl.heldout import trained_on_tokens
 
     text = DEFAULT_PROMPT if config.prompt is None else config.prompt
     if config.prompt_file is not None:
         text = read_prompt(config.prompt_file)
     model, policy, _ = load_choice(config.choice())
+    if trained_on_tokens(config.choice()):
+        raise UserError("the model was trained on token ids, and natsl has no tokenizer: generate continues text only")
     prompt = encode(text, model.config.vocab_size)
     sampling = Sampling(config.temperature, config.top_k, config.seed)
     print(text.encode(errors="surrogateescape").decode(errors="replace"), end="", flush=True)

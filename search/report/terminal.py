@@ -17,10 +17,11 @@ from natsl.search.report.plane import show
 _ROWS = 14  # of the table
 
 
-def print_front(front: Front, run: Run, select: str, exported: Path | None) -> None:
+def print_front(front: Front, run: Run, following: str, exported: Path | None) -> None:
     """Print a front whose files are written.
 
-    ``select``: how other commands name the run. ``exported``: the folder of the exported knee, if there is one.
+    ``following``: a command for the run, without what it picks. ``exported``: the folder of the exported knee, if there
+    is one.
     """
     console = Console()
     points = _shown(front)
@@ -36,7 +37,7 @@ def print_front(front: Front, run: Run, select: str, exported: Path | None) -> N
     lines += [f"report  {run.report}", f"picture {run.front_png}"]
     lines += [f"export  {exported}"] if exported is not None else []
     if front.points:
-        lines.append(f"next    natsl generate {select} pick=knee")
+        lines.append(f"next    natsl {following} pick=knee")
     for line in lines:
         console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
