@@ -273,6 +273,8 @@ def test_a_sample_shows_what_heads_keep(model: RoutedLM) -> None:
     assert set(sample["heads"]) == {name for kept in sample["kept"] for name in kept} != set()
     recall = settings(budgets=[0.3])
     assert judged(model, tiny_data(), recall)["sample"] is None
+    data.corpus = replace(data.corpus, tokens=True)  # there is no tokenizer to read it with
+    assert judged(model, data, recall)["sample"] is None
 
 
 def test_headroom_is_measured_at_every_uniform_budget(model: RoutedLM, monkeypatch: pytest.MonkeyPatch) -> None:
