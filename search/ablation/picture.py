@@ -73,7 +73,8 @@ def kept_png(sample: Mapping[str, Any], title: str) -> bytes:
     """A PNG of a sample of text, a chunk in each row, with a mark for every head that keeps it."""
     rows, heads = sample["text"], sample["heads"]
     figure, (place,) = new_figure(1, 1)
-    figure.set_size_inches(11.0, 0.19 * len(rows) + 1.2)
+    across = len(heads) + 1 + 0.36 * max(map(len, rows), default=0)  # in columns of heads
+    figure.set_size_inches(max(7.0, 0.17 * across + 1.0), 0.19 * len(rows) + 1.2)
     for n, (text, kept) in enumerate(zip(rows, sample["kept"], strict=True)):
         if kept:
             shade = 0.12 + 0.38 * len(kept) / len(heads)
@@ -82,7 +83,7 @@ def kept_png(sample: Mapping[str, Any], title: str) -> bytes:
         place.text(len(heads) + 0.5, n, printed, family="monospace", fontsize=7, va="center")
         marks = [heads.index(name) for name in kept]
         place.plot(marks, [n] * len(marks), "s", color=COLOURS["front"], markersize=5)
-    place.set_xlim(-1, len(heads) + 75)
+    place.set_xlim(-1, max(across, 6.0 / 0.17))
     place.set_ylim(len(rows) - 0.5, -0.5)
     place.set_xticks(range(len(heads)), heads, rotation=90, fontsize=7)
     place.xaxis.tick_top()
