@@ -266,17 +266,19 @@ def accuracy(predicted: Tensor, seen: Observation) -> dict[str, list[float]]:
     """How well predictions [B,N,R] do, by head.
 
     ``r2`` of the clipped rates; ``captured``: what the tenth of the chunks with the highest predictions gains, 0 being
-    a random tenth and 1 the best one.
+    a random tenth and 1 the best one. Both are 0 where all chunks gain the same.
     """
     y, w = _clipped(seen)
     z = predicted.flatten(0, 1)
     mean = (w * y).sum(0) / w.sum()
-    r2 = 1 - (w * (y - z).square()).sum(0) / (w * (y - mean).square()).sum(0)
+    spread = (w * (y - mean).square()).sum(0)
+    r2 = torch.where(spread > 0, 1 - (w * (y - z).square()).sum(0) / spread, 0.0)
     gain = seen.gains.flatten(0, 1)
     tenth = max(1, len(gain) // 10)
     best = gain.sort(0, descending=True).values[:tenth].mean(0)
     got = gain.gather(0, z.argsort(0, descending=True)[:tenth]).mean(0)
-    captured = (got - gain.mean(0)) / (best - gain.mean(0))
+    room = best - gain.mean(0)
+    captured = torch.where(room > 0, (got - gain.mean(0)) / room, 0.0)
     return {"r2": r2.tolist(), "captured": captured.tolist()}
 
 

@@ -131,8 +131,12 @@ def test_data_that_do_not_fit_are_refused_before_there_is_a_run(
             {"tasks": {"bytes": 1.0}, "seq_len": 70},
             r"variants.base: data.seq_len = 70 is not allowed: with headroom_sequences it must be a multiple of .* = 8",
         ),
+        (
+            {"tasks": {"bytes": 1.0}, "test_sequences": 1},
+            r"variants.base: data.test_sequences = 1 is not allowed: with headroom_sequences it must be ≥ 2",
+        ),
     ],
-    ids=["task", "length"],
+    ids=["task", "length", "sequences"],
 )
 def test_headroom_needs_text_in_whole_chunks(data: dict[str, Any], message: str, tmp_path: Path, text: str) -> None:
     c = small(tmp_path / "runs", text)

@@ -69,6 +69,11 @@ def test_accuracy_by_hand() -> None:
     assert_near(rate[0, 0], gains[0, 0, 0] / (2 / 3))
 
 
+def test_a_head_whose_chunks_gain_nothing_has_nothing_to_predict() -> None:
+    seen = Observation({}, torch.zeros(4, 5, 2))
+    assert accuracy(torch.randn(4, 5, 2), seen) == {"r2": [0.0, 0.0], "captured": [0.0, 0.0]}
+
+
 def test_signals_are_those_of_the_token_form(model: RoutedLM) -> None:
     """Error of the state by the recurrence, the largest share of attention and the nearest kept key by loops."""
     mixer = model.get_submodule("blocks.0.mixer")
