@@ -229,7 +229,7 @@ class SupernetConfig:
 class TrainConfig:
     """Optimiser and schedule: AdamW, linear warm-up, cosine to ``lr · lr_final``, clipping by norm.
 
-    ``router_lr``: instead of ``lr`` for the routers (null: as the rest); their gradient is far noisier.
+    ``router_lr``: ``lr`` of the routers (null: that of the rest).
     ``precision``: of the computation, in training and wherever the supernet is run afterwards (search, evaluation,
     generation, export); weights and losses are float32 always.
     """

@@ -7,6 +7,7 @@ token, held in the smallest dtype that fits. Shapes: B sequences, T tokens.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -76,7 +77,8 @@ def load_text(path: str | None = None, rules: TextRules | None = None, trained: 
 
     A folder is split by file, 90/5/5, on a hash of the relative name, or of its first ``rules.split_depth`` folders: a
     file stays in its part when others come or go. One file, fewer than 20, or files that leave a part too small (likely
-    below 100) are joined in the order of their hashes and cut into contiguous spans. ``trained``: what a supernet was
+    below 100) are joined in the order of their hashes and cut into contiguous spans, between folders where
+    ``rules.split_depth`` is given: few of them then leave a part without any. ``trained``: what a supernet was
     trained on; unless it is this very text with this very split, files that match one of its names or contents are kept
     out of the held-out parts. What is read, and what is left out, goes to the log. Raises ``ValueError`` for a path
     that is missing or unreadable, that holds no text, or none that the supernet was not trained on.
@@ -143,12 +145,28 @@ def _split(files: dict[str, bytes], rules: TextRules, width: int) -> tuple[Parts
             return parts, "folder" if rules.split_depth else "file"
     # not by name: held-out text is like the rest
     order = sorted(files, key=lambda name: (_place(rules.unit(name)), name))
+    if rules.split_depth:
+        return _whole_units(files, order, rules), "folder"
     name, joined = "\n".join(order), b"".join(files[name] for name in order)
     count = len(joined) // width
     test = width * round(count * (1 - HELD_OUT))
     search = width * round(count * (1 - 2 * HELD_OUT))
     spans = {Split.train: joined[:search], Split.search: joined[search:test], Split.test: joined[test:]}
     return {split: [(name, text)] for split, text in spans.items()}, "span"
+
+
+def _whole_units(files: dict[str, bytes], order: list[str], rules: TextRules) -> Parts:
+    """Spans of files in this order that end between folders: each is in the part that its middle falls into."""
+    total, start = sum(map(len, files.values())), 0
+    parts: Parts = {split: [] for split in Split}
+    for _, names in itertools.groupby(order, rules.unit):
+        unit = [(name, files[name]) for name in names]
+        size = sum(len(text) for _, text in unit)
+        middle = (start + size / 2) / total
+        start += size
+        split = Split.test if middle >= 1 - HELD_OUT else Split.search if middle >= 1 - 2 * HELD_OUT else Split.train
+        parts[split] += unit
+    return parts
 
 
 def _place(name: str) -> float:
@@ -273,8 +291,12 @@ class TaskData:
         if size <= length:
             raise UserError(
                 f"data.path = {self.config.path!r} is too short: its {split.value} part has {size} {self.corpus.unit}, "
-                f"a sequence of {name} = {length} needs {length + 1}"
+                f"a sequence of {name} = {length} needs {length + 1}{self._whole_folders()}"
             )
+
+    def _whole_folders(self) -> str:
+        depth = self.config.split_depth
+        return f"; data.split_depth = {depth} keeps folders whole, another one or 0 splits otherwise" if depth else ""
 
     def fingerprint_with(self, text: str) -> str:
         """sha256 over settings and a text of this fingerprint: trainings of equal ones see the same sequences."""

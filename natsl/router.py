@@ -22,7 +22,7 @@ from natsl.kernels.segment import touched_chunks
 from natsl.layout import Layout
 from natsl.modules import precise
 
-# Least share of a step in the running statistics of a router's input.
+# Smallest weight of a step's chunks in the running mean and variance of a router's input.
 MOMENTUM = 0.02
 
 
@@ -120,10 +120,13 @@ class Router(nn.Linear):
         rows = means.flatten(0, 1).to(self.mean.dtype)
         weight = rows.new_ones(len(rows), 1) if real is None else real.reshape(-1, 1).to(rows.dtype)
         weight = weight / weight.sum()
-        self.updates += 1
-        share = (1.0 / self.updates).clamp(min=MOMENTUM)
-        self.mean.lerp_((weight * rows).sum(0), share)
-        self.variance.lerp_((weight * (rows - self.mean).square()).sum(0), share)
+        share = (1.0 / (self.updates + 1)).clamp(min=MOMENTUM)
+        mean = self.mean.lerp((weight * rows).sum(0), share)
+        variance = self.variance.lerp((weight * (rows - mean).square()).sum(0), share)
+        finite = (mean.isfinite() & variance.isfinite()).all()  # else the step is left out, for its loss is not either
+        self.updates += finite
+        self.mean.copy_(torch.where(finite, mean, self.mean))
+        self.variance.copy_(torch.where(finite, variance, self.variance))
 
     def margins(self, means: Tensor) -> Tensor:
         """Score of softmax − score of the delta rule, from the means of chunks: [B,N,D] → at least float32 [B,N,R]."""

@@ -74,15 +74,19 @@ def build_optimizer(model: RoutedLM, config: TrainConfig) -> torch.optim.AdamW:
     ``rate`` of a group: its learning rate in units of ``learning_rate``. A step decays routers as much as other
     matrices.
     """
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}  # by whether they decay, and are of a router
+    # checkpoints know parameters by this order: all that decay, all others, and routers with a rate of their own last
+    rates = [1.0] if config.router_lr is None else [1.0, config.router_lr / config.lr]
+    groups: list[tuple[float, bool, list[torch.nn.Parameter]]] = [
+        (r, decays, []) for r in rates for decays in (True, False)
+    ]
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() == 2 and "embed" not in name and not name.endswith("conv")
-        groups.setdefault((matrix, ".router." in name), []).append(parameter)
-    router_rate = 1.0 if config.router_lr is None else config.router_lr / config.lr
-    rates = {False: 1.0, True: router_rate}
+        apart = ".router." in name and len(rates) > 1
+        groups[2 * apart + (not matrix)][2].append(parameter)
     settings = [
-        {"params": own, "weight_decay": config.weight_decay / rates[router] if matrix else 0.0, "rate": rates[router]}
-        for (matrix, router), own in groups.items()
+        {"params": own, "weight_decay": config.weight_decay / rate if decays else 0.0, "rate": rate}
+        for rate, decays, own in groups
+        if own
     ]
     fused = True if model.embed.weight.device.type == "cuda" else None  # it can leave out a step on the device
     return torch.optim.AdamW(settings, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)

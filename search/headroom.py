@@ -1,9 +1,9 @@
 """How much choosing chunks could gain in a trained supernet, and how much of that is known when a chunk is routed.
 
 The gain of a chunk is what keeping it, instead of writing it to the state, takes off the loss of its sequence: exact to
-first order, chunks left out by the effect of inserting them (docs/method.md). Predictors of gains are fitted on other
-text with the supernet frozen, from what a layer knows at the end of the chunk. They bound from below what a router with
-such inputs could get from this supernet; a router that is trained along with it changes the supernet as well.
+first order, chunks left out by the effect of inserting them (docs/method.md). Predictors of gains are fitted on text of
+the training part with the supernet frozen, from what a layer knows at the end of the chunk. They bound from below what
+a router with such inputs could get from this supernet; one that is trained along with it changes the supernet as well.
 
 Shapes: B sequences, T tokens, C chunk size, N = T / C chunks, D width, R routing heads, F features, M = B·N chunks.
 """
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from natsl.evaluate import Routing, count
 from natsl.kernels.delta import routed_delta_rule
 from natsl.kernels.routing import chunk_means
-from natsl.mixer import RoutedMixer
+from natsl.mixer import RoutedMixer, rotate
 from natsl.model import RoutedLM
 from natsl.modules import short_convolution
+from natsl.search.ablation.record import RANKING
 from natsl.search.controls.comparison import floor_of, selection_share
-from natsl.search.controls.hindsight import gains_of, hindsight
+from natsl.search.controls.hindsight import gains_of, hindsight, take
 from natsl.search.controls.learned import Learned, Subject, follow
-from natsl.search.controls.routes import best_by_head, shuffled
+from natsl.search.controls.routes import shuffled
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks.sequences import Batch
 
@@ -45,7 +46,8 @@ Predictor: TypeAlias = Callable[[Tensor], Tensor]  # standardised features [M,F]
 class Observation:
     """What was seen of the chunks of some sequences in one layer, on the CPU.
 
-    ``features`` name → float32 [B,N,F]; ``gains`` float32 [B,N,R], nats of the whole sequence.
+    ``features`` name → float32 [B,N,F]; ``gains`` float32 [B,N,R], nats of the whole sequence (empty [B,N,0]: they
+    were not asked for).
     """
 
     features: dict[str, Tensor]
@@ -88,6 +90,9 @@ def features_of(mixer: RoutedMixer, x: Tensor, keep: Tensor, skip: Tensor) -> di
     error = error[:, :, 1:]  # a chunk begins with the state at its border, which nothing was asked of
 
     qs, ks = (norm(y.unflatten(3, (c.softmax_per_head, -1))) for norm, y in ((mixer.q_norm, q), (mixer.k_norm, k)))
+    if c.rope:
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        qs, ks = (rotate(y.flatten(2, 3), c.rope_theta, positions).view_as(y) for y in (qs, ks))
     scores = torch.einsum("bnqrgk,bnsrgk->bnrgqs", *(y.unflatten(1, (-1, C)) for y in (qs, ks))) * ks.shape[-1] ** -0.5
     future = torch.ones(C, C, dtype=torch.bool, device=x.device).triu(1)
     shares = scores.masked_fill(future, -torch.inf).softmax(-1).mean(-2)  # [B,N,R,G,C]: what each key gets
@@ -107,11 +112,16 @@ def features_of(mixer: RoutedMixer, x: Tensor, keep: Tensor, skip: Tensor) -> di
 
 
 def observe(
-    model: RoutedLM, policy: RoutingPolicy, batch: Batch, size: int, routes: Sequence[Tensor | None] | None = None
+    model: RoutedLM,
+    policy: RoutingPolicy,
+    batch: Batch,
+    size: int,
+    routes: Sequence[Tensor | None] | None = None,
+    gains: bool = True,
 ) -> dict[int, Observation]:
     """Features of all chunks, and their gains under a policy (or fixed routes), by routed layer; ``size`` at a time.
 
-    The length must be a multiple of the chunk size.
+    The length must be a multiple of the chunk size. Without ``gains`` there is no backward pass.
     """
     layers = [i for i, layer in enumerate(policy.layers) if layer.op is Op.routed]
     parts: dict[int, list[Observation]] = {i: [] for i in layers}
@@ -139,12 +149,12 @@ def observe(
                     for i, mixer in mixers.items()
                 }
             kept = [layer.route if i in layers else None for i, layer in enumerate(output.layers)]
-            gains = gains_of(model, policy, part, kept)
+            gained = gains_of(model, policy, part, kept) if gains else [None] * len(kept)
             for i in layers:
-                gain = gains[i]
-                assert gain is not None
+                gain = gained[i]
+                known = output.layers[i].route[..., :0] if gain is None else gain
                 seen = {name: value.float().cpu() for name, value in features[i].items()}
-                parts[i].append(Observation(seen, gain.float().cpu()))
+                parts[i].append(Observation(seen, known.float().cpu()))
     finally:
         for hook in hooks:
             hook.remove()
@@ -169,7 +179,8 @@ class Fitted:
     def __call__(self, seen: Observation) -> Tensor:
         """Predicted gains per share of the sequence that is left, float32 [B,N,R] on the CPU."""
         x = (seen.read(self.names) - self.mean) / self.deviation
-        return self.predict(x).float().cpu().view_as(seen.gains)
+        rates: Tensor = self.predict(x).float().cpu().unflatten(0, seen.gains.shape[:2])
+        return rates
 
 
 def standardised(seen: Observation, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,7 +225,7 @@ def fit_network(seen: Observation, names: Sequence[str], device: torch.device) -
 
 FITS = (
     ("ridge", fit_ridge, ("hidden", "conv", "signals", "all")),
-    ("ranking", fit_ranking, ("all",)),
+    (RANKING, fit_ranking, ("all",)),
     ("network", fit_network, ("signals", "all")),
 )
 
@@ -265,8 +276,8 @@ def _clipped(seen: Observation) -> tuple[Tensor, Tensor]:
 def accuracy(predicted: Tensor, seen: Observation) -> dict[str, list[float]]:
     """How well predictions [B,N,R] do, by head.
 
-    ``r2`` of the clipped rates; ``captured``: what the tenth of the chunks with the highest predictions gains, 0 being
-    a random tenth and 1 the best one. Both are 0 where all chunks gain the same.
+    ``r2`` of the clipped rates, of a prediction in their unit; ``captured``: what the tenth of the chunks with the
+    highest predictions gains, 0 being a random tenth and 1 that with the highest rates. 0 where all gain the same.
     """
     y, w = _clipped(seen)
     z = predicted.flatten(0, 1)
@@ -275,8 +286,8 @@ def accuracy(predicted: Tensor, seen: Observation) -> dict[str, list[float]]:
     r2 = torch.where(spread > 0, 1 - (w * (y - z).square()).sum(0) / spread, 0.0)
     gain = seen.gains.flatten(0, 1)
     tenth = max(1, len(gain) // 10)
-    best = gain.sort(0, descending=True).values[:tenth].mean(0)
-    got = gain.gather(0, z.argsort(0, descending=True)[:tenth]).mean(0)
+    rate, _ = seen.rates()
+    best, got = (gain.gather(0, x.argsort(0, descending=True)[:tenth]).mean(0) for x in (rate, z))
     room = best - gain.mean(0)
     captured = torch.where(room > 0, (got - gain.mean(0)) / room, 0.0)
     return {"r2": r2.tolist(), "captured": captured.tolist()}
@@ -285,10 +296,10 @@ def accuracy(predicted: Tensor, seen: Observation) -> dict[str, list[float]]:
 def headroom(model: RoutedLM, policy: RoutingPolicy, train: Batch, test: Batch, size: int) -> dict[str, Any]:
     """The headroom of a policy on ``test``, and what predictors fitted on ``train`` get of it; JSON-ready.
 
-    ``layers``: by routed layer and head the mean gain, that of the best tenth, and what each predictor reaches. By
-    ``policy``'s own count of each head, in nats per token: ``learned``, ``shuffled``, ``hindsight``, ``hindsight_in``
-    one layer or head only, and ``predicted`` by each predictor, whose routes follow from what they bring about (three
-    rounds); each with its selection share. ``size``: sequences at a time.
+    ``layers``: by routed layer and head the mean gain, that of the best tenth, and what each predictor reaches.
+    ``loss``: nats per token and selection share, each head keeping as many chunks of each sequence as under the policy:
+    ``learned``, ``shuffled``, ``hindsight``, ``hindsight_in`` one layer or head only, and ``predicted`` by each
+    predictor, whose routes follow from what they bring about (three rounds). ``size``: sequences at a time.
     """
     device = model.embed.weight.device
     fitted_on = observe(model, policy, train, size)
@@ -344,12 +355,12 @@ def _losses(
     for name, fitted in predictors.items():
         chosen = list(routes)
         for _ in range(3):
-            seen = observe(model, policy, test, size, chosen)
+            seen = observe(model, policy, test, size, chosen, gains=False)
             for i, predictor in fitted.items():
                 route = routes[i]
                 assert route is not None
-                complete = test.tokens.shape[1] // policy.chunk_size
-                chosen[i] = best_by_head(route, -predictor(seen[i])[:, :complete])
+                score = predictor(seen[i]).transpose(1, 2)
+                chosen[i] = take(score, route.sum(1)).transpose(1, 2)
         result[f"predicted: {name}"] = row(nats(fixed(chosen)))
     result["hindsight_in"] = _hindsight_in(learned, best, lambda chosen: row(nats(fixed(chosen))))
     return result

@@ -75,8 +75,8 @@ class Objective:
     """One number to minimise, and how it is shown.
 
     ``task``: the task that must be part of the data for it to exist (null: any). ``of_bytes``: it exists only where the
-    text is bytes, not token ids. On an axis, ``zero`` is always in
-    sight, and with ``root`` the square root of the value is what is linear, which spreads small fractions.
+    text is bytes, not token ids. On an axis, ``zero`` is always in sight, and with ``root`` the square root of the
+    value is what is linear, which spreads small fractions.
     """
 
     name: str

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from natsl.config import SupernetConfig, TrainConfig
+from natsl.data import load_text
+from natsl.files import write_json
 from natsl.search.ablation.config import AblationConfig
 from natsl.search.ablation.job import Job
 from natsl.tasks import DataConfig
@@ -33,8 +39,9 @@ def small(root: Path, text: str | None = None, variants: Variants | None = None)
     )
 
 
-def job(config: AblationConfig, variant: str = "base", seed: int = 0, text: str = "text") -> Job:
-    """A job of an ablation, in the folder that the command would give the first variant."""
+def job(config: AblationConfig, variant: str = "base", seed: int = 0) -> Job:
+    """A job of an ablation, in the folder that the command would give the first variant; "text" stands for no text."""
+    text = "text" if config.data.path is None else load_text(config.data.path).fingerprint
     return Job(config, variant, seed, Path(config.root, config.name, "jobs", f"00-{seed}"), text)
 
 
@@ -65,3 +72,36 @@ def result(variant: str, seed: int, policies: list[dict[str, Any]], problems: tu
         "sample": None,
         "problems": list(problems),
     }
+
+
+# In place of the work of a process; each has the arguments of ``pool._work``.
+
+
+def note_device(own: Job, device: str, sender: Connection) -> None:
+    """Writes its device as its result; seed 0 of four holds its own until the others are done."""
+    others = [own.folder.parent / f"00-{seed}" / "result.json" for seed in (1, 2, 3)]
+    for _ in range(600 if own.seed == 0 else 0):
+        if all(path.exists() for path in others):
+            break
+        time.sleep(0.1)
+    own.folder.mkdir(parents=True)
+    write_json(own.result, {"seed": own.seed, "device": device})
+
+
+def meet(own: Job, device: str, sender: Connection) -> None:
+    """Writes its device as its result once three are at work."""
+    own.folder.mkdir(parents=True)
+    for _ in range(600):
+        if len(list(own.folder.parent.iterdir())) == 3:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("three at a time were asked for")
+    write_json(own.result, {"seed": own.seed, "device": device})
+
+
+def be_killed(own: Job, device: str, sender: Connection) -> None:
+    """Seed 1 is killed by the system, the others would go on for long."""
+    if own.seed == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)

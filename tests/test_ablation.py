@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,10 @@ from natsl.search.ablation.command import check_data, run_ablation, visible_devi
 from natsl.search.ablation.config import AblationConfig
 from natsl.search.ablation.job import Job, run_job
 from natsl.search.ablation.pool import run_jobs, stored_results
+from natsl.search.ablation.record import FORMAT
 from natsl.space.policy import Op
 from natsl.train import Trainer
-from tests.ablation_helpers import Variants, job, small
+from tests.ablation_helpers import Variants, be_killed, job, meet, note_device, small
 from tests.search_helpers import is_png
 
 
@@ -132,11 +132,15 @@ def test_data_that_do_not_fit_are_refused_before_there_is_a_run(
             r"variants.base: data.seq_len = 70 is not allowed: with headroom_sequences it must be a multiple of .* = 8",
         ),
         (
+            {"tasks": {"bytes": 1.0}, "seq_len": 8},
+            r"variants.base: data.seq_len = 8 is not allowed: with headroom_sequences it must be at least two chunks",
+        ),
+        (
             {"tasks": {"bytes": 1.0}, "test_sequences": 1},
             r"variants.base: data.test_sequences = 1 is not allowed: with headroom_sequences it must be ≥ 2",
         ),
     ],
-    ids=["task", "length", "sequences"],
+    ids=["task", "length", "one chunk", "sequences"],
 )
 def test_headroom_needs_text_in_whole_chunks(data: dict[str, Any], message: str, tmp_path: Path, text: str) -> None:
     c = small(tmp_path / "runs", text)
@@ -260,7 +264,8 @@ def test_two_processes_do_not_share_a_job(tmp_path: Path, text: str) -> None:
 
 def stored(own: Job, version: int = TRAINING_VERSION) -> dict[str, Any]:
     """Write a result of a job as it is stored, and return it."""
-    plain = {"variant": own.variant, "seed": own.seed, "fingerprint": own.fingerprint(), "text": own.text}
+    plain: dict[str, Any] = {"format": FORMAT, "variant": own.variant, "seed": own.seed}
+    plain |= {"fingerprint": own.fingerprint(), "text": own.text}
     own.folder.mkdir(parents=True, exist_ok=True)
     write_json(own.result, plain | {"version": version})
     return plain | {"version": version}
@@ -273,17 +278,33 @@ def test_a_result_is_used_only_where_everything_matches(tmp_path: Path) -> None:
     assert stored_results([own]) == ([kept], [])
     free = replace(c, batch_size=1, workers=1, lengths=[1, 1], keep_supernets=True)
     free.train = replace(c.train, checkpoint_every=3)
-    free.data = replace(c.data, path="elsewhere")
     assert stored_results([replace(own, config=free)]) == ([kept], [])
-    for options in (
-        {"budgets": [0.5]},
-        {"random_draws": 2},
-        {"lengths": [2]},
-        {"variants": {"base": {"train": {"lr": 1}}}},
-    ):
-        other = replace(own, config=replace(c, **options))
+    assert stored_results([replace(own, seed=1, folder=tmp_path / "01")])[0] == []
+    others = [
+        replace(own, config=replace(c, **options))
+        for options in (
+            {"budgets": [0.5]},
+            {"random_draws": 2},
+            {"headroom_sequences": 2},
+            {"lengths": [2]},
+            {"variants": {"base": {"train": {"lr": 1}}}},
+        )
+    ]
+    for other in others:
+        with pytest.raises(UserError, match=r"result.json was made under other settings: choose another name"):
+            stored_results([other])
+    checkpoints = Run(own.folder).supernet
+    checkpoints.mkdir()
+    (checkpoints / "step-000001.json").touch()  # of a supernet that is kept: it can be judged again
+    for other in others:
         assert stored_results([other]) == ([], [other])
-    assert stored_results([replace(own, seed=1)])[0] == []
+
+
+def test_a_variant_may_be_renamed(tmp_path: Path) -> None:
+    c = small(tmp_path)
+    kept = stored(job(c))
+    renamed = replace(c, variants={"first": {}})
+    assert stored_results([job(renamed, "first")]) == ([{**kept, "variant": "first"}], [])
 
 
 def test_results_of_other_text_are_not_mixed(tmp_path: Path) -> None:
@@ -291,6 +312,9 @@ def test_results_of_other_text_are_not_mixed(tmp_path: Path) -> None:
     stored(own)
     with pytest.raises(UserError, match=r"is of other text than data\.path holds now: choose another name"):
         stored_results([replace(own, text="later")])
+    write_json(own.result, {"format": FORMAT + 1})
+    with pytest.raises(UserError, match=r"result.json has another format than this natsl writes"):
+        stored_results([own])
 
 
 def test_results_of_another_training_are_not_mixed(tmp_path: Path) -> None:
@@ -315,47 +339,51 @@ def test_results_of_another_format_are_left_as_they_are(older: Any, tmp_path: Pa
     assert {path: path.read_bytes() for path in run.path.rglob("*.json")} == before
 
 
-class Threads(ThreadPoolExecutor):
-    """Threads in place of processes."""
-
-    def __init__(self, count: int, mp_context: object, max_tasks_per_child: int) -> None:
-        assert max_tasks_per_child == 1
-        super().__init__(count)
-
-
 def test_a_job_takes_the_device_that_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Job 0 holds its GPU until all others are done, one after another on the second GPU."""
-    used: dict[int, str] = {}
-    others = threading.Semaphore(0)
-
-    def record(own: Job, device: str) -> dict[str, Any]:
-        used[own.seed] = device
-        if own.seed == 0:
-            assert all(others.acquire(timeout=30) for _ in range(3))
-        else:
-            others.release()
-        return {"seed": own.seed}
-
-    monkeypatch.setattr(pool, "ProcessPoolExecutor", Threads)
-    monkeypatch.setattr(pool, "run_job", record)
+    monkeypatch.setattr(pool, "_work", note_device)
     jobs = [job(small(tmp_path), seed=seed) for seed in range(4)]
-    assert sorted(result["seed"] for result in run_jobs(jobs, 2, ["cuda:0", "cuda:1"])) == [0, 1, 2, 3]
+    used = {result["seed"]: result["device"] for result in run_jobs(jobs, 2, ["cuda:0", "cuda:1"])}
+    assert list(used) == [1, 2, 3, 0]
     assert used == {0: "cuda:0", 1: "cuda:1", 2: "cuda:1", 3: "cuda:1"}
 
 
 def test_workers_take_devices_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = threading.Barrier(3, timeout=30)
-    used: dict[int, str] = {}
-
-    def record(own: Job, device: str) -> dict[str, Any]:
-        used[own.seed] = device
-        started.wait()
-        return {}
-
-    monkeypatch.setattr(pool, "ProcessPoolExecutor", Threads)
-    monkeypatch.setattr(pool, "run_job", record)
-    assert len(list(run_jobs([job(small(tmp_path), seed=seed) for seed in range(3)], 5, ["cuda:0", "cuda:1"]))) == 3
+    monkeypatch.setattr(pool, "_work", meet)
+    jobs = [job(small(tmp_path), seed=seed) for seed in range(3)]
+    used = {result["seed"]: result["device"] for result in run_jobs(jobs, 5, ["cuda:0", "cuda:1"])}
     assert used == {0: "cuda:0", 1: "cuda:1", 2: "cuda:0"}
+
+
+def test_a_job_that_fails_ends_the_command_with_its_name(tmp_path: Path, text: str) -> None:
+    """Its mistake in one line, an unexpected error with its traceback; the process is gone in both cases."""
+    c = small(tmp_path, text)
+    c.train = replace(c.train, steps=9, lr=1e30, max_bad_steps=2)
+    with pytest.raises(UserError, match=r"^variant 'base', seed 3: loss or gradient was not finite for 2 steps"):
+        list(run_jobs([job(c, seed=3)], 1, ["cpu"]))
+    broken = job(small(tmp_path, text), seed=4)
+    broken.folder.parent.mkdir(exist_ok=True)
+    broken.folder.write_text("a file in the place of the folder")
+    with pytest.raises(RuntimeError, match=r"(?s)^variant 'base', seed 4:\nTraceback.*FileExistsError"):
+        list(run_jobs([broken], 1, ["cpu"]))
+    assert not multiprocessing.active_children()
+
+
+def test_a_job_whose_process_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_work", be_killed)
+    jobs = [job(small(tmp_path), seed=seed) for seed in range(3)]
+    message = r"variant 'base', seed 1: its process was killed \(exit code -9; .*\); the same command goes on"
+    with pytest.raises(UserError, match=message):
+        list(run_jobs(jobs, 3, ["cpu"]))
+    assert not multiprocessing.active_children()
+
+
+def test_text_that_changes_while_a_command_runs(tmp_path: Path, text: str) -> None:
+    own = job(small(tmp_path, text))
+    Path(text).write_text(Path(text).read_text() + "more\n")
+    with pytest.raises(UserError, match=r"data.path = '.*' has changed since the command began"):
+        run_job(own, "cpu")
+    assert not own.folder.exists()
 
 
 @pytest.mark.parametrize(

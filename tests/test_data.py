@@ -6,7 +6,6 @@ import errno
 import os
 import random
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from natsl.data import Split, TaskData, load_text
+from natsl.errors import UserError
 from natsl.tasks import TASKS, DataConfig
 from natsl.tasks.bytes import BytesTask
 from natsl.tasks.mqar import MqarConfig
@@ -116,16 +116,24 @@ def test_folders_stay_in_one_part(tmp_path: Path) -> None:
     assert TaskData(config, corpus, 512).fingerprint == plain  # what was read is what counts
 
 
-def test_few_folders_are_cut_into_spans_that_keep_them_together(tmp_path: Path) -> None:
+def test_folders_that_hashes_split_badly_still_stay_in_one_part(tmp_path: Path) -> None:
+    """One of 24 folders holds nearly all: it is in the part that the middle of the text falls into."""
     root = tmp_path / "packages"
-    for i in range(30):
-        folder = root / f"p{i % 3}"
+    for i in range(96):
+        folder = root / f"p{i % 24}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i:02d}.txt").write_bytes(b"%d" % (i % 3) * (100 + i))  # no copies
-    corpus = load_text(str(root), DataConfig(split_depth=1).text_rules())
-    assert "by span" in corpus.description
-    joined = b"".join(as_bytes(corpus.part(split)) for split in (Split.train, Split.search, Split.test))
-    assert sum(a != b for a, b in pairwise(joined)) == 2
+        (folder / f"{i:02d}.txt").write_bytes(words(i, 20_000 if i % 24 == 7 else 200))
+    config = DataConfig(path=str(root), split_depth=1, seq_len=64)
+    corpus = load_text(config.path, config.text_rules())
+    assert "by folder" in corpus.description
+    part_of: dict[str, set[str]] = {}
+    for file in corpus.contents:
+        part_of.setdefault(file.name.split("/")[0], set()).add(file.part)
+    assert all(len(parts) == 1 for parts in part_of.values())
+    assert part_of["p7"] == {"train"}
+    # what is left for the other parts is too little for a sequence of this length
+    with pytest.raises(UserError, match=r"is too short: .*; data.split_depth = 1 keeps folders whole"):
+        TaskData(replace(config, tasks={"bytes": 1.0}, seq_len=65536), corpus, 512)
 
 
 def test_copies_and_hidden_files_are_not_read(tmp_path: Path) -> None:

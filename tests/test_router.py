@@ -81,6 +81,13 @@ def test_statistics_follow_the_chunks_of_training() -> None:
     assert_near(router.variance, chunks.var(0, unbiased=False))
     with torch.no_grad():
         router.updates.fill_(999.0)
+        x[1, 3, 5] = math.inf  # such a step is left out
+    route(router, RouteGradient())
+    assert_near(router.mean, chunks.mean(0))
+    assert_near(router.variance, chunks.var(0, unbiased=False))
+    assert float(router.updates) == 999.0
+    with torch.no_grad():
+        x[1, 3, 5] = 0.0
     route(router, RouteGradient())
     whole = chunk_means(x, 8).flatten(0, 1).mean(0)
     assert_near(router.mean, chunks.mean(0) + 0.02 * (whole - chunks.mean(0)))

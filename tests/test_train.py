@@ -68,6 +68,24 @@ def test_matrices_alone_decay() -> None:
     assert not any(name.endswith(("bias", "norm.weight", "conv")) for name in decayed_names)
 
 
+def test_the_order_of_parameters_is_that_of_older_checkpoints() -> None:
+    """The optimiser's state is stored by it: first all that decay, then all others."""
+    model = make_model("rd", tie_embeddings=False)
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def order(router_lr: float | None) -> list[str]:
+        groups = build_optimizer(model, TrainConfig(router_lr=router_lr)).param_groups
+        return [names[id(p)] for group in groups for p in group["params"]]
+
+    matrices = [
+        name for name, p in model.named_parameters() if p.dim() == 2 and not name.endswith(("conv", "embed.weight"))
+    ]
+    assert order(None) == matrices + [name for name in names.values() if name not in matrices]
+    own = order(0.01)
+    assert [name for name in own if ".router." not in name] == [n for n in order(None) if ".router." not in n]
+    assert own[-1] == "blocks.0.mixer.router.weight"
+
+
 @pytest.mark.parametrize(("router_lr", "rate"), [(0.01, 5.0), (None, 1.0)], ids=["own", "as the rest"])
 def test_routers_have_a_rate_of_their_own(
     tmp_path: Path, router_lr: float | None, rate: float, monkeypatch: pytest.MonkeyPatch

@@ -31,15 +31,14 @@ class DataConfig:
     """What the supernet is trained and judged on.
 
     ``path``: a text file or a folder of them (null: the sources of Python's standard library), or a ``.npy`` file with
-    the ids of a tokenizer, one-dimensional. ``tasks``: weight of
-    each task (``bytes``, ``mqar``, ``needle``) in the training batches. ``keys``: how many different keys the recall
-    tasks have; beyond 64 each needs a token more in the vocabulary. ``search_sequences`` / ``test_sequences``: held-out
-    sequences per task for judging trials and for the report. ``include`` / ``exclude``: patterns such as ``*.md`` or
-    ``drafts/*`` for names below the folder (``*`` matches ``/`` too): only files that match one of the former (none:
-    all) and none of the latter are read. ``field``: which field of each line of a ``.jsonl`` file is text (null: such
-    files are left out; empty: they are read as they are). ``split_depth``: files of a folder are split by so many of
-    the folders in their names instead of by the whole name (0), so that a part holds whole packages and long sequences
-    stay in one.
+    the ids of a tokenizer, one-dimensional. ``tasks``: weight of each task (``bytes``, ``mqar``, ``needle``) in the
+    training batches. ``keys``: how many different keys the recall tasks have; beyond 64 each needs a token more in the
+    vocabulary. ``search_sequences`` / ``test_sequences``: held-out sequences per task for judging trials and for the
+    report. ``include`` / ``exclude``: patterns such as ``*.md`` or ``drafts/*`` for names below the folder (``*``
+    matches ``/`` too): only files that match one of the former (none: all) and none of the latter are read. ``field``:
+    which field of each line of a ``.jsonl`` file is text (null: such files are left out; empty: they are read as they
+    are). ``split_depth``: files of a folder are split by so many of the folders in their names instead of by the whole
+    name (0), so that a part holds whole packages and long sequences stay in one.
     """
 
     path: str | None = None
@@ -93,7 +92,7 @@ class OtherTextConfig:
 
     ``path``: a text file or a folder of them (null: the run's own text); a ``.npy`` file of token ids for a run that
     was trained on such. ``include``, ``exclude``, ``field``: what of it is read, as in the options of training; they go
-    with ``path``.
+    with ``path``. A folder is split by as many folders as the run's.
     """
 
     path: str | None = None

@@ -85,5 +85,7 @@ def check_headroom(chunk_size: int, data: DataConfig) -> None:
     check(data.tasks.get("bytes", 0) > 0, "data.tasks", data.tasks, "headroom_sequences needs the task bytes")
     what = f"with headroom_sequences it must be a multiple of model.chunk_size = {chunk_size}"
     check(data.seq_len % chunk_size == 0, "data.seq_len", data.seq_len, what)
+    what = f"with headroom_sequences it must be at least two chunks of {chunk_size}: nothing comes after a single one"
+    check(data.seq_len >= 2 * chunk_size, "data.seq_len", data.seq_len, what)
     what = "with headroom_sequences it must be ≥ 2: routes are taken from another sequence"
     check(data.test_sequences > 1, "data.test_sequences", data.test_sequences, what)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from natsl.config import TRAINING_VERSION
+from natsl.errors import UserError
 from natsl.files import to_plain, write_json
 from natsl.resume import is_free_on_resume
 from natsl.run import Run
@@ -45,6 +46,10 @@ class Job:
         """The file with the result."""
         return self.folder / "result.json"
 
+    def has_supernet(self) -> bool:
+        """Whether there are checkpoints of the supernet."""
+        return any(Run(self.folder).supernet.glob("step-*.json"))
+
     def fingerprint(self) -> str:
         """What the result depends on beside the text: the variant, the seed and how it is judged."""
         c = self.config
@@ -74,6 +79,8 @@ def run_job(job: Job, device: str) -> dict[str, Any]:
     data = TaskData(
         variant.data, load_text(variant.data.path, variant.data.text_rules(c.root)), variant.model.vocab_size
     )
+    if data.corpus.fingerprint != job.text:
+        raise UserError(f"data.path = {variant.data.path!r} has changed since the command began: choose another name")
     folder.path.mkdir(parents=True, exist_ok=True)
     try:
         with sigterm_raises(), folder.lock():

@@ -12,6 +12,7 @@ from natsl.search.controls.comparison import LEARNED, InTask, Rival
 
 FORMAT = 2  # of a result; 1 knew recall at uniform budgets only
 _DIGITS = 6
+RANKING = "ranking"  # the kind of predictor that only orders chunks
 
 
 class Spread(Enum):
@@ -154,8 +155,9 @@ def mean_share(own: Sequence[Row]) -> tuple[float, float | None] | None:
 class Prediction:
     """What a predictor of gains reaches in one supernet at one uniform budget, or the router itself (``learned``).
 
-    ``r2`` and ``captured`` (None: of the router) are means over the heads, weighted by what their best tenth of chunks
-    gains; ``share`` is the selection share of what it chooses (None: nothing to select).
+    ``r2`` (None: of the router and of rankings, whose scores have no unit) and ``captured`` (None: of the router) are
+    means over the heads, weighted by what their best tenth of chunks gains; ``share`` is the selection share of what it
+    chooses (None: nothing to select).
     """
 
     variant: str
@@ -180,5 +182,6 @@ def _predictions(variant: str, at: Mapping[str, Any]) -> list[Prediction]:
             statistics.fmean([value for layer in layers for value in layer[name][key]], weights)
             for key in ("r2", "captured")
         )
-        found.append(Prediction(variant, at["budget"], name, r2, captured, loss[prefix + name]["share"]))
+        known = None if name.startswith(RANKING) else r2
+        found.append(Prediction(variant, at["budget"], name, known, captured, loss[prefix + name]["share"]))
     return found

@@ -60,9 +60,10 @@ def _headroom(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
         parts += [*lines, ""]
     if parts:
         parts += [
-            "Predictors are fitted on other text, the supernet frozen, from what a layer knows at the end of a chunk. "
-            "R² and captured (what the tenth of the chunks with the highest predictions gains: 0 a random tenth, 1 the "
-            "best) are means over heads, weighted by what the best tenth gains.",
+            "Predictors are fitted on training text, the supernet frozen, from what a layer knows at the end of a "
+            "chunk. R² (a ranking has none) and captured (what the tenth of the chunks with the highest predictions "
+            "gains: 0 a random tenth, 1 that with the highest gains per query to come) are means over heads, weighted "
+            "by what the best tenth gains.",
             "",
         ]
     return parts
@@ -70,8 +71,8 @@ def _headroom(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
 
 def _prediction(own: Sequence[Prediction]) -> str:
     r2, captured, share = (mean(getattr(item, key) for item in own) for key in ("r2", "captured", "share"))
-    text = _NONE if share is None else f"{share:.2f}"
-    return text if r2 is None or captured is None else f"{r2:.2f} / {captured:.2f} · {text}"
+    r2_text, captured_text, share_text = (_NONE if x is None else f"{x:.2f}" for x in (r2, captured, share))
+    return share_text if captured is None else f"{r2_text} / {captured_text} · {share_text}"
 
 
 def _table(own: Sequence[Row], ends: Sequence[Anchor], names: Sequence[str], title: str) -> str:

@@ -35,20 +35,10 @@ def random_heads(subject: Subject, learned: Learned, draw: int) -> Routing:
 
 def _redrawn(route: Tensor, complete: int, generator: torch.Generator) -> Tensor:
     """As many random complete chunks of all sequences, head by head."""
-    B, _, R = route.shape
-    scores = torch.rand(B * complete, R, generator=generator, dtype=torch.float64).view(B, complete, R)
-    return best_by_head(route, scores)
-
-
-def best_by_head(route: Tensor, scores: Tensor) -> Tensor:
-    """As many complete chunks as ``route`` [B,N,R] has, head by head, of all sequences those with the lowest scores.
-
-    ``scores`` [B,complete,R]; returns float32 [B,N,R].
-    """
-    B, complete, R = scores.shape
-    rank = scores.reshape(B * complete, R).argsort(0).argsort(0)
+    B, N, R = route.shape
+    rank = torch.rand(B * complete, R, generator=generator, dtype=torch.float64).argsort(0).argsort(0)
     keep = (rank < route.sum((0, 1))).float().view(B, complete, R)
-    return F.pad(keep, (0, 0, 0, route.shape[1] - complete))
+    return F.pad(keep, (0, 0, 0, N - complete))
 
 
 def window(subject: Subject, learned: Learned, draw: int) -> Routing:
