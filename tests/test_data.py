@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from natsl.data import Split, TaskData, load_text
+from natsl.data import Corpus, Split, TaskData, load_text
 from natsl.errors import UserError
 from natsl.tasks import TASKS, DataConfig
 from natsl.tasks.bytes import BytesTask
@@ -92,6 +92,14 @@ def test_files_keep_their_part_when_others_come(tmp_path: Path) -> None:
             assert inside == (path.read_bytes() in as_bytes(after.part(split)))
 
 
+def parts_of_folders(corpus: Corpus) -> dict[str, set[str]]:
+    """Folder → the parts that its files are in."""
+    parts: dict[str, set[str]] = {}
+    for file in corpus.contents:
+        parts.setdefault(file.name.split("/")[0], set()).add(file.part)
+    return parts
+
+
 def test_folders_stay_in_one_part(tmp_path: Path) -> None:
     root = tmp_path / "packages"
     for i in range(120):
@@ -101,9 +109,7 @@ def test_folders_stay_in_one_part(tmp_path: Path) -> None:
     config = DataConfig(path=str(root), split_depth=1, seq_len=64)
     corpus = load_text(config.path, config.text_rules())
     assert "by folder" in corpus.description
-    part_of: dict[str, set[str]] = {}
-    for file in corpus.contents:
-        part_of.setdefault(file.name.split("/")[0], set()).add(file.part)
+    part_of = parts_of_folders(corpus)
     assert len(part_of) == 40
     assert all(len(parts) == 1 for parts in part_of.values())
     assert {part for parts in part_of.values() for part in parts} == {"train", "search", "test"}
@@ -126,9 +132,7 @@ def test_folders_that_hashes_split_badly_still_stay_in_one_part(tmp_path: Path) 
     config = DataConfig(path=str(root), split_depth=1, seq_len=64)
     corpus = load_text(config.path, config.text_rules())
     assert "by folder" in corpus.description
-    part_of: dict[str, set[str]] = {}
-    for file in corpus.contents:
-        part_of.setdefault(file.name.split("/")[0], set()).add(file.part)
+    part_of = parts_of_folders(corpus)
     assert all(len(parts) == 1 for parts in part_of.values())
     assert part_of["p7"] == {"train"}
     # what is left for the other parts is too little for a sequence of this length
