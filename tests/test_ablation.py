@@ -344,7 +344,6 @@ def test_a_job_takes_the_device_that_is_free(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(pool, "_work", note_device)
     jobs = [job(small(tmp_path), seed=seed) for seed in range(4)]
     used = {result["seed"]: result["device"] for result in run_jobs(jobs, 2, ["cuda:0", "cuda:1"])}
-    assert list(used) == [1, 2, 3, 0]
     assert used == {0: "cuda:0", 1: "cuda:1", 2: "cuda:1", 3: "cuda:1"}
 
 
