@@ -31,7 +31,8 @@ from natsl.search.ablation.pool import run_jobs, stored_results
 from natsl.search.ablation.record import FORMAT
 from natsl.space.policy import Op
 from natsl.train import Trainer
-from tests.ablation_helpers import Variants, be_killed, job, meet, note_device, small
+from tests.ablation_helpers import Variants, job, small
+from tests.ablation_workers import be_killed, meet, note_device
 from tests.search_helpers import is_png
 
 

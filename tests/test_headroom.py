@@ -44,7 +44,8 @@ def planted(noise: float, chunks: int = 16) -> Observation:
 
 
 @pytest.mark.parametrize(("name", "fit"), [(name, fit) for name, fit, _ in FITS], ids=[name for name, _, _ in FITS])
-def test_predictors_find_what_tells_gains(name: str, fit: Any) -> None:
+def test_predictors_find_what_tells_gains(name: str, fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEPS", 500)
     seen = planted(0.5)
     score = accuracy(fit(seen, READS["hidden"], CPU)(seen), seen)
     if name != "ranking":  # its scores have no unit
