@@ -22,7 +22,7 @@ from natsl.errors import UserError
 from natsl.files import to_plain
 from natsl.record import EVERY_PART, TrainedText
 from natsl.space.check import check, check_counts
-from natsl.tasks import TASKS, DataConfig, drop_newer
+from natsl.tasks import TASKS, TEXT_OPTIONS, DataConfig, drop_newer
 from natsl.tasks.sequences import BYTES, KEYS, VALUES, Batch, draw_uniform, move_ids
 from natsl.tasks.task import Request
 from natsl.text import TextFile, TextRules, printable, read_text, shown_size
@@ -301,7 +301,7 @@ class TaskData:
     def fingerprint_with(self, text: str) -> str:
         """sha256 over settings and a text of this fingerprint: trainings of equal ones see the same sequences."""
         plain = to_plain(self.config)
-        for name in ("path", "include", "exclude", "field", "split_depth"):  # what they have read is what counts
+        for name in TEXT_OPTIONS:
             del plain[name]
         # Runs from before these settings existed must keep their fingerprints.
         if self.config.keys == len(KEYS):

@@ -344,12 +344,8 @@ def _losses(
     def row(amount: Tensor) -> dict[str, float | None]:
         amounts = others.numpy(), amount.numpy(), gold.numpy(), tokens.numpy()
         share = selection_share(*amounts, floor_of("val_loss"))
-        known = share is not None and share.value is not None
-        return {
-            "loss": float(amount.sum() / tokens.sum()),
-            "share": share.value if known and share else None,
-            "error": share.error if known and share else None,
-        }
+        value, error = (None, None) if share is None else (share.value, share.error)
+        return {"loss": float(amount.sum() / tokens.sum()), "share": value, "error": error}
 
     result: dict[str, Any] = {"learned": row(own), "shuffled": row(others), "hindsight": row(gold)}
     for name, fitted in predictors.items():

@@ -124,6 +124,8 @@ def _check_patterns(include: list[str], exclude: list[str]) -> None:
         check(all(patterns), name, patterns, "a pattern must not be empty")
 
 
+# Options of ``DataConfig`` that choose text: what they have read is what counts, not how they were given.
+TEXT_OPTIONS = ("path", "include", "exclude", "field", "split_depth")
 # Options that came later → the value that makes the sequences of before, which runs that did not store them have.
 NEWER: dict[tuple[str, str], Any] = {("mqar", "shift"): False, ("needle", "alphabet"): "tokens"}
 

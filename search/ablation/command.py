@@ -1,4 +1,4 @@
-"""The command ``natsl ablation``: variants × seeds, their results, a table and two pictures. No torch at import.
+"""The command ``natsl ablation``: variants × seeds, their results, tables and pictures. No torch at import.
 
 A job that is done is kept, one that was cut off goes on from its checkpoint: the same command again runs what is
 missing.

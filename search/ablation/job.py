@@ -19,13 +19,11 @@ from natsl.run import Run
 from natsl.search.ablation.config import AblationConfig
 from natsl.search.ablation.record import FORMAT
 from natsl.signals import TerminatedError, sigterm_raises
-from natsl.tasks import drop_newer
+from natsl.tasks import TEXT_OPTIONS, drop_newer
 
 if TYPE_CHECKING:
     from natsl.data import TaskData
     from natsl.model import RoutedLM
-
-_TEXT = ("path", "include", "exclude", "field", "split_depth")  # what they have read is what counts
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Job:
         """What the result depends on beside the text: the variant, the seed and how it is judged."""
         c = self.config
         variant = to_plain(c.variant(self.variant))
-        for name in _TEXT:
+        for name in TEXT_OPTIONS:
             del variant["data"][name]
         drop_newer(variant["data"])
         variant["train"] = {k: v for k, v in variant["train"].items() if not is_free_on_resume(f"train.{k}")}
@@ -99,7 +97,7 @@ def run_job(job: Job, device: str) -> dict[str, Any]:
             if not c.keep_supernets:
                 shutil.rmtree(folder.supernet)
     except TerminatedError:
-        os._exit(128 + signal.SIGTERM)  # a worker that is gone ends the pool, one that returns would be replaced
+        os._exit(128 + signal.SIGTERM)  # as of a process that the signal ends: there is no result
     return result
 
 
