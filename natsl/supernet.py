@@ -88,10 +88,13 @@ def random_head_policy(
 
 
 def sandwich_policies(model: RoutedLM, config: SupernetConfig, seed: int, step: int) -> list[RoutingPolicy]:
-    """The policies of one step: largest, smallest and random ones, determined by (seed, step) on every rank."""
+    """The policies of one step: largest, smallest and random ones, determined by (seed, step) on every rank.
+
+    Only the largest in the first ``dense_steps`` steps, and of a model without routed layers, which has no other.
+    """
     kinds, chunk = model.kinds, model.config.chunk_size
     largest = RoutingPolicy.all_softmax(kinds, chunk)
-    if step < config.dense_steps:
+    if step < config.dense_steps or Op.routed not in kinds:
         return [largest]
     low, low_head = config.budget_min, 0.0
     if step - config.dense_steps < config.anneal_steps:

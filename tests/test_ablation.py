@@ -73,7 +73,6 @@ def test_variants_change_options_of_every_section() -> None:
         ({"model": {"width": 0}}, r"variants.x: model.width = 0 is not allowed: it must be an integer ≥ 1"),
         ({"data": {"tasks": {"copy": 1}}}, r"variants.x: data.tasks = 'copy' is not allowed: the tasks are bytes"),
         ({"supernet": {"random_policies": 3}}, r"variants.x: train.batch_size = 4 is not .* multiple of the 5"),
-        ({"model": {"layers": ["delta"]}}, r"variants.x: model.layers = \['delta'\] is not .* needs a routed layer"),
         ({"model": {"chunk_size": 128}}, r"variants.x: data.seq_len = 64 is not .* chunk_size = 128"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -159,6 +159,11 @@ def test_dense_steps_train_the_largest_policy_alone() -> None:
     assert len(sandwich_policies(model, config, 0, 3)) == 4
 
 
+def test_a_model_without_routed_layers_has_one_policy() -> None:
+    model = RoutedLM(tiny_config("ds"))
+    assert [p.describe() for p in sandwich_policies(model, SupernetConfig(), 0, 0)] == ["D S"]
+
+
 def test_annealing_widens_the_range_downwards() -> None:
     model = RoutedLM(tiny_config())
     config = SupernetConfig(budget_min=0.1, budget_max=0.9, anneal_steps=10, dense_steps=2, random_policies=200)

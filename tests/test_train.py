@@ -109,11 +109,10 @@ def test_routers_have_a_rate_of_their_own(
 @pytest.mark.parametrize(
     ("kinds", "batch", "net", "message"),
     [
-        ("ds", 4, SupernetConfig(), "a supernet needs a routed layer"),
         ("r", 6, SupernetConfig(), "train.batch_size = 6 .* multiple of the 4 policies"),
         ("r", 4, SupernetConfig(random_policies=1), "multiple of the 3 policies"),
     ],
-    ids=["nothing-to-route", "groups", "one-random"],
+    ids=["groups", "one-random"],
 )
 def test_batches_must_fit_the_sandwich(
     tmp_path: Path, kinds: str, batch: int, net: SupernetConfig, message: str
@@ -122,6 +121,14 @@ def test_batches_must_fit_the_sandwich(
     with pytest.raises(ValueError, match=message):
         train_supernet(model, tiny_data(), recipe(net=net, batch_size=batch), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_routed_layers_is_trained_as_it_is(tmp_path: Path) -> None:
+    """A static hybrid to compare with: one policy, the whole batch, of any size."""
+    model, records = make_model("ds"), []
+    train_supernet(model, tiny_data(), recipe(batch_size=5, steps=2, log_every=1), tmp_path, records.append)
+    assert all(record["loss"] == record["loss_softmax"] for record in records)
+    assert not {"loss_delta", "loss_empty", "loss_random"} & set(records[0])
 
 
 def test_accumulate_takes_any_batch() -> None:

@@ -20,7 +20,7 @@ from natsl.search.controls.registry import ControlRunner
 from natsl.search.controls.static import Shape, greedy_heads
 from natsl.search.headroom import headroom
 from natsl.search.lengths import sequences_at
-from natsl.space.policy import RoutingPolicy
+from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks.bytes import BytesTask
 from natsl.tasks.sequences import Batch
 
@@ -77,9 +77,9 @@ class Judge:
         """One sequence of test text and what is kept of it at the smallest budget, in the best layers.
 
         ``text``: a string per complete chunk. ``kept``: for each of them the names (layer.head) of the heads that keep
-        it, out of ``heads``, those that keep any. None for token ids, without the task ``bytes`` or a finite result.
+        it, out of ``heads``, those that keep any. None for token ids, without the task ``bytes``, a routed layer or a finite result.
         """
-        if BytesTask.name not in self._data.tasks or self._data.corpus.tokens:
+        if not policies or BytesTask.name not in self._data.tasks or self._data.corpus.tokens:
             return None
         budget = min(self._config.budgets)
         policy = policies[Spread.layers, budget]
@@ -140,8 +140,10 @@ class Judge:
         return task_value(self._first, counts), text
 
     def policies(self, family: list[RoutingPolicy]) -> dict[tuple[Spread, float], RoutingPolicy]:
-        """The policies that are judged at each budget."""
+        """The policies that are judged at each budget (none where nothing is routed: only the anchors are measured)."""
         kinds, chunk = self._model.kinds, self._model.config.chunk_size
+        if Op.routed not in kinds:
+            return {}
         static = [item for item in map(self._measure, family) if math.isfinite(item.quality)]
         chosen = {}
         for budget in self._config.budgets:
