@@ -173,7 +173,9 @@ def test_a_static_hybrid_is_judged_by_its_loss_alone() -> None:
     loss = evaluate(hybrid, RoutingPolicy.all_softmax(hybrid.kinds, 8), test).val_loss
     assert ends.softmax == ends.delta == pytest.approx(loss, rel=1e-5)
     assert (rows([result]), result["sample"], result["problems"]) == ([], None, [])
-    assert f"| base | {ends.softmax:.4f} | {ends.delta:.4f} | – | – | – | – | – | – | – | – |" in report([result], config)
+    assert f"| base | {ends.softmax:.4f} | {ends.delta:.4f} | – | – | – | – | – | – | – | – |" in report(
+        [result], config
+    )
 
 
 def test_every_task_has_its_own_quality_and_cost(model: RoutedLM) -> None:

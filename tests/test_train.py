@@ -125,7 +125,8 @@ def test_batches_must_fit_the_sandwich(
 
 def test_a_model_without_routed_layers_is_trained_as_it_is(tmp_path: Path) -> None:
     """A static hybrid to compare with: one policy, the whole batch, of any size."""
-    model, records = make_model("ds"), []
+    model = make_model("ds")
+    records: list[dict[str, float]] = []
     train_supernet(model, tiny_data(), recipe(batch_size=5, steps=2, log_every=1), tmp_path, records.append)
     assert all(record["loss"] == record["loss_softmax"] for record in records)
     assert not {"loss_delta", "loss_empty", "loss_random"} & set(records[0])

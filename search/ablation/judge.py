@@ -77,7 +77,8 @@ class Judge:
         """One sequence of test text and what is kept of it at the smallest budget, in the best layers.
 
         ``text``: a string per complete chunk. ``kept``: for each of them the names (layer.head) of the heads that keep
-        it, out of ``heads``, those that keep any. None for token ids, without the task ``bytes``, a routed layer or a finite result.
+        it, out of ``heads``, those that keep any. None for token ids, without the task ``bytes``, without a routed
+        layer or a finite result.
         """
         if not policies or BytesTask.name not in self._data.tasks or self._data.corpus.tokens:
             return None

@@ -23,7 +23,7 @@ from natsl.search.ablation.record import (
 from natsl.search.controls.comparison import LEARNED
 from natsl.search.objective import OBJECTIVES
 
-_RANDOM, _STATIC = "random_heads", "static"
+_CONTROLS = {"random_heads": "random heads", "static": "static heads", "sink_window": "window"}
 _NONE = "–"
 
 
@@ -79,8 +79,9 @@ def _table(own: Sequence[Row], ends: Sequence[Anchor], names: Sequence[str], tit
     """A row per variant. ``own`` and ``ends`` are of one task, length and budget."""
     metric = ends[0].metric
     heads = ["variant", "all-softmax", "all-delta"]
+    compared = " / ".join((LEARNED, *_CONTROLS.values()))
     for spread in Spread:
-        heads += [f"{spread.value}: kept", "learned / random heads / static heads", "share", f"− {_text(names[0])}"]
+        heads += [f"{spread.value}: kept", compared, "share", f"− {_text(names[0])}"]
     lines = [f"## {title}: {OBJECTIVES[metric].label}", "", _line(heads), "| --- " * len(heads) + "|"]
     for name in names:
         mine = [end for end in ends if end.variant == name]
@@ -101,7 +102,7 @@ def _cells(own: Sequence[Row]) -> list[str]:
     kept = f"{100 * statistics.fmean(row.kept for row in own):.1f} %"
     learned = [row.quality[LEARNED] for row in own]
     qualities = [_with_error(statistics.fmean(learned), deviation(learned))]
-    qualities += [_number(mean(row.quality.get(name) for row in own)) for name in (_RANDOM, _STATIC)]
+    qualities += [_number(mean(row.quality.get(name) for row in own)) for name in _CONTROLS]
     return [kept, " / ".join(qualities), share_text(own)]
 
 
@@ -136,8 +137,8 @@ def _notes(results: Sequence[Mapping[str, Any]], config: AblationConfig) -> list
         "Test split; smaller is better. Means over seeds, ± the standard deviation over seeds (of a share of one seed: "
         "the error over sequences; a seed with nothing to select has no share). The difference of learned to "
         f"{first} is paired by seed, ± its standard error. layers: the total budget in the layers that make the most "
-        "of it, chosen on the search split; uniform: the same budget in every routed layer. Random and static heads "
-        "keep as much.",
+        "of it, chosen on the search split; uniform: the same budget in every routed layer. Random chunks, or the "
+        "first and the latest ones (window), are as many in each head; static heads keep as much in all.",
         "",
     ]
     quiet = [name for name in config.variants if config.variant(name).supernet.route_noise == 0]
