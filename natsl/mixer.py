@@ -42,13 +42,11 @@ def rotate(x: Tensor, theta: float, positions: Tensor) -> Tensor:
 class _Rows:
     """Rows of the batch that share a computation, after the projections.
 
-    q, k [B,T,R·K], v [B,T,R·V], gate [B,T,Hs,Vs], routes [B,N,R]; ``gates`` (g, beta) where the delta rule takes part,
-    ``logits`` [B,T,Hs,2] where both memories do.
+    ``qkv``: q, k [B,T,R·K] and v [B,T,R·V]. gate [B,T,Hs,Vs], routes [B,N,R]; ``gates`` (g, beta) where the delta rule
+    takes part, ``logits`` [B,T,Hs,2] where both memories do.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    qkv: tuple[Tensor, Tensor, Tensor]
     gate: Tensor
     routes: RoutePair
     gates: tuple[Tensor, Tensor] | None
@@ -134,25 +132,50 @@ class RoutedMixer(nn.Module):
         outputs, spans = [], context.spans()
         for span in spans:
             rows = span.rows
-            q, k, v = qkv[rows].split((self.key_width, self.key_width, self.value_width), -1)
+            q, k, v = self.split(qkv[rows])
             keep = routing.route[rows]
             gates = logits = None
             if span.both:
                 logits = self._mix_logits(q, keep, context, span)
             if self.kind is not Op.softmax:
-                gates = self._gates(x[rows])
+                gates = self.gates(x[rows])
             visible = None if routing.visible is None else routing.visible[rows]
             routes = RoutePair(keep, keep if routing.skip is routing.route else routing.skip[rows], visible)
             if not span.learns:  # the ops then leave out the routes' gradient
                 routes = RoutePair(routes.keep.detach(), routes.skip.detach(), visible)
             # autocast would make half precision of the products inside the torch backend, which are float32 on purpose
             with torch.autocast(x.device.type, enabled=False):
-                outputs.append(self._mix(_Rows(q, k, v, gate[rows], routes, gates, logits), context))
+                outputs.append(self._mix(_Rows((q, k, v), gate[rows], routes, gates, logits), context))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if torch.is_grad_enabled():
             y = with_zero_gradients(y, self._unused(spans, context.route is None and routing.route.requires_grad))
         routing = LayerRouting(routing.margins, routing.route.detach(), routing.skip.detach())
         return self.out_proj(y.reshape(B, T, -1)), routing
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k [B,T,R·K] and v [B,T,R·V] of what the convolution gives."""
+        q, k, v = qkv.split((self.key_width, self.key_width, self.value_width), -1)
+        return q, k, v
+
+    def delta_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of the delta rule, [B,T,R,·], of those of ``split``."""
+        q, k, v = (x.unflatten(2, (self.config.heads, -1)) for x in (q, k, v))
+        return q, k, v
+
+    def softmax_heads(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of softmax, [B,T,Hs,·], of those of ``split``: normed and at their positions."""
+        c = self.config
+        q, k, v = (x.unflatten(2, (c.softmax_heads, -1)) for x in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if c.rope:
+            positions = layout.positions(q.shape[1], q.device)
+            q, k = rotate(q, c.rope_theta, positions), rotate(k, c.rope_theta, positions)
+        return q, k, v
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Log decay g and write strength beta of the delta rule, at least float32 [B,T,R]."""
+        a, b, A_log, dt_bias = (precise(y) for y in (self.a_proj(x), self.b_proj(x), self.A_log, self.dt_bias))
+        return -A_log.exp() * F.softplus(a + dt_bias), torch.sigmoid(b)
 
     def _convolve(self, x: Tensor, context: LayerContext) -> Tensor:
         """The short convolution of every sequence by itself, from its last inputs if there is a cache."""
@@ -196,11 +219,6 @@ class RoutedMixer(nn.Module):
             logits = logits.masked_fill(context.per_token(policy.delta_only, span.rows) & softmax, -math.inf)
         return logits
 
-    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Log decay g and write strength beta of the delta rule, at least float32 [B,T,R]."""
-        a, b, A_log, dt_bias = (precise(y) for y in (self.a_proj(x), self.b_proj(x), self.A_log, self.dt_bias))
-        return -A_log.exp() * F.softplus(a + dt_bias), torch.sigmoid(b)
-
     def _mix(self, rows: _Rows, context: LayerContext) -> Tensor:
         """Run the memories that these rows use and combine what they give: [B,T,Hs,Vs]."""
         eps = self.config.norm_eps
@@ -215,21 +233,6 @@ class RoutedMixer(nn.Module):
         assert rows.logits is not None
         return routed_mix(o_delta, o_softmax, rows.gate, rows.logits, self.delta_norm, self.softmax_norm, eps=eps)
 
-    def _heads(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of the routing heads, [B,T,R,·]."""
-        q, k, v = (x.unflatten(2, (self.config.heads, -1)) for x in (rows.q, rows.k, rows.v))
-        return q, k, v
-
-    def _softmax_heads(self, rows: _Rows, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of softmax, [B,T,Hs,·]: normed and at their positions."""
-        c = self.config
-        q, k, v = (x.unflatten(2, (c.softmax_heads, -1)) for x in (rows.q, rows.k, rows.v))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if c.rope:
-            positions = layout.positions(q.shape[1], q.device)
-            q, k = rotate(q, c.rope_theta, positions), rotate(k, c.rope_theta, positions)
-        return q, k, v
-
     def _memories(self, rows: _Rows, context: LayerContext) -> tuple[Tensor | None, Tensor | None]:
         """Outputs of the delta rule [B,T,R,V] and of softmax [B,T,Hs,Vs], None for one that these rows do not use."""
         gradient, packing = context.gradient, context.layout.packing
@@ -239,14 +242,14 @@ class RoutedMixer(nn.Module):
         rate = gradient.counterfactual_rate if gradient else 1.0
         visible = rows.routes.visible
         if rows.gates is None:
-            q, k, v = self._softmax_heads(rows, context.layout)
+            q, k, v = self.softmax_heads(*rows.qkv, context.layout)
             if visible is not None:
                 return None, visible_attention(q, k, v, visible, chunk_size)
             # every chunk is kept; on a CPU torch's attention may hold all scores at once, the routed op never does
             if context.route is None and packing is None and v.is_cuda:
                 return None, causal_attention(q, k, v)
             return None, routed_softmax(q, k, v, keep, chunk_size=chunk_size, cu_seqlens=borders)
-        q, k, v = self._heads(rows)
+        q, k, v = self.delta_heads(*rows.qkv)
         if rows.logits is None or visible is not None:
             o_delta, _ = routed_delta_rule(
                 q,
@@ -261,9 +264,9 @@ class RoutedMixer(nn.Module):
             )
             if rows.logits is None or visible is None:
                 return o_delta, None
-            qs, ks, vs = self._softmax_heads(rows, context.layout)
+            qs, ks, vs = self.softmax_heads(*rows.qkv, context.layout)
             return o_delta, visible_attention(qs, ks, vs, visible, chunk_size)
-        qs, ks, _ = self._softmax_heads(rows, context.layout)
+        qs, ks, _ = self.softmax_heads(*rows.qkv, context.layout)
         return routed_branches(
             q,
             k,
@@ -288,7 +291,7 @@ class RoutedMixer(nn.Module):
         if cache.delta is not None:
             assert rows.gates is not None
             o_delta, state = routed_delta_rule(
-                *self._heads(rows),
+                *self.delta_heads(*rows.qkv),
                 *rows.gates,
                 rows.routes.skip,
                 chunk_size=c.chunk_size,
@@ -299,6 +302,6 @@ class RoutedMixer(nn.Module):
             assert isinstance(state, DeltaState)
             cache.delta = state
         if cache.pages is not None:
-            q, k, v = self._softmax_heads(rows, context.layout)
+            q, k, v = self.softmax_heads(*rows.qkv, context.layout)
             o_softmax = cache.attend(q, k, v, rows.routes.keep, read % c.chunk_size, c.chunk_size, lengths)
         return o_delta, o_softmax

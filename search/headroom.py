@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from natsl.evaluate import Routing, count
 from natsl.kernels.delta import routed_delta_rule
 from natsl.kernels.routing import chunk_means
-from natsl.mixer import RoutedMixer, rotate
+from natsl.layout import Layout
+from natsl.mixer import RoutedMixer
 from natsl.model import RoutedLM
 from natsl.modules import short_convolution
 from natsl.search.ablation.record import RANKING
@@ -80,8 +81,9 @@ def features_of(mixer: RoutedMixer, x: Tensor, keep: Tensor, skip: Tensor) -> di
     C, R = c.chunk_size, c.heads
     x = x.float()
     qkv = short_convolution(mixer.qkv_proj(x), mixer.conv)
-    q, k, v = (y.unflatten(2, (R, -1)) for y in qkv.split((mixer.key_width, mixer.key_width, mixer.value_width), -1))
-    g, beta = mixer._gates(x)
+    parts = mixer.split(qkv)
+    _, k, v = mixer.delta_heads(*parts)
+    g, beta = mixer.gates(x)
     ahead = F.pad(k[:, 1:], (0, 0, 0, 0, 0, 1)).contiguous()  # asks for a key's value one token before it is written
     state, _ = routed_delta_rule(ahead, k.contiguous(), v.contiguous(), g, beta, skip, chunk_size=C)
     returned = F.pad(state[:, :-1], (0, 0, 0, 0, 1, 0)).float() * c.key_dim**0.5 * g.exp()[..., None]
@@ -89,13 +91,10 @@ def features_of(mixer: RoutedMixer, x: Tensor, keep: Tensor, skip: Tensor) -> di
     error = ((v.float() - returned).square().sum(-1) / (size + 1e-6)).unflatten(1, (-1, C))  # [B,N,C,R]
     error = error[:, :, 1:]  # a chunk begins with the state at its border, which nothing was asked of
 
-    qs, ks = (norm(y.unflatten(3, (c.softmax_per_head, -1))) for norm, y in ((mixer.q_norm, q), (mixer.k_norm, k)))
-    if c.rope:
-        positions = torch.arange(x.shape[1], device=x.device)[None]
-        qs, ks = (rotate(y.flatten(2, 3), c.rope_theta, positions).view_as(y) for y in (qs, ks))
-    scores = torch.einsum("bnqrgk,bnsrgk->bnrgqs", *(y.unflatten(1, (-1, C)) for y in (qs, ks))) * ks.shape[-1] ** -0.5
+    qs, ks, _ = mixer.softmax_heads(*parts, Layout())
+    scores = torch.einsum("bnqhk,bnshk->bnhqs", *(y.unflatten(1, (-1, C)) for y in (qs, ks))) * ks.shape[-1] ** -0.5
     future = torch.ones(C, C, dtype=torch.bool, device=x.device).triu(1)
-    shares = scores.masked_fill(future, -torch.inf).softmax(-1).mean(-2)  # [B,N,R,G,C]: what each key gets
+    shares = scores.masked_fill(future, -torch.inf).softmax(-1).mean(-2)  # [B,N,Hs,C]: what each key gets
     keys = F.normalize(chunk_means(k.flatten(2).float(), C).unflatten(2, (R, -1)), dim=-1)
     near = torch.einsum("bnrk,bmrk->bnmr", keys, keys)
     earlier = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool, device=x.device).tril(-1)
@@ -105,7 +104,7 @@ def features_of(mixer: RoutedMixer, x: Tensor, keep: Tensor, skip: Tensor) -> di
         error.mean(2),
         error.amax(2),
         chunk_means(size.sqrt(), C),
-        shares.amax(-1).mean(-1),
+        shares.amax(-1).unflatten(2, (R, -1)).mean(-1),
         near.masked_fill(~seen, -1.0).amax(2),
     )
     return {HIDDEN: chunk_means(x, C), CONV: chunk_means(qkv.float(), C), SIGNALS: torch.cat(signals, -1)}

@@ -89,10 +89,8 @@ def test_signals_are_those_of_the_token_form(model: RoutedLM) -> None:
     with torch.no_grad():
         features = features_of(mixer, x, route, route)
         qkv = short_convolution(mixer.qkv_proj(x), mixer.conv)
-        g, beta = mixer._gates(x)
-    _, k, v = (
-        y.unflatten(2, (c.heads, -1)) for y in qkv.split((mixer.key_width, mixer.key_width, mixer.value_width), -1)
-    )
+        g, beta = mixer.gates(x)
+    _, k, v = mixer.delta_heads(*mixer.split(qkv))
     signals = features["signals"].unflatten(2, (7, c.heads))  # [B,N,7,R]
     assert_near(features["hidden"], x.unflatten(1, (-1, C)).mean(2))
     assert_near(signals[:, :, 1], beta.unflatten(1, (-1, C)).mean(2))
