@@ -15,7 +15,7 @@ from torch import Tensor
 from natsl.config import Counterfactual, RouteGradient
 from natsl.evaluate import Routing
 from natsl.model import RoutedLM
-from natsl.search.controls.learned import Learned, Subject
+from natsl.search.controls.learned import Learned, Subject, in_batches
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks.sequences import IGNORED, Batch
 
@@ -41,15 +41,13 @@ def hindsight_layer(subject: Subject, learned: Learned, draw: int) -> Routing:
 
 
 def _chosen(subject: Subject, learned: Learned, by_head: bool) -> Routing:
-    policy, device = learned.policy, subject.model.embed.weight.device
     size = max(1, subject.batch_size // _SMALLER)
     routes: dict[str, list[Tensor | None]] = {}
     for task, batch in subject.sets.items():
-        parts = []
-        for first in range(0, len(batch), size):
-            rows = slice(first, first + size)
-            kept = [None if route is None else route[rows].to(device) for route in learned.routes[task]]
-            parts.append(choose(subject.model, policy, batch.rows(rows).to(device), kept, by_head))
+        parts = [
+            choose(subject.model, learned.policy, part, kept, by_head)
+            for part, kept in in_batches(subject.model, batch, size, learned.routes[task])
+        ]
         routes[task] = [None if layer[0] is None else torch.cat(layer).cpu() for layer in zip(*parts, strict=True)]
     return lambda task, rows: [None if route is None else route[rows] for route in routes[task]]
 
@@ -89,7 +87,7 @@ def gains_of(
     ``FloatingPointError`` if a gain is not finite.
     """
     scored = batch.recall if bool(batch.recall.any()) else batch.targets != IGNORED
-    leaves = [None if route is None else route.clone().requires_grad_() for route in routes]
+    leaves = [None if route is None else route.to(torch.float32, copy=True).requires_grad_() for route in routes]
     with torch.enable_grad():
         undecided = _undecided(policy)
         output = model(batch.tokens, undecided, targets=batch.targets, routes=leaves, route_gradient=_INSERTION)

@@ -5,7 +5,7 @@ Shapes: B sequences, N chunks, R routing heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,3 +68,13 @@ def follow(subject: Subject, policy: RoutingPolicy) -> Learned:
             for task, parts in routes.items()
         },
     )
+
+
+def in_batches(
+    model: RoutedLM, batch: Batch, size: int, routes: Sequence[Tensor | None]
+) -> Iterator[tuple[Batch, list[Tensor | None]]]:
+    """Sequences with their routes [B,N,R], ``size`` at a time, on the model's device."""
+    device = model.embed.weight.device
+    for first in range(0, len(batch), size):
+        rows = slice(first, first + size)
+        yield batch.rows(rows).to(device), [None if route is None else route[rows].to(device) for route in routes]
