@@ -10,7 +10,7 @@ Shapes: B sequences, T tokens, C chunk size, N = T / C chunks, D width, R routin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -28,54 +28,29 @@ from natsl.modules import short_convolution
 from natsl.search.ablation.record import RANKING
 from natsl.search.controls.comparison import floor_of, selection_share
 from natsl.search.controls.hindsight import gains_of, hindsight, take
-from natsl.search.controls.learned import Learned, Subject, follow
+from natsl.search.controls.learned import Learned, Subject, follow, in_batches
 from natsl.search.controls.routes import shuffled
-from natsl.space.policy import Op, RoutingPolicy
+from natsl.space.policy import RoutingPolicy
 from natsl.tasks.sequences import Batch
 
-# Features of a chunk, and which of them a predictor reads.
-HIDDEN, CONV, SIGNALS = "hidden", "conv", "signals"
-READS = {"hidden": (HIDDEN,), "conv": (CONV,), "signals": (SIGNALS,), "all": (HIDDEN, CONV, SIGNALS)}
+HIDDEN, CONV, SIGNALS, ALL = "hidden", "conv", "signals", "all"  # features of a chunk
 FLOOR = 0.125  # share of the sequence left after a chunk, below which its gain is not scaled up further
 RIDGE = 3e-3  # of the standardised features' variance
 STEPS, ROWS, HIDDEN_UNITS = 1500, 4096, 64  # training of a small network
+ROUNDS = 3  # after each, predictions follow from what the routes of the one before have brought about
 
-Predictor: TypeAlias = Callable[[Tensor], Tensor]  # standardised features [M,F] → predictions [M,R]
-
-
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """What was seen of the chunks of some sequences in one layer, on the CPU.
-
-    ``features`` name → float32 [B,N,F]; ``gains`` float32 [B,N,R], nats of the whole sequence (empty [B,N,0]: they
-    were not asked for).
-    """
-
-    features: dict[str, Tensor]
-    gains: Tensor
-
-    def read(self, names: Sequence[str]) -> Tensor:
-        """The features of these names, [M,F]."""
-        return torch.cat([self.features[name] for name in names], -1).flatten(0, 1)
-
-    def rates(self) -> tuple[Tensor, Tensor]:
-        """Gains per share of the sequence that is left after the chunk [M,R], and that share as a weight [M,1].
-
-        Early chunks have more queries to come: a router does not know how many.
-        """
-        N = self.gains.shape[1]
-        left = ((N - 1 - torch.arange(N)) / N)[None, :, None]
-        weight = left.expand(len(self.gains), -1, 1)
-        return (self.gains / left.clamp(min=FLOOR)).flatten(0, 1), weight.flatten(0, 1)
+Features: TypeAlias = dict[str, Tensor]  # name → float32 [B,N,F], on the CPU
+Predictor: TypeAlias = Callable[[Tensor], Tensor]  # standardised features [B,N,F] → rates of gains [B,N,R]
 
 
-def features_of(mixer: RoutedMixer, x: Tensor, keep: Tensor, skip: Tensor) -> dict[str, Tensor]:
+def features_of(mixer: RoutedMixer, x: Tensor, route: Tensor) -> Features:
     """What a layer knows of its chunks when it routes them: its normed input x [B,T,D], routes [B,N,R] so far.
 
     ``hidden`` [B,N,D] and ``conv`` [B,N,channels]: means of the input, and of queries, keys and values after the
     convolution. ``signals`` [B,N,7·R] per head: decay and write strength; mean and largest relative error of what the
     state returns for a key before its value is written; magnitude of values; the largest share of attention that a key
     gets inside its own chunk; cosine between the chunk's mean key and the nearest one of the chunks kept before.
+    ``all``: the three together.
     """
     c = mixer.config
     C, R = c.chunk_size, c.heads
@@ -85,7 +60,7 @@ def features_of(mixer: RoutedMixer, x: Tensor, keep: Tensor, skip: Tensor) -> di
     _, k, v = mixer.delta_heads(*parts)
     g, beta = mixer.gates(x)
     ahead = F.pad(k[:, 1:], (0, 0, 0, 0, 0, 1)).contiguous()  # asks for a key's value one token before it is written
-    state, _ = routed_delta_rule(ahead, k.contiguous(), v.contiguous(), g, beta, skip, chunk_size=C)
+    state, _ = routed_delta_rule(ahead, k.contiguous(), v.contiguous(), g, beta, route, chunk_size=C)
     returned = F.pad(state[:, :-1], (0, 0, 0, 0, 1, 0)).float() * c.key_dim**0.5 * g.exp()[..., None]
     size = v.float().square().sum(-1)
     error = ((v.float() - returned).square().sum(-1) / (size + 1e-6)).unflatten(1, (-1, C))  # [B,N,C,R]
@@ -98,7 +73,7 @@ def features_of(mixer: RoutedMixer, x: Tensor, keep: Tensor, skip: Tensor) -> di
     keys = F.normalize(chunk_means(k.flatten(2).float(), C).unflatten(2, (R, -1)), dim=-1)
     near = torch.einsum("bnrk,bmrk->bnmr", keys, keys)
     earlier = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool, device=x.device).tril(-1)
-    seen = earlier[None, :, :, None] & (keep[:, None] > 0.5)
+    seen = earlier[None, :, :, None] & (route[:, None] > 0.5)
     signals = (
         *(chunk_means(y.float(), C) for y in (g, beta)),
         error.mean(2),
@@ -107,111 +82,116 @@ def features_of(mixer: RoutedMixer, x: Tensor, keep: Tensor, skip: Tensor) -> di
         shares.amax(-1).unflatten(2, (R, -1)).mean(-1),
         near.masked_fill(~seen, -1.0).amax(2),
     )
-    return {HIDDEN: chunk_means(x, C), CONV: chunk_means(qkv.float(), C), SIGNALS: torch.cat(signals, -1)}
+    features = {HIDDEN: chunk_means(x, C), CONV: chunk_means(qkv, C), SIGNALS: torch.cat(signals, -1)}
+    features[ALL] = torch.cat([*features.values()], -1)
+    return {name: value.float().cpu() for name, value in features.items()}
 
 
 def observe(
-    model: RoutedLM,
-    policy: RoutingPolicy,
-    batch: Batch,
-    size: int,
-    routes: Sequence[Tensor | None] | None = None,
-    gains: bool = True,
-) -> dict[int, Observation]:
-    """Features of all chunks, and their gains under a policy (or fixed routes), by routed layer; ``size`` at a time.
+    model: RoutedLM, policy: RoutingPolicy, batch: Batch, size: int, routes: Sequence[Tensor | None]
+) -> dict[int, Features]:
+    """Features of all chunks under routes [B,N,R], by routed layer; ``size`` sequences at a time.
 
-    The length must be a multiple of the chunk size. Without ``gains`` there is no backward pass.
+    The length must be a multiple of the chunk size.
     """
-    layers = [i for i, layer in enumerate(policy.layers) if layer.op is Op.routed]
-    parts: dict[int, list[Observation]] = {i: [] for i in layers}
-    device = model.embed.weight.device
-    inputs: dict[int, Tensor] = {}
-    mixers: dict[int, RoutedMixer] = {i: model.get_submodule(f"blocks.{i}.mixer") for i in layers}  # type: ignore[misc]
+    mixers: dict[int, RoutedMixer] = {
+        i: model.get_submodule(f"blocks.{i}.mixer")  # type: ignore[misc]
+        for i, route in enumerate(routes)
+        if route is not None
+    }
+    inputs: dict[nn.Module, Tensor] = {}
 
-    def hold(i: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            inputs[i] = arguments[0].detach()
+    def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs[module] = arguments[0]
 
-        return hook
-
-    hooks = [mixer.register_forward_pre_hook(hold(i)) for i, mixer in mixers.items()]
+    parts: dict[int, list[Features]] = {i: [] for i in mixers}
+    hooks = [mixer.register_forward_pre_hook(hook) for mixer in mixers.values()]
     model.eval()
     try:
-        for first in range(0, len(batch), size):
-            rows = slice(first, first + size)
-            part = batch.rows(rows).to(device)
-            own = None if routes is None else [None if r is None else r[rows].float().to(device) for r in routes]
-            with torch.no_grad():
+        with torch.no_grad():
+            for part, own in in_batches(model, batch, size, routes):
                 output = model(part.tokens, policy, routes=own, logits_to_keep=0)
-                features = {
-                    i: features_of(mixer, inputs[i], output.layers[i].route, output.layers[i].skip)
-                    for i, mixer in mixers.items()
-                }
-            kept = [layer.route if i in layers else None for i, layer in enumerate(output.layers)]
-            gained = gains_of(model, policy, part, kept) if gains else [None] * len(kept)
-            for i in layers:
-                gain = gained[i]
-                known = output.layers[i].route[..., :0] if gain is None else gain
-                seen = {name: value.float().cpu() for name, value in features[i].items()}
-                parts[i].append(Observation(seen, known.float().cpu()))
+                for i, mixer in mixers.items():
+                    parts[i].append(features_of(mixer, inputs[mixer], output.layers[i].route))
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
+    return {i: {name: torch.cat([part[name] for part in own]) for name in own[0]} for i, own in parts.items()}
+
+
+def measure_gains(
+    model: RoutedLM, policy: RoutingPolicy, batch: Batch, size: int, routes: Sequence[Tensor | None]
+) -> dict[int, Tensor]:
+    """Gains of all chunks, as ``observe``: float32 [B,N,R] on the CPU, nats of the whole sequence."""
+    model.eval()
+    parts = [gains_of(model, policy, part, own) for part, own in in_batches(model, batch, size, routes)]
     return {
-        i: Observation(
-            {name: torch.cat([part.features[name] for part in own]) for name in own[0].features},
-            torch.cat([part.gains for part in own]),
-        )
-        for i, own in parts.items()
+        i: torch.cat([gain.cpu() for gain in layer if gain is not None])
+        for i, layer in enumerate(zip(*parts, strict=True))
+        if routes[i] is not None
     }
+
+
+def rates_of(gains: Tensor) -> tuple[Tensor, Tensor]:
+    """Gains [B,N,R] per share of the sequence that is left after the chunk [M,R], and that share as a weight [M,1].
+
+    Early chunks have more queries to come: a router does not know how many.
+    """
+    N = gains.shape[1]
+    left = ((N - 1 - torch.arange(N)) / N)[None, :, None]
+    weight = left.expand(len(gains), -1, 1)
+    return (gains / left.clamp(min=FLOOR)).flatten(0, 1), weight.flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """Mean and deviation of a layer's features, name → [F], which it standardises others by."""
+
+    mean: Features
+    deviation: Features
+
+    @classmethod
+    def of(cls, features: Features) -> Scale:
+        """The scale that gives these features mean 0 and variance 1."""
+        rows = {name: x.flatten(0, 1) for name, x in features.items()}
+        return cls({name: x.mean(0) for name, x in rows.items()}, {name: x.std(0) + 1e-6 for name, x in rows.items()})
+
+    def __call__(self, features: Features) -> Features:
+        return {name: (x - self.mean[name]) / self.deviation[name] for name, x in features.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A predictor of gains with the scaling of what it reads: ``names`` of features, their mean and deviation [F]."""
+    """A predictor of one layer's gains, and the name of the features that it reads."""
 
-    names: tuple[str, ...]
-    mean: Tensor
-    deviation: Tensor
+    reads: str
     predict: Predictor
 
-    def __call__(self, seen: Observation) -> Tensor:
+    def __call__(self, features: Features) -> Tensor:
         """Predicted gains per share of the sequence that is left, float32 [B,N,R] on the CPU."""
-        x = (seen.read(self.names) - self.mean) / self.deviation
-        rates: Tensor = self.predict(x).float().cpu().unflatten(0, seen.gains.shape[:2])
-        return rates
+        return self.predict(features[self.reads]).cpu()
 
 
-def standardised(seen: Observation, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """The features of these names, each with mean 0 and variance 1, [M,F]; and their mean and deviation [F]."""
-    x = seen.read(names)
-    mean, deviation = x.mean(0), x.std(0) + 1e-6
-    return (x - mean) / deviation, mean, deviation
-
-
-def fit_ridge(seen: Observation, names: Sequence[str], device: torch.device) -> Fitted:
+def fit_ridge(x: Tensor, gains: Tensor, device: torch.device) -> Predictor:
     """Ridge regression of rates on features, weighted by what is left of the sequence."""
-    x, mean, deviation = standardised(seen, names)
-    y, weight = _clipped(seen)
-    one = torch.ones(len(x), 1)
-    x, y, w = (part.to(device, torch.float64) for part in (torch.cat((x, one), 1), y, weight))
+
+    def with_one(x: Tensor) -> Tensor:
+        return F.pad(x.to(device), (0, 1), value=1.0)
+
+    x = with_one(x.flatten(0, 1)).double()
+    y, w = (part.to(device, torch.float64) for part in _clipped(gains))
     gram = x.T @ (w * x)
     gram.diagonal().add_(RIDGE * float(w.sum()))
     solution = torch.linalg.solve(gram, x.T @ (w * y)).float()
-
-    def predict(features: Tensor) -> Tensor:
-        z: Tensor = F.pad(features.to(device), (0, 1), value=1.0) @ solution
-        return z
-
-    return Fitted(tuple(names), mean, deviation, predict)
+    return lambda x: with_one(x) @ solution
 
 
-def fit_ranking(seen: Observation, names: Sequence[str], device: torch.device) -> Fitted:
+def fit_ranking(x: Tensor, gains: Tensor, device: torch.device) -> Predictor:
     """A linear score fitted to order pairs of chunks by their rates, each pair weighted by the difference."""
-    return _fit(seen, names, device, nn.Linear, _pair_loss)
+    return _train(x, gains, device, nn.Linear, _pair_loss)
 
 
-def fit_network(seen: Observation, names: Sequence[str], device: torch.device) -> Fitted:
+def fit_network(x: Tensor, gains: Tensor, device: torch.device) -> Predictor:
     """Regression of rates by a network with one hidden layer."""
 
     def build(inputs: int, outputs: int) -> nn.Module:
@@ -219,13 +199,13 @@ def fit_network(seen: Observation, names: Sequence[str], device: torch.device) -
             nn.Linear(inputs, HIDDEN_UNITS), nn.SiLU(), nn.Dropout(0.2), nn.Linear(HIDDEN_UNITS, outputs)
         )
 
-    return _fit(seen, names, device, build, lambda z, y, w: (w * (z - y).square()).mean())
+    return _train(x, gains, device, build, lambda z, y, w: (w * (z - y).square()).mean())
 
 
 FITS = (
-    ("ridge", fit_ridge, ("hidden", "conv", "signals", "all")),
-    (RANKING, fit_ranking, ("all",)),
-    ("network", fit_network, ("signals", "all")),
+    ("ridge", fit_ridge, (HIDDEN, CONV, SIGNALS, ALL)),
+    (RANKING, fit_ranking, (ALL,)),
+    ("network", fit_network, (SIGNALS, ALL)),
 )
 
 
@@ -234,17 +214,16 @@ def _pair_loss(z: Tensor, y: Tensor, w: Tensor) -> Tensor:
     return (weight * rate.abs() * F.softplus(-score * rate.sign())).mean()
 
 
-def _fit(
-    seen: Observation,
-    names: Sequence[str],
+def _train(
+    x: Tensor,
+    gains: Tensor,
     device: torch.device,
     build: Callable[[int, int], nn.Module],
     loss: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Fitted:
-    x, mean, deviation = standardised(seen, names)
-    y, w = _clipped(seen)
-    unit = (y.std(0) + 1e-9).to(device)
-    x, y, w = (part.to(device) for part in (x, y, w))
+) -> Predictor:
+    """A network from features x [B,N,F] to rates of gains [B,N,R]; ``loss`` has these in units of their deviation."""
+    x, y, w = (part.to(device) for part in (x.flatten(0, 1), *_clipped(gains)))
+    unit = y.std(0) + 1e-9
     y = y / unit
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -262,30 +241,30 @@ def _fit(
             z: Tensor = net(features.to(device)) * unit
         return z
 
-    return Fitted(tuple(names), mean, deviation, predict)
+    return predict
 
 
-def _clipped(seen: Observation) -> tuple[Tensor, Tensor]:
+def _clipped(gains: Tensor) -> tuple[Tensor, Tensor]:
     """Rates and weights, without the tails: a rate is at most ten times its head's mean magnitude."""
-    rate, weight = seen.rates()
+    rate, weight = rates_of(gains)
     bound = 10 * rate.abs().mean(0)
     return rate.clamp(-bound, bound), weight
 
 
-def accuracy(predicted: Tensor, seen: Observation) -> dict[str, list[float]]:
-    """How well predictions [B,N,R] do, by head.
+def accuracy(predicted: Tensor, gains: Tensor) -> dict[str, list[float]]:
+    """How well predictions [B,N,R] of gains [B,N,R] do, by head.
 
     ``r2`` of the clipped rates, of a prediction in their unit; ``captured``: what the tenth of the chunks with the
     highest predictions gains, 0 being a random tenth and 1 that with the highest rates. 0 where all gain the same.
     """
-    y, w = _clipped(seen)
+    y, w = _clipped(gains)
     z = predicted.flatten(0, 1)
     mean = (w * y).sum(0) / w.sum()
     spread = (w * (y - mean).square()).sum(0)
     r2 = torch.where(spread > 0, 1 - (w * (y - z).square()).sum(0) / spread, 0.0)
-    gain = seen.gains.flatten(0, 1)
+    gain = gains.flatten(0, 1)
     tenth = max(1, len(gain) // 10)
-    rate, _ = seen.rates()
+    rate, _ = rates_of(gains)
     best, got = (gain.gather(0, x.argsort(0, descending=True)[:tenth]).mean(0) for x in (rate, z))
     room = best - gain.mean(0)
     captured = torch.where(room > 0, (got - gain.mean(0)) / room, 0.0)
@@ -298,47 +277,75 @@ def headroom(model: RoutedLM, policy: RoutingPolicy, train: Batch, test: Batch, 
     ``layers``: by routed layer and head the mean gain, that of the best tenth, and what each predictor reaches.
     ``loss``: nats per token and selection share, each head keeping as many chunks of each sequence as under the policy:
     ``learned``, ``shuffled``, ``hindsight``, ``hindsight_in`` one layer or head only, and ``predicted`` by each
-    predictor, whose routes follow from what they bring about (three rounds). ``size``: sequences at a time.
+    predictor, whose routes follow from what they bring about (``ROUNDS``). ``size``: sequences at a time.
     """
-    device = model.embed.weight.device
-    fitted_on = observe(model, policy, train, size)
-    routed = list(fitted_on)
-    predictors = {
-        f"{kind}, {reads}": {i: fit(fitted_on[i], READS[reads], device) for i in routed}
-        for kind, fit, inputs in FITS
-        for reads in inputs
-    }
-    seen = observe(model, policy, test, size)
-    layers = {}
-    for i in routed:
-        gain = seen[i].gains.flatten(0, 1)
-        tenth = gain.sort(0, descending=True).values[: max(1, len(gain) // 10)]
-        layers[str(i)] = {
-            "gain": gain.mean(0).tolist(),
-            "best_tenth": tenth.mean(0).tolist(),
-            **{name: accuracy(own[i](seen[i]), seen[i]) for name, own in predictors.items()},
-        }
-    return {"layers": layers, "loss": _losses(model, policy, test, size, predictors)}
-
-
-def _losses(
-    model: RoutedLM, policy: RoutingPolicy, test: Batch, size: int, predictors: dict[str, dict[int, Fitted]]
-) -> dict[str, Any]:
+    scales, predictors = _fitted(model, policy, train, size)
     subject = Subject(model, {"text": test}, size)
     learned = follow(subject, policy)
     routes = learned.routes["text"]
 
+    def known(routes: Sequence[Tensor | None]) -> dict[int, Features]:
+        return {i: scales[i](own) for i, own in observe(model, policy, test, size, routes).items()}
+
+    features, layers = known(routes), {}
+    for i, gains in measure_gains(model, policy, test, size, routes).items():
+        gain = gains.flatten(0, 1)
+        tenth = gain.sort(0, descending=True).values[: max(1, len(gain) // 10)]
+        layers[str(i)] = {
+            "gain": gain.mean(0).tolist(),
+            "best_tenth": tenth.mean(0).tolist(),
+            **{name: accuracy(own[i](features[i]), gains) for name, own in predictors.items()},
+        }
+    predicted = {}
+    for name, own in predictors.items():
+        chosen = _chosen(own, features, routes)
+        for _ in range(ROUNDS - 1):
+            chosen = _chosen(own, known(chosen), routes)
+        predicted[f"predicted: {name}"] = chosen
+    return {"layers": layers, "loss": _losses(subject, learned, predicted)}
+
+
+def _fitted(
+    model: RoutedLM, policy: RoutingPolicy, train: Batch, size: int
+) -> tuple[dict[int, Scale], dict[str, dict[int, Fitted]]]:
+    """The scale of the features of each routed layer, and predictors by name and layer."""
+    routes = follow(Subject(model, {"text": train}, size), policy).routes["text"]
+    gains = measure_gains(model, policy, train, size, routes)
+    scales, known = {}, {}
+    for i, features in observe(model, policy, train, size, routes).items():
+        scales[i] = Scale.of(features)
+        known[i] = scales[i](features)
+    device = model.embed.weight.device
+    return scales, {
+        f"{kind}, {reads}": {i: Fitted(reads, fit(known[i][reads], gains[i], device)) for i in known}
+        for kind, fit, inputs in FITS
+        for reads in inputs
+    }
+
+
+def _chosen(
+    predictors: Mapping[int, Fitted], features: Mapping[int, Features], routes: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Routes by what predictors say of features, each head keeping as many chunks of each sequence as in ``routes``."""
+    return [
+        None if route is None else take(predictors[i](features[i]).transpose(1, 2), route.sum(1)).transpose(1, 2)
+        for i, route in enumerate(routes)
+    ]
+
+
+def _losses(subject: Subject, learned: Learned, predicted: Mapping[str, Sequence[Tensor | None]]) -> dict[str, Any]:
     def nats(routing: Routing) -> Tensor:
-        return count(model, policy, subject.sets, routing=routing, batch_size=size)["text"].nats
+        sets, size = subject.sets, subject.batch_size
+        return count(subject.model, learned.policy, sets, routing=routing, batch_size=size)["text"].nats
 
     def fixed(chosen: Sequence[Tensor | None]) -> Routing:
         return lambda task, rows: [None if route is None else route[rows].float() for route in chosen]
 
-    draws = [nats(shuffled(subject, learned, draw)) for draw in range(1, min(4, len(test)))]
+    own, tokens = learned.counts["text"].nats, learned.counts["text"].tokens.double()
+    draws = [nats(shuffled(subject, learned, draw)) for draw in range(1, min(4, len(own)))]
     others = torch.stack(draws).mean(0)
     best: list[Tensor | None] = list(hindsight(subject, learned, 0)("text", slice(None)))  # type: ignore[arg-type]
-    gold, own = nats(fixed(best)), learned.counts["text"].nats
-    tokens = learned.counts["text"].tokens.double()
+    gold = nats(fixed(best))
 
     def row(amount: Tensor) -> dict[str, float | None]:
         amounts = others.numpy(), amount.numpy(), gold.numpy(), tokens.numpy()
@@ -347,16 +354,7 @@ def _losses(
         return {"loss": float(amount.sum() / tokens.sum()), "share": value, "error": error}
 
     result: dict[str, Any] = {"learned": row(own), "shuffled": row(others), "hindsight": row(gold)}
-    for name, fitted in predictors.items():
-        chosen = list(routes)
-        for _ in range(3):
-            seen = observe(model, policy, test, size, chosen, gains=False)
-            for i, predictor in fitted.items():
-                route = routes[i]
-                assert route is not None
-                score = predictor(seen[i]).transpose(1, 2)
-                chosen[i] = take(score, route.sum(1)).transpose(1, 2)
-        result[f"predicted: {name}"] = row(nats(fixed(chosen)))
+    result |= {name: row(nats(fixed(chosen))) for name, chosen in predicted.items()}
     result["hindsight_in"] = _hindsight_in(learned, best, lambda chosen: row(nats(fixed(chosen))))
     return result
 

@@ -17,7 +17,7 @@ from natsl.model import RoutedLM
 from natsl.modules import short_convolution
 from natsl.search import headroom as module
 from natsl.search.controls.learned import Subject, follow
-from natsl.search.headroom import FITS, READS, Observation, accuracy, features_of, headroom, observe
+from natsl.search.headroom import FITS, Scale, accuracy, features_of, headroom, measure_gains, observe, rates_of
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from tests.oracles import assert_near, fill_calibration, tiny_data, tiny_model
 
@@ -33,49 +33,59 @@ def model() -> RoutedLM:
     return made
 
 
-def planted(noise: float, chunks: int = 16) -> Observation:
-    """Chunks whose gains follow one of eight features, times what is left of the sequence."""
+def planted(noise: float, chunks: int = 16) -> tuple[Tensor, Tensor]:
+    """Features of chunks, and gains that follow one of the eight, times what is left of the sequence."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(256, chunks, 8, generator=generator)
     rate = torch.stack((2 * x[..., 3] + 1, torch.zeros(256, chunks)), -1)
     rate = rate + noise * torch.randn(rate.shape, generator=generator)
     left = ((chunks - 1 - torch.arange(chunks)) / chunks)[None, :, None]
-    return Observation(dict.fromkeys(("hidden", "conv", "signals"), x), rate * left)
+    return x, rate * left
 
 
 @pytest.mark.parametrize(("name", "fit"), [(name, fit) for name, fit, _ in FITS], ids=[name for name, _, _ in FITS])
 def test_predictors_find_what_tells_gains(name: str, fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STEPS", 500)
-    seen = planted(0.5)
-    score = accuracy(fit(seen, READS["hidden"], CPU)(seen), seen)
+    x, gains = planted(0.5)
+    predict = fit(x, gains, CPU)
+    score = accuracy(predict(x), gains)
     if name != "ranking":  # its scores have no unit
         assert score["r2"][0] > 0.9
     assert score["captured"][0] > 0.75
     assert abs(score["captured"][1]) < 0.25
-    other = planted(0.5, chunks=32)
-    assert accuracy(fit(seen, READS["hidden"], CPU)(other), other)["captured"][0] > 0.6
+    x, gains = planted(0.5, chunks=32)
+    assert accuracy(predict(x), gains)["captured"][0] > 0.6
+
+
+def test_a_scale_is_that_of_the_features_it_was_made_of() -> None:
+    torch.manual_seed(5)
+    x = 3 * torch.randn(5, 7, 2) + torch.tensor([1.0, -40.0])
+    scale = Scale.of({"a": x, "b": x[..., :1]})
+    for rows in (own.flatten(0, 1) for own in scale({"a": x, "b": x[..., :1]}).values()):
+        assert_near(rows.mean(0), torch.zeros(rows.shape[1]))
+        assert_near(rows.std(0), torch.ones(rows.shape[1]))
+    other = scale({"a": x + 1})["a"]
+    assert_near(other, scale({"a": x})["a"] + 1 / x.flatten(0, 1).std(0))
 
 
 def test_accuracy_by_hand() -> None:
     """Ten sequences of two chunks, the second gains nothing: a tenth is two chunks, rates are twice the gain."""
     gains = torch.zeros(10, 2, 1)
     gains[:, 0, 0] = torch.tensor([4.0, 4, 3, 2, 1, 1, 1, 1, 1, 2])  # the mean over all chunks is 1
-    seen = Observation({}, gains)
-    rate, weight = seen.rates()
+    rate, weight = rates_of(gains)
     assert rate[::2, 0].tolist() == [8.0, 8, 6, 4, 2, 2, 2, 2, 2, 4]
     assert not rate[1::2].any()
     assert weight.view(10, 2).unique(dim=0).tolist() == [[0.5, 0.0]]
     z = torch.zeros(10, 2, 1)
     z[0], z[2] = 5.0, 6.0  # in both chunks of two sequences; the highest two are those of the third
-    assert accuracy(z, seen)["captured"][0] == pytest.approx((1.5 - 1) / (4 - 1))
-    assert accuracy(rate.view(10, 2, 1), seen)["captured"][0] == pytest.approx(1.0)
-    assert accuracy(rate.view(10, 2, 1), seen)["r2"][0] == pytest.approx(1.0)
-    assert accuracy(torch.full((10, 2, 1), 4.0), seen)["r2"][0] == pytest.approx(0.0)  # the mean
+    assert accuracy(z, gains)["captured"][0] == pytest.approx((1.5 - 1) / (4 - 1))
+    assert accuracy(rate.view(10, 2, 1), gains)["captured"][0] == pytest.approx(1.0)
+    assert accuracy(rate.view(10, 2, 1), gains)["r2"][0] == pytest.approx(1.0)
+    assert accuracy(torch.full((10, 2, 1), 4.0), gains)["r2"][0] == pytest.approx(0.0)  # the mean
 
 
 def test_a_head_whose_chunks_gain_nothing_has_nothing_to_predict() -> None:
-    seen = Observation({}, torch.zeros(4, 5, 2))
-    assert accuracy(torch.randn(4, 5, 2), seen) == {"r2": [0.0, 0.0], "captured": [0.0, 0.0]}
+    assert accuracy(torch.randn(4, 5, 2), torch.zeros(4, 5, 2)) == {"r2": [0.0, 0.0], "captured": [0.0, 0.0]}
 
 
 def test_signals_are_those_of_the_token_form(model: RoutedLM) -> None:
@@ -87,7 +97,7 @@ def test_signals_are_those_of_the_token_form(model: RoutedLM) -> None:
     x = torch.randn(2, 4 * C, c.width)
     route = torch.tensor([1.0, 0.0, 1.0, 0.0])[None, :, None].expand(2, 4, c.heads).contiguous()
     with torch.no_grad():
-        features = features_of(mixer, x, route, route)
+        features = features_of(mixer, x, route)
         qkv = short_convolution(mixer.qkv_proj(x), mixer.conv)
         g, beta = mixer.gates(x)
     _, k, v = mixer.delta_heads(*mixer.split(qkv))
@@ -118,23 +128,38 @@ def test_signals_are_those_of_the_token_form(model: RoutedLM) -> None:
                     keys.append(mean)
 
 
-def test_gains_are_those_of_the_routes_that_were_made(model: RoutedLM) -> None:
+def test_what_is_seen_does_not_depend_on_the_size_of_batches(model: RoutedLM) -> None:
     batch = tiny_data(tasks={"bytes": 1.0}).batch("bytes", Split.test, 3, seed=0)
-    own = observe(model, POLICY, batch, 2)
-    assert list(own) == [0, 2]
+    routes = follow(Subject(model, {"text": batch}, 3), POLICY).routes["text"]
+    features = observe(model, POLICY, batch, 2, routes)
+    gains = measure_gains(model, POLICY, batch, 2, routes)
+    assert list(features) == list(gains) == [0, 2]
+    for i, gain in measure_gains(model, POLICY, batch, 3, routes).items():
+        assert_near(gain, gains[i])
+        assert float(gain[:, -1].abs().max()) == 0.0  # no query comes after the last chunk
+    for i, own in observe(model, POLICY, batch, 3, routes).items():
+        assert_near(own["all"], torch.cat([own[name] for name in ("hidden", "conv", "signals")], -1))
+        for name, value in own.items():
+            assert_near(value, features[i][name])
+
+
+def test_what_is_seen_is_that_of_the_routes(model: RoutedLM) -> None:
+    """Those of the policy's own router are what it makes; others in the first layer change what the last one sees."""
+    batch = tiny_data(tasks={"bytes": 1.0}).batch("bytes", Split.test, 3, seed=0)
+    routes = follow(Subject(model, {"text": batch}, 3), POLICY).routes["text"]
+    inputs: list[Tensor] = []
+    hook = model.get_submodule("blocks.2.mixer").register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     with torch.no_grad():
-        routes = [layer.route for layer in model(batch.tokens, POLICY).layers]
-    fixed: list[Tensor | None] = [routes[0], None, routes[2]]
-    for i, seen in observe(model, POLICY, batch, 3, fixed).items():
-        assert_near(seen.gains, own[i].gains)
-        assert float(seen.gains[:, -1].abs().max()) == 0.0  # no query comes after the last chunk
-    features = observe(model, POLICY, batch, 3, gains=False)
-    for i, seen in features.items():
-        assert seen.gains.shape == (*own[i].gains.shape[:2], 0)
-        for name, value in seen.features.items():
-            assert_near(value, own[i].features[name])
-    fixed[0] = torch.zeros_like(routes[0])
-    assert not torch.allclose(observe(model, POLICY, batch, 3, fixed)[2].gains, own[2].gains)
+        model(batch.tokens, POLICY)
+    hook.remove()
+    hidden = inputs[0].unflatten(1, (-1, POLICY.chunk_size)).mean(2)
+    features = observe(model, POLICY, batch, 3, routes)[2]
+    gains = measure_gains(model, POLICY, batch, 3, routes)[2]
+    assert_near(features["hidden"], hidden)
+    assert routes[0] is not None
+    other: list[Tensor | None] = [torch.zeros_like(routes[0]), *routes[1:]]
+    assert not torch.allclose(observe(model, POLICY, batch, 3, other)[2]["hidden"], hidden)
+    assert not torch.allclose(measure_gains(model, POLICY, batch, 3, other)[2], gains)
 
 
 def test_headroom_of_a_model(model: RoutedLM, monkeypatch: pytest.MonkeyPatch) -> None:
