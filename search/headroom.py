@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,6 @@ from natsl.layout import Layout
 from natsl.mixer import RoutedMixer
 from natsl.model import RoutedLM
 from natsl.modules import short_convolution
-from natsl.search.ablation.record import RANKING
 from natsl.search.controls.comparison import floor_of, selection_share
 from natsl.search.controls.hindsight import gains_of, hindsight, take
 from natsl.search.controls.learned import Learned, Subject, follow, in_batches
@@ -162,13 +161,14 @@ class Scale:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A predictor of one layer's gains, and the name of the features that it reads."""
+    """A predictor of one layer's gains, the name of the features that it reads, and ``has_unit`` of its kind."""
 
     reads: str
     predict: Predictor
+    has_unit: bool
 
     def __call__(self, features: Features) -> Tensor:
-        """Predicted gains per share of the sequence that is left, float32 [B,N,R] on the CPU."""
+        """Predicted gains per share of the sequence that is left, or scores: float32 [B,N,R] on the CPU."""
         return self.predict(features[self.reads]).cpu()
 
 
@@ -202,10 +202,19 @@ def fit_network(x: Tensor, gains: Tensor, device: torch.device) -> Predictor:
     return _train(x, gains, device, build, lambda z, y, w: (w * (z - y).square()).mean())
 
 
-FITS = (
-    ("ridge", fit_ridge, (HIDDEN, CONV, SIGNALS, ALL)),
-    (RANKING, fit_ranking, (ALL,)),
-    ("network", fit_network, (SIGNALS, ALL)),
+class Kind(NamedTuple):
+    """A kind of predictor, one for each of the features it ``reads``; ``has_unit``: it says rates, not only order."""
+
+    name: str
+    fit: Callable[[Tensor, Tensor, torch.device], Predictor]
+    reads: tuple[str, ...]
+    has_unit: bool = True
+
+
+KINDS = (
+    Kind("ridge", fit_ridge, (HIDDEN, CONV, SIGNALS, ALL)),
+    Kind("ranking", fit_ranking, (ALL,), has_unit=False),
+    Kind("network", fit_network, (SIGNALS, ALL)),
 )
 
 
@@ -251,24 +260,24 @@ def _clipped(gains: Tensor) -> tuple[Tensor, Tensor]:
     return rate.clamp(-bound, bound), weight
 
 
-def accuracy(predicted: Tensor, gains: Tensor) -> dict[str, list[float]]:
+def accuracy(predicted: Tensor, gains: Tensor, has_unit: bool) -> dict[str, list[float]]:
     """How well predictions [B,N,R] of gains [B,N,R] do, by head.
 
-    ``r2`` of the clipped rates, of a prediction in their unit; ``captured``: what the tenth of the chunks with the
+    ``r2`` of the clipped rates, of predictions in their unit only; ``captured``: what the tenth of the chunks with the
     highest predictions gains, 0 being a random tenth and 1 that with the highest rates. 0 where all gain the same.
     """
     y, w = _clipped(gains)
     z = predicted.flatten(0, 1)
     mean = (w * y).sum(0) / w.sum()
     spread = (w * (y - mean).square()).sum(0)
-    r2 = torch.where(spread > 0, 1 - (w * (y - z).square()).sum(0) / spread, 0.0)
+    r2 = {"r2": torch.where(spread > 0, 1 - (w * (y - z).square()).sum(0) / spread, 0.0).tolist()}
     gain = gains.flatten(0, 1)
     tenth = max(1, len(gain) // 10)
     rate, _ = rates_of(gains)
     best, got = (gain.gather(0, x.argsort(0, descending=True)[:tenth]).mean(0) for x in (rate, z))
     room = best - gain.mean(0)
     captured = torch.where(room > 0, (got - gain.mean(0)) / room, 0.0)
-    return {"r2": r2.tolist(), "captured": captured.tolist()}
+    return (r2 if has_unit else {}) | {"captured": captured.tolist()}
 
 
 def headroom(model: RoutedLM, policy: RoutingPolicy, train: Batch, test: Batch, size: int) -> dict[str, Any]:
@@ -294,7 +303,7 @@ def headroom(model: RoutedLM, policy: RoutingPolicy, train: Batch, test: Batch, 
         layers[str(i)] = {
             "gain": gain.mean(0).tolist(),
             "best_tenth": tenth.mean(0).tolist(),
-            **{name: accuracy(own[i](features[i]), gains) for name, own in predictors.items()},
+            **{name: accuracy(own[i](features[i]), gains, own[i].has_unit) for name, own in predictors.items()},
         }
     predicted = {}
     for name, own in predictors.items():
@@ -317,9 +326,11 @@ def _fitted(
         known[i] = scales[i](features)
     device = model.embed.weight.device
     return scales, {
-        f"{kind}, {reads}": {i: Fitted(reads, fit(known[i][reads], gains[i], device)) for i in known}
-        for kind, fit, inputs in FITS
-        for reads in inputs
+        f"{kind.name}, {reads}": {
+            i: Fitted(reads, kind.fit(known[i][reads], gains[i], device), kind.has_unit) for i in known
+        }
+        for kind in KINDS
+        for reads in kind.reads
     }
 
 

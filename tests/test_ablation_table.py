@@ -119,6 +119,14 @@ def test_predictors_stand_beside_the_router(config: AblationConfig, results: lis
     assert lines[start + 5] == "| noise | – | – |"
 
 
+def test_an_order_has_no_unit(config: AblationConfig, results: list[dict[str, Any]]) -> None:
+    """A predictor without r2 has none in the table, nor has a ranking of an older result, which stored one."""
+    layer = {"best_tenth": [1.0], "order": {"captured": [0.6]}, "ranking, all": {"r2": [-9.0], "captured": [0.7]}}
+    loss = {"learned": {"share": 0.5}} | {f"predicted: {name}": {"share": 0.2} for name in ("order", "ranking, all")}
+    results[0]["headroom"] = [{"budget": BUDGET, "layers": {"0": layer}, "loss": loss | {"hindsight_in": {}}}]
+    assert "| base | 0.50 | – / 0.60 · 0.20 | – / 0.70 · 0.20 |" in report(results, config).splitlines()
+
+
 def test_numbers_have_six_digits() -> None:
     assert rounded({"a": [1.23456789, (0.000123456789,)], "b": 1234567, "c": None, "d": "1.23456789"}) == {
         "a": [1.23457, [0.000123457]],

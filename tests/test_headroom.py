@@ -17,7 +17,7 @@ from natsl.model import RoutedLM
 from natsl.modules import short_convolution
 from natsl.search import headroom as module
 from natsl.search.controls.learned import Subject, follow
-from natsl.search.headroom import FITS, Scale, accuracy, features_of, headroom, measure_gains, observe, rates_of
+from natsl.search.headroom import KINDS, Kind, Scale, accuracy, features_of, headroom, measure_gains, observe, rates_of
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from tests.oracles import assert_near, fill_calibration, tiny_data, tiny_model
 
@@ -43,18 +43,18 @@ def planted(noise: float, chunks: int = 16) -> tuple[Tensor, Tensor]:
     return x, rate * left
 
 
-@pytest.mark.parametrize(("name", "fit"), [(name, fit) for name, fit, _ in FITS], ids=[name for name, _, _ in FITS])
-def test_predictors_find_what_tells_gains(name: str, fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
+def test_predictors_find_what_tells_gains(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STEPS", 500)
     x, gains = planted(0.5)
-    predict = fit(x, gains, CPU)
-    score = accuracy(predict(x), gains)
-    if name != "ranking":  # its scores have no unit
-        assert score["r2"][0] > 0.9
+    predict = kind.fit(x, gains, CPU)
+    score = accuracy(predict(x), gains, kind.has_unit)
+    assert set(score) == ({"r2", "captured"} if kind.has_unit else {"captured"})
+    assert not kind.has_unit or score["r2"][0] > 0.9
     assert score["captured"][0] > 0.75
     assert abs(score["captured"][1]) < 0.25
     x, gains = planted(0.5, chunks=32)
-    assert accuracy(predict(x), gains)["captured"][0] > 0.6
+    assert accuracy(predict(x), gains, kind.has_unit)["captured"][0] > 0.6
 
 
 def test_a_scale_is_that_of_the_features_it_was_made_of() -> None:
@@ -78,14 +78,15 @@ def test_accuracy_by_hand() -> None:
     assert weight.view(10, 2).unique(dim=0).tolist() == [[0.5, 0.0]]
     z = torch.zeros(10, 2, 1)
     z[0], z[2] = 5.0, 6.0  # in both chunks of two sequences; the highest two are those of the third
-    assert accuracy(z, gains)["captured"][0] == pytest.approx((1.5 - 1) / (4 - 1))
-    assert accuracy(rate.view(10, 2, 1), gains)["captured"][0] == pytest.approx(1.0)
-    assert accuracy(rate.view(10, 2, 1), gains)["r2"][0] == pytest.approx(1.0)
-    assert accuracy(torch.full((10, 2, 1), 4.0), gains)["r2"][0] == pytest.approx(0.0)  # the mean
+    assert accuracy(z, gains, True)["captured"][0] == pytest.approx((1.5 - 1) / (4 - 1))
+    assert accuracy(rate.view(10, 2, 1), gains, True)["captured"][0] == pytest.approx(1.0)
+    assert accuracy(rate.view(10, 2, 1), gains, True)["r2"][0] == pytest.approx(1.0)
+    assert accuracy(torch.full((10, 2, 1), 4.0), gains, True)["r2"][0] == pytest.approx(0.0)  # the mean
 
 
 def test_a_head_whose_chunks_gain_nothing_has_nothing_to_predict() -> None:
-    assert accuracy(torch.randn(4, 5, 2), torch.zeros(4, 5, 2)) == {"r2": [0.0, 0.0], "captured": [0.0, 0.0]}
+    score = accuracy(torch.randn(4, 5, 2), torch.zeros(4, 5, 2), True)
+    assert score == {"r2": [0.0, 0.0], "captured": [0.0, 0.0]}
 
 
 def test_signals_are_those_of_the_token_form(model: RoutedLM) -> None:
@@ -177,7 +178,7 @@ def test_headroom_of_a_model(model: RoutedLM, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "count", count)
     result = headroom(model, POLICY, train, test, 3)
     assert set(result["layers"]) == {"0", "2"}
-    names = {f"{kind}, {reads}" for kind, _, inputs in FITS for reads in inputs}
+    names = {f"{kind.name}, {reads}" for kind in KINDS for reads in kind.reads}
     for layer in result["layers"].values():
         assert names < set(layer)
         assert all(best >= mean for best, mean in zip(layer["best_tenth"], layer["gain"], strict=True))

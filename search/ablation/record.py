@@ -12,7 +12,7 @@ from natsl.search.controls.comparison import LEARNED, InTask, Rival
 
 FORMAT = 2  # of a result; 1 knew recall at uniform budgets only
 _DIGITS = 6
-RANKING = "ranking"  # the kind of predictor that only orders chunks
+_RANKING = "ranking"  # a kind of predictor that only orders chunks; older results have a meaningless r2 of it
 
 
 class Spread(Enum):
@@ -155,7 +155,7 @@ def mean_share(own: Sequence[Row]) -> tuple[float, float | None] | None:
 class Prediction:
     """What a predictor of gains reaches in one supernet at one uniform budget, or the router itself (``learned``).
 
-    ``r2`` (None: of the router and of rankings, whose scores have no unit) and ``captured`` (None: of the router) are
+    ``r2`` (None: of the router and of predictors whose scores have no unit) and ``captured`` (None: of the router) are
     means over the heads, weighted by what their best tenth of chunks gains; ``share`` is the selection share of what it
     chooses (None: nothing to select).
     """
@@ -178,10 +178,16 @@ def _predictions(variant: str, at: Mapping[str, Any]) -> list[Prediction]:
     weights = [max(gain, 1e-9) for layer in layers for gain in layer["best_tenth"]]
     found = [Prediction(variant, at["budget"], LEARNED, None, None, loss[LEARNED]["share"])]
     for name in (name.removeprefix(prefix) for name in loss if name.startswith(prefix)):
-        r2, captured = (
-            statistics.fmean([value for layer in layers for value in layer[name][key]], weights)
-            for key in ("r2", "captured")
+        r2, captured = ([value for layer in layers for value in layer[name].get(key, ())] for key in ("r2", "captured"))
+        has_unit = r2 and not name.startswith(_RANKING)
+        found.append(
+            Prediction(
+                variant=variant,
+                budget=at["budget"],
+                name=name,
+                r2=statistics.fmean(r2, weights) if has_unit else None,
+                captured=statistics.fmean(captured, weights),
+                share=loss[prefix + name]["share"],
+            )
         )
-        known = None if name.startswith(RANKING) else r2
-        found.append(Prediction(variant, at["budget"], name, known, captured, loss[prefix + name]["share"]))
     return found
