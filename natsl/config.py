@@ -176,18 +176,18 @@ class SupernetConfig:
 
     Budgets of the random policies, averaged over the layers, lie in [``budget_min``, ``budget_max``]; ``anneal_steps``
     widens the range from ``budget_max`` downwards. Policies with a budget per head go down to 0 in the end. The first
-    ``dense_steps`` steps train only the largest policy. The settings of ``RouteGradient`` are as there.
+    ``dense_steps`` steps train only the largest policy. The settings of ``RouteGradient`` are as there, with noise.
     """
 
     sandwich: Sandwich = Sandwich.groups
-    random_policies: int = 2
+    random_policies: int = 6
     budget_min: float = 0.05
     budget_max: float = 0.6
     anneal_steps: int = 0
     dense_steps: int = 0
     distill: float = 0.0
     route_temperature: float = RouteGradient.route_temperature
-    route_noise: float = RouteGradient.route_noise
+    route_noise: float = 0.5
     counterfactual: Counterfactual = RouteGradient.counterfactual
     counterfactual_rate: float = RouteGradient.counterfactual_rate
     project_budget: bool = RouteGradient.project_budget

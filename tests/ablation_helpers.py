@@ -29,7 +29,7 @@ def small(root: Path, text: str | None = None, variants: Variants | None = None)
         variants=variants or {"base": {}, "chosen": {"supernet": {"counterfactual": "none"}}},
         model=tiny_config("rr"),
         data=DataConfig(path=text, seq_len=64, search_sequences=2, test_sequences=3),
-        supernet=SupernetConfig(calibration_sequences=8, calibration_points=17),
+        supernet=SupernetConfig(calibration_sequences=8, calibration_points=17, random_policies=2, route_noise=0.0),
         train=TrainConfig(steps=1, batch_size=4, warmup_steps=0),
     )
 

@@ -18,7 +18,7 @@ import torch
 
 from natsl import checkpoint
 from natsl.cli.main import run_verb
-from natsl.config import TRAINING_VERSION, Counterfactual
+from natsl.config import TRAINING_VERSION, Counterfactual, SupernetConfig
 from natsl.data import load_text
 from natsl.errors import UserError
 from natsl.files import write_json
@@ -163,9 +163,15 @@ def test_an_ablation_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_
     run_verb("ablation", [f"root={tmp_path}"])
     run_verb("ablation", ["variants={base: {}, x: {data: {mqar: {pair_share: 0.25}}}}", "variants.x.train.steps=7"])
     run_verb("ablation", ["experiment=routing", "device=cpu"])
-    preset, own, routing = configs
+    run_verb("ablation", ["experiment=recall"])
+    preset, own, routing, recall = configs
     assert list(routing.variant("neither").data.tasks.items()) == [("mqar", 0.0), ("bytes", 1.0)]
-    assert [routing.variant(name).train.router_lr for name in routing.variants] == [None, None, *[0.01] * 4]
+    assert [routing.variant(name).train.router_lr for name in routing.variants] == [None, 0.01, None, 0.01, 0.01]
+    default = SupernetConfig()
+    for config in (routing, recall):
+        before, now = (config.variant(name).supernet for name in ("neither", "policies, noise"))
+        assert (before.random_policies, before.route_noise) == (2, 0.0)
+        assert (now.random_policies, now.route_noise) == (default.random_policies, default.route_noise)
     assert preset.variant("chosen only").supernet.counterfactual is Counterfactual.none
     assert len(preset.variants) == 6
     assert (own.variant("x").data.mqar.pair_share, own.variant("x").train.steps) == (0.25, 7)

@@ -48,7 +48,7 @@ def test_an_evaluation_holds_the_logits_of_a_part_of_its_batch(monkeypatch: pyte
 def test_a_training_that_ends_in_its_calibration_is_not_made_again(
     noise: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net = SupernetConfig(calibration_points=17, calibration_sequences=8, route_noise=noise)
+    net = SupernetConfig(calibration_points=17, calibration_sequences=8, random_policies=2, route_noise=noise)
     unbroken = make_model()
     train_supernet(unbroken, tiny_data(), recipe(net=net), tmp_path / "unbroken")
 

@@ -221,7 +221,7 @@ def tiny(root: Path, text: Path, **changes: Any) -> SearchRunConfig:
             test_sequences=2,
             mqar=MqarConfig(segment=8, query_segments=1),
         ),
-        supernet=SupernetConfig(calibration_sequences=4, calibration_points=17),
+        supernet=SupernetConfig(calibration_sequences=4, calibration_points=17, random_policies=2),
         train=TrainConfig(steps=1, batch_size=4, warmup_steps=1, checkpoint_every=1, log_every=1),
         search=SearchConfig(n_trials=2, random_draws=2, uniform_budgets=[0.25]),
         tracking=TrackingConfig(mode=TrackingMode.disabled),

@@ -131,7 +131,7 @@ def test_printed_commands_of_training_and_calibration(shell: Shell) -> None:
     Path("d, #1.txt").write_text("".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(600)))
     name, where = "x" * 64, ["root=my 'runs'", "data.path=d, #1.txt"]
     options = [item for item in TINY if not item.startswith(("search.", "export", "experiment"))]
-    options += ["train.batch_size=4", "train.warmup_steps=1"]
+    options += ["train.batch_size=8", "train.warmup_steps=1"]
     trained = shell.natsl("train", f"name={name}", *where, *options)
     assert trained.code == 0, trained.err
     (line,) = commands(trained.out)

@@ -59,7 +59,7 @@ def tiny(root: Path, text: str, **changes: Any) -> SearchRunConfig:
         data=DataConfig(
             path=text, seq_len=64, search_sequences=3, test_sequences=3, mqar=MqarConfig(segment=8, query_segments=1)
         ),
-        supernet=SupernetConfig(calibration_sequences=4, calibration_points=17),
+        supernet=SupernetConfig(calibration_sequences=4, calibration_points=17, random_policies=2),
         train=TrainConfig(steps=2, batch_size=4, warmup_steps=1, checkpoint_every=1, log_every=1),
         search=SearchConfig(**(settings | changes)),
         tracking=TrackingConfig(mode=TrackingMode.disabled),

@@ -140,7 +140,7 @@ def test_policies_of_a_step_follow_from_seed_and_step() -> None:
     assert sandwich_policies(model, config, 3, 5) == first
     assert first[0].describe() == "S S S"
     assert first[1].describe() == ("0 0 0" if supernet.smallest_is_empty(3, 5) else "D D D")
-    assert len(first) == 4
+    assert len(first) == 8
     seen = {sandwich_policies(model, config, seed, step)[2].digest() for seed in range(3) for step in range(20)}
     assert len(seen) == 60
     assert first[2] != first[3]
@@ -156,7 +156,7 @@ def test_dense_steps_train_the_largest_policy_alone() -> None:
     model, config = RoutedLM(tiny_config("rdr")), SupernetConfig(dense_steps=3)
     for step in range(3):
         assert [p.describe() for p in sandwich_policies(model, config, 0, step)] == ["S D S"]
-    assert len(sandwich_policies(model, config, 0, 3)) == 4
+    assert len(sandwich_policies(model, config, 0, 3)) == 8
 
 
 def test_a_model_without_routed_layers_has_one_policy() -> None:
@@ -227,7 +227,7 @@ def sandwich() -> list[RoutingPolicy]:
 
 def test_groups_give_every_policy_its_own_slice() -> None:
     model, batch = tiny_model("rr"), tiny_data().train_batch(8, 0, 0)
-    config, policies = SupernetConfig(), sandwich()
+    config, policies = SupernetConfig(route_noise=0.0), sandwich()
     losses = sandwich_backward(model, batch, policies, config)
     whole = gradients(model)
     for i, policy in enumerate(policies):
@@ -243,7 +243,7 @@ def test_groups_give_every_policy_its_own_slice() -> None:
 @pytest.mark.parametrize("distill", [0.0, 0.7])
 def test_accumulate_gives_every_policy_the_whole_batch(distill: float) -> None:
     model, batch = tiny_model("rr"), tiny_data().train_batch(4, 0, 0)
-    config = SupernetConfig(sandwich=Sandwich.accumulate, distill=distill)
+    config = SupernetConfig(sandwich=Sandwich.accumulate, distill=distill, route_noise=0.0)
     policies = sandwich()
     losses = sandwich_backward(model, batch, policies, config)
     whole = gradients(model)
@@ -265,7 +265,7 @@ def test_distillation_teaches_the_students_alone() -> None:
     model, batch = tiny_model("rr"), tiny_data().train_batch(4, 0, 0)
     found = []
     for distill in (0.0, 5.0):
-        config = SupernetConfig(sandwich=Sandwich.accumulate, distill=distill)
+        config = SupernetConfig(sandwich=Sandwich.accumulate, distill=distill, route_noise=0.0)
         sandwich_backward(model, batch, sandwich()[:1], config)
         found.append(gradients(model))
     assert_same(*found)

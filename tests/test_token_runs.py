@@ -64,7 +64,7 @@ def tiny(root: Path, path: Path, **changes: Any) -> SearchRunConfig:
             test_sequences=2,
             mqar=MqarConfig(segment=8, query_segments=1),
         ),
-        supernet=SupernetConfig(calibration_sequences=4, calibration_points=17),
+        supernet=SupernetConfig(calibration_sequences=4, calibration_points=17, random_policies=2),
         train=TrainConfig(steps=1, batch_size=4, warmup_steps=1, checkpoint_every=1, log_every=1),
         search=SearchConfig(
             objectives=["val_loss", "kept_fraction"],
@@ -227,7 +227,15 @@ def test_bits_per_byte_is_no_objective_and_no_constraint_for_ids(tmp_path: Path)
 
 def test_training_names_the_size_of_the_vocabulary(tmp_path: Path) -> None:
     config = tiny(tmp_path / "runs", save_ids(tmp_path / "ids.npy", 0, 900))
-    train = TrainRunConfig("t", config.root, device="cpu", model=config.model, data=config.data, train=config.train)
+    train = TrainRunConfig(
+        "t",
+        config.root,
+        device="cpu",
+        model=config.model,
+        data=config.data,
+        supernet=config.supernet,
+        train=config.train,
+    )
     message = refused(lambda: run_training(train))
     assert message.startswith("model.vocab_size = 1000 is not allowed")
     assert message.endswith("need at least 1029")

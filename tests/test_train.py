@@ -109,7 +109,7 @@ def test_routers_have_a_rate_of_their_own(
 @pytest.mark.parametrize(
     ("kinds", "batch", "net", "message"),
     [
-        ("r", 6, SupernetConfig(), "train.batch_size = 6 .* multiple of the 4 policies"),
+        ("r", 12, SupernetConfig(), "train.batch_size = 12 .* multiple of the 8 policies"),
         ("r", 4, SupernetConfig(random_policies=1), "multiple of the 3 policies"),
     ],
     ids=["groups", "one-random"],
@@ -174,20 +174,20 @@ def test_training_learns_and_reports(tmp_path: Path) -> None:
     assert_equal(loaded, model)
 
 
-@pytest.mark.parametrize("kind", ["dense", "accumulate", "none", "sampled", "noise"])
+@pytest.mark.parametrize("kind", ["dense", "accumulate", "none", "sampled", "no noise"])
 def test_options_train(tmp_path: Path, kind: str) -> None:
+    base = SupernetConfig(calibration_points=17, calibration_sequences=8, random_policies=2)
     nets = {
-        "dense": SupernetConfig(dense_steps=3, anneal_steps=2),
-        "accumulate": SupernetConfig(sandwich=Sandwich.accumulate, distill=0.5, random_policies=1),
-        "none": SupernetConfig(counterfactual=Counterfactual.none, project_budget=False, gradient_clamp=0.0),
-        "sampled": SupernetConfig(counterfactual=Counterfactual.derivative, counterfactual_rate=0.5),
-        "noise": SupernetConfig(route_noise=1.0, detach_router=False),
+        "dense": replace(base, dense_steps=3, anneal_steps=2),
+        "accumulate": replace(base, sandwich=Sandwich.accumulate, distill=0.5, random_policies=1),
+        "none": replace(base, counterfactual=Counterfactual.none, project_budget=False, gradient_clamp=0.0),
+        "sampled": replace(base, counterfactual=Counterfactual.derivative, counterfactual_rate=0.5),
+        "no noise": replace(base, route_noise=0.0, detach_router=False),
     }
     model = make_model("rd")
     records: list[Record] = []
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    net = replace(nets[kind], calibration_points=17, calibration_sequences=8)
-    train_supernet(model, tiny_data(), recipe(net=net, steps=5), tmp_path, records.append)
+    train_supernet(model, tiny_data(), recipe(net=nets[kind], steps=5), tmp_path, records.append)
     assert all(math.isfinite(v) for r in records for v in r.values())
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
     if kind == "dense":
@@ -284,7 +284,7 @@ def test_a_step_asks_the_device_for_nothing(
 ) -> None:
     """No tensor becomes a number, a size or a branch of the program: on a GPU each would wait for the device."""
     options = {} if distill is None else {"sandwich": Sandwich.accumulate, "distill": distill}
-    data, net = tiny_data(tasks={"mqar": 1.0, "bytes": 1.0}), SupernetConfig(route_noise=0.5, **options)  # type: ignore[arg-type]
+    data, net = tiny_data(tasks={"mqar": 1.0, "bytes": 1.0}), SupernetConfig(random_policies=2, **options)  # type: ignore[arg-type]
     trainer = Trainer(make_model("rds"), data, recipe(net=net, batch_size=8))
     batch = data.train_batch(8, 0, 0)
     monkeypatch.setattr(data, "train_batch", lambda *_: batch)  # made on the host, whatever the device
@@ -407,7 +407,7 @@ def command(root: Path, **options: object) -> TrainRunConfig:
     return TrainRunConfig(
         model=tiny_config("r"),
         data=DataConfig(seq_len=64),
-        supernet=SupernetConfig(calibration_sequences=8),
+        supernet=SupernetConfig(calibration_sequences=8, random_policies=2),
         train=TrainConfig(steps=2, batch_size=4, warmup_steps=0),
         tracking=TrackingConfig(mode=TrackingMode.disabled),
         **changed,

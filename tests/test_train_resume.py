@@ -47,7 +47,7 @@ def test_sigterm_stores_the_step_and_the_resumed_run_equals_an_unbroken_one(tmp_
 @pytest.mark.parametrize("kind", ["plain", "noise"])
 @pytest.mark.parametrize("stops", [[1], [3], [4, 6], [7], [2, 3, 5, 7]], ids=str)
 def test_resumed_run_equals_an_unbroken_one(tmp_path: Path, stops: list[int], kind: str) -> None:
-    net = SupernetConfig(calibration_points=17, calibration_sequences=8)
+    net = SupernetConfig(calibration_points=17, calibration_sequences=8, random_policies=2, route_noise=0.0)
     if kind == "noise":  # everything that draws at random during a step
         net = replace(net, route_noise=0.5, counterfactual_rate=0.5)
     unbroken = make_model()
@@ -106,7 +106,7 @@ def test_a_finished_run_is_taken_as_it_is(tmp_path: Path) -> None:
         ({"recipe": recipe(seed=1)}, "seed: 0 then, 1 now"),
         ({"recipe": recipe(lr=1e-3, steps=9)}, "train.lr: 0.006 then, 0.001 now, train.steps: 7 then, 9 now"),
         (
-            {"recipe": recipe(net=SupernetConfig(budget_max=0.5, calibration_points=17))},
+            {"recipe": recipe(net=SupernetConfig(budget_max=0.5, calibration_points=17, random_policies=2))},
             "supernet.budget_max: 0.6 then, 0.5",
         ),
         ({"data": tiny_data(tasks={"bytes": 1.0})}, "data: "),
@@ -215,7 +215,7 @@ def test_how_often_to_log_and_how_many_to_keep_may_change(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("sandwich", Sandwich, ids=lambda s: s.value)
 def test_bfloat16_trains_resumes_and_is_remembered(tmp_path: Path, sandwich: Sandwich) -> None:
-    net = SupernetConfig(calibration_points=17, calibration_sequences=8, sandwich=sandwich)
+    net = SupernetConfig(calibration_points=17, calibration_sequences=8, random_policies=2, sandwich=sandwich)
     options: dict[str, Any] = {"net": net, "precision": Precision.bfloat16, "steps": 8, "batch_size": 8}
     half = Precision.bfloat16
     unbroken = make_model(precision=half)

@@ -23,7 +23,7 @@ def recipe(seed: int = 0, net: SupernetConfig | None = None, **options: Any) -> 
     train = TrainConfig(
         **{"steps": 7, "batch_size": 4, "warmup_steps": 2, "checkpoint_every": 2, "log_every": 1, **options}
     )
-    return TrainRecipe(train, net or SupernetConfig(calibration_points=17), seed)
+    return TrainRecipe(train, net or SupernetConfig(calibration_points=17, random_policies=2), seed)
 
 
 def make_model(
