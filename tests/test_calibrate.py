@@ -37,24 +37,37 @@ def kept(model: RoutedLM, budget: float | tuple[float, ...], tokens: Tensor) -> 
         return torch.stack([layer.route.mean((0, 1)) for layer in model(tokens, policy, logits_to_keep=0).layers])
 
 
-@pytest.mark.parametrize("scope", CalibrationScope, ids=lambda s: s.value)
+def thresholds(model: RoutedLM, layer: LayerPolicy) -> Tensor:
+    """Thresholds [1,layers,R] under one layer policy everywhere."""
+    return model.compile_policy(RoutingPolicy.fill(model.kinds, 8, layer), 1).threshold
+
+
 @pytest.mark.parametrize("at_once", [1 << 15, 640], ids=["one pass", "many passes"])
-def test_budgets_keep_what_they_say(at_once: int, scope: CalibrationScope, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budgets_keep_what_they_say(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a tenth on the sequences of the calibration, at its budgets and between them, and nearly so on others."""
     monkeypatch.setattr(calibration, "PASS_TOKENS", at_once)
-    config = SupernetConfig(calibration=scope, calibration_sequences=800)
-    model, data = made(config)
+    model, data = made(SupernetConfig(calibration_sequences=800))
     tokens = mixed_sequences(data, 800, seed_of("calibration", 0))
-    fresh = mixed_sequences(data, 800, 12345)
+    fresh = mixed_sequences(data, 400, 12345)
     for budget in (0.01, 0.025, 0.05, 0.07, 0.1, 0.25, 0.5, 0.8):
         near = 0.1 if budget > 0.01 or at_once > 640 else 0.2  # each pass has quantiles of its own
-        for value in (budget, (budget, budget)):
-            over = (1,) if scope is CalibrationScope.layer and isinstance(value, float) else ()
-            # of others, a hundred kept chunks and more: what is left is chance
+        pair = (budget, budget)
+        # One number for a layer, and one for each head; of others, a hundred kept chunks and more: what is left is
+        # chance.
+        for scope, value in ((CalibrationScope.layer, budget), (CalibrationScope.head, pair)):
+            model.calibration.set_scope(scope)
+            over = (1,) if scope is CalibrationScope.layer else ()
             for text, tolerance in ((tokens, near), (fresh, 0.3))[: 1 + (budget >= 0.1)]:
                 found = kept(model, value, text)
                 found = found.mean(over) if over else found
                 assert (found / budget - 1).abs().max() < tolerance, (budget, value, found)
+        # The scope is of single numbers only: these are the other two ways to say the same.
+        one, two = (LayerPolicy(budget=value) for value in (budget, pair))
+        model.calibration.set_scope(CalibrationScope.head)
+        by_head = thresholds(model, two)
+        assert torch.equal(thresholds(model, one), by_head)
+        model.calibration.set_scope(CalibrationScope.layer)
+        assert torch.equal(thresholds(model, two), by_head)
 
 
 def test_the_scope_is_what_one_number_uses() -> None:
