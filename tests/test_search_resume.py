@@ -15,6 +15,7 @@ from natsl.model import RoutedLM
 from natsl.run import Run
 from natsl.search import pipeline, rungs, score
 from natsl.search.controls.registry import ControlRunner
+from natsl.search.front import Front
 from natsl.search.pipeline import run_search
 from natsl.space.policy import RoutingPolicy
 from natsl.tasks.sequences import Batch
@@ -93,8 +94,21 @@ def test_a_search_cut_off_while_its_report_is_written_scores_nothing_again(
     assert results(Run.open("first", tmp_path, create=False)) == straight
 
 
+OF_TEXT: dict[str, Any] = {"objectives": ["val_loss", "kept_fraction"], "n_trials": 9}
+
+
+@pytest.fixture(scope="module")
+def straight_of_text(tmp_path_factory: pytest.TempPathFactory, text: str) -> Front:
+    """The front of a search with controls that nothing cut off."""
+    front = run_search(tiny(tmp_path_factory.mktemp("straight"), text, **OF_TEXT))
+    assert front is not None
+    return front
+
+
 @pytest.mark.parametrize("at", [1, 4, 9, 11], ids=lambda at: f"interrupted at {at}")
-def test_no_control_is_evaluated_twice(at: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_control_is_evaluated_twice(
+    at: int, straight_of_text: Front, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[tuple[str, str, int]] = []
     cut_off: list[tuple[str, str, int]] = []
     plain = ControlRunner.__call__
@@ -107,15 +121,12 @@ def test_no_control_is_evaluated_twice(at: int, text: str, tmp_path: Path, monke
         return plain(self, policy, name, draw)
 
     monkeypatch.setattr(ControlRunner, "__call__", counted)
-    options: dict[str, Any] = {"objectives": ["val_loss", "kept_fraction"], "n_trials": 9}
     with pytest.raises(KeyboardInterrupt):
-        run_search(tiny(tmp_path / "cut", text, **options))
-    front = run_search(tiny(tmp_path / "cut", text, **options))
+        run_search(tiny(tmp_path, text, **OF_TEXT))
+    front = run_search(tiny(tmp_path, text, **OF_TEXT))
     assert front is not None
     assert calls.count(cut_off[0]) == 1
     assert len(calls) == len(set(calls)) >= 11
     assert len(front.comparisons) > 0
-    straight = run_search(tiny(tmp_path / "straight", text, **options))
-    assert straight is not None
-    assert straight.comparisons == front.comparisons
-    assert straight.facts["evaluations"] == front.facts["evaluations"]
+    assert straight_of_text.comparisons == front.comparisons
+    assert straight_of_text.facts["evaluations"] == front.facts["evaluations"]
