@@ -29,7 +29,7 @@ from natsl.space.space import Control, SearchSpace
 from tests.search_helpers import CHUNK, ROUTED, problem, synthetic
 
 ANCHORS = 13  # up to the sweeps with softmax
-TRIALS = ANCHORS + 9
+TRIALS = ANCHORS + 6
 
 
 def opened(folder: Path, config: SearchConfig, seed: int = 0) -> PolicyStudy:
@@ -101,7 +101,7 @@ def test_a_search_that_stops_after_every_trial_equals_a_straight_one(
 
 @pytest.mark.parametrize("sampler", Sampler)
 def test_another_seed_draws_otherwise(sampler: Sampler, tmp_path: Path) -> None:
-    config = SearchConfig(anchors=ANCHORS, n_trials=TRIALS, sampler=sampler, local_share=0.0)
+    config = SearchConfig(anchors=ANCHORS, n_trials=ANCHORS + 3, sampler=sampler, local_share=0.0)
     both = []
     for seed in (0, 1):
         study = opened(tmp_path / str(seed), config, seed)
