@@ -132,7 +132,7 @@ def test_borders_of_any_integers_and_strides(backend: str) -> None:
 @pytest.mark.parametrize("mode", ["none", "insertion"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_second_route_equal_to_the_first_changes_nothing(backend: str, mode: str) -> None:
-    inputs = make(51, torch.float32)
+    inputs = make(51, torch.float32, B=1)
     one, two, same = leaves(inputs), leaves([*inputs, inputs[7]]), leaves(inputs)
     results = []
     for ts in (one, two, [*same, same[7]]):
@@ -148,7 +148,7 @@ def test_a_second_route_equal_to_the_first_changes_nothing(backend: str, mode: s
 
 @pytest.mark.parametrize("wanted", [7, 8], ids=["route", "delta_route"])
 def test_gradient_of_only_one_of_two_routes(wanted: int) -> None:
-    ts = leaves(make_two_routes(51, torch.float32))
+    ts = leaves(make_two_routes(51, torch.float32, B=1))
     expected = torch.autograd.grad(sum(o.square().sum() for o in together(ts, "insertion")), ts[wanted])  # type: ignore[arg-type]
     ts[15 - wanted].requires_grad_(False)
     got = torch.autograd.grad(sum(o.square().sum() for o in together(ts, "insertion")), ts[wanted])  # type: ignore[arg-type]
@@ -157,7 +157,7 @@ def test_gradient_of_only_one_of_two_routes(wanted: int) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_one_draw_samples_both_sides_of_a_chunk(backend: str) -> None:
-    inputs = make(16 * 6, torch.float32)
+    inputs = make(16 * 6, torch.float32, B=1)
     weights = []
     for rate in (1.0, 0.5):
         ts = leaves([*inputs[:7], torch.zeros_like(inputs[7]), torch.ones_like(inputs[7])])  # kept nowhere
@@ -183,7 +183,7 @@ def test_gradients_of_real_routes_are_exact() -> None:
 
 
 def test_only_one_output_and_no_route_gradient() -> None:
-    ts = leaves(make(40, torch.float32))
+    ts = leaves(make(40, torch.float32, B=1))
     ts[7].requires_grad_(False)
     for i, unused in ((0, ts[3]), (1, ts[0])):
         out = routed_branches(*ts, chunk_size=C, backend="triton")[i]
@@ -208,7 +208,7 @@ def test_whole_graph_compiles(routes: int) -> None:
         o_delta, o_softmax = together(list(ts), "insertion")
         return (o_delta.reshape(o_softmax.shape) * o_softmax.sigmoid()).sum()
 
-    assert_compiles(layer, make_two_routes(20, torch.float32)[: 7 + routes])
+    assert_compiles(layer, make_two_routes(20, torch.float32, B=1)[: 7 + routes])
 
 
 def test_packed_sequences_compile() -> None:
@@ -223,7 +223,7 @@ def test_packed_sequences_compile() -> None:
 
 @pytest.mark.parametrize(("routes", "packed"), [(1, False), (2, False), (2, True)], ids=str)
 def test_the_ops_keep_the_rules_of_custom_ops(routes: int, packed: bool) -> None:
-    inputs, borders = make_packed([5, 20], torch.float32) if packed else (make_two_routes(20, torch.float32), None)
+    inputs, borders = make_packed([5, 20], torch.float32) if packed else (make_two_routes(20, torch.float32, B=1), None)
     delta_route = inputs[8] if routes == 2 else None
     options = (C, 0.25, 0.35)
     ops = torch.ops.natsl

@@ -455,14 +455,14 @@ def test_a_token_outside_the_vocabulary_is_refused(token: int) -> None:
         model(tokens, RoutingPolicy.all_delta(model.kinds, 16))
 
 
-@pytest.mark.parametrize(("kinds", "compiled"), [("rds", False), ("rrr", False), ("rds", True)])
+@pytest.mark.parametrize(("kinds", "compiled"), [("rds", False), ("rr", False), ("rds", True)])
 def test_on_the_kernels_as_on_torch(kinds: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One training pass of the whole model, on a GPU or in Triton's interpreter: the same loss and gradients."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = tiny_model(kinds, chunk_size=16, key_dim=32, value_dim=32, softmax_per_head=2).to(device)
     policies = [RoutingPolicy.uniform(model.kinds, 16, budget=0.5), RoutingPolicy.all_delta(model.kinds, 16)]
-    tokens = torch.randint(0, 256, (2, 50)).to(device)
-    targets = torch.randint(0, 256, (2, 50)).to(device)
+    tokens = torch.randint(0, 256, (2, 37)).to(device)  # two chunks and a part of one
+    targets = torch.randint(0, 256, (2, 37)).to(device)
     gradient = RouteGradient()
 
     def gradients(backend: str) -> tuple[Tensor, list[Tensor | None]]:
