@@ -15,8 +15,11 @@ ROOT = Path(__file__).parents[1]
 COPIED = ("natsl", "kernels", "space", "search", "conf", "tests", "pyproject.toml")
 # A fenced block at the start of a line and, if there is one, the path on a line of its own before it.
 BLOCK = re.compile(r"^(?:`([\w./]+)`:\n\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# What a search does beside searching.
-QUICK = "export=false tracking.mode=disabled"
+# Without what a search does beside searching, and small: three trials on few and short sequences.
+QUICK = (
+    "export=false tracking.mode=disabled device=cpu model.width=16 data.seq_len=96 data.search_sequences=2 "
+    "data.test_sequences=2 search.n_trials=3"
+)
 
 
 @dataclass(frozen=True)
