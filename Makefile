@@ -30,9 +30,10 @@ $(READY): pyproject.toml constraints.txt
 search: $(READY)
 	$(PY) -m search $(ARGS)
 
-# Two workers of one thread each: the tests are many and small, so threads inside one of them gain little.
+# Two workers of one thread each: the tests are many and small, so threads inside one of them gain little. Files go by
+# name: by their number of tests, as is the default, a file with few tests that take long would come last.
 test: $(READY)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff format --check .
