@@ -143,6 +143,8 @@ def make_table(
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists: choose another name or give overwrite=true")
     model, record = checkpoint.load_model(run.supernet)
+    if Op.routed not in model.kinds:
+        raise UserError(f"the model of run {run.name!r} has no routed layer: there is nothing to calibrate")
     if not record.get("finished"):
         raise UserError(f"the supernet of run {run.name!r} is not trained to its end: resume that run first")
     try:

@@ -176,7 +176,8 @@ class SupernetConfig:
 
     Budgets of the random policies, averaged over the layers, lie in [``budget_min``, ``budget_max``]; ``anneal_steps``
     widens the range from ``budget_max`` downwards. Policies with a budget per head go down to 0 in the end. The first
-    ``dense_steps`` steps train only the largest policy. The settings of ``RouteGradient`` are as there, with noise.
+    ``dense_steps`` steps train only the largest policy. ``route_noise``: scale of the logistic noise on the margins of
+    random policies, in logits. The other settings are those of ``RouteGradient``.
     """
 
     sandwich: Sandwich = Sandwich.groups

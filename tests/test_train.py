@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from natsl import checkpoint, supernet
+from natsl.calibrate import make_table
 from natsl.cli.commands import TrainRunConfig, run_training
 from natsl.config import Counterfactual, Precision, Sandwich, SupernetConfig, TrainConfig, check_batch
 from natsl.data import TaskData
@@ -23,7 +24,7 @@ from natsl.errors import UserError
 from natsl.run import Run
 from natsl.space.policy import RoutingPolicy
 from natsl.supernet import Loss, smallest_is_empty, task_loss
-from natsl.tasks import DataConfig
+from natsl.tasks import CalibrationDataConfig, DataConfig
 from natsl.tasks.sequences import Batch
 from natsl.tracking import TrackingConfig, TrackingMode
 from natsl.train import (
@@ -423,6 +424,18 @@ def test_the_command_trains_once_and_a_refused_one_changes_nothing(tmp_path: Pat
     assert (tmp_path / "t" / "config.yaml").read_bytes() == before["config.yaml"]
     run_training(command(tmp_path))
     assert (tmp_path / "t" / "supernet" / "step-000002.safetensors").read_bytes() == before["step-000002.safetensors"]
+
+
+def test_what_can_be_done_with_a_static_hybrid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = command(tmp_path)
+    config.model = tiny_config("ds")
+    run_training(config)
+    assert "score it: natsl evaluate run=t budget=1 root=" in capsys.readouterr().out.replace(
+        "python -m natsl", "natsl"
+    )
+    run = Run.open("t", tmp_path, create=False)
+    with pytest.raises(UserError, match="the model of run 't' has no routed layer: there is nothing to calibrate"):
+        make_table(run, "mine", CalibrationDataConfig(), torch.device("cpu"))
 
 
 def test_the_command_leaves_a_search_alone(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from natsl.resume import check_resume
 from natsl.run import Run
 from natsl.secrets import redact
 from natsl.space.check import check, check_at_least, check_counts
-from natsl.space.policy import RoutingPolicy
+from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import CalibrationDataConfig, DataConfig, OtherTextConfig
 from natsl.tracking import TrackingConfig, start_tracker
 
@@ -211,6 +211,9 @@ def run_training(config: TrainRunConfig) -> None:
         run.write_config(config)  # only now is it known that the checkpoints belong to this configuration
     print(f"supernet of {count_parameters(net):,} parameters in {run.supernet}")
     root = None if config.root == "runs" else config.root
+    if Op.routed not in config.model.layers:  # there is one policy, which any budget comes to
+        print(f"score it: {command('evaluate', {'run': config.name, 'budget': 1, 'root': root})}")
+        return
     names = {"name": f"{config.name[:57]}-search", "supernet_from": config.name, "root": root}
     options = names | changed_options(config.data, DataConfig(), "data")
     print(f"search its policies: {command('search', options)}")

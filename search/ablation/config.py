@@ -18,8 +18,8 @@ class AblationConfig:
     """Variants of a supernet, each trained with every seed, whose routers are judged beside their controls.
 
     variants: name → options that differ, by section, such as {base: {}, noise: {supernet: {route_noise: 1}}}; the
-        sections are model, data, supernet and train. The others are compared with the first one, and the last one is
-        drawn in loss.png. A result is found by the place of its variant: new ones go to the end.
+        sections are model, data, supernet and train. The others are compared with the first one, and the last one that
+        routes is drawn in loss.png. A result is found by the place of its variant: new ones go to the end.
     budgets: at each, the same budget in every routed layer and the same total in the best layers are judged on the
         test split.
     lengths: multiples of ``data.seq_len`` at which both are judged as well, with more to recall in proportion; 1 always
