@@ -22,7 +22,6 @@ from natsl.search.ablation.pool import run_jobs, stored_results
 from natsl.search.ablation.record import FORMAT
 from natsl.search.ablation.table import report
 from natsl.secrets import redact, redact_text
-from natsl.space.policy import Op
 
 
 def run_ablation(config: AblationConfig) -> None:
@@ -110,8 +109,7 @@ def _draw(folder: Path, results: Sequence[dict[str, Any]], config: AblationConfi
     from natsl.search.ablation.picture import kept_png, loss_png, share_png
 
     names = list(config.variants)
-    routed = [name for name in names if Op.routed in config.variant(name).model.layers]
-    last = [*names, *routed][-1]
+    last = (config.routed or names)[-1]
     write_bytes(folder / "share.png", share_png(results, names))
     write_bytes(folder / "loss.png", loss_png(results, last))
     sample = next((r["sample"] for r in results if r["variant"] == last and r["sample"] is not None), None)

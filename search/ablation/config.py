@@ -10,6 +10,7 @@ from natsl.errors import UserError
 from natsl.files import check_name
 from natsl.search.ablation.variant import Variant
 from natsl.space.check import check, check_counts
+from natsl.space.policy import Op
 from natsl.tasks import DataConfig
 
 
@@ -73,6 +74,11 @@ class AblationConfig:
         except ValueError as error:
             raise UserError(f"variants.{name}: {error}") from None
         return variant
+
+    @property
+    def routed(self) -> list[str]:
+        """The variants that have something to route, in order."""
+        return [name for name in self.variants if Op.routed in self.variant(name).model.layers]
 
     @property
     def factors(self) -> list[int]:

@@ -22,7 +22,6 @@ from natsl.search.ablation.record import (
 )
 from natsl.search.controls.comparison import LEARNED
 from natsl.search.objective import OBJECTIVES
-from natsl.space.policy import Op
 
 _CONTROLS = {"random_heads": "random heads", "static": "static heads", "sink_window": "window"}
 _NONE = "–"
@@ -142,11 +141,7 @@ def _notes(results: Sequence[Mapping[str, Any]], config: AblationConfig) -> list
         "first and the latest ones (window), are as many in each head; static heads keep as much in all.",
         "",
     ]
-    quiet = [
-        name
-        for name in config.variants
-        if config.variant(name).supernet.route_noise == 0 and Op.routed in config.variant(name).model.layers
-    ]
+    quiet = [name for name in config.routed if config.variant(name).supernet.route_noise == 0]
     if quiet:
         lines += [
             f"Trained without route noise, so that routes of other sequences are new to the supernet and the share is "
