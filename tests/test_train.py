@@ -284,8 +284,10 @@ def test_a_step_asks_the_device_for_nothing(
     monkeypatch: pytest.MonkeyPatch, fused: None, distill: float | None
 ) -> None:
     """No tensor becomes a number, a size or a branch of the program: on a GPU each would wait for the device."""
-    options = {} if distill is None else {"sandwich": Sandwich.accumulate, "distill": distill}
-    data, net = tiny_data(tasks={"mqar": 1.0, "bytes": 1.0}), SupernetConfig(random_policies=2, **options)  # type: ignore[arg-type]
+    data = tiny_data(tasks={"mqar": 1.0, "bytes": 1.0})
+    net = SupernetConfig(random_policies=2, route_noise=0.5)
+    if distill is not None:
+        net = replace(net, sandwich=Sandwich.accumulate, distill=distill)
     trainer = Trainer(make_model("rds"), data, recipe(net=net, batch_size=8))
     batch = data.train_batch(8, 0, 0)
     monkeypatch.setattr(data, "train_batch", lambda *_: batch)  # made on the host, whatever the device
