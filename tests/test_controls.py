@@ -17,7 +17,7 @@ from natsl.router import RoutePair
 from natsl.search.controls.hindsight import choose, take
 from natsl.search.controls.learned import Learned, Subject, follow
 from natsl.search.controls.registry import CONTROLS, ControlRunner
-from natsl.search.controls.routes import seen
+from natsl.search.controls.routes import half_seen, seen
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.tasks.sequences import IGNORED, Batch
 from tests.oracles import fill_calibration, tiny_data, tiny_model
@@ -122,6 +122,34 @@ def test_a_window_shows_as_many_chunks_as_were_kept_before(sink: bool) -> None:
         latest = list(range(c - size, c))
         expected = [0, *latest[1:]] if sink and size else latest
         assert mask[b, c, :, r].nonzero().flatten().tolist() == expected
+
+
+def test_half_a_window_shows_the_latest_and_the_highest_margins_of_the_others() -> None:
+    route, margins = (torch.rand(3, 9, 2) < 0.6).float(), torch.randn(3, 9, 2)
+    mask = half_seen(route, margins)
+    for b, c, r in itertools.product(range(3), range(9), range(2)):
+        size = int(route[b, :c, r].sum())
+        latest = list(range(c - math.ceil(size / 2), c))
+        older = sorted(range(c - len(latest)), key=lambda n: -float(margins[b, n, r]))
+        assert mask[b, c, :, r].nonzero().flatten().tolist() == sorted(latest + older[: size - len(latest)])
+
+
+def test_half_a_window_takes_the_margins_of_the_router(subject: Subject, learned: Learned) -> None:
+    routing = CONTROLS["half_window"].routing(subject, learned, 0)
+    for task, batch in subject.sets.items():
+        found = routing(task, slice(1, 3))
+        for pair, route, margins in zip(found, learned.routes[task], learned.margins[task], strict=True):
+            assert (pair is None) == (route is None) == (margins is None)
+            if isinstance(pair, RoutePair) and route is not None and margins is not None:
+                assert pair.visible is not None
+                assert torch.equal(pair.visible, half_seen(route[1:3].float(), margins[1:3]))
+                assert torch.equal(pair.keep.bool(), route[1:3])
+                assert not pair.skip.any()
+                complete = batch.tokens.shape[1] // 8
+                kept, left = margins[:, :complete], margins[:, :complete]
+                kept = kept.masked_fill(~route[:, :complete], math.inf)
+                left = left.masked_fill(route[:, :complete], -math.inf)
+                assert (kept.amin((0, 1)) >= left.amax((0, 1))).all()
 
 
 def test_a_window_of_everything_is_softmax_with_a_full_state(subject: Subject) -> None:

@@ -23,7 +23,12 @@ from natsl.search.ablation.record import (
 from natsl.search.controls.comparison import LEARNED
 from natsl.search.objective import OBJECTIVES
 
-_CONTROLS = {"random_heads": "random heads", "static": "static heads", "sink_window": "window"}
+_CONTROLS = {
+    "random_heads": "random heads",
+    "static": "static heads",
+    "sink_window": "window",
+    "half_window": "half window",
+}
 _NONE = "–"
 
 
@@ -137,8 +142,9 @@ def _notes(results: Sequence[Mapping[str, Any]], config: AblationConfig) -> list
         "Test split; smaller is better. Means over seeds, ± the standard deviation over seeds (of a share of one seed: "
         "the error over sequences; a seed with nothing to select has no share). The difference of learned to "
         f"{first} is paired by seed, ± its standard error. layers: the total budget in the layers that make the most "
-        "of it, chosen on the search split; uniform: the same budget in every routed layer. Random chunks, or the "
-        "first and the latest ones (window), are as many in each head; static heads keep as much in all.",
+        "of it, chosen on the search split; uniform: the same budget in every routed layer. Random chunks, the "
+        "first and the latest ones (window), or the latest and those of the highest margins (half window), are as many "
+        "in each head; static heads keep as much in all.",
         "",
     ]
     quiet = [name for name in config.routed if config.variant(name).supernet.route_noise == 0]

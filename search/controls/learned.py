@@ -14,6 +14,7 @@ from torch import Tensor
 from natsl.counts import Counts
 from natsl.evaluate import Routing, run_batches
 from natsl.model import RoutedLM
+from natsl.modules import precise
 from natsl.router import RoutePair
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks.sequences import Batch
@@ -33,12 +34,13 @@ class Learned:
     """One pass of a policy over all sequences.
 
     ``routes``: task → per layer bool [B,N,R] where the policy routes, and None where it does not; on the CPU. A last
-    chunk that is incomplete has route 0.
+    chunk that is incomplete has route 0. ``margins``: likewise what the routers made them of.
     """
 
     policy: RoutingPolicy
     counts: Mapping[str, Counts]
     routes: Mapping[str, list[Tensor | None]]
+    margins: Mapping[str, list[Tensor | None]]
 
     def change(self, rule: Callable[[Tensor], Tensor | RoutePair]) -> Routing:
         """Routing by a rule for the routes [B,N,R] of some sequences."""
@@ -50,23 +52,27 @@ def follow(subject: Subject, policy: RoutingPolicy) -> Learned:
     chunk = subject.model.config.chunk_size
     counts: dict[str, list[Counts]] = {task: [] for task in subject.sets}
     routes: dict[str, list[list[Tensor]]] = {task: [] for task in subject.sets}
+    margins: dict[str, list[list[Tensor]]] = {task: [] for task in subject.sets}
+    routed = [i for i, layer in enumerate(policy.layers) if layer.op is Op.routed]
     for task, part, output in run_batches(subject.model, policy, subject.sets, batch_size=subject.batch_size):
         counts[task].append(Counts.of(part, output, chunk))
         complete = part.tokens.shape[1] // chunk
-        kept = [layer.route.bool().cpu() for layer in output.layers]
+        kept = [output.layers[i].route.bool().cpu() for i in routed]
         for route in kept:
             route[:, complete:] = False
         routes[task].append(kept)
-    routed = [layer.op is Op.routed for layer in policy.layers]
+        made = [output.layers[i].margins for i in routed]
+        margins[task].append([precise(margin).cpu() for margin in made if margin is not None])
+
+    def by_layer(parts: Sequence[Sequence[Tensor]]) -> list[Tensor | None]:
+        found = dict(zip(routed, (torch.cat(layer) for layer in zip(*parts, strict=True)), strict=True))
+        return [found.get(i) for i in range(len(policy.layers))]
+
     return Learned(
         policy,
         {task: Counts.cat(parts) for task, parts in counts.items()},
-        {
-            task: [
-                torch.cat(layer) if used else None for used, layer in zip(routed, zip(*parts, strict=True), strict=True)
-            ]
-            for task, parts in routes.items()
-        },
+        {task: by_layer(parts) for task, parts in routes.items()},
+        {task: by_layer(parts) for task, parts in margins.items()},
     )
 
 

@@ -5,6 +5,8 @@ Shapes: B sequences, N chunks, R routing heads.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,6 +62,34 @@ def seen(route: Tensor, sink: bool) -> Tensor:
         return (age >= 1) & (age <= size)
     first = (chunk == 0)[None, None, :, None]
     return (age >= 1) & ((age < size) | (first & (size > 0)))
+
+
+def half_window(subject: Subject, learned: Learned, draw: int) -> Routing:
+    """As ``window``, but the older half of the chunks seen are those with the highest margins of all that are older.
+
+    Where K has grown, one of them may be a chunk that a memory of K chunks would have let go before.
+    """
+
+    def pair(route: Tensor, margins: Tensor) -> RoutePair:
+        return RoutePair(route, torch.zeros_like(route), half_seen(route, margins))
+
+    def routing(task: str, rows: slice) -> list[RoutePair | None]:
+        layers = zip(learned.routes[task], learned.margins[task], strict=True)
+        return [None if x is None or m is None else pair(x[rows].float(), m[rows]) for x, m in layers]
+
+    return routing
+
+
+def half_seen(route: Tensor, margins: Tensor) -> Tensor:
+    """Which chunks each chunk sees of as many as a head has kept before: bool [B,N,N,R], the latest half (rounded up)
+    and of the older chunks those with the highest margins [B,N,R]."""
+    size = (route.cumsum(1) - route)[:, :, None]  # [B,N,1,R]
+    chunk = torch.arange(route.shape[1], device=route.device)
+    age = (chunk[:, None] - chunk)[None, :, :, None]
+    latest = (size / 2).ceil()
+    score = margins[:, None].masked_fill(age <= latest, -math.inf)  # [B,N,N,R]: of the third axis' chunk
+    rank = score.argsort(dim=2, descending=True, stable=True).argsort(2)
+    return ((age >= 1) & (age <= latest)) | ((age > latest) & (rank < size - latest))
 
 
 def drop(subject: Subject, learned: Learned, draw: int) -> Routing:
