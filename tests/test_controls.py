@@ -134,10 +134,17 @@ def test_half_a_window_shows_the_latest_and_the_highest_margins_of_the_others() 
         assert mask[b, c, :, r].nonzero().flatten().tolist() == sorted(latest + older[: size - len(latest)])
 
 
+def test_half_a_window_by_margins_that_rise_is_a_window() -> None:
+    route = (torch.rand(3, 9, 2) < 0.6).float()
+    margins = torch.arange(9.0)[None, :, None].expand(3, 9, 2)
+    assert torch.equal(half_seen(route, margins), seen(route, sink=False))
+
+
 def test_half_a_window_takes_the_margins_of_the_router(subject: Subject, learned: Learned) -> None:
     routing = CONTROLS["half_window"].routing(subject, learned, 0)
     for task, batch in subject.sets.items():
         found = routing(task, slice(1, 3))
+        assert [isinstance(pair, RoutePair) for pair in found] == [True, False, True]
         for pair, route, margins in zip(found, learned.routes[task], learned.margins[task], strict=True):
             assert (pair is None) == (route is None) == (margins is None)
             if isinstance(pair, RoutePair) and route is not None and margins is not None:

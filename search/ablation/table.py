@@ -101,13 +101,15 @@ def _table(own: Sequence[Row], ends: Sequence[Anchor], names: Sequence[str], tit
 
 
 def _cells(own: Sequence[Row]) -> list[str]:
-    """Kept fraction, qualities and selection share of one variant over its seeds."""
+    """Kept fraction, qualities and selection share of one variant over its seeds; a control that one lacks has none."""
     if not own:
         return [_NONE] * 3
     kept = f"{100 * statistics.fmean(row.kept for row in own):.1f} %"
     learned = [row.quality[LEARNED] for row in own]
     qualities = [_with_error(statistics.fmean(learned), deviation(learned))]
-    qualities += [_number(mean(row.quality.get(name) for row in own)) for name in _CONTROLS]
+    for name in _CONTROLS:
+        values = [row.quality.get(name) for row in own]
+        qualities.append(_NONE if None in values else _number(mean(values)))
     return [kept, " / ".join(qualities), share_text(own)]
 
 
@@ -143,8 +145,8 @@ def _notes(results: Sequence[Mapping[str, Any]], config: AblationConfig) -> list
         "the error over sequences; a seed with nothing to select has no share). The difference of learned to "
         f"{first} is paired by seed, ± its standard error. layers: the total budget in the layers that make the most "
         "of it, chosen on the search split; uniform: the same budget in every routed layer. Random chunks, the "
-        "first and the latest ones (window), or the latest and those of the highest margins (half window), are as many "
-        "in each head; static heads keep as much in all.",
+        "first and the latest ones (window), or half the latest and half those of the highest margins (half window), "
+        "are as many in each head; static heads keep as much in all.",
         "",
     ]
     quiet = [name for name in config.routed if config.variant(name).supernet.route_noise == 0]

@@ -15,7 +15,7 @@ from natsl.counts import Counts
 from natsl.evaluate import Routing, run_batches
 from natsl.model import RoutedLM
 from natsl.modules import precise
-from natsl.router import RoutePair
+from natsl.router import LayerRouting, RoutePair
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks.sequences import Batch
 
@@ -61,8 +61,7 @@ def follow(subject: Subject, policy: RoutingPolicy) -> Learned:
         for route in kept:
             route[:, complete:] = False
         routes[task].append(kept)
-        made = [output.layers[i].margins for i in routed]
-        margins[task].append([precise(margin).cpu() for margin in made if margin is not None])
+        margins[task].append([margins_of(output.layers[i]).cpu() for i in routed])
 
     def by_layer(parts: Sequence[Sequence[Tensor]]) -> list[Tensor | None]:
         found = dict(zip(routed, (torch.cat(layer) for layer in zip(*parts, strict=True)), strict=True))
@@ -74,6 +73,12 @@ def follow(subject: Subject, policy: RoutingPolicy) -> Learned:
         {task: by_layer(parts) for task, parts in routes.items()},
         {task: by_layer(parts) for task, parts in margins.items()},
     )
+
+
+def margins_of(layer: LayerRouting) -> Tensor:
+    """The margins of a layer that routes, at least float32 [B,N,R]."""
+    assert layer.margins is not None, "a layer that routes has a router"
+    return precise(layer.margins)
 
 
 def in_batches(

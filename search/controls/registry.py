@@ -39,7 +39,7 @@ CONTROLS = {
         Control("random_heads", "random, each head's own count", routes.random_heads, Trained.with_noise),
         Control("sink_window", "first and latest chunks", routes.sink_window, Trained.never),
         Control("window", "latest chunks", routes.window, Trained.never),
-        Control("half_window", "latest chunks, half of them by margin", routes.half_window, Trained.never),
+        Control("half_window", "half the latest chunks, half by margin", routes.half_window, Trained.never),
         Control("drop", "chunks left out are in neither memory", routes.drop, Trained.never),
         Control("keep_and_write", "chunks kept are written too", routes.keep_and_write, Trained.never),
         Control(

@@ -67,7 +67,7 @@ def seen(route: Tensor, sink: bool) -> Tensor:
 def half_window(subject: Subject, learned: Learned, draw: int) -> Routing:
     """As ``window``, but the older half of the chunks seen are those with the highest margins of all that are older.
 
-    Where K has grown, one of them may be a chunk that a memory of K chunks would have let go before.
+    Where K has grown, some of these may be chunks that a memory of K chunks would have let go before.
     """
 
     def pair(route: Tensor, margins: Tensor) -> RoutePair:
