@@ -42,9 +42,12 @@ class Learned:
     routes: Mapping[str, list[Tensor | None]]
     margins: Mapping[str, list[Tensor | None]]
 
-    def change(self, rule: Callable[[Tensor], Tensor | RoutePair]) -> Routing:
-        """Routing by a rule for the routes [B,N,R] of some sequences."""
-        return lambda task, rows: [None if x is None else rule(x[rows].float()) for x in self.routes[task]]
+    def change(self, rule: Callable[[Tensor, Tensor], Tensor | RoutePair]) -> Routing:
+        """Routing by a rule for the routes and margins [B,N,R] of some sequences."""
+        return lambda task, rows: [
+            None if route is None or margins is None else rule(route[rows].float(), margins[rows])
+            for route, margins in zip(self.routes[task], self.margins[task], strict=True)
+        ]
 
 
 def follow(subject: Subject, policy: RoutingPolicy) -> Learned:
@@ -61,7 +64,7 @@ def follow(subject: Subject, policy: RoutingPolicy) -> Learned:
         for route in kept:
             route[:, complete:] = False
         routes[task].append(kept)
-        margins[task].append([margins_of(output.layers[i]).cpu() for i in routed])
+        margins[task].append([_margins_of(output.layers[i]).cpu() for i in routed])
 
     def by_layer(parts: Sequence[Sequence[Tensor]]) -> list[Tensor | None]:
         found = dict(zip(routed, (torch.cat(layer) for layer in zip(*parts, strict=True)), strict=True))
@@ -75,7 +78,7 @@ def follow(subject: Subject, policy: RoutingPolicy) -> Learned:
     )
 
 
-def margins_of(layer: LayerRouting) -> Tensor:
+def _margins_of(layer: LayerRouting) -> Tensor:
     """The margins of a layer that routes, at least float32 [B,N,R]."""
     assert layer.margins is not None, "a layer that routes has a router"
     return precise(layer.margins)

@@ -45,23 +45,12 @@ def _redrawn(route: Tensor, complete: int, generator: torch.Generator) -> Tensor
 
 def window(subject: Subject, learned: Learned, draw: int) -> Routing:
     """A query of chunk c sees the K latest complete chunks, K as many as the router had kept; all are written."""
-    return learned.change(lambda route: RoutePair(route, torch.zeros_like(route), seen(route, sink=False)))
+    return learned.change(lambda route, _: RoutePair(route, torch.zeros_like(route), seen(route, sink=False)))
 
 
 def sink_window(subject: Subject, learned: Learned, draw: int) -> Routing:
     """As ``window``, with the first chunk in place of the oldest one."""
-    return learned.change(lambda route: RoutePair(route, torch.zeros_like(route), seen(route, sink=True)))
-
-
-def seen(route: Tensor, sink: bool) -> Tensor:
-    """Which chunks a window shows to each chunk, of the size of what a head has kept before: bool [B,N,N,R]."""
-    size = (route.cumsum(1) - route)[:, :, None]  # [B,N,1,R]
-    chunk = torch.arange(route.shape[1], device=route.device)
-    age = (chunk[:, None] - chunk)[None, :, :, None]  # of the key's chunk, from that of the query: 1 is the latest
-    if not sink:
-        return (age >= 1) & (age <= size)
-    first = (chunk == 0)[None, None, :, None]
-    return (age >= 1) & ((age < size) | (first & (size > 0)))
+    return learned.change(lambda route, _: RoutePair(route, torch.zeros_like(route), seen(route, sink=True)))
 
 
 def half_window(subject: Subject, learned: Learned, draw: int) -> Routing:
@@ -69,37 +58,42 @@ def half_window(subject: Subject, learned: Learned, draw: int) -> Routing:
 
     Where K has grown, some of these may be chunks that a memory of K chunks would have let go before.
     """
+    return learned.change(lambda route, margins: RoutePair(route, torch.zeros_like(route), half_seen(route, margins)))
 
-    def pair(route: Tensor, margins: Tensor) -> RoutePair:
-        return RoutePair(route, torch.zeros_like(route), half_seen(route, margins))
 
-    def routing(task: str, rows: slice) -> list[RoutePair | None]:
-        layers = zip(learned.routes[task], learned.margins[task], strict=True)
-        return [None if x is None or m is None else pair(x[rows].float(), m[rows]) for x, m in layers]
-
-    return routing
+def seen(route: Tensor, sink: bool) -> Tensor:
+    """Which chunks a window shows to each chunk, of the size of what a head has kept before: bool [B,N,N,R]."""
+    size, age = _size_and_age(route)
+    if not sink:
+        return (age >= 1) & (age <= size)
+    first = (torch.arange(route.shape[1], device=route.device) == 0)[None, None, :, None]
+    return (age >= 1) & ((age < size) | (first & (size > 0)))
 
 
 def half_seen(route: Tensor, margins: Tensor) -> Tensor:
-    """Which chunks each chunk sees of as many as a head has kept before: bool [B,N,N,R], the latest half (rounded up)
-    and of the older chunks those with the highest margins [B,N,R]."""
-    size = (route.cumsum(1) - route)[:, :, None]  # [B,N,1,R]
+    """As ``seen``: the latest half (rounded up), and of the older chunks those with the highest margins [B,N,R]."""
+    size, age = _size_and_age(route)
+    score = margins[:, None].masked_fill(age <= (size / 2).ceil(), math.inf).masked_fill(age < 1, -math.inf)
+    return score.argsort(dim=2, descending=True, stable=True).argsort(2) < size
+
+
+def _size_and_age(route: Tensor) -> tuple[Tensor, Tensor]:
+    """How many chunks a head has kept before each chunk [B,N,1,R], and the age of every chunk then [1,N,N,1].
+
+    The third axis is the chunk of the key, the second that of the query: 1 is the latest complete one.
+    """
     chunk = torch.arange(route.shape[1], device=route.device)
-    age = (chunk[:, None] - chunk)[None, :, :, None]
-    latest = (size / 2).ceil()
-    score = margins[:, None].masked_fill(age <= latest, -math.inf)  # [B,N,N,R]: of the third axis' chunk
-    rank = score.argsort(dim=2, descending=True, stable=True).argsort(2)
-    return ((age >= 1) & (age <= latest)) | ((age > latest) & (rank < size - latest))
+    return (route.cumsum(1) - route)[:, :, None], (chunk[:, None] - chunk)[None, :, :, None]
 
 
 def drop(subject: Subject, learned: Learned, draw: int) -> Routing:
     """The learned routes, but a chunk that is not kept is not written to the state either."""
-    return learned.change(lambda route: RoutePair(route, torch.ones_like(route)))
+    return learned.change(lambda route, _: RoutePair(route, torch.ones_like(route)))
 
 
 def keep_and_write(subject: Subject, learned: Learned, draw: int) -> Routing:
     """The learned routes, but a chunk that is kept is written to the state as well."""
-    return learned.change(lambda route: RoutePair(route, torch.zeros_like(route)))
+    return learned.change(lambda route, _: RoutePair(route, torch.zeros_like(route)))
 
 
 def oracle(subject: Subject, learned: Learned, draw: int) -> Routing:
