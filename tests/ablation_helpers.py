@@ -41,10 +41,11 @@ def job(config: AblationConfig, variant: str = "base", seed: int = 0) -> Job:
 
 
 def judged(spread: str, budget: float, learned: float, share: float | None = None, kept: float = 0.1) -> dict[str, Any]:
-    """One policy in the task bytes; chunks at random are .1 worse, whole heads .2, windows .05 and .06 better."""
+    """One policy in the task bytes; chunks at random are .1 worse, whole heads .2, windows .05, .06 and .07 better."""
     controls = {"random_heads": {"value": learned + 0.1, "std": 0.01}, "static": {"value": learned + 0.2}}
     controls["sink_window"] = {"value": learned - 0.05}
-    controls["half_window"] = {"value": learned - 0.06}
+    controls["fixed_window"] = {"value": learned - 0.06}
+    controls["fixed_half"] = {"value": learned - 0.07}
     controls["oracle"] = {"value": learned - 0.1, "kept": kept / 2, "bytes": 500.0 * kept}
     plain = {
         "metric": "val_loss",

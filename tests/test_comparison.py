@@ -150,7 +150,7 @@ def test_random_routes_are_known_to_a_supernet_that_was_trained_with_noise(noise
     assert comparison is not None
     trained = {rival.name: rival.trained for rival in comparison.tasks[0].rivals}
     assert trained["shuffled"] == trained["random_heads"] == (noise > 0)
-    assert not any(trained[name] for name in ("drop", "keep_and_write", "window", "sink_window", "half_window"))
+    assert not any(trained[name] for name in ("drop", "keep_and_write", "window", "half_window", "fixed_half"))
     assert trained["static"]
     assert trained["hindsight"] == (noise > 0)
 
@@ -167,9 +167,9 @@ def test_static_heads_are_mixed_to_the_cost_of_the_router() -> None:
     assert static.kept == pytest.approx(item.learned.kept)
     assert not any(rival.name.startswith("hindsight") for rival in item.rivals)
     assert item.share is None
-    assert comparer.passes == comparer.planned([False]) == 1 + 5 + 2 + 3 + 2 + 1
+    assert comparer.passes == comparer.planned([False]) == 1 + 5 + 2 + 6 + 2 + 1
     comparer.compare("b", POLICY, True)
-    assert comparer.passes == comparer.planned([False, True]) == 14 + 14 + 2 * PASSES
+    assert comparer.passes == comparer.planned([False, True]) == 17 + 17 + 2 * PASSES
 
 
 def test_a_control_that_is_not_finite_is_left_out_and_noted() -> None:

@@ -17,7 +17,7 @@ from natsl.router import RoutePair
 from natsl.search.controls.hindsight import choose, take
 from natsl.search.controls.learned import Learned, Subject, follow
 from natsl.search.controls.registry import CONTROLS, ControlRunner
-from natsl.search.controls.routes import half_seen, seen
+from natsl.search.controls.routes import half_seen, held, seen
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.tasks.sequences import IGNORED, Batch
 from tests.oracles import fill_calibration, tiny_data, tiny_model
@@ -157,6 +157,62 @@ def test_half_a_window_takes_the_margins_of_the_router(subject: Subject, learned
                 kept = kept.masked_fill(~route[:, :complete], math.inf)
                 left = left.masked_fill(route[:, :complete], -math.inf)
                 assert (kept.amin((0, 1)) >= left.amax((0, 1))).all()
+
+
+def test_a_memory_of_fixed_size_lets_the_lowest_score_go_for_good() -> None:
+    size, score = torch.tensor([[0, 1], [2, 3], [4, 9]]), torch.randn(3, 9, 2)
+    latest = (size + 1) // 2
+    mask = held(size, latest, score)
+    for b, r in itertools.product(range(3), range(2)):
+        now: list[int] = []
+        for c in range(9):
+            assert mask[b, c, :, r].nonzero().flatten().tolist() == now
+            now.append(c)
+            if len(now) > size[b, r]:
+                older = now[: len(now) - int(latest[b, r])]
+                now.remove(min(older, key=lambda n: float(score[b, n, r])))
+
+
+def test_a_memory_of_the_latest_alone_is_a_window() -> None:
+    size = torch.tensor([[0, 1], [2, 3], [4, 9]])
+    age = torch.arange(9)[:, None] - torch.arange(9)
+    expected = (age[None, :, :, None] >= 1) & (age[None, :, :, None] <= size[:, None, None])
+    assert torch.equal(held(size, size, torch.randn(3, 9, 2)), expected)
+
+
+@pytest.mark.parametrize("name", ["fixed_window", "fixed_half", "fixed_half_random"])
+def test_a_memory_of_fixed_size_holds_what_the_router_keeps_in_the_end(
+    name: str, subject: Subject, learned: Learned
+) -> None:
+    routing = CONTROLS[name].routing(subject, learned, 0)
+    for task, batch in subject.sets.items():
+        rows, complete = slice(0, len(batch)), batch.tokens.shape[1] // 8
+        for pair, route in zip(routing(task, rows), learned.routes[task], strict=True):
+            assert (pair is None) == (route is None)
+            if isinstance(pair, RoutePair) and route is not None:
+                assert pair.visible is not None
+                assert torch.equal(pair.keep.bool(), route)
+                assert not pair.skip.any()
+                most = pair.visible.sum(2).amax(1)  # [B,R]
+                assert (most.amax(0) - most.amin(0) <= 1).all(), "shared evenly"
+                if complete < route.shape[1]:  # else no query comes after the last chunk
+                    assert torch.equal(most.sum(0), route.sum((0, 1)))
+
+
+def test_random_older_chunks_are_as_many(subject: Subject, learned: Learned) -> None:
+    names = "fixed_half_random", "fixed_half_random", "fixed_half"
+    routings = [CONTROLS[name].routing(subject, learned, 0) for name in names]
+    differ = False
+    for task in subject.sets:
+        for own, again, other in zip(*(routing(task, slice(0, 3)) for routing in routings), strict=True):
+            if isinstance(own, RoutePair) and isinstance(again, RoutePair) and isinstance(other, RoutePair):
+                assert own.visible is not None
+                assert again.visible is not None
+                assert other.visible is not None
+                assert torch.equal(own.visible, again.visible)
+                assert torch.equal(own.visible.sum(2), other.visible.sum(2))
+                differ = differ or not torch.equal(own.visible, other.visible)
+    assert differ
 
 
 def test_a_window_of_everything_is_softmax_with_a_full_state(subject: Subject) -> None:

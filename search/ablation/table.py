@@ -27,7 +27,8 @@ _CONTROLS = {
     "random_heads": "random heads",
     "static": "static heads",
     "sink_window": "window",
-    "half_window": "half window",
+    "fixed_window": "fixed window",
+    "fixed_half": "fixed half",
 }
 _NONE = "–"
 
@@ -144,9 +145,10 @@ def _notes(results: Sequence[Mapping[str, Any]], config: AblationConfig) -> list
         "Test split; smaller is better. Means over seeds, ± the standard deviation over seeds (of a share of one seed: "
         "the error over sequences; a seed with nothing to select has no share). The difference of learned to "
         f"{first} is paired by seed, ± its standard error. layers: the total budget in the layers that make the most "
-        "of it, chosen on the search split; uniform: the same budget in every routed layer. Random chunks, the "
-        "first and the latest ones (window), or half the latest and half those of the highest margins (half window), "
-        "are as many in each head; static heads keep as much in all.",
+        "of it, chosen on the search split; uniform: the same budget in every routed layer. In each head as many "
+        "chunks as the router keeps are random or, at every point of the text, the first and the latest ones (window); "
+        "the latest (fixed window), or half the latest and half by margin (fixed half), are as many from the start as "
+        "it keeps in the end. Static heads keep as much in all.",
         "",
     ]
     quiet = [name for name in config.routed if config.variant(name).supernet.route_noise == 0]

@@ -40,6 +40,11 @@ CONTROLS = {
         Control("sink_window", "first and latest chunks", routes.sink_window, Trained.never),
         Control("window", "latest chunks", routes.window, Trained.never),
         Control("half_window", "half the latest chunks, half by margin", routes.half_window, Trained.never),
+        Control("fixed_window", "latest chunks, a fixed number", routes.fixed_window, Trained.never),
+        Control("fixed_half", "half latest, half by margin, a fixed number", routes.fixed_half, Trained.never),
+        Control(
+            "fixed_half_random", "half latest, half random, a fixed number", routes.fixed_half_random, Trained.never
+        ),
         Control("drop", "chunks left out are in neither memory", routes.drop, Trained.never),
         Control("keep_and_write", "chunks kept are written too", routes.keep_and_write, Trained.never),
         Control(

@@ -6,6 +6,8 @@ Shapes: B sequences, N chunks, R routing heads.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,8 @@ from torch import Tensor
 from natsl.evaluate import Routing
 from natsl.router import RoutePair
 from natsl.search.controls.learned import Learned, Subject
+
+Scores: TypeAlias = Mapping[str, list[Tensor | None]]  # task → per layer [B,N,R], None where nothing is routed
 
 
 def shuffled(subject: Subject, learned: Learned, draw: int) -> Routing:
@@ -59,6 +63,77 @@ def half_window(subject: Subject, learned: Learned, draw: int) -> Routing:
     Where K has grown, some of these may be chunks that a memory of K chunks would have let go before.
     """
     return learned.change(lambda route, margins: RoutePair(route, torch.zeros_like(route), half_seen(route, margins)))
+
+
+def fixed_window(subject: Subject, learned: Learned, draw: int) -> Routing:
+    """A query sees the K latest complete chunks, K as many as the router keeps in the end; all are written.
+
+    Where ``window`` grows with what the router has kept by then, this one has its size from the start: the memory that
+    a sequence needs in the end is the same, and used all the time.
+    """
+    return _fixed(learned, learned.margins, latest=lambda size: size)
+
+
+def fixed_half(subject: Subject, learned: Learned, draw: int) -> Routing:
+    """As ``fixed_window``, but only half of the K (rounded up) are the latest; where a chunk has to go it is the one of
+    the others with the lowest margin. What has gone does not come back: it is a cache of K chunks.
+    """
+    return _fixed(learned, learned.margins, latest=lambda size: (size + 1) // 2)
+
+
+def fixed_half_random(subject: Subject, learned: Learned, draw: int) -> Routing:
+    """As ``fixed_half``, but a random one of the older half goes; ``draw`` is the seed."""
+    return _fixed(learned, _random_scores(learned, draw), latest=lambda size: (size + 1) // 2)
+
+
+def _random_scores(learned: Learned, draw: int) -> Scores:
+    generator = torch.Generator().manual_seed(draw)
+    return {
+        task: [None if route is None else torch.rand(route.shape, generator=generator) for route in routes]
+        for task, routes in learned.routes.items()
+    }
+
+
+def _fixed(learned: Learned, scores: Scores, latest: Callable[[Tensor], Tensor]) -> Routing:
+    """Chunks are held by ``held``, as many in each head as the router keeps in all sequences of the task together."""
+    sizes = {
+        task: [None if route is None else _spread(route.sum((0, 1)), len(route)) for route in routes]
+        for task, routes in learned.routes.items()
+    }
+
+    def routing(task: str, rows: slice) -> list[RoutePair | None]:
+        pairs: list[RoutePair | None] = []
+        for route, size, score in zip(learned.routes[task], sizes[task], scores[task], strict=True):
+            if route is None or size is None or score is None:
+                pairs.append(None)
+                continue
+            visible = held(size[rows], latest(size[rows]), score[rows])
+            pairs.append(RoutePair(route[rows].float(), torch.zeros(route[rows].shape), visible))
+        return pairs
+
+    return routing
+
+
+def _spread(total: Tensor, parts: int) -> Tensor:
+    """Numbers as equal as can be with the sum ``total`` [R]: [parts,R]."""
+    return total // parts + (torch.arange(parts)[:, None] < total % parts)
+
+
+def held(size: Tensor, latest: Tensor, score: Tensor) -> Tensor:
+    """Which chunks a memory of ``size`` [B,R] chunks shows to each chunk, of scores [B,N,R]: bool [B,N,N,R].
+
+    Every complete chunk enters. If there is one too many, that of the lowest score goes for good, the ``latest`` [B,R]
+    apart.
+    """
+    chunk = torch.arange(score.shape[1])[:, None]
+    now, shown = torch.zeros(score.shape, dtype=torch.bool), []
+    for n in range(score.shape[1]):
+        shown.append(now)
+        now = now | (chunk == n)
+        free = now & (n - chunk >= latest[:, None])
+        lowest = score.masked_fill(~free, math.inf).argmin(1, keepdim=True)
+        now = now & ~((chunk == lowest) & (now.sum(1, keepdim=True) > size[:, None]))
+    return torch.stack(shown, 1)
 
 
 def seen(route: Tensor, sink: bool) -> Tensor:
