@@ -21,7 +21,7 @@ from natsl.kernels.mix import gated_norm, routed_mix
 from natsl.kernels.softmax import routed_softmax
 from natsl.layout import Layout
 from natsl.modules import RMSNorm, causal_attention, precise, short_convolution, visible_attention, with_zero_gradients
-from natsl.router import LayerContext, LayerRouting, RoutePair, Router, kept_before, route_chunks
+from natsl.router import LayerContext, LayerRouting, RoutePair, Router, kept_before, route_chunks, seen_before
 from natsl.space.policy import Op
 
 # Factor of ``mix_bias``: a step of AdamW changes a scalar by the learning rate at most, and some need to reach ±.3.
@@ -133,13 +133,13 @@ class RoutedMixer(nn.Module):
         for span in spans:
             rows = span.rows
             q, k, v = self.split(qkv[rows])
-            keep = routing.route[rows]
+            keep, visible = routing.route[rows], None if routing.visible is None else routing.visible[rows]
             gates = logits = None
             if span.both:
-                logits = self._mix_logits(q, keep, context, span)
+                before = kept_before(keep, context) if visible is None else seen_before(visible)
+                logits = self._mix_logits(q, before, context, span)
             if self.kind is not Op.softmax:
                 gates = self.gates(x[rows])
-            visible = None if routing.visible is None else routing.visible[rows]
             routes = RoutePair(keep, keep if routing.skip is routing.route else routing.skip[rows], visible)
             if not span.learns:  # the ops then leave out the routes' gradient
                 routes = RoutePair(routes.keep.detach(), routes.skip.detach(), visible)
@@ -199,14 +199,14 @@ class RoutedMixer(nn.Module):
             unused += [self.softmax_norm, self.mix_bias]
         return unused
 
-    def _mix_logits(self, q: Tensor, keep: Tensor, context: LayerContext, span: Span) -> Tensor:
-        """Logits [B,T,Hs,2] of the branches' weights for the rows of a span: queries q [B,T,R·K], routes [B,N,R].
+    def _mix_logits(self, q: Tensor, before: Tensor, context: LayerContext, span: Span) -> Tensor:
+        """Logits [B,T,Hs,2] of the branches' weights for the rows of a span: queries q [B,T,R·K].
 
-        The query does not know how many chunks softmax has kept for it, n. A bias times 1 / (1 + n) does; it takes no
-        gradient to the routes.
+        The query does not know how many earlier chunks softmax has for it, n = ``before`` int64 [B,N,R]. A bias times
+        1 / (1 + n) does; it takes no gradient to the routes.
         """
         c, T, policy = self.config, q.shape[1], context.policy
-        share = BIAS_GAIN / (1 + kept_before(keep, context))[..., None]  # [B,N,R,1]
+        share = BIAS_GAIN / (1 + before)[..., None]  # [B,N,R,1]
         bias = (share * self.mix_bias.view(c.heads, -1)).flatten(2)  # [B,N,2·Hs]
         logits: Tensor = self.mix_proj(q)
         logits = logits + context.layout.spread(bias.to(logits.dtype), T, c.chunk_size)

@@ -31,7 +31,8 @@ class RoutePair(NamedTuple):
     write it. The router's own are equal; a chunk may also be kept nowhere (0, 1), or kept and written (1, 0).
 
     ``visible`` bool [B,N,N,R], if given: which earlier chunks (third axis) the queries of a chunk (second axis) see,
-    instead of those of ``keep``, which is then only what counts as kept. On torch, without packing or a cache.
+    and the mix counts, instead of those of ``keep``, which is then only what is billed. On torch, without packing or a
+    cache.
     """
 
     keep: Tensor
@@ -197,6 +198,12 @@ def kept_before(route: Tensor, context: LayerContext) -> Tensor:
     if cache is not None and cache.pages is not None:
         before = before + cache.pages.kept[:, None]
     return before
+
+
+def seen_before(visible: Tensor) -> Tensor:
+    """How many earlier chunks each chunk sees: ``RoutePair.visible`` → int64 [B,N,R]."""
+    earlier = torch.ones(visible.shape[1:3], dtype=torch.bool, device=visible.device).tril(-1)
+    return (visible & earlier[..., None]).sum(2)
 
 
 def _decide(margins: Tensor, chunk_size: int, tokens: int, context: LayerContext) -> RoutePair:

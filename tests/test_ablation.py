@@ -166,7 +166,15 @@ def test_an_ablation_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_
     run_verb("ablation", ["experiment=recall"])
     preset, own, routing, recall = configs
     assert list(routing.variant("neither").data.tasks.items()) == [("mqar", 0.0), ("bytes", 1.0)]
-    assert [routing.variant(name).train.router_lr for name in routing.variants] == [None, 0.01, None, 0.01, 0.01, None, 0.01]
+    assert [routing.variant(name).train.router_lr for name in routing.variants] == [
+        None,
+        0.01,
+        None,
+        0.01,
+        0.01,
+        None,
+        0.01,
+    ]
     default = SupernetConfig()
     for config in (routing, recall):
         before, now = (config.variant(name).supernet for name in ("neither", "policies, noise"))

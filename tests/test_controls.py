@@ -199,6 +199,33 @@ def test_a_memory_of_fixed_size_holds_what_the_router_keeps_in_the_end(
                     assert torch.equal(most.sum(0), route.sum((0, 1)))
 
 
+@pytest.mark.parametrize("name", ["fixed_window", "fixed_half", "fixed_half_random"])
+def test_which_chunks_a_memory_of_fixed_size_holds(name: str, subject: Subject, learned: Learned) -> None:
+    controls = [CONTROLS[name].routing(subject, learned, draw) for draw in (0, 1)]
+    drawn_again = False
+    for task, batch in subject.sets.items():
+        n = len(batch)
+        pairs = (control(task, slice(0, n)) for control in controls)
+        for route, margins, pair, other in zip(learned.routes[task], learned.margins[task], *pairs, strict=True):
+            if route is None or margins is None:
+                continue
+            assert isinstance(pair, RoutePair)
+            assert isinstance(other, RoutePair)
+            assert pair.visible is not None
+            assert other.visible is not None
+            total = route.sum((0, 1))
+            size = torch.stack([total // n + (i < total % n) for i in range(n)])
+            latest = size if name == "fixed_window" else (size + 1) // 2
+            if name == "fixed_half_random":
+                drawn_again = drawn_again or not torch.equal(pair.visible, other.visible)
+                age = torch.arange(route.shape[1])[:, None] - torch.arange(route.shape[1])
+                near = (age[None, :, :, None] >= 1) & (age[None, :, :, None] <= latest[:, None, None])
+                assert pair.visible[near].all()
+            else:
+                assert torch.equal(pair.visible, held(size, latest, margins))
+    assert drawn_again == (name == "fixed_half_random")
+
+
 def test_random_older_chunks_are_as_many(subject: Subject, learned: Learned) -> None:
     names = "fixed_half_random", "fixed_half_random", "fixed_half"
     routings = [CONTROLS[name].routing(subject, learned, 0) for name in names]

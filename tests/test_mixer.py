@@ -162,13 +162,26 @@ def test_the_bias_knows_only_what_was_kept_before() -> None:
         assert n == 4 or not torch.allclose(z[:, end:], y[:, end:])
 
 
+def test_the_bias_counts_the_chunks_that_are_seen() -> None:
+    mixer = make_mixer("routed")
+    x, nothing = torch.randn(2, 40, 16).double(), torch.zeros(2, 5, 2)
+    keep, other = ((torch.rand(2, 5, 2) < 0.5).float() for _ in range(2))
+    seen = (keep[:, None] > 0) & torch.ones(5, 5, dtype=torch.bool).tril(-1)[..., None]
+    y, of_other, of_nobody = (
+        mixer(x, context(LayerPolicy(threshold=0.0), 2, 40, pair))[0]
+        for pair in (RoutePair(keep, nothing), RoutePair(other, nothing, seen), RoutePair(keep, nothing, seen & False))
+    )
+    torch.testing.assert_close(of_other, y)
+    assert not torch.allclose(of_nobody, y)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_bias_of_zero_changes_no_logit(dtype: torch.dtype) -> None:
     mixer = make_mixer("routed").to(dtype)
     nn.init.zeros_(mixer.mix_bias)
     q, rows = torch.randn(2, 21, 16, dtype=dtype), context(LayerPolicy(threshold=0.0), 2, 21)
     (span,) = rows.spans()
-    logits = mixer._mix_logits(q, (torch.rand(2, 3, 2) < 0.5).float(), rows, span)
+    logits = mixer._mix_logits(q, torch.randint(3, (2, 3, 2)), rows, span)
     assert torch.equal(logits, mixer.mix_proj(q).view(2, 21, 2, 2))
     assert logits.dtype == dtype
 

@@ -76,13 +76,13 @@ def fixed_window(subject: Subject, learned: Learned, draw: int) -> Routing:
 
 def fixed_half(subject: Subject, learned: Learned, draw: int) -> Routing:
     """As ``fixed_window``, but only half of the K (rounded up) are the latest; where a chunk has to go it is the one of
-    the others with the lowest margin. What has gone does not come back: it is a cache of K chunks.
+    the others with the lowest margin, in the router's own pass. What has gone does not come back.
     """
     return _fixed(learned, learned.margins, latest=lambda size: (size + 1) // 2)
 
 
 def fixed_half_random(subject: Subject, learned: Learned, draw: int) -> Routing:
-    """As ``fixed_half``, but a random one of the older half goes; ``draw`` is the seed."""
+    """As ``fixed_half``, by random scores, so that the older half is a uniform sample; ``draw`` is the seed."""
     return _fixed(learned, _random_scores(learned, draw), latest=lambda size: (size + 1) // 2)
 
 
@@ -122,8 +122,8 @@ def _spread(total: Tensor, parts: int) -> Tensor:
 def held(size: Tensor, latest: Tensor, score: Tensor) -> Tensor:
     """Which chunks a memory of ``size`` [B,R] chunks shows to each chunk, of scores [B,N,R]: bool [B,N,N,R].
 
-    Every complete chunk enters. If there is one too many, that of the lowest score goes for good, the ``latest`` [B,R]
-    apart.
+    Every complete chunk enters. If there is one too many, that of the lowest (finite) score goes for good, but none of
+    the ``latest`` [B,R].
     """
     chunk = torch.arange(score.shape[1])[:, None]
     now, shown = torch.zeros(score.shape, dtype=torch.bool), []
