@@ -1,8 +1,9 @@
 """``paged_softmax``: attention over the own chunk and the kept chunks of a cache, and the cache's pages.
 
-A page holds the keys and values of one chunk for one routing head. Shapes: B batch, T new tokens, C chunk size, R
-routing heads, G softmax heads per routing head (softmax head r·G + j is the j-th of head r), Hs = R·G, M pages per row
-and head, N = ``touched_chunks(T, C)`` chunks from the open one on. Inference only: nothing here has a gradient.
+A page holds the keys and values of one chunk for one routing head. All rows and heads take theirs from one pool, so
+that each has as many as it keeps. Shapes: B batch, T new tokens, C chunk size, R routing heads, G softmax heads per
+routing head (softmax head r·G + j is the j-th of head r), Hs = R·G, P pages of the pool, M places of a head in the
+table, N = ``touched_chunks(T, C)`` chunks from the open one on. Inference only: nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -16,36 +17,46 @@ from natsl.kernels import reference
 from natsl.kernels.dispatch import check_heads, check_shape, check_tensors
 from natsl.kernels.segment import check_counts, closed_chunks, ends, real_tokens, slots, touched_chunks
 
+NULL = 0  # the page of no head: what places of the table hold that are not in use
+
 
 class KeyPages(NamedTuple):
-    """Keys and values that the softmax memory keeps: pages 0…kept − 1 in order, then the one of the open chunk.
+    """Keys and values that the softmax memory keeps.
 
-    The open page holds the tokens of the open chunk so far. Later pages, and later slots of the open one, are free:
-    whatever they hold, NaN included, is in no result.
+    ``table`` says which pages are a head's: at places 0…kept − 1 those of the kept chunks in order, then the one of the
+    open chunk, ``NULL`` behind it. The open page holds the tokens of the open chunk so far. Pages are given out in the
+    order of their numbers: the first free one is 1 + B·R + the sum of ``kept``. Free pages, the null page and later
+    slots of an open one are in no result, whatever they hold, NaN included.
     """
 
-    keys: Tensor  # [B,R,M,C,G,Ks]
-    values: Tensor  # [B,R,M,C,G,Vs]
+    keys: Tensor  # [P,C,G,Ks]
+    values: Tensor  # [P,C,G,Vs]
+    table: Tensor  # [B,R,M] int64, pages
     kept: Tensor  # [B,R] int64, complete chunks that are kept
 
     @classmethod
-    def empty(cls, k: Tensor, v: Tensor, heads: int, pages: int, chunk_size: int) -> KeyPages:
-        """Free pages for keys and values such as k [B,T,Hs,Ks] and v [B,T,Hs,Vs], of R = ``heads`` routing heads."""
+    def empty(cls, k: Tensor, v: Tensor, heads: int, chunk_size: int) -> KeyPages:
+        """A page for the open chunk of every row and head, for keys and values such as k [B,T,Hs,Ks] and v [B,T,Hs,Vs].
+
+        R = ``heads`` routing heads.
+        """
         B, _, Hs, _ = k.shape
-        shape = (B, heads, pages, chunk_size, Hs // heads)
+        shape = (1 + B * heads, chunk_size, Hs // heads)
+        table = 1 + torch.arange(B * heads, device=k.device).view(B, heads, 1)
         kept = k.new_zeros(B, heads, dtype=torch.int64)
-        return cls(k.new_zeros(*shape, k.shape[3]), v.new_zeros(*shape, v.shape[3]), kept)
+        return cls(k.new_zeros(*shape, k.shape[3]), v.new_zeros(*shape, v.shape[3]), table, kept)
 
+    def grow(self, pages: int, places: int) -> KeyPages:
+        """The same with at least so many pages in the pool and places in the table; what has to grow is a copy."""
 
-def grow(pages: KeyPages, pages_needed: int) -> KeyPages:
-    """The same pages with room for at least ``pages_needed`` per row and head; a copy if they have to grow."""
-    more = pages_needed - pages.keys.shape[2]
-    if more <= 0:
-        return pages
-    keys, values = (
-        torch.cat((x, x.new_zeros(*x.shape[:2], more, *x.shape[3:])), 2) for x in (pages.keys, pages.values)
-    )
-    return KeyPages(keys, values, pages.kept)
+        def longer(x: Tensor, dim: int, size: int) -> Tensor:
+            shape = list(x.shape)
+            shape[dim] = size - shape[dim]
+            return x if shape[dim] <= 0 else torch.cat((x, x.new_zeros(shape)), dim)
+
+        return KeyPages(
+            longer(self.keys, 0, pages), longer(self.values, 0, pages), longer(self.table, 2, places), self.kept
+        )
 
 
 @torch.no_grad()
@@ -77,50 +88,67 @@ def paged_softmax(
     check_shape(op, "k", k, tuple(q.shape))
     _check_pages(op, k, v, route, pages, start, chunk_size, lengths)
     B, T = q.shape[:2]
-    R, M, G = pages.keys.shape[1], pages.keys.shape[2], pages.keys.shape[4]
+    R, G, Vs = pages.table.shape[1], *pages.values.shape[2:]
+    if B == 0:
+        return q.new_empty(0, T, R * G, Vs)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-
     chunk = slots(start, T) // chunk_size  # of each new token [B,T]
     row = torch.arange(B, device=q.device)[:, None]
     routed = (route > 0.5) & closed_chunks(start, T, chunk_size, lengths)[..., None]  # [B,N,R]
-    token_kept = routed[row, chunk].transpose(1, 2)  # [B,R,T]
-    page = torch.arange(M, device=q.device)[:, None]
-    kept, filled = pages.kept[..., None, None], torch.arange(chunk_size, device=q.device) < start[:, None, None, None]
-    full, open_ = page < kept, (page == kept) & filled  # [B,R,M,1], [B,R,M,C]
-    used = (full | open_).flatten(2)  # seen from the open chunk [B,R,M·C]
-    later = (full | (open_ & routed[:, 0, :, None, None])).flatten(2)  # seen from the chunks after it
-
-    def sees_page(lo: int, hi: int) -> Tensor:  # [B,R,hi − lo,M·C], from queries lo to hi
-        return torch.where((chunk[:, lo:hi] == 0)[:, None, :, None], used[:, :, None], later[:, :, None])
-
-    def sees_token(lo: int, hi: int) -> Tensor:  # [B,R,hi − lo,hi]; every token sees itself, padding too
-        same = chunk[:, None, lo:hi, None] == chunk[:, None, None, :hi]
-        place = torch.arange(hi, device=q.device)
-        return (same | token_kept[:, :, None, :hi]) & (place <= place[lo:, None])
+    token_kept = routed[row, chunk].transpose(1, 2).flatten(0, 1)  # [B·R,T]
+    owner, used, later = _page_masks(pages, start, routed[:, 0], chunk_size)
+    table, row_of = pages.table.flatten(0, 1), owner // R
+    of_open = chunk == 0
 
     real = None if lengths is None else real_tokens(T, lengths)[..., None, None]
     if real is not None:
         q, k, v = (torch.where(real, x, 0.0) for x in (q, k, v))
-    q_, k_, v_ = (x.to(dtype).unflatten(2, (R, G)).permute(3, 0, 2, 1, 4) for x in (q, k, v))  # [G,B,R,T,·]
-    q_ = q_ * scale
-    out = q_.new_empty(*q_.shape[:4], v.shape[3])
-    columns = max(1, B * R * (M * chunk_size + T))
+    q_, k_, v_ = (x.to(dtype).unflatten(2, (R, G)).permute(3, 0, 2, 1, 4).flatten(1, 2) for x in (q, k, v))
+    q_ = q_ * scale  # [G,B·R,T,·]
+    out = q_.new_empty(*q_.shape[:3], Vs)
+    columns = max(1, used.numel(), table.numel() * Vs) + B * R * T
     rows = max(1, reference.SCORE_BLOCK // (columns * chunk_size)) * chunk_size
+    place = torch.arange(T, device=q.device)
     for j in range(G):
-        keys = pages.keys[..., j, :].to(dtype).flatten(2, 3).transpose(-1, -2)
+        keys = pages.keys[:, :, j].to(dtype).transpose(1, 2)
         # what is free may be NaN, and 0 · NaN is NaN
-        values = pages.values[..., j, :].to(dtype, copy=True).flatten(2, 3).masked_fill_(~used[..., None], 0.0)
+        values = pages.values[:, :, j].to(dtype).masked_fill(~used[..., None], 0.0)
         for lo in range(0, T, rows):
             hi = min(lo + rows, T)
-            past = torch.matmul(q_[j, :, :, lo:hi], keys).masked_fill(~sees_page(lo, hi), float("-inf"))
-            new = torch.matmul(q_[j, :, :, lo:hi], k_[j, :, :, :hi].transpose(-1, -2))
-            new = new.masked_fill(~sees_token(lo, hi), float("-inf"))
-            p = torch.cat((past, new), -1).softmax(-1)
-            past, new = p.split((M * chunk_size, hi), -1)
-            out[j, :, :, lo:hi] = torch.matmul(past, values) + torch.matmul(new, v_[j, :, :, :hi])
-    o: Tensor = out.permute(1, 3, 2, 0, 4).flatten(2, 3).to(q.dtype)
+            sees_page = torch.where(of_open[row_of, lo:hi, None], used[:, None], later[:, None])  # [P,hi − lo,C]
+            past = torch.matmul(q_[j, owner, lo:hi], keys).masked_fill(~sees_page, float("-inf"))
+            same = (chunk[:, lo:hi, None] == chunk[:, None, :hi]).repeat_interleave(R, 0)
+            sees_token = (same | token_kept[:, None, :hi]) & (place[:hi] <= place[lo:hi, None])  # itself, padding too
+            new = torch.matmul(q_[j, :, lo:hi], k_[j, :, :hi].transpose(-1, -2)).masked_fill(~sees_token, float("-inf"))
+            # every page by itself, then the pages of a head together: no head is padded to the one that keeps most
+            top = torch.maximum(new.amax(-1), past.amax(-1)[table].amax(1))  # [B·R,hi − lo]
+            past, new = (past - top[owner, :, None]).exp(), (new - top[..., None]).exp()
+            total = new.sum(-1) + past.sum(-1)[table].sum(1)
+            weighed = torch.matmul(new, v_[j, :, :hi]) + torch.matmul(past, values)[table].sum(1)
+            out[j, :, lo:hi] = weighed / total[..., None]
+    o: Tensor = out.unflatten(1, (B, R)).permute(1, 3, 2, 0, 4).flatten(2, 3).to(q.dtype)
     return o if real is None else torch.where(real, o, 0.0)
+
+
+def _page_masks(pages: KeyPages, start: Tensor, routed: Tensor, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every page: the row and head b·R + r that it is of [P], and which slots the queries of the open chunk see, and
+    those of later chunks, for which the open one has to be kept (``routed`` bool [B,R]): bool [P,C] each.
+    """
+    B, R, M = pages.table.shape
+    P, device = pages.keys.shape[0], start.device
+    place, table = torch.arange(M, device=device), pages.table.flatten()
+
+    def of_page(x: Tensor) -> Tensor:  # [B,R,M] → [P]; no two places have the same page but the null one
+        found = x.new_zeros(P).scatter_(0, table, x.flatten())
+        return found.masked_fill_(torch.arange(P, device=device) == NULL, 0)
+
+    owner = of_page(torch.arange(B * R, device=device)[:, None].expand(-1, M))
+    full = of_page(place < pages.kept[..., None])[:, None]
+    open_ = of_page(place == pages.kept[..., None])[:, None]
+    filled = torch.arange(chunk_size, device=device) < start[owner // R, None]
+    used = full | (open_ & filled)
+    return owner, used, full | (used & routed.flatten()[owner, None])
 
 
 @torch.no_grad()
@@ -137,35 +165,42 @@ def write_chunks(
     """Keep the new tokens of complete chunks with route 1 and of the chunk that stays open.
 
     Arguments as in ``paged_softmax``. Complete chunks with route 1 follow the kept ones in order, those with route 0
-    give their page back, and the chunk that stays open is on page ``kept``. Keys and values are written in place; the
-    pages returned share them and have a new ``kept``. Pages must be enough, which is not checked as it would wait for
-    the device: kept + N always are. Raises ``ValueError`` naming the argument.
+    give their page back, and the chunk that stays open is at place ``kept``. Keys and values are written in place; what
+    is returned shares them and has a new ``table`` and ``kept``. Pages and places must be enough, which is not checked
+    as it would wait for the device: 1 + B·R + the sum of the new ``kept``, and its largest + 1. Raises ``ValueError``
+    naming the argument.
     """
     op = "write_chunks"
     check_tensors(op, {"k": k, "v": v})
     check_heads(op, {"k": k, "v": v}, chunk_size)
     _check_pages(op, k, v, route, pages, start, chunk_size, lengths)
     B, T = k.shape[:2]
-    R, M, G = pages.keys.shape[1], pages.keys.shape[2], pages.keys.shape[4]
-    if M == 0:
-        raise ValueError(f"{op}: there is no page to write to")
+    R, M, G = *pages.table.shape[1:], pages.keys.shape[2]
     N = touched_chunks(T, chunk_size)
-    n = torch.arange(N, device=k.device)
+    n, i = torch.arange(N, device=k.device), torch.arange(min(N + 1, M), device=k.device)
     routed = (route > 0.5) & closed_chunks(start, T, chunk_size, lengths)[..., None]  # [B,N,R]
     stays_open = n == (ends(start, T, lengths) // chunk_size)[:, None]
-    # Which chunk each of the pages from ``kept`` on is written from, N if from none. So many that no two are the same.
-    place = torch.where(routed | stays_open[..., None], routed.cumsum(1) - routed.long(), N)
-    source = place.new_full((B, N + 1, R), N).scatter_(1, place, n[:, None].expand(B, N, R))[:, : min(N, M)]
-    page = pages.kept[:, None] + n[: min(N, M), None]
+    # which chunk each of the places from ``kept`` on is written from, N if from none
+    after = torch.where(routed | stays_open[..., None], routed.cumsum(1) - routed.long(), N + 1)
+    source = after.new_full((B, N + 2, R), N).scatter_(1, after, n[:, None].expand(B, N, R))[:, : len(i)]
+    source = source.transpose(1, 2)  # [B,R,i]
+    # the first is on the page of the open chunk, the others take new ones
+    more = routed.sum(1)  # [B,R]
+    first = 1 + B * R + pages.kept.sum() + more.flatten().cumsum(0).view(B, R) - more
+    place = pages.kept[..., None] + i
+    page = torch.where(i == 0, pages.table.gather(2, pages.kept[..., None]), first[..., None] + i - 1)
+    there = (i <= more[..., None]) & (place < M) & (page < pages.keys.shape[0])
+    page, place = torch.where(there, page, NULL), place % M  # so many places that no two are the same
+    table = pages.table.scatter(2, place, torch.where(there, page, pages.table.gather(2, place)))
     token = source[..., None] * chunk_size + torch.arange(chunk_size, device=k.device) - start[:, None, None, None]
     new = (token >= 0) & (token < (T if lengths is None else lengths[:, None, None, None]))
-    new = (new & ((source < N) & (page < M))[..., None])[..., None, None]  # [B,pages,R,C,1,1]
-    token, page = token.clamp(0, T - 1), page % M
-    row, head = torch.arange(B, device=k.device)[:, None, None], torch.arange(R, device=k.device)
+    new = (new & (there & (source < N))[..., None])[..., None, None]  # [B,R,i,C,1,1]
+    token = token.clamp(0, T - 1)
+    row, head = torch.arange(B, device=k.device)[:, None, None, None], torch.arange(R, device=k.device)[:, None, None]
     for memory, x in ((pages.keys, k), (pages.values, v)):
-        tokens = x.unflatten(2, (R, G))[row[..., None], token, head[:, None]]
-        memory[row, head, page] = torch.where(new, tokens, memory[row, head, page])
-    return pages._replace(kept=pages.kept + routed.sum(1))
+        tokens = x.unflatten(2, (R, G))[row, token, head]
+        memory[page] = torch.where(new, tokens, memory[page])
+    return pages._replace(table=table, kept=pages.kept + more)
 
 
 def _check_pages(
@@ -188,11 +223,13 @@ def _check_pages(
         )
     R = route.shape[2]
     check_shape(op, "route", route, (B, touched_chunks(T, chunk_size), R))
-    M = pages.keys.shape[2] if pages.keys.dim() == 6 else 0
-    check_shape(op, "pages.keys", pages.keys, (B, R, M, chunk_size, Hs // R, Ks))
-    check_shape(op, "pages.values", pages.values, (B, R, M, chunk_size, Hs // R, v.shape[3]))
+    P = pages.keys.shape[0] if pages.keys.dim() == 4 else 0
+    check_shape(op, "pages.keys", pages.keys, (P, chunk_size, Hs // R, Ks))
+    check_shape(op, "pages.values", pages.values, (P, chunk_size, Hs // R, v.shape[3]))
     for name, memory in (("pages.keys", pages.keys), ("pages.values", pages.values)):
         if memory.dtype != k.dtype:
             raise ValueError(f"{op}: {name} is {memory.dtype}, but k is {k.dtype}")
+    M = pages.table.shape[2] if pages.table.dim() == 3 else 1
+    check_counts(op, {"pages.table": pages.table}, k.device, (B, R, M))
     check_counts(op, {"pages.kept": pages.kept}, k.device, (B, R))
     check_counts(op, {"start": start, "lengths": lengths}, k.device, (B,))

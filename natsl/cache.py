@@ -15,7 +15,7 @@ from torch import Tensor
 
 from natsl.config import ModelConfig
 from natsl.kernels.delta import DeltaState
-from natsl.kernels.pages import KeyPages, grow, paged_softmax, write_chunks
+from natsl.kernels.pages import KeyPages, paged_softmax, write_chunks
 from natsl.kernels.segment import closed_chunks
 from natsl.space.policy import Op
 
@@ -48,27 +48,32 @@ class LayerCache:
         return o
 
     def _make_room(self, kept: Tensor, tokens: int, chunk_size: int) -> None:
-        """Give ``pages`` what it needs to keep ``kept`` [B,R] chunks and an open one, after a call of ``tokens``.
+        """Give ``pages`` what it needs to keep ``kept`` [B,R] chunks and the open ones, after a call of ``tokens``.
 
-        Waits for the device, but for single tokens only once in many chunks.
+        Waits for the device, for single tokens at most once in a chunk.
         """
         assert self.pages is not None
         self._tokens += tokens
         if tokens == 1 and -(-self._tokens // chunk_size) <= self._free:
             return
-        most, pages = int(kept.max()), self.pages.keys.shape[2]
-        if most + 1 > pages:
-            pages = max(most + 1, pages + pages // 2)
-            self.pages = grow(self.pages, pages)
-        self._free, self._tokens = pages - 1 - most, 0
+        heads, pages, places = kept.numel(), self.pages.keys.shape[0], self.pages.table.shape[2]
+        used, most = torch.stack((kept.sum() + heads + 1, kept.max() + 1)).tolist()
+        # room for one more chunk of every head, and a fourth of all there is: what has to grow is copied
+        if pages < used + heads:
+            pages = max(used + heads, pages + pages // 4)
+        if places < most + 1:
+            places = max(most + 1, 2 * places)
+        self.pages = self.pages.grow(pages, places)
+        self._free, self._tokens = min((pages - used) // heads, places - most), 0
 
 
 class Cache:
     """State of sequences under one model, made by ``RoutedLM.new_cache``; ``forward`` goes on from it and updates it.
 
     ``lengths`` int64 [B]: tokens read of each sequence. ``layers``: the state of each layer. Keys and values are in
-    pages of a chunk, every row and head with at least as many as the one that keeps most. They are written in place:
-    ``copy.deepcopy`` makes a cache that goes its own way. A call that fails leaves a cache that no call takes.
+    pages of a chunk: each head of a row has those that it keeps and one for the open chunk, and a layer up to one more
+    for each and a fourth more in all. They are written in place: ``copy.deepcopy`` makes a cache that goes its own way.
+    A call that fails leaves a cache that no call takes.
     """
 
     def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -91,10 +96,11 @@ class Cache:
                 else DeltaState.zeros(batch, c.heads, c.key_dim, c.value_dim, device=device, dtype=precise),
                 pages=None
                 if kind is Op.delta
-                else KeyPages(
-                    zeros(c.heads, 1, c.chunk_size, G, c.key_dim // G),
-                    zeros(c.heads, 1, c.chunk_size, G, c.value_dim // G),
-                    zeros(c.heads, dtype=torch.int64),
+                else KeyPages.empty(
+                    zeros(1, c.softmax_heads, c.key_dim // G),
+                    zeros(1, c.softmax_heads, c.value_dim // G),
+                    c.heads,
+                    c.chunk_size,
                 ),
             )
             for kind in c.layers

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from natsl.cache import Cache
 from natsl.config import Precision, RouteGradient
+from natsl.kernels.pages import NULL, KeyPages
 from natsl.kernels.segment import touched_chunks
 from natsl.layout import Layout
 from natsl.model import RoutedLM
@@ -145,9 +146,10 @@ def test_the_state_does_not_depend_on_the_pieces() -> None:
                 assert torch.equal(a.pages.kept, b.pages.kept)
                 for row in range(6):
                     for head, kept in enumerate(a.pages.kept[row].tolist()):
+                        places = [pages.table[row, head, : kept + 1] for pages in (a.pages, b.pages)]
                         for one, two in zip(a.pages[:2], b.pages[:2], strict=True):
-                            near(one[row, head, :kept], two[row, head, :kept])
-                            near(one[row, head, kept, : 37 % C], two[row, head, kept, : 37 % C])
+                            one, two = one[places[0]].flatten(0, 1), two[places[1]].flatten(0, 1)
+                            near(one[: kept * C + 37 % C], two[: kept * C + 37 % C])
 
 
 def test_a_new_policy_decides_the_chunks_that_are_completed_later() -> None:
@@ -170,18 +172,38 @@ def test_a_new_policy_decides_the_chunks_that_are_completed_later() -> None:
 
 
 def test_pages_are_what_the_policy_keeps() -> None:
-    """Not more than the head that keeps most needs, however long the text."""
+    """Of each head by itself, however long the text; a page for every head and a fourth more are in stock at most."""
     model, x = double("r"), torch.randint(384, (1, 400))
-    capped = RoutingPolicy((LayerPolicy(threshold=-9.0, cap=0.1, burst=1),), C)
-    nothing = RoutingPolicy((LayerPolicy(budget=0.0),), C)
-    for policy, most in ((capped, 6), (nothing, 0)):
+    for layer, kept in (
+        (LayerPolicy(threshold=-9.0, cap=0.1, burst=1), [6, 6]),
+        (LayerPolicy(budget=0.0), [0, 0]),
+        (LayerPolicy(budget=(0.0, 1.0)), [0, 50]),
+    ):
         cache = model.new_cache(1)
         for first, last in [(0, 150), *[(t, t + 1) for t in range(150, 400)]]:
-            model(x[:, first:last], policy, cache=cache, logits_to_keep=0)
+            model(x[:, first:last], RoutingPolicy((layer,), C), cache=cache, logits_to_keep=0)
         pages = cache.layers[0].pages
         assert pages is not None
-        assert pages.kept.tolist() == [[most, most]]
-        assert pages.keys.shape[2] <= 1 + most + most // 2
+        assert pages.kept.tolist() == [kept]
+        used = 1 + 2 + sum(kept)
+        assert used <= pages.keys.shape[0] <= (used + 2) * 5 // 4
+        assert (pages.table != NULL).sum() == used - 1
+
+
+def test_single_tokens_wait_for_the_device_once_in_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = double("r"), torch.randint(384, (1, 200))
+    asked: list[int] = []
+    grow = KeyPages.grow
+
+    def counted(self: KeyPages, pages: int, places: int) -> KeyPages:
+        asked.append(pages)
+        return grow(self, pages, places)
+
+    monkeypatch.setattr(KeyPages, "grow", counted)
+    cache = model.new_cache(1)
+    for t in range(200):
+        model(x[:, t : t + 1], RoutingPolicy((LayerPolicy(budget=1.0),), C), cache=cache, logits_to_keep=0)
+    assert len(asked) <= 200 // C + 1
 
 
 @pytest.mark.parametrize("precision", Precision, ids=lambda p: p.value)

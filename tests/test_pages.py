@@ -7,27 +7,34 @@ import torch
 from torch import Tensor
 
 from natsl.kernels import reference
-from natsl.kernels.pages import KeyPages, grow, paged_softmax, write_chunks
+from natsl.kernels.pages import NULL, KeyPages, paged_softmax, write_chunks
 from natsl.kernels.segment import touched_chunks
 from natsl.kernels.softmax import routed_softmax
 from tests.oracles import Piece, assert_near, chunk_count, make_pieces, softmax_inputs
 
 C = 4
 TOTALS = [30, 23, 12, 9, 2]
+NAN = float("nan")
 
 
-def nan_pages(inputs: list[Tensor], pages: int) -> KeyPages:
-    """Free pages that hold NaN."""
+def nan_pages(inputs: list[Tensor], pages: int, places: int = 9) -> KeyPages:
+    """So many free pages for all heads of all rows, apart from the null page; all hold NaN."""
     _, k, v, route = inputs
-    zeros = KeyPages.empty(k, v, route.shape[2], pages, C)
-    return KeyPages(torch.full_like(zeros.keys, float("nan")), torch.full_like(zeros.values, float("nan")), zeros.kept)
+    made = KeyPages.empty(k, v, route.shape[2], C).grow(1 + pages, places)
+    return made._replace(keys=torch.full_like(made.keys, NAN), values=torch.full_like(made.values, NAN))
 
 
 def free_slots(pages: KeyPages, start: Tensor) -> Tensor:
-    """Slots that hold nothing: bool [B,R,M,C]."""
-    page, slot = torch.arange(pages.keys.shape[2])[:, None], torch.arange(C)
-    kept = pages.kept[..., None, None]
-    return (page > kept) | ((page == kept) & (slot >= start[:, None, None, None]))
+    """Slots that hold nothing: bool [P,C]."""
+    free = torch.ones(pages.keys.shape[:2], dtype=torch.bool)
+    for b, rows in enumerate(pages.table.tolist()):
+        for r, places in enumerate(rows):
+            kept = int(pages.kept[b, r])
+            assert NULL not in places[: kept + 1]
+            assert set(places[kept + 1 :]) <= {NULL}
+            free[places[:kept]] = False
+            free[places[kept], : start[b]] = False
+    return free
 
 
 def run_piece(inputs: list[Tensor], piece: Piece, pages: KeyPages) -> tuple[Tensor, KeyPages]:
@@ -38,8 +45,13 @@ def run_piece(inputs: list[Tensor], piece: Piece, pages: KeyPages) -> tuple[Tens
     pages = write_chunks(pages, k, v, route, start, chunk_size=C, lengths=piece.lengths)
     free = free_slots(pages, (piece.done + piece.lengths) % C)
     for memory in pages[:2]:
-        memory[free] = float("nan")
+        memory[free] = NAN
     return o, pages
+
+
+def kept_of(inputs: list[Tensor], totals: list[int]) -> Tensor:
+    """How many chunks of the first ``totals`` tokens of every row each head keeps."""
+    return torch.stack([route[: n // C].sum(0) for route, n in zip(inputs[3], totals, strict=True)])
 
 
 def uniform(a: int, b: int, rows: int = 2) -> Piece:
@@ -56,16 +68,21 @@ def one_shot(inputs: list[Tensor], totals: list[int]) -> list[Tensor]:
 
 
 def assert_pages_hold(pages: KeyPages, inputs: list[Tensor], totals: list[int]) -> None:
-    """The kept chunks of the first ``totals`` tokens in order, then the open chunk's tokens, and NaN."""
+    """The kept chunks of the first ``totals`` tokens in order, then the open chunk's tokens, and NaN.
+
+    No page is of two heads, and pages were given out without gaps.
+    """
     _, k, v, route = inputs
     R = route.shape[2]
+    given = pages.table[pages.table != NULL]
+    assert sorted(given.tolist()) == list(range(1, 1 + len(totals) * R + int(pages.kept.sum())))
     for b, n in enumerate(totals):
         for r in range(R):
             chunks = [c for c in range(n // C) if route[b, c, r] == 1]
             assert pages.kept[b, r] == len(chunks)
             tokens = [C * c + i for c in chunks for i in range(C)] + list(range(n // C * C, n))
             for memory, x in ((pages.keys, k), (pages.values, v)):
-                flat = memory[b, r].flatten(0, 1)
+                flat = memory[pages.table[b, r, : len(chunks) + 1]].flatten(0, 1)
                 assert torch.equal(flat[: len(tokens)], x[b, tokens].unflatten(1, (R, -1))[:, r])
                 assert flat[len(tokens) :].isnan().all()
 
@@ -75,7 +92,7 @@ def assert_pages_hold(pages: KeyPages, inputs: list[Tensor], totals: list[int]) 
 def test_pieces_of_any_sizes_equal_one_shot(seed: int, G: int) -> None:
     inputs = softmax_inputs(30, B=5, G=G)
     whole = one_shot(inputs, TOTALS)
-    pages = nan_pages(inputs, 8)
+    pages = nan_pages(inputs, 5 * 2 + int(kept_of(inputs, TOTALS).sum()))
     for piece in make_pieces(TOTALS, C, seed):
         o, pages = run_piece(inputs, piece, pages)
         done, lengths = piece.done.tolist(), piece.lengths.tolist()
@@ -93,7 +110,7 @@ def test_prefill_then_single_tokens_equal_one_shot(n: int, routes: str) -> None:
     if routes != "random":
         inputs[3] = torch.full_like(inputs[3], float(routes == "ones"))
     whole = routed_softmax(*inputs, chunk_size=C)
-    pages = nan_pages(inputs, 5)
+    pages = nan_pages(inputs, 4 + int(kept_of(inputs, [T, T]).sum()), places=5)
     for a, b in [(0, n), *((t, t + 1) for t in range(n, T))]:
         o, pages = run_piece(inputs, uniform(a, b), pages)
         assert_near(o, whole[:, a:b])
@@ -105,7 +122,7 @@ def test_no_more_pages_than_needed() -> None:
     inputs = softmax_inputs(30)
     inputs[3] = torch.zeros_like(inputs[3])
     inputs[3][:, 2, 0] = inputs[3][1, 4] = 1
-    pages = nan_pages(inputs, 3)
+    pages = nan_pages(inputs, 4 + 4, places=3)  # an open one of each head, and the kept ones
     for a, b in ((0, 7), (7, 30)):
         o, pages = run_piece(inputs, uniform(a, b), pages)
         assert_near(o, routed_softmax(*inputs, chunk_size=C)[:, a:b])
@@ -115,7 +132,7 @@ def test_no_more_pages_than_needed() -> None:
 def test_a_full_row_without_tokens_keeps_its_pages() -> None:
     inputs = softmax_inputs(8)
     inputs[3] = torch.ones_like(inputs[3])
-    _, pages = run_piece(inputs, uniform(0, 8), nan_pages(inputs, 2))
+    _, pages = run_piece(inputs, uniform(0, 8), nan_pages(inputs, 4 + 8, places=3))
     _, pages = run_piece(inputs, Piece(5, torch.tensor([8, 8]), torch.tensor([0, 0])), pages)
     assert_pages_hold(pages, inputs, [8, 8])
 
@@ -123,7 +140,7 @@ def test_a_full_row_without_tokens_keeps_its_pages() -> None:
 @pytest.mark.parametrize("scores", [1, 100, 1000], ids=lambda n: f"{n}-scores")
 def test_blocks_of_queries(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = softmax_inputs(30, G=2)
-    pages = nan_pages(inputs, 8)
+    pages = nan_pages(inputs, 32)
     _, pages = run_piece(inputs, uniform(0, 7), pages)
     monkeypatch.setattr(reference, "SCORE_BLOCK", scores)
     o, _ = run_piece(inputs, uniform(7, 30), pages)
@@ -136,7 +153,7 @@ def test_one_token_equals_a_padded_pair(done: int) -> None:
     inputs = softmax_inputs(9, G=2)
     states = []
     for tokens in (1, 2):
-        pages = nan_pages(inputs, 3)
+        pages = nan_pages(inputs, 12)
         if done:
             _, pages = run_piece(inputs, uniform(0, done), pages)
         o, pages = run_piece(inputs, Piece(tokens, torch.full((2,), done), torch.ones(2).long()), pages)
@@ -148,7 +165,7 @@ def test_one_token_equals_a_padded_pair(done: int) -> None:
 
 def test_scale() -> None:
     q, k, v, route = softmax_inputs(4)
-    pages = KeyPages.empty(k, v, heads=2, pages=0, chunk_size=C)
+    pages = KeyPages.empty(k, v, heads=2, chunk_size=C)
     start = torch.zeros(2, dtype=torch.int64)
     o = paged_softmax(q, k, v, route.repeat(1, 2, 1), pages, start, chunk_size=C, scale=0.1)
     assert_near(o, routed_softmax(q, k, v, route, chunk_size=C, scale=0.1))
@@ -156,7 +173,7 @@ def test_scale() -> None:
 
 def test_writing_is_in_place_and_has_no_gradient() -> None:
     q, k, v, route = (x.requires_grad_() for x in softmax_inputs(4))
-    pages, start = KeyPages.empty(k, v, heads=2, pages=2, chunk_size=C), torch.zeros(2, dtype=torch.int64)
+    pages, start = KeyPages.empty(k, v, heads=2, chunk_size=C).grow(9, 2), torch.zeros(2, dtype=torch.int64)
     route = torch.ones(2, touched_chunks(4, C), 2)
     assert not paged_softmax(q, k, v, route, pages, start, chunk_size=C).requires_grad
     after = write_chunks(pages, k, v, route, start, chunk_size=C)
@@ -164,26 +181,44 @@ def test_writing_is_in_place_and_has_no_gradient() -> None:
     assert after.values is pages.values
     assert not any(x.requires_grad for x in after)
     assert pages.kept.tolist() == [[0, 0], [0, 0]]
+    assert pages.table.tolist() == [[[1, NULL], [2, NULL]], [[3, NULL], [4, NULL]]]
     assert after.kept.tolist() == [[1, 1], [1, 1]]
+    assert after.table.tolist() == [[[1, 5], [2, 6]], [[3, 7], [4, 8]]]
 
 
 def test_growing_keeps_what_is_there() -> None:
     inputs = softmax_inputs(30)
-    _, pages = run_piece(inputs, uniform(0, 6), nan_pages(inputs, 2))
-    assert grow(pages, 2) is pages
-    more = grow(pages, 8)
-    assert more.keys.shape == (2, 2, 8, C, 1, 4)
-    assert more.values.shape == (2, 2, 8, C, 1, 3)
-    assert torch.equal(more.keys[:, :, :2].nan_to_num(), pages.keys.nan_to_num())
+    _, pages = run_piece(inputs, uniform(0, 6), nan_pages(inputs, 8, places=2))
+    same = pages.grow(9, 2)
+    assert all(x is y for x, y in zip(same, pages, strict=True))
+    more = pages.grow(33, 8)
+    assert more.keys.shape == (33, C, 1, 4)
+    assert more.values.shape == (33, C, 1, 3)
+    assert more.table.shape == (2, 2, 8)
+    assert torch.equal(more.keys[:9].nan_to_num(), pages.keys.nan_to_num())
+    assert torch.equal(more.table[..., :2], pages.table)
     o, _ = run_piece(inputs, uniform(6, 30), more)
     assert_near(o, routed_softmax(*inputs, chunk_size=C)[:, 6:])
+
+
+def test_heads_that_keep_nothing_cost_one_page() -> None:
+    """However much another head keeps: 1 + 4 heads + 30 chunks of one of them."""
+    inputs = softmax_inputs(120)
+    inputs[3] = torch.zeros_like(inputs[3])
+    inputs[3][0, :, 1] = 1
+    pages = nan_pages(inputs, 4 + 30, places=31)
+    for a, b in ((0, 1), (1, 62), (62, 63), (63, 120)):
+        o, pages = run_piece(inputs, uniform(a, b), pages)
+        assert_near(o, routed_softmax(*inputs, chunk_size=C)[:, a:b])
+    assert_pages_hold(pages, inputs, [120, 120])
+    assert pages.keys.shape[0] == 35
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
     inputs = [x.to(dtype) for x in softmax_inputs(30, G=2)]
     expected = routed_softmax(*(x.double() for x in inputs), chunk_size=C)
-    pages = nan_pages(inputs, 8)
+    pages = nan_pages(inputs, 32)
     for a, b in ((0, 5), (5, 6), (6, 29), (29, 30)):
         o, pages = run_piece(inputs, uniform(a, b), pages)
         assert o.dtype is dtype
@@ -196,7 +231,7 @@ def test_nothing_reads_a_value_of_a_tensor(T: int) -> None:
     """Tensors without data stand for a device that nobody waits for."""
     q, k, v, _ = (x.to("meta") for x in softmax_inputs(T, G=2))
     start = torch.zeros(2, dtype=torch.int64, device="meta")
-    pages = KeyPages.empty(k, v, heads=2, pages=4, chunk_size=C)
+    pages = KeyPages.empty(k, v, heads=2, chunk_size=C).grow(17, 4)
     route = torch.empty(2, touched_chunks(T, C), 2, device="meta")
     o = paged_softmax(q, k, v, route, pages, start, chunk_size=C, lengths=start)
     assert o.shape == (2, T, 4, 3)
@@ -205,15 +240,15 @@ def test_nothing_reads_a_value_of_a_tensor(T: int) -> None:
 
 def test_empty_batch() -> None:
     q, k, v, _ = softmax_inputs(9, B=0)
-    pages, start = KeyPages.empty(k, v, heads=2, pages=4, chunk_size=C), torch.zeros(0, dtype=torch.int64)
+    pages, start = KeyPages.empty(k, v, heads=2, chunk_size=C), torch.zeros(0, dtype=torch.int64)
     route = torch.ones(0, touched_chunks(9, C), 2)
     assert paged_softmax(q, k, v, route, pages, start, chunk_size=C).shape == (0, 9, 2, 3)
     assert write_chunks(pages, k, v, route, start, chunk_size=C).kept.shape == (0, 2)
 
 
-def free_pages(rows: int = 2, dtype: torch.dtype = torch.float64, chunk_size: int = C, pages: int = 3) -> KeyPages:
+def free_pages(rows: int = 2, dtype: torch.dtype = torch.float64, chunk_size: int = C) -> KeyPages:
     k, v = torch.ones(rows, 1, 2, 4, dtype=dtype), torch.ones(rows, 1, 2, 3, dtype=dtype)
-    return KeyPages.empty(k, v, heads=2, pages=pages, chunk_size=chunk_size)
+    return KeyPages.empty(k, v, heads=2, chunk_size=chunk_size)
 
 
 MISTAKES: list[tuple[dict[str, object], str]] = [
@@ -222,10 +257,11 @@ MISTAKES: list[tuple[dict[str, object], str]] = [
     ({"route": torch.ones(2, 3).double()}, r"route \(2, 3\) must be"),
     ({"route": torch.ones(2, 2, 2).double()}, r"route has shape \(2, 2, 2\), expected \(2, 3, 2\)"),
     ({"route": torch.ones(2, 3, 2).bool()}, "route must be a floating point tensor, found torch.bool"),
-    ({"pages": free_pages(rows=3)}, r"pages.keys has shape \(3, 2, 3, 4, 1, 4\), expected \(2, 2, 3, 4, 1, 4\)"),
+    ({"pages": free_pages(rows=3)}, r"pages.table has shape \(3, 2, 1\), expected \(2, 2, 1\)"),
     ({"pages": free_pages(chunk_size=8)}, "pages.keys has shape"),
     ({"pages": free_pages()._replace(values=torch.ones(1).double())}, r"pages.values has shape \(1,\)"),
     ({"pages": free_pages(dtype=torch.float32)}, "pages.keys is torch.float32, but k is torch.float64"),
+    ({"pages": free_pages()._replace(table=torch.zeros(2, 2))}, "pages.table must be an int64 tensor"),
     ({"pages": free_pages()._replace(kept=torch.zeros(2, 2))}, "pages.kept must be an int64 tensor"),
     ({"start": torch.zeros(2)}, "start must be an int64 tensor, found torch.float32"),
     ({"lengths": torch.zeros(3, dtype=torch.int64)}, r"lengths has shape \(3,\), expected \(2,\)"),
@@ -243,9 +279,3 @@ def test_mistakes_name_the_argument(op: object, change: dict[str, object], messa
         arguments["q"] = q
     with pytest.raises(ValueError, match=message):
         op(**arguments)  # type: ignore[operator]
-
-
-def test_writing_needs_a_page() -> None:
-    _, k, v, route = softmax_inputs(9)
-    with pytest.raises(ValueError, match="write_chunks: there is no page to write to"):
-        write_chunks(free_pages(pages=0), k, v, route, torch.zeros(2, dtype=torch.int64), chunk_size=C)
