@@ -300,6 +300,7 @@ def test_a_result_is_used_only_where_everything_matches(tmp_path: Path) -> None:
             {"budgets": [0.5]},
             {"random_draws": 2},
             {"headroom_sequences": 2},
+            {"hindsight": False},
             {"lengths": [2]},
             {"variants": {"base": {"train": {"lr": 1}}}},
         )

@@ -140,6 +140,15 @@ def judged(model: RoutedLM, data: TaskData, config: AblationConfig) -> dict[str,
     return {"variant": "base", "seed": 0, **plain}
 
 
+def test_judging_without_hindsight_is_the_same_but_for_the_share(model: RoutedLM) -> None:
+    data = tiny_data(tasks={"bytes": 1.0})
+    both, without = (rows([judged(model, data, settings(budgets=[0.3], hindsight=h))]) for h in (True, False))
+    for row, other in zip(both, without, strict=True):
+        assert {name for name in row.quality if name not in other.quality} == {"hindsight", "hindsight_layer"}
+        assert other.quality == {name: row.quality[name] for name in other.quality}
+        assert other.share is None
+
+
 def test_text_is_judged_by_its_loss_on_the_test_split(model: RoutedLM) -> None:
     data = tiny_data(tasks={"bytes": 1.0})
     result = judged(model, data, settings(budgets=[0.3, 0.5]))

@@ -27,6 +27,8 @@ class AblationConfig:
         is.
     headroom_sequences: sequences of training text on which predictors of what chunks gain are fitted, at each uniform
         budget; 0: none. The data needs the task ``bytes``.
+    hindsight: whether chunks are chosen in hindsight too, which takes most of the time of judging; without it there is
+        no selection share.
     random_draws: how often random routing is drawn. batch_size: sequences of a pass of judging, fewer of longer ones.
     workers: processes at a time, one thread each; device=cuda spreads them over all GPUs.
     keep_supernets: whether the checkpoints of a supernet stay after it was judged.
@@ -40,6 +42,7 @@ class AblationConfig:
     budgets: list[float] = field(default_factory=lambda: [0.05, 0.12])
     lengths: list[int] = field(default_factory=lambda: [1])
     headroom_sequences: int = 0
+    hindsight: bool = True
     random_draws: int = 5
     batch_size: int = 32
     keep_supernets: bool = False

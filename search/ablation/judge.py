@@ -198,7 +198,7 @@ class Judge:
         }
 
     def _compared(self, name: str, policy: RoutingPolicy, comparer: Comparer, sequences: Sequences) -> dict[str, Any]:
-        comparison = comparer.compare(name, policy, hindsight=True)
+        comparison = comparer.compare(name, policy, hindsight=self._config.hindsight)
         if comparison is None:
             return {}
         heads = summary(sequences.counts(policy), self._model.kinds).kept_by_task
