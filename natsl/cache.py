@@ -120,6 +120,15 @@ class Cache:
         if self.lengths.device != device:
             raise ValueError(f"the cache is on {self.lengths.device}, but tokens are on {device}")
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors, free pages included."""
+        found = [self.lengths]
+        for layer in self.layers:
+            for part in (layer.tail, layer.total, layer.delta, layer.pages):
+                found += [part] if isinstance(part, Tensor) else [x for x in part or () if isinstance(x, Tensor)]
+        return sum(x.numel() * x.element_size() for x in found)
+
     @contextmanager
     def advancing(self, tokens: Tensor | int) -> Iterator[None]:
         """While layers update their states; afterwards each sequence has read ``tokens`` (int64 [B] or a number)."""

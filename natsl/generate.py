@@ -5,15 +5,19 @@ from __future__ import annotations
 import codecs
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from natsl.errors import UserError
 from natsl.files import user_path
-from natsl.space.check import check, check_at_least, check_counts
+from natsl.space.check import check, check_at_least, check_counts, check_number
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
+    import torch
+    from torch import Tensor
+
+    from natsl.cache import Cache
     from natsl.model import RoutedLM
     from natsl.space.policy import RoutingPolicy
 
@@ -22,15 +26,36 @@ _SPECIAL = re.compile(r"⟨([kv]?)(\d+)⟩")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn: ``temperature`` 0 takes the likeliest, ``top_k`` 0 keeps all, ``seed`` fixes the draws."""
+    """How a token is drawn: ``temperature`` 0 takes the likeliest, ``seed`` fixes the draws.
+
+    Only the ``top_k`` likeliest tokens are drawn from (0: all), and of these, at this temperature, the fewest whose
+    probabilities come to ``top_p`` (nucleus sampling, arXiv 1904.09751).
+    """
 
     temperature: float = 0.8
     top_k: int = 0
     seed: int = 0
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         check_at_least(0, {"temperature": self.temperature})
         check_counts(0, {"top_k": self.top_k, "seed": self.seed})
+        check(0 < check_number("top_p", self.top_p) <= 1, "top_p", self.top_p, "it must lie in (0, 1]")
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> int:
+        """A token of finite ``logits`` [V], float64 on the CPU."""
+        import torch
+
+        if self.temperature == 0:
+            return int(logits.argmax())
+        if 0 < self.top_k < len(logits):
+            logits = logits.masked_fill(logits < logits.topk(self.top_k).values[-1], -torch.inf)
+        weights = torch.softmax((logits - logits.max()) / self.temperature, -1)
+        if self.top_p < 1:
+            ordered, place = weights.sort(descending=True, stable=True)
+            more = ordered.cumsum(0) - ordered >= self.top_p  # those before it are enough
+            weights = weights.index_fill(0, place[more], 0.0)
+        return int(torch.multinomial(weights, 1, generator=generator))
 
 
 def read_prompt(path: str) -> str:
@@ -95,14 +120,41 @@ def stream(tokens: Iterator[int] | Sequence[int]) -> Iterator[str]:
         yield rest
 
 
+def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """The pieces up to the first of the texts ``stop``, which is left out; nothing is asked for after it.
+
+    What may be the beginning of one is held back until it is known.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [place for place in map(held.find, stop) if place >= 0]
+        if found:
+            if min(found):
+                yield held[: min(found)]
+            return
+        longest = max((n for text in stop for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
+        if safe := held[: len(held) - longest]:
+            yield safe
+        held = held[len(safe) :]
+    if held:
+        yield held
+
+
 def generate(
-    model: RoutedLM, policy: RoutingPolicy, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling
+    model: RoutedLM,
+    policy: RoutingPolicy,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    cache: Cache | None = None,
 ) -> Iterator[int]:
     """Draw ``max_new_tokens`` ids that continue ``prompt`` (ids, at least one), one by one.
 
     The prompt is read in one pass; each further token costs a pass over itself, which reads the cache of those before.
-    The same arguments give the same tokens. ``ValueError`` for a policy that does not fit and ids outside the
-    vocabulary, ``UserError`` for logits that are not finite.
+    ``cache``: the state of one sequence to go on from (None: a new one); it is updated, and has not read the last token
+    that was drawn. The same arguments give the same tokens. ``ValueError`` for a policy or a cache that does not fit
+    and ids outside the vocabulary, ``UserError`` for logits that are not finite.
     """
     check(len(prompt) > 0, "prompt", list(prompt), "it must have at least one token")
     size = model.config.vocab_size
@@ -111,31 +163,30 @@ def generate(
     )
     check_counts(1, {"max_new_tokens": max_new_tokens})
     policy.check(model.kinds, model.config.chunk_size, model.config.heads)
-    return _tokens(model.eval(), policy, list(prompt), max_new_tokens, sampling)
+    cache = model.new_cache(1) if cache is None else cache
+    return _tokens(model.eval(), policy, list(prompt), max_new_tokens, sampling, cache)
 
 
 def _tokens(
-    model: RoutedLM, policy: RoutingPolicy, unread: list[int], max_new_tokens: int, sampling: Sampling
+    model: RoutedLM,
+    policy: RoutingPolicy,
+    unread: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    cache: Cache,
 ) -> Iterator[int]:
     import torch
 
     device = model.embed.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)  # on the CPU: the same draws on every device
-    compiled, cache = model.compile_policy(policy, 1), model.new_cache(1)
+    compiled = model.compile_policy(policy, 1)
     for _ in range(max_new_tokens):
         tokens = torch.tensor([unread], device=device)
         logits = model(tokens, compiled, cache=cache, logits_to_keep=1).logits[0, -1].double().cpu()
         if not bool(logits.isfinite().all()):
             raise UserError("the model's logits are not finite: it cannot be used")
-        if sampling.temperature == 0:
-            token = int(logits.argmax())
-        else:
-            if 0 < sampling.top_k < len(logits):
-                logits[logits < logits.topk(sampling.top_k).values[-1]] = -torch.inf
-            weights = torch.softmax((logits - logits.max()) / sampling.temperature, -1)
-            token = int(torch.multinomial(weights, 1, generator=generator))
-        unread = [token]
-        yield token
+        unread = [sampling.draw(logits, generator)]
+        yield unread[0]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from natsl import checkpoint
 from natsl.cli.main import run_verb
 from natsl.config import ModelConfig
 from natsl.errors import UserError
-from natsl.generate import Sampling, decode, encode, generate, stream
+from natsl.generate import Sampling, decode, encode, generate, stream, until
 from natsl.model import RoutedLM
 from natsl.run import Run
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
@@ -120,6 +121,59 @@ def test_frequencies_of_draws() -> None:
     torch.testing.assert_close(counts / 600, expected, atol=0.07, rtol=0)
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.05, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.9, 3), (1.0, 4)])
+def test_the_nucleus_is_the_fewest_likeliest_tokens(top_p: float, kept: int) -> None:
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3], dtype=torch.float64).log()
+    generator = torch.Generator().manual_seed(0)
+    drawn = {Sampling(1.0, 0, 0, top_p).draw(logits, generator) for _ in range(300)}
+    assert drawn == {*(1, 3, 0, 2)[:kept]}
+
+
+def test_the_nucleus_is_of_the_temperature_and_of_top_k() -> None:
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3], dtype=torch.float64).log()
+    generator = torch.Generator().manual_seed(0)
+    hot = {Sampling(100.0, 0, 0, 0.7).draw(logits, generator) for _ in range(300)}
+    assert hot == {0, 1, 3}, "all are nearly as likely, so that three make .7"
+    two = {Sampling(100.0, 2, 0, 0.7).draw(logits, generator) for _ in range(300)}
+    assert two == {1, 3}
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "expected"),
+    [
+        (["a", "b", "c"], [], ["a", "b", "c"]),
+        (["a", "b", "c"], ["x"], ["a", "b", "c"]),
+        (["a", "b", "c"], ["b"], ["a"]),
+        (["abc"], ["c", "b"], ["a"]),
+        (["b", "c"], ["b"], []),
+        (["a", "b", "a", "b", "c", "d"], ["abc"], ["ab"]),
+        (["a", "b", "a", "b", "x"], ["abc"], ["ab", "abx"]),
+        (["a", "a", "b"], ["ab", "xx"], ["a"]),
+        (["x", "a"], ["ab"], ["x", "a"]),
+    ],
+)
+def test_text_ends_before_a_stop(pieces: list[str], stop: list[str], expected: list[str]) -> None:
+    assert list(until(pieces, stop)) == expected
+
+
+def test_nothing_is_drawn_after_a_stop() -> None:
+    pieces = iter("abcdef")
+    assert "".join(until(pieces, ["cd"])) == "ab"
+    assert "".join(pieces) == "ef"
+
+
+def test_a_cache_goes_on_where_it_ended() -> None:
+    model = make_model()
+    whole = list(generate(model, POLICY, [1, 2, 3], 12, Sampling(temperature=0)))
+    cache = model.new_cache(1)
+    empty = cache.nbytes
+    first = list(generate(model, POLICY, [1, 2, 3], 5, Sampling(temperature=0), cache))
+    assert cache.lengths.tolist() == [3 + 4], "the last token is unread"
+    rest = list(generate(model, POLICY, first[-1:], 7, Sampling(temperature=0), cache))
+    assert first + rest == whole
+    assert cache.nbytes >= empty
+
+
 BAD: dict[str, tuple[Callable[[], object], str]] = {
     "no prompt": (lambda: generate(make_model(), POLICY, [], 1, Sampling()), "at least one token"),
     "id too large": (lambda: generate(make_model(), POLICY, [384], 1, Sampling()), "ids must lie in 0–383"),
@@ -133,6 +187,12 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "NaN": (lambda: Sampling(temperature=float("nan")), "temperature = nan"),
     "top_k": (lambda: Sampling(top_k=-1), "top_k = -1"),
     "seed": (lambda: Sampling(seed=-1), "seed = -1"),
+    "top_p": (lambda: Sampling(top_p=0), "top_p = 0"),
+    "too much": (lambda: Sampling(top_p=1.5), "top_p = 1.5"),
+    "cache": (
+        lambda: next(generate(make_model(), POLICY, [1], 1, Sampling(), make_model().new_cache(2))),
+        "the cache holds 2 sequences, not 1",
+    ),
 }
 
 
@@ -162,9 +222,17 @@ def test_the_command(tmp_path: Path) -> None:
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
     done = call("run=r", "prompt='a⟨k3⟩'", "temperature=0")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert re.fullmatch(r"note: 5 tokens, [\d.e+]+ a second; a cache of [\d,]+ bytes for 6 tokens\n", done.stderr), (
+        done.stderr
+    )
     new = list(generate(model, POLICY, encode("a⟨k3⟩", 384), 5, Sampling(temperature=0)))
     assert done.stdout == "a⟨k3⟩" + decode(new) + "\n"
+    stopped = call("run=r", "prompt='a⟨k3⟩'", "temperature=0", f"stop=['{decode(new[2:3])}']")
+    assert stopped.returncode == 0
+    assert stopped.stdout == "a⟨k3⟩" + decode(new).partition(decode(new[2:3]))[0] + "\n"
+    empty = call("run=r", "stop=['']")
+    assert empty.stderr == "error: stop = [''] is not allowed: each must have at least one character\n"
     wrong = call("run=r", "export=x")
     assert wrong.returncode == 2
     assert wrong.stderr == "error: run, export = ('r', 'x') is not allowed: give either run=<name> or export=<folder>\n"

@@ -13,16 +13,19 @@ from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch, 
 from natsl.device import resolve_device
 from natsl.errors import UserError
 from natsl.files import check_name, to_plain, user_path
+from natsl.generate import Sampling, encode, generate, read_prompt, stream, until
 from natsl.load import Choice, load_choice
 from natsl.resume import check_resume
 from natsl.run import Run
 from natsl.secrets import redact
-from natsl.space.check import check, check_at_least, check_counts
+from natsl.space.check import check, check_counts
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import CalibrationDataConfig, DataConfig, OtherTextConfig
 from natsl.tracking import TrackingConfig, start_tracker
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from natsl.evaluate import Evaluation
     from natsl.heldout import HeldOut
     from natsl.search.config import SearchRunConfig
@@ -120,7 +123,9 @@ class GenerateConfig(_Choosing):
     ``export`` (a folder made by natsl export), whose policy ``policy`` replaces. ``calibration``: a table made by natsl
     calibrate instead of the run's own. ``prompt`` (null: ``def``) is text, or ``prompt_file`` names a file with it (-:
     standard input); ``⟨k3⟩`` and ``⟨v3⟩`` in it stand for the fourth key and value of the recall tasks. ``temperature``
-    0 takes the most likely token; ``top_k`` 0 keeps all.
+    0 takes the most likely token; ``top_k`` draws from so many (0: all), ``top_p`` from the fewest that come to this
+    probability. ``stop``: texts that end it before ``max_new_tokens`` and are not printed. The rate of the tokens after
+    the first one and the bytes of the cache go to standard error.
     """
 
     run: str | None = None
@@ -134,17 +139,23 @@ class GenerateConfig(_Choosing):
     max_new_tokens: int = 64
     temperature: float = 0.8
     top_k: int = 0
+    top_p: float = 1.0
+    stop: list[str] = field(default_factory=list)
     seed: int = 0
     device: str = "auto"
 
     def __post_init__(self) -> None:
         self.choice()
+        check("" not in self.stop, "stop", self.stop, "each must have at least one character")
         check(self.prompt != "", "prompt", self.prompt, "it must not be empty")
         both = self.prompt is not None and self.prompt_file is not None
         check(not both, "prompt, prompt_file", (self.prompt, self.prompt_file), "give only one of them")
         check_counts(1, {"max_new_tokens": self.max_new_tokens})
-        check_at_least(0, {"temperature": self.temperature})
-        check_counts(0, {"top_k": self.top_k, "seed": self.seed})
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """How tokens are drawn; ``ValueError`` naming the option."""
+        return Sampling(self.temperature, self.top_k, self.seed, self.top_p)
 
 
 @dataclass
@@ -258,7 +269,6 @@ def run_export(config: ExportConfig) -> None:
 def run_generation(config: GenerateConfig) -> None:
     """Print a prompt and its continuation as it is drawn."""
     device = resolve_device(config.device)
-    from natsl.generate import Sampling, encode, generate, read_prompt, stream
     from natsl.heldout import trained_on_tokens
 
     text = DEFAULT_PROMPT if config.prompt is None else config.prompt
@@ -267,13 +277,22 @@ def run_generation(config: GenerateConfig) -> None:
     model, policy, _ = load_choice(config.choice())
     if trained_on_tokens(config.choice()):
         raise UserError("the model was trained on token ids, and natsl has no tokenizer: generate continues text only")
-    prompt = encode(text, model.config.vocab_size)
-    sampling = Sampling(config.temperature, config.top_k, config.seed)
+    prompt, cache, drawn = encode(text, model.config.vocab_size), model.to(device).new_cache(1), []
+
+    def tokens() -> Iterator[int]:
+        for token in generate(model, policy, prompt, config.max_new_tokens, config.sampling(), cache):
+            drawn.append(time.perf_counter())
+            yield token
+
     print(text.encode(errors="surrogateescape").decode(errors="replace"), end="", flush=True)
-    for piece in stream(generate(model.to(device), policy, prompt, config.max_new_tokens, sampling)):
+    for piece in until(stream(tokens()), config.stop):
         print(piece, end="", flush=True)
     print()
     sys.stdout.flush()
+    seconds = drawn[-1] - drawn[0]
+    rate = f", {(len(drawn) - 1) / seconds:.3g} a second" if seconds > 0 else ""
+    held = len(prompt) + len(drawn) - 1
+    print(f"note: {len(drawn)} tokens{rate}; a cache of {cache.nbytes:,} bytes for {held} tokens", file=sys.stderr)
 
 
 def run_calibration(config: CalibrateConfig) -> None:
