@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from natsl import checkpoint
+from natsl.cli.commands import GenerateConfig
 from natsl.cli.main import run_verb
 from natsl.config import ModelConfig
 from natsl.errors import UserError
@@ -154,6 +155,10 @@ def test_the_nucleus_is_of_the_temperature_and_of_top_k() -> None:
 )
 def test_text_ends_before_a_stop(pieces: list[str], stop: list[str], expected: list[str]) -> None:
     assert list(until(pieces, stop)) == expected
+
+
+def test_a_stop_may_have_line_breaks() -> None:
+    assert GenerateConfig(run="r", stop=[r"\n\n", "a⟨k3⟩"]).stops() == ["\n\n", "a⟨k3⟩"]
 
 
 def test_nothing_is_drawn_after_a_stop() -> None:

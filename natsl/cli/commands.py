@@ -124,8 +124,8 @@ class GenerateConfig(_Choosing):
     calibrate instead of the run's own. ``prompt`` (null: ``def``) is text, or ``prompt_file`` names a file with it (-:
     standard input); ``⟨k3⟩`` and ``⟨v3⟩`` in it stand for the fourth key and value of the recall tasks. ``temperature``
     0 takes the most likely token; ``top_k`` draws from so many (0: all), ``top_p`` from the fewest that come to this
-    probability. ``stop``: texts that end it before ``max_new_tokens`` and are not printed. The rate of the tokens after
-    the first one and the bytes of the cache go to standard error.
+    probability. ``stop``: texts that end it before ``max_new_tokens`` and are not printed; ``\\n`` in them is a line
+    break. The rate of the tokens after the first one and the bytes of the cache go to standard error.
     """
 
     run: str | None = None
@@ -152,6 +152,10 @@ class GenerateConfig(_Choosing):
         check(not both, "prompt, prompt_file", (self.prompt, self.prompt_file), "give only one of them")
         check_counts(1, {"max_new_tokens": self.max_new_tokens})
         self.sampling()
+
+    def stops(self) -> list[str]:
+        """``stop`` with line breaks, which a command line cannot have."""
+        return [text.replace("\\n", "\n") for text in self.stop]
 
     def sampling(self) -> Sampling:
         """How tokens are drawn; ``ValueError`` naming the option."""
@@ -285,7 +289,7 @@ def run_generation(config: GenerateConfig) -> None:
             yield token
 
     print(text.encode(errors="surrogateescape").decode(errors="replace"), end="", flush=True)
-    for piece in until(stream(tokens()), config.stop):
+    for piece in until(stream(tokens()), config.stops()):
         print(piece, end="", flush=True)
     print()
     sys.stdout.flush()
