@@ -196,6 +196,11 @@ def test_mistakes_get_one_line(override: str, message: str, search: Command) -> 
     assert message in mistake(search(override))
 
 
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--info", "defaults"]], ids=lambda flags: flags[0])
+def test_mistakes_get_one_line_where_hydra_shows_something(flags: list[str], search: Command) -> None:
+    assert MISTAKES["no preset"][1] in mistake(search(*flags, "experiment=null"))
+
+
 def test_an_unknown_flag(search: Command) -> None:
     outcome = search("--frobnicate")
     assert outcome.code == 2

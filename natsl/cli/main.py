@@ -17,7 +17,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
@@ -300,17 +300,25 @@ def _loader(config_class: type, config_dir: str | None) -> Loader:
 
 def _compose(loader: Loader, config_name: str, overrides: list[str]) -> DictConfig:
     from hydra.types import RunMode
+
+    with _told_of(overrides):
+        return loader.load_configuration(config_name, list(overrides), RunMode.RUN)
+
+
+@contextlib.contextmanager
+def _told_of(overrides: list[str]) -> Iterator[None]:
+    """Hydra's complaints about what was written, as ``UserError``."""
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return loader.load_configuration(config_name, list(overrides), RunMode.RUN)
+        yield
     except ValueError as error:
         if isinstance(error, UserError | OmegaConfBaseException):
             raise
         empty = [text for text in overrides if text.lower().endswith("=null")]
         if empty and "Config group override must be" in str(error):  # Hydra tells neither option nor value
             raise UserError(f"{' '.join(empty)} is not allowed: give the name of a preset, or leave it out") from None
-        raise UserError(str(error)) from None  # Hydra's complaint about what was written
+        raise UserError(str(error)) from None
 
 
 def _to_object(config: DictConfig, config_class: type[C]) -> C:
@@ -349,7 +357,7 @@ def _show(loader: Loader, config_name: str, args: argparse.Namespace, parser: ar
     GlobalHydra.instance().initialize(hydra)
     shown = io.StringIO()
     try:
-        with contextlib.redirect_stdout(shown):
+        with contextlib.redirect_stdout(shown), _told_of(args.overrides):
             _show_one(hydra, config_name, args, parser)
     except UserError:
         if not args.shell_completion:  # a shell that completes a wrong line has nothing to offer, and stays silent
