@@ -107,13 +107,13 @@ def paged_softmax(
     q_, k_, v_ = (x.to(dtype).unflatten(2, (R, G)).permute(3, 0, 2, 1, 4).flatten(1, 2) for x in (q, k, v))
     q_ = q_ * scale  # [G,B·R,T,·]
     out = q_.new_empty(*q_.shape[:3], Vs)
-    columns = max(1, used.numel(), table.numel() * Vs) + B * R * T
+    columns = max(used.shape[0] * max(chunk_size, Vs, q.shape[3]), table.numel()) + B * R * T
     rows = max(1, reference.SCORE_BLOCK // (columns * chunk_size)) * chunk_size
     place = torch.arange(T, device=q.device)
     for j in range(G):
         keys = pages.keys[:, :, j].to(dtype).transpose(1, 2)
         # what is free may be NaN, and 0 · NaN is NaN
-        values = pages.values[:, :, j].to(dtype).masked_fill(~used[..., None], 0.0)
+        values = pages.values[:, :, j].to(dtype, copy=True).masked_fill_(~used[..., None], 0.0)
         for lo in range(0, T, rows):
             hi = min(lo + rows, T)
             sees_page = torch.where(of_open[row_of, lo:hi, None], used[:, None], later[:, None])  # [P,hi − lo,C]
@@ -121,11 +121,14 @@ def paged_softmax(
             same = (chunk[:, lo:hi, None] == chunk[:, None, :hi]).repeat_interleave(R, 0)
             sees_token = (same | token_kept[:, None, :hi]) & (place[:hi] <= place[lo:hi, None])  # itself, padding too
             new = torch.matmul(q_[j, :, lo:hi], k_[j, :, :hi].transpose(-1, -2)).masked_fill(~sees_token, float("-inf"))
-            # every page by itself, then the pages of a head together: no head is padded to the one that keeps most
+            # every page by itself, then the pages of a head together
             top = torch.maximum(new.amax(-1), past.amax(-1)[table].amax(1))  # [B·R,hi − lo]
             past, new = (past - top[owner, :, None]).exp(), (new - top[..., None]).exp()
+            past[NULL] = 0.0  # it has the owner 0, and what is not finite there must not reach other heads
             total = new.sum(-1) + past.sum(-1)[table].sum(1)
-            weighed = torch.matmul(new, v_[j, :, :hi]) + torch.matmul(past, values)[table].sum(1)
+            weighed, of_page = torch.matmul(new, v_[j, :, :hi]), torch.matmul(past, values)
+            for places in table.split(max(1, reference.SCORE_BLOCK // weighed.numel()), 1):
+                weighed += of_page[places].sum(1)  # all places at once would pad every head to the one with most
             out[j, :, lo:hi] = weighed / total[..., None]
     o: Tensor = out.unflatten(1, (B, R)).permute(1, 3, 2, 0, 4).flatten(2, 3).to(q.dtype)
     return o if real is None else torch.where(real, o, 0.0)
@@ -189,7 +192,7 @@ def write_chunks(
     first = 1 + B * R + pages.kept.sum() + more.flatten().cumsum(0).view(B, R) - more
     place = pages.kept[..., None] + i
     page = torch.where(i == 0, pages.table.gather(2, pages.kept[..., None]), first[..., None] + i - 1)
-    there = (i <= more[..., None]) & (place < M) & (page < pages.keys.shape[0])
+    there = (i <= more[..., None]) & (place < M)
     page, place = torch.where(there, page, NULL), place % M  # so many places that no two are the same
     table = pages.table.scatter(2, place, torch.where(there, page, pages.table.gather(2, place)))
     token = source[..., None] * chunk_size + torch.arange(chunk_size, device=k.device) - start[:, None, None, None]

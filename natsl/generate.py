@@ -29,7 +29,8 @@ class Sampling:
     """How a token is drawn: ``temperature`` 0 takes the likeliest, ``seed`` fixes the draws.
 
     Only the ``top_k`` likeliest tokens are drawn from (0: all), and of these, at this temperature, the fewest whose
-    probabilities come to ``top_p`` (nucleus sampling, arXiv 1904.09751).
+    probabilities come to ``top_p`` (nucleus sampling, arXiv 1904.09751). Of equally likely ones at the end ``top_k``
+    takes all, ``top_p`` those with the lowest ids.
     """
 
     temperature: float = 0.8
@@ -121,17 +122,16 @@ def stream(tokens: Iterator[int] | Sequence[int]) -> Iterator[str]:
 
 
 def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """The pieces up to the first of the texts ``stop``, which is left out; nothing is asked for after it.
-
-    What may be the beginning of one is held back until it is known.
+    """The pieces up to the one of the texts ``stop`` that is complete first, which is left out; nothing is asked for
+    after it. What may be the beginning of one is held back until it is known.
     """
     held = ""
     for piece in pieces:
         held += piece
-        found = [place for place in map(held.find, stop) if place >= 0]
+        found = [(place + len(text), place) for text in stop if (place := held.find(text)) >= 0]
         if found:
-            if min(found):
-                yield held[: min(found)]
+            if end := min(found)[1]:
+                yield held[:end]
             return
         longest = max((n for text in stop for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
         if safe := held[: len(held) - longest]:
@@ -153,8 +153,9 @@ def generate(
 
     The prompt is read in one pass; each further token costs a pass over itself, which reads the cache of those before.
     ``cache``: the state of one sequence to go on from (None: a new one); it is updated, and has not read the last token
-    that was drawn. The same arguments give the same tokens. ``ValueError`` for a policy or a cache that does not fit
-    and ids outside the vocabulary, ``UserError`` for logits that are not finite.
+    that was drawn. The same arguments, with the cache in the same state, give the same tokens. ``ValueError`` for a
+    policy that does not fit, ids outside the vocabulary and, with the first token, a cache that does not fit;
+    ``UserError`` for logits that are not finite.
     """
     check(len(prompt) > 0, "prompt", list(prompt), "it must have at least one token")
     size = model.config.vocab_size

@@ -130,6 +130,13 @@ def test_the_nucleus_is_the_fewest_likeliest_tokens(top_p: float, kept: int) -> 
     assert drawn == {*(1, 3, 0, 2)[:kept]}
 
 
+def test_of_equal_tokens_the_nucleus_takes_the_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size, top_p, kept in ((2, 0.5, 1), (64, 0.25, 16)):
+        drawn = {Sampling(1.0, 0, 0, top_p).draw(torch.zeros(size).double(), generator) for _ in range(600)}
+        assert drawn == {*range(kept)}
+
+
 def test_the_nucleus_is_of_the_temperature_and_of_top_k() -> None:
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3], dtype=torch.float64).log()
     generator = torch.Generator().manual_seed(0)
@@ -151,6 +158,8 @@ def test_the_nucleus_is_of_the_temperature_and_of_top_k() -> None:
         (["a", "b", "a", "b", "x"], ["abc"], ["ab", "abx"]),
         (["a", "a", "b"], ["ab", "xx"], ["a"]),
         (["x", "a"], ["ab"], ["x", "a"]),
+        (["abcd"], ["abcd", "bc"], ["a"]),
+        (["ab", "cd"], ["abcd", "bc"], ["a"]),
     ],
 )
 def test_text_ends_before_a_stop(pieces: list[str], stop: list[str], expected: list[str]) -> None:
@@ -158,7 +167,7 @@ def test_text_ends_before_a_stop(pieces: list[str], stop: list[str], expected: l
 
 
 def test_a_stop_may_have_line_breaks() -> None:
-    assert GenerateConfig(run="r", stop=[r"\n\n", "a⟨k3⟩"]).stops() == ["\n\n", "a⟨k3⟩"]
+    assert GenerateConfig(run="r", stop=[r"\n\n", r"a\\n⟨k3⟩"]).stops() == ["\n\n", r"a\n⟨k3⟩"]
 
 
 def test_nothing_is_drawn_after_a_stop() -> None:
@@ -171,12 +180,17 @@ def test_a_cache_goes_on_where_it_ended() -> None:
     model = make_model()
     whole = list(generate(model, POLICY, [1, 2, 3], 12, Sampling(temperature=0)))
     cache = model.new_cache(1)
-    empty = cache.nbytes
+    layers = 2 * (3 * 48 * 4 + (2 * 2 * 8 * 8 + 2) * 4 + 8)  # convolution, delta rule
+    router, pages = 16 * 4, 3 * 8 * (8 + 8) * 4 + 2 * 8 + 2 * 8  # three pages, table, kept
+    assert cache.nbytes == 8 + layers + router + pages
     first = list(generate(model, POLICY, [1, 2, 3], 5, Sampling(temperature=0), cache))
     assert cache.lengths.tolist() == [3 + 4], "the last token is unread"
     rest = list(generate(model, POLICY, first[-1:], 7, Sampling(temperature=0), cache))
     assert first + rest == whole
-    assert cache.nbytes >= empty
+    found = cache.layers[0].pages
+    assert found is not None
+    more = (found.keys.shape[0] - 3) * 8 * (8 + 8) * 4 + (found.table.shape[2] - 1) * 2 * 8
+    assert cache.nbytes == 8 + layers + router + pages + more
 
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
@@ -228,7 +242,7 @@ def test_the_command(tmp_path: Path) -> None:
 
     done = call("run=r", "prompt='a⟨k3⟩'", "temperature=0")
     assert done.returncode == 0
-    assert re.fullmatch(r"note: 5 tokens, [\d.e+]+ a second; a cache of [\d,]+ bytes for 6 tokens\n", done.stderr), (
+    assert re.fullmatch(r"note: 5 tokens, [\d.,]+ a second; a cache of [\d,]+ bytes for 6 tokens\n", done.stderr), (
         done.stderr
     )
     new = list(generate(model, POLICY, encode("a⟨k3⟩", 384), 5, Sampling(temperature=0)))
@@ -236,6 +250,9 @@ def test_the_command(tmp_path: Path) -> None:
     stopped = call("run=r", "prompt='a⟨k3⟩'", "temperature=0", f"stop=['{decode(new[2:3])}']")
     assert stopped.returncode == 0
     assert stopped.stdout == "a⟨k3⟩" + decode(new).partition(decode(new[2:3]))[0] + "\n"
+    read = 2 + decode(new).index(decode(new[2:3])) // len(decode(new[:1]))
+    drawn = f"{read - 1} token{'s' * (read != 2)}"
+    assert re.fullmatch(rf"note: {drawn}(, .* a second)?; a cache of .* bytes for {read} tokens\n", stopped.stderr)
     empty = call("run=r", "stop=['']")
     assert empty.stderr == "error: stop = [''] is not allowed: each must have at least one character\n"
     wrong = call("run=r", "export=x")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from natsl.kernels import reference
 from natsl.kernels.pages import NULL, KeyPages, paged_softmax, write_chunks
@@ -47,6 +50,20 @@ def run_piece(inputs: list[Tensor], piece: Piece, pages: KeyPages) -> tuple[Tens
     for memory in pages[:2]:
         memory[free] = NAN
     return o, pages
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that is made under it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.numel = max(self.numel, out.numel())
+        return out
 
 
 def kept_of(inputs: list[Tensor], totals: list[int]) -> Tensor:
@@ -212,6 +229,35 @@ def test_heads_that_keep_nothing_cost_one_page() -> None:
         assert_near(o, routed_softmax(*inputs, chunk_size=C)[:, a:b])
     assert_pages_hold(pages, inputs, [120, 120])
     assert pages.keys.shape[0] == 35
+
+
+def test_what_is_not_finite_stays_in_its_row_and_head() -> None:
+    """Though the null page, which all tables have, counts as one of the first head."""
+    inputs = softmax_inputs(14)
+    pages = nan_pages(inputs, 16)
+    _, pages = run_piece(inputs, uniform(0, 9), pages)
+    poisoned = [x.clone() for x in inputs]
+    poisoned[0][0, 10, 0] = NAN
+    o, _ = run_piece(poisoned, uniform(9, 14), pages)
+    expected = routed_softmax(*inputs, chunk_size=C)[:, 9:]
+    assert o[0, 1, 0].isnan().all()
+    expected[0, 1, 0] = o[0, 1, 0] = 0.0
+    assert_near(o, expected)
+
+
+def test_no_head_is_padded_to_the_one_that_keeps_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though one of 12 keeps everything: only one number of each page and query is."""
+    inputs = softmax_inputs(400, R=12, B=1)
+    inputs[3] = torch.zeros_like(inputs[3])
+    inputs[3][:, :, 5] = 1
+    pages = nan_pages(inputs, 12 + 100, places=101)
+    _, pages = run_piece(inputs, uniform(0, 380, 1), pages)
+    monkeypatch.setattr(reference, "SCORE_BLOCK", 1)
+    with LargestTensor() as largest:
+        o, _ = run_piece(inputs, uniform(380, 400, 1), pages)
+    assert_near(o, routed_softmax(*inputs, chunk_size=C)[:, 380:])
+    # a chunk of queries is the least, with the scores or the query of every page, or a number of every place
+    assert largest.numel == C * max(max(C, 4) * pages.keys.shape[0], pages.table.numel())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

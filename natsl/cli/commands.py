@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -125,7 +126,8 @@ class GenerateConfig(_Choosing):
     standard input); ``⟨k3⟩`` and ``⟨v3⟩`` in it stand for the fourth key and value of the recall tasks. ``temperature``
     0 takes the most likely token; ``top_k`` draws from so many (0: all), ``top_p`` from the fewest that come to this
     probability. ``stop``: texts that end it before ``max_new_tokens`` and are not printed; ``\\n`` in them is a line
-    break. The rate of the tokens after the first one and the bytes of the cache go to standard error.
+    break and two backslashes are one. The rate of the tokens after the first one and the bytes of the cache go to
+    standard error.
     """
 
     run: str | None = None
@@ -154,8 +156,8 @@ class GenerateConfig(_Choosing):
         self.sampling()
 
     def stops(self) -> list[str]:
-        """``stop`` with line breaks, which a command line cannot have."""
-        return [text.replace("\\n", "\n") for text in self.stop]
+        """``stop`` with line breaks, which a command line cannot have: ``\\n`` is one, and two backslashes are one."""
+        return [re.sub(r"\\([\\n])", lambda m: "\n" if m[1] == "n" else m[1], text) for text in self.stop]
 
     def sampling(self) -> Sampling:
         """How tokens are drawn; ``ValueError`` naming the option."""
@@ -294,9 +296,9 @@ def run_generation(config: GenerateConfig) -> None:
     print()
     sys.stdout.flush()
     seconds = drawn[-1] - drawn[0]
-    rate = f", {(len(drawn) - 1) / seconds:.3g} a second" if seconds > 0 else ""
-    held = len(prompt) + len(drawn) - 1
-    print(f"note: {len(drawn)} tokens{rate}; a cache of {cache.nbytes:,} bytes for {held} tokens", file=sys.stderr)
+    rate = f", {(len(drawn) - 1) / seconds:,.1f} a second" if seconds > 0 else ""
+    new, read = (f"{n} token{'s' * (n != 1)}" for n in (len(drawn), len(prompt) + len(drawn) - 1))
+    print(f"note: {new}{rate}; a cache of {cache.nbytes:,} bytes for {read}", file=sys.stderr)
 
 
 def run_calibration(config: CalibrateConfig) -> None:

@@ -57,7 +57,9 @@ class Job:
         drop_newer(variant["data"])
         variant["train"] = {k: v for k, v in variant["train"].items() if not is_free_on_resume(f"train.{k}")}
         judging: list[Any] = [c.budgets, c.factors, c.random_draws, c.headroom_sequences]
-        judging += [] if c.hindsight else [{"hindsight": False}]  # without it as before there was the option
+        judging += (
+            [] if c.hindsight else [{"hindsight": False}]
+        )  # the default adds nothing: older results are still used
         text = json.dumps([variant, self.seed, judging], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
