@@ -135,7 +135,7 @@ def test_points_stand_beside_their_controls_in_every_task(compared_front: Front)
             for rival in (item.learned, *item.rivals):
                 assert rival.label in section
                 assert show(item.metric, rival.value) in section
-    assert section.count("off-distribution") == 11 + 10, (
+    assert section.count("off-distribution") == 14 + 13, (
         "all but static heads without route noise; one task has an oracle"
     )
     assert section.count("<th>selection share<small>off-distribution: likely too high</small></th>") == 2
