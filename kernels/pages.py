@@ -144,7 +144,8 @@ def _page_masks(pages: KeyPages, start: Tensor, routed: Tensor, chunk_size: int)
 
     def of_page(x: Tensor) -> Tensor:  # [B,R,M] → [P]; no two places have the same page but the null one
         found = x.new_zeros(P).scatter_(0, table, x.flatten())
-        return found.masked_fill_(torch.arange(P, device=device) == NULL, 0)
+        found[NULL] = 0
+        return found
 
     owner = of_page(torch.arange(B * R, device=device)[:, None].expand(-1, M))
     full = of_page(place < pages.kept[..., None])[:, None]
