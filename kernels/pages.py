@@ -58,6 +58,19 @@ class KeyPages(NamedTuple):
             longer(self.keys, 0, pages), longer(self.values, 0, pages), longer(self.table, 2, places), self.kept
         )
 
+    def select(self, rows: Tensor) -> KeyPages:
+        """Copies of what these rows use, int64 [n], in any order and any number of times: a pool without free pages.
+
+        Waits for the device.
+        """
+        kept, places = self.kept[rows], torch.arange(self.table.shape[2], device=rows.device)
+        used = places <= kept[..., None]  # the open page comes after the kept ones
+        pages = torch.cat((rows.new_tensor([NULL]), self.table[rows][used]))
+        table = used.new_zeros(used.shape, dtype=torch.int64).masked_scatter(
+            used, torch.arange(1, len(pages), device=rows.device)
+        )
+        return self._replace(keys=self.keys[pages], values=self.values[pages], table=table, kept=kept)
+
 
 @torch.no_grad()
 def paged_softmax(

@@ -6,18 +6,34 @@ of a routing head, W width of the convolution, M pages. Source: docs/method.md, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from natsl import __version__
 from natsl.config import ModelConfig
+from natsl.errors import UserError
+from natsl.files import to_plain, user_path, write_bytes
 from natsl.kernels.delta import DeltaState
 from natsl.kernels.pages import KeyPages, paged_softmax, write_chunks
 from natsl.kernels.segment import closed_chunks
 from natsl.space.policy import Op
+
+if TYPE_CHECKING:
+    from natsl.model import RoutedLM
+
+FORMAT = 1  # of a stored cache
+_HEADER = "natsl_state"  # its entry in the metadata of the file
 
 
 @dataclass
@@ -27,6 +43,9 @@ class LayerCache:
     ``tail`` [B,W−1,channels]: the last inputs of the convolution. ``total`` [B,D], at least float32: sum of the
     router's inputs over the open chunk. ``delta``: the state of the delta rule. ``pages``: keys and values of the kept
     chunks and of the open one, with the number kept, which caps and the mix count on.
+
+    A field is a tensor, or a named tuple of tensors, with the rows of the batch first unless the tuple has a ``select``
+    of its own. Fields that begin with ``_`` have a default and are no part of the state: a copy begins without them.
     """
 
     tail: Tensor
@@ -66,14 +85,49 @@ class LayerCache:
         self.pages = self.pages.grow(pages, places)
         self._free, self._tokens = min((pages - used) // heads, places - most), 0
 
+    def select(self, rows: Tensor) -> LayerCache:
+        """Copies of these rows, int64 [n]."""
+
+        def selected(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[rows]
+            if hasattr(value, "select"):
+                return value.select(rows)
+            return type(value)(*map(selected, value)) if hasattr(value, "_fields") else value
+
+        return LayerCache(**{name: selected(value) for name, value in self._state().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the state by name, such as ``tail`` and ``delta.border``."""
+        found: dict[str, Tensor] = {}
+        for name, value in self._state().items():
+            parts = {f"{name}.{part}": x for part, x in value._asdict().items()} if hasattr(value, "_fields") else {}
+            found |= {key: x for key, x in (parts or {name: value}).items() if isinstance(x, Tensor)}
+        return found
+
+    def replaced(self, tensors: Mapping[str, Tensor]) -> LayerCache:
+        """The state with other ``tensors``, by the names that ``tensors()`` gives them."""
+
+        def built(name: str, value: Any) -> Any:
+            if hasattr(value, "_fields"):
+                return type(value)(*(built(f"{name}.{part}", x) for part, x in value._asdict().items()))
+            return tensors.get(name, value)
+
+        return LayerCache(**{name: built(name, value) for name, value in self._state().items()})
+
+    def _state(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self) if not item.name.startswith("_")}
+
 
 class Cache:
     """State of sequences under one model, made by ``RoutedLM.new_cache``; ``forward`` goes on from it and updates it.
 
-    ``lengths`` int64 [B]: tokens read of each sequence. ``layers``: the state of each layer. Keys and values are in
-    pages of a chunk: each head of a row has those that it keeps and one for the open chunk, and a layer up to one more
-    for each and a fourth more in all. They are written in place: ``copy.deepcopy`` makes a cache that goes its own way.
-    A call that fails leaves a cache that no call takes.
+    ``lengths`` int64 [B]: tokens read of each sequence. ``layers``: the state of each layer. ``unread``: of each
+    sequence the token that ``generate`` has drawn last, which no layer has read yet, or None; ``generate`` reads it
+    first, and after any other call of ``forward`` there is none. Keys and values are in pages of a chunk: each head of
+    a row has those that it keeps and one for the open chunk, and a layer up to one more for each and a fourth more in
+    all. They are written in place: ``select`` and ``copy.deepcopy`` make a cache that goes its own way. A call that
+    fails leaves a cache that no call takes.
     """
 
     def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -87,6 +141,7 @@ class Cache:
 
         self.config = config
         self.lengths = zeros(dtype=torch.int64)
+        self.unread: list[int | None] = [None] * batch
         self.layers = [
             LayerCache(
                 tail=zeros(c.conv_width - 1, c.heads * (2 * c.key_dim + c.value_dim)),
@@ -109,8 +164,7 @@ class Cache:
 
     def check(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
         """Raise ``ValueError`` unless it can go on with a batch of this size on this device."""
-        if not self._usable:
-            raise ValueError("the cache is unusable: the last call with it failed")
+        self._check_usable()
         if self.config != config:
             raise ValueError("the cache is of a model of another shape")
         if self.layers[0].tail.dtype != dtype:
@@ -123,16 +177,130 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors, free pages included."""
-        found = [self.lengths]
-        for layer in self.layers:
-            for part in (layer.tail, layer.total, layer.delta, layer.pages):
-                found += [part] if isinstance(part, Tensor) else [x for x in part or () if isinstance(x, Tensor)]
+        found = [self.lengths, *(x for layer in self.layers for x in layer.tensors().values())]
         return sum(x.numel() * x.element_size() for x in found)
+
+    def _check_usable(self) -> None:
+        if not self._usable:
+            raise ValueError("the cache is unusable: the last call with it failed")
+
+    def select(self, rows: Sequence[int]) -> Cache:
+        """A new cache of these rows, in any order and any number of times; it shares nothing with this one.
+
+        Waits for the device. ``ValueError`` for no row, one that there is not, and an unusable cache.
+        """
+        self._check_usable()
+        batch = len(self.lengths)
+        if not rows or not all(0 <= row < batch for row in rows):
+            raise ValueError(f"rows = {list(rows)} must have at least one entry, each in 0–{batch - 1}")
+        with torch.inference_mode(False), torch.no_grad():
+            index = torch.tensor(rows, device=self.lengths.device)
+            chosen = copy.copy(self)
+            chosen.lengths = self.lengths[index]
+            chosen.layers = [layer.select(index) for layer in self.layers]
+            chosen.unread = [self.unread[row] for row in rows]
+        return chosen
+
+    def save(self, path: str | Path, model: RoutedLM) -> None:
+        """Write the state to a file from which ``load`` goes on, in another process or on another device.
+
+        ``model``: the one that it is of. safetensors without free pages, with a header that has a sha256 of everything.
+        The file is the old one or the new one, nothing between. ``ValueError`` for a cache that does not fit the model
+        or is unusable.
+        """
+        file, lengths = user_path(path, "state"), self.lengths.tolist()
+        self.check(model.config, len(lengths), self.lengths.device, _dtype(model))
+        tensors = {
+            f"{i}.{name}": x.cpu().contiguous()
+            for i, layer in enumerate(self.select(range(len(lengths))).layers)
+            for name, x in layer.tensors().items()
+        }
+        header = {"format": FORMAT, "natsl": __version__, **_made_for(model), "lengths": lengths, "unread": self.unread}
+        header["sha256"] = _digest(header, tensors)
+        write_bytes(file, safetensors.torch.save(tensors, {_HEADER: json.dumps(header)}))
+
+    @staticmethod
+    def load(path: str | Path, model: RoutedLM) -> Cache:
+        """The state that ``save`` has written, on the device of ``model``.
+
+        ``UserError`` for a file that cannot be read, is damaged or of a newer format, and for a state of another model:
+        one of another shape, precision or other weights.
+        """
+        file = user_path(path, "state")
+        header, tensors = _read(file)
+        for name, value in _made_for(model).items():
+            stored = header.get(name)
+            if stored != value:
+                differs = {"config": "another shape", "dtype": f"{stored}, not {value}", "weights": "other weights"}
+                raise UserError(f"state: {file} is of another model: {differs[name]}")
+        cache = model.new_cache(len(header["lengths"]))
+        expected = {f"{i}.{name}" for i, layer in enumerate(cache.layers) for name in layer.tensors()}
+        if tensors.keys() != expected:
+            raise UserError(f"state: {file} has other tensors than this natsl reads: use natsl {header['natsl']}")
+        device = cache.lengths.device
+        cache.lengths = torch.tensor(header["lengths"], device=device)
+        cache.unread = header["unread"]
+        for i, layer in enumerate(cache.layers):
+            parts = {name: tensors[f"{i}.{name}"].to(device) for name in layer.tensors()}
+            cache.layers[i] = layer.replaced(parts)
+        return cache
 
     @contextmanager
     def advancing(self, tokens: Tensor | int) -> Iterator[None]:
         """While layers update their states; afterwards each sequence has read ``tokens`` (int64 [B] or a number)."""
         self._usable = False
         yield
-        self.lengths = self.lengths + tokens
+        self.lengths, self.unread = self.lengths + tokens, [None] * len(self.unread)
         self._usable = True
+
+
+def _made_for(model: RoutedLM) -> dict[str, str]:
+    """What a model must have in common with the one that made a state: shape, weights (a sample of each), dtype."""
+    config = json.dumps(to_plain(model.config), sort_keys=True)
+    weights = hashlib.sha256()
+    for name, x in model.named_parameters():
+        few = x.detach().flatten()[:: max(1, x.numel() // 256)]
+        weights.update(name.encode() + _content(few.cpu()))
+    return {
+        "config": hashlib.sha256(config.encode()).hexdigest(),
+        "dtype": str(_dtype(model)).removeprefix("torch."),
+        "weights": weights.hexdigest(),
+    }
+
+
+def _dtype(model: RoutedLM) -> torch.dtype:
+    return model.new_cache(1).layers[0].tail.dtype
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Hex sha256 of a header and of all tensors, on the CPU."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(_content(x))
+    return digest.hexdigest()
+
+
+def _content(x: Tensor) -> bytes:
+    return x.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a stored cache, once they are known to be what was written."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"state: {file} cannot be read: {error.strerror or error}") from None
+    try:
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_HEADER])
+        newer, natsl, written = header["format"] > FORMAT, header["natsl"], header.pop("sha256")
+        tensors = {} if newer else safetensors.torch.load(data)
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise UserError(f"state: {file} is not a state written by natsl, or it is damaged") from None
+    if newer:
+        number = header["format"]
+        raise UserError(f"state: {file} has the format {number}, this natsl reads {FORMAT}: use natsl {natsl}")
+    if _digest(header, tensors) != written:
+        raise UserError(f"checksum error: state: {file} has changed since it was written")
+    return header, tensors
