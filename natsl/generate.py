@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fa
     from torch import Tensor
 
     from natsl.cache import Cache
-    from natsl.model import RoutedLM
+    from natsl.compiled import CompiledPolicy
+    from natsl.model import Policies, RoutedLM
     from natsl.space.policy import RoutingPolicy
 
 _SPECIAL = re.compile(r"⟨([kv]?)(\d+)⟩")
@@ -59,18 +61,35 @@ class Sampling:
         return int(torch.multinomial(weights, 1, generator=generator))
 
 
-def read_prompt(path: str) -> str:
+def read_prompt(path: str, option: str = "prompt_file") -> str:
     """The text of a file, or of standard input for ``-``; bytes that are not UTF-8 are kept as ``encode`` takes them.
 
-    ``UserError`` for a file that cannot be read or is empty.
+    ``UserError`` naming ``option`` for a file that cannot be read or is empty.
     """
     try:
-        data = sys.stdin.buffer.read() if path == "-" else user_path(path, "prompt_file").read_bytes()
+        data = sys.stdin.buffer.read() if path == "-" else user_path(path, option).read_bytes()
     except OSError as error:
-        raise UserError(f"prompt_file = {path!r} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{option} = {path!r} cannot be read: {error.strerror or error}") from None
     if not data:
-        raise UserError(f"prompt_file = {path!r} is empty: give at least one character")
+        raise UserError(f"{option} = {path!r} is empty: give at least one character")
     return data.decode(errors="surrogateescape")
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a file, or of standard input for ``-``: one a line, with escapes as in ``unescape``.
+
+    ``UserError`` for a file that cannot be read and for an empty line.
+    """
+    lines = read_prompt(path, "prompts_file").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        if line in ("", "\r"):
+            raise UserError(f"prompts_file = {path!r}: line {number} is empty: give at least one character")
+    return [unescape(line.removesuffix("\r")) for line in lines]
+
+
+def unescape(text: str) -> str:
+    """A text of one line with the line breaks that it cannot have: ``\\n`` is one, and two backslashes are one."""
+    return re.sub(r"\\([\\n])", lambda m: "\n" if m[1] == "n" else m[1], text)
 
 
 def encode(text: str, vocab_size: int) -> list[int]:
@@ -101,44 +120,57 @@ def decode(tokens: Sequence[int]) -> str:
     return "".join(stream(tokens))
 
 
-def stream(tokens: Iterator[int] | Sequence[int]) -> Iterator[str]:
+def stream(tokens: Iterable[int]) -> Iterator[str]:
     """``decode`` piece by piece: a character appears once its last byte is there."""
-    from natsl.tasks.sequences import BYTES, KEYS, VALUES
-
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    transcript = Transcript()
     for token in tokens:
-        if token in BYTES:
-            piece = decoder.decode(bytes([token]))
-        else:
-            name = (
-                f"k{token - KEYS.start}" if token in KEYS else f"v{token - VALUES.start}" if token in VALUES else token
-            )
-            piece = decoder.decode(b"", final=True) + f"⟨{name}⟩"
-            decoder.reset()
-        if piece:
+        if piece := transcript.add(token):
             yield piece
-    if rest := decoder.decode(b"", final=True):
+    if rest := transcript.close():
         yield rest
 
 
-def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """The pieces up to the one of the texts ``stop`` that is complete first, which is left out; nothing is asked for
-    after it. What may be the beginning of one is held back until it is known.
+class Transcript:
+    """Text of tokens that come one by one, up to the one of the texts ``stop`` that is complete first.
+
+    A character appears once its last byte is there. The stop is left out, and what may be the beginning of one is held
+    back until it is known. ``ended``: whether one is complete; what comes later is left out too.
     """
-    held = ""
-    for piece in pieces:
-        held += piece
-        found = [(place + len(text), place) for text in stop if (place := held.find(text)) >= 0]
-        if found:
-            if end := min(found)[1]:
-                yield held[:end]
-            return
-        longest = max((n for text in stop for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
-        if safe := held[: len(held) - longest]:
-            yield safe
-        held = held[len(safe) :]
-    if held:
-        yield held
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self.ended = False
+        self._stop = stop
+        self._held = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """The text that is certain with this token and was not before."""
+        from natsl.tasks.sequences import BYTES, KEYS, VALUES
+
+        if token in BYTES:
+            return self._until(self._decoder.decode(bytes([token])))
+        name = f"k{token - KEYS.start}" if token in KEYS else f"v{token - VALUES.start}" if token in VALUES else token
+        piece = self._decoder.decode(b"", final=True) + f"⟨{name}⟩"
+        self._decoder.reset()
+        return self._until(piece)
+
+    def close(self) -> str:
+        """What was held back, once no token follows."""
+        piece = self._until(self._decoder.decode(b"", final=True)) + self._held
+        self._held = ""
+        return piece
+
+    def _until(self, piece: str) -> str:
+        if self.ended:
+            return ""
+        held = self._held + piece
+        ends = [(place + len(text), place) for text in self._stop if (place := held.find(text)) >= 0]
+        if ends:
+            self.ended, self._held = True, ""
+            return held[: min(ends)[1]]
+        unsure = max((n for text in self._stop for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
+        self._held = held[len(held) - unsure :]
+        return held[: len(held) - unsure]
 
 
 def generate(
@@ -149,45 +181,87 @@ def generate(
     sampling: Sampling,
     cache: Cache | None = None,
 ) -> Iterator[int]:
-    """Draw ``max_new_tokens`` ids that continue ``prompt`` (ids, at least one), one by one.
-
-    The prompt is read in one pass; each further token costs a pass over itself, which reads the cache of those before.
-    ``cache``: the state of one sequence to go on from (None: a new one); it is updated, and has not read the last token
-    that was drawn. The same arguments, with the cache in the same state, give the same tokens. ``ValueError`` for a
-    policy that does not fit, ids outside the vocabulary and, with the first token, a cache that does not fit;
-    ``UserError`` for logits that are not finite.
-    """
-    check(len(prompt) > 0, "prompt", list(prompt), "it must have at least one token")
-    size = model.config.vocab_size
-    check(
-        min(prompt) >= 0 and max(prompt) < size, "prompt", [min(prompt), max(prompt)], f"ids must lie in 0–{size - 1}"
-    )
-    check_counts(1, {"max_new_tokens": max_new_tokens})
-    policy.check(model.kinds, model.config.chunk_size, model.config.heads)
-    cache = model.new_cache(1) if cache is None else cache
-    return _tokens(model.eval(), policy, list(prompt), max_new_tokens, sampling, cache)
+    """Draw ``max_new_tokens`` ids that continue ``prompt`` (ids), one by one: ``generate_batch`` of one prompt."""
+    steps = generate_batch(model, policy, [prompt], max_new_tokens, sampling, cache)
+    return (token for (token,) in steps if token is not None)
 
 
-def _tokens(
+def generate_batch(
     model: RoutedLM,
-    policy: RoutingPolicy,
-    unread: list[int],
+    policy: Policies,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    cache: Cache | None = None,
+    ends: Callable[[int, int], bool] | None = None,
+) -> Iterator[list[int | None]]:
+    """Draw up to ``max_new_tokens`` ids that continue each of ``prompts`` (ids, of any lengths): a list per step.
+
+    ``policy``: one for all rows, or several, each for an equal consecutive slice of them, such as one for each.
+    ``ends(row, token)``: whether the row ends with this token that was just drawn (None: none does); it gets None in
+    later steps, and when all have ended there are no more. A row gets the tokens that its prompt gets by itself, but
+    for rounding, which is not the same in a batch of another size. Row i draws with ``sampling.seed`` + i, so row 0
+    gets what a single prompt gets. What is drawn depends on the seed and the number of tokens before it, not on how
+    many calls they came in.
+
+    The prompts are read in one pass; each further token costs a pass over itself, which reads the cache of those
+    before. ``cache``: the state of as many sequences to go on from (None: new ones). It is updated, has the token that
+    each drew last in ``unread``, and may go on under another policy, which decides the chunks that are completed later.
+    A prompt may then be empty: ``unread`` is read before it. ``ValueError`` for a policy or a cache that does not fit,
+    a row without tokens to read and ids outside the vocabulary; ``UserError`` for logits that are not finite.
+    """
+    check(len(prompts) > 0, "prompts", [], "there must be at least one")
+    size, batch = model.config.vocab_size, len(prompts)
+    for prompt in prompts:
+        ids = [min(prompt, default=0), max(prompt, default=0)]
+        check(ids[0] >= 0 and ids[1] < size, "prompt", ids, f"ids must lie in 0–{size - 1}")
+    check_counts(1, {"max_new_tokens": max_new_tokens})
+    compiled = model.compile_policy(policy, batch)
+    cache = model.new_cache(batch) if cache is None else cache
+    if len(cache.unread) != batch:
+        raise ValueError(f"the cache holds {len(cache.unread)} sequences, not {batch}")
+    unread = [[*([] if last is None else [last]), *prompt] for last, prompt in zip(cache.unread, prompts, strict=True)]
+    check(min(map(len, unread)) > 0, "prompt", [], "it must have at least one token")
+    return _steps(model.eval(), compiled, unread, max_new_tokens, sampling, cache, ends)
+
+
+def _steps(
+    model: RoutedLM,
+    policy: CompiledPolicy,
+    unread: list[list[int]],
     max_new_tokens: int,
     sampling: Sampling,
     cache: Cache,
-) -> Iterator[int]:
+    ends: Callable[[int, int], bool] | None,
+) -> Iterator[list[int | None]]:
     import torch
 
+    from natsl.layout import Layout
+
     device = model.embed.weight.device
-    generator = torch.Generator().manual_seed(sampling.seed)  # on the CPU: the same draws on every device
-    compiled = model.compile_policy(policy, 1)
+    generator = torch.Generator()  # on the CPU: the same draws on every device
+    read, last = cache.lengths.tolist(), cache.unread
     for _ in range(max_new_tokens):
-        tokens = torch.tensor([unread], device=device)
-        logits = model(tokens, compiled, cache=cache, logits_to_keep=1).logits[0, -1].double().cpu()
-        if not bool(logits.isfinite().all()):
-            raise UserError("the model's logits are not finite: it cannot be used")
-        unread = [sampling.draw(logits, generator)]
-        yield unread[0]
+        lengths = [len(row) for row in unread]
+        tokens = torch.tensor([row + [0] * (max(lengths) - len(row)) for row in unread], device=device)
+        layout = None if min(lengths) == max(lengths) else Layout(torch.tensor(lengths, device=device))
+        logits = model(tokens, policy, layout=layout, cache=cache, logits_to_keep=1).logits[:, -1].double().cpu()
+        read = [before + new for before, new in zip(read, lengths, strict=True)]
+        drawn: list[int | None] = [None] * len(unread)
+        for row in (row for row, length in enumerate(lengths) if length):
+            if not bool(logits[row].isfinite().all()):
+                raise UserError("the model's logits are not finite: it cannot be used")
+            seed = hashlib.sha256(f"{sampling.seed + row} {read[row]}".encode()).digest()
+            generator.manual_seed(int.from_bytes(seed[:4], "big"))
+            drawn[row] = sampling.draw(logits[row], generator)
+        last = cache.unread = [old if new is None else new for old, new in zip(last, drawn, strict=True)]
+        yield drawn
+        unread = [
+            [] if token is None or (ends is not None and ends(row, token)) else [token]
+            for row, token in enumerate(drawn)
+        ]
+        if not any(unread):
+            return
 
 
 if __name__ == "__main__":

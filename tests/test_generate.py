@@ -17,7 +17,7 @@ from natsl.cli.commands import GenerateConfig
 from natsl.cli.main import run_verb
 from natsl.config import ModelConfig
 from natsl.errors import UserError
-from natsl.generate import Sampling, decode, encode, generate, stream, until
+from natsl.generate import Sampling, Transcript, decode, encode, generate, stream
 from natsl.model import RoutedLM
 from natsl.run import Run
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
@@ -147,33 +147,36 @@ def test_the_nucleus_is_of_the_temperature_and_of_top_k() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pieces", "stop", "expected"),
+    ("text", "stop", "expected"),
     [
-        (["a", "b", "c"], [], ["a", "b", "c"]),
-        (["a", "b", "c"], ["x"], ["a", "b", "c"]),
-        (["a", "b", "c"], ["b"], ["a"]),
-        (["abc"], ["c", "b"], ["a"]),
-        (["b", "c"], ["b"], []),
-        (["a", "b", "a", "b", "c", "d"], ["abc"], ["ab"]),
-        (["a", "b", "a", "b", "x"], ["abc"], ["ab", "abx"]),
-        (["a", "a", "b"], ["ab", "xx"], ["a"]),
-        (["x", "a"], ["ab"], ["x", "a"]),
-        (["abcd"], ["abcd", "bc"], ["a"]),
-        (["ab", "cd"], ["abcd", "bc"], ["a"]),
+        ("abc", [], ["a", "b", "c"]),
+        ("abc", ["x"], ["a", "b", "c"]),
+        ("abc", ["b"], ["a", ""]),
+        ("bc", ["b"], [""]),
+        ("ababcd", ["abc"], ["", "", "ab", "", ""]),
+        ("ababx", ["abc"], ["", "", "ab", "", "abx"]),
+        ("aab", ["ab", "xx"], ["", "a", ""]),
+        ("xa", ["ab"], ["x", "", "a"]),
+        ("abcd", ["abcd", "bc"], ["", "", "a"]),
+        ("a⟨k3⟩b", ["k3⟩", "⟨k"], ["a", ""]),
+        ("é€", ["€"], ["", "é", "", "", ""]),
     ],
 )
-def test_text_ends_before_a_stop(pieces: list[str], stop: list[str], expected: list[str]) -> None:
-    assert list(until(pieces, stop)) == expected
+def test_text_ends_before_a_stop(text: str, stop: list[str], expected: list[str]) -> None:
+    transcript, pieces = Transcript(stop), []
+    for token in encode(text, 384):
+        pieces.append(transcript.add(token))
+        if transcript.ended:
+            break
+    assert pieces == expected[: len(pieces)]
+    assert transcript.close() == "".join(expected[len(pieces) :])
+    assert transcript.ended == any(part in text for part in stop)
+    if transcript.ended:
+        assert transcript.add(97) + transcript.close() == "", "what comes after a stop is left out"
 
 
 def test_a_stop_may_have_line_breaks() -> None:
     assert GenerateConfig(run="r", stop=[r"\n\n", r"a\\n⟨k3⟩"]).stops() == ["\n\n", r"a\n⟨k3⟩"]
-
-
-def test_nothing_is_drawn_after_a_stop() -> None:
-    pieces = iter("abcdef")
-    assert "".join(until(pieces, ["cd"])) == "ab"
-    assert "".join(pieces) == "ef"
 
 
 def test_a_cache_goes_on_where_it_ended() -> None:
@@ -184,8 +187,8 @@ def test_a_cache_goes_on_where_it_ended() -> None:
     router, pages = 16 * 4, 3 * 8 * (8 + 8) * 4 + 2 * 8 + 2 * 8  # three pages, table, kept
     assert cache.nbytes == 8 + layers + router + pages
     first = list(generate(model, POLICY, [1, 2, 3], 5, Sampling(temperature=0), cache))
-    assert cache.lengths.tolist() == [3 + 4], "the last token is unread"
-    rest = list(generate(model, POLICY, first[-1:], 7, Sampling(temperature=0), cache))
+    assert (cache.lengths.tolist(), cache.unread) == ([3 + 4], first[-1:])
+    rest = list(generate(model, POLICY, [], 7, Sampling(temperature=0), cache))
     assert first + rest == whole
     found = cache.layers[0].pages
     assert found is not None
@@ -253,6 +256,10 @@ def test_the_command(tmp_path: Path) -> None:
     read = 2 + decode(new).index(decode(new[2:3])) // len(decode(new[:1]))
     drawn = f"{read - 1} token{'s' * (read != 2)}"
     assert re.fullmatch(rf"note: {drawn}(, .* a second)?; a cache of .* bytes for {read} tokens\n", stopped.stderr)
+    goes_on = ("run=r", "state=s.state", "temperature=0")
+    first = call(*goes_on, "prompt=a⟨k3⟩", "max_new_tokens=2")
+    second = call(*goes_on, "max_new_tokens=3")
+    assert first.stdout + second.stdout == "a⟨k3⟩" + decode(new[:2]) + "\n" + decode(new[2:]) + "\n"
     empty = call("run=r", "stop=['']")
     assert empty.stderr == "error: stop = [''] is not allowed: each must have at least one character\n"
     wrong = call("run=r", "export=x")

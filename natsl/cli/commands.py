@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from natsl.command import changed_options, command, run_options
@@ -14,7 +15,7 @@ from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch, 
 from natsl.device import resolve_device
 from natsl.errors import UserError
 from natsl.files import check_name, to_plain, user_path
-from natsl.generate import Sampling, encode, generate, read_prompt, stream, until
+from natsl.generate import Sampling, Transcript, encode, generate_batch, read_prompt, read_prompts, unescape
 from natsl.load import Choice, load_choice
 from natsl.resume import check_resume
 from natsl.run import Run
@@ -25,8 +26,6 @@ from natsl.tasks import CalibrationDataConfig, DataConfig, OtherTextConfig
 from natsl.tracking import TrackingConfig, start_tracker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from natsl.evaluate import Evaluation
     from natsl.heldout import HeldOut
     from natsl.search.config import SearchRunConfig
@@ -118,16 +117,20 @@ class ExportConfig(_Choosing):
 
 @dataclass
 class GenerateConfig(_Choosing):
-    """Continue a prompt with a point of a run's front, any other policy, or an exported model.
+    """Continue prompts with a point of a run's front, any other policy, or an exported model.
 
-    Either ``run`` (below ``root``) with ``pick`` (null: the knee) or ``policy`` (a JSON file, which needs no front), or
-    ``export`` (a folder made by natsl export), whose policy ``policy`` replaces. ``calibration``: a table made by natsl
-    calibrate instead of the run's own. ``prompt`` (null: ``def``) is text, or ``prompt_file`` names a file with it (-:
-    standard input); ``⟨k3⟩`` and ``⟨v3⟩`` in it stand for the fourth key and value of the recall tasks. ``temperature``
-    0 takes the most likely token; ``top_k`` draws from so many (0: all), ``top_p`` from the fewest that come to this
-    probability. ``stop``: texts that end it before ``max_new_tokens`` and are not printed; ``\\n`` in them is a line
-    break and two backslashes are one. The rate of the tokens after the first one and the bytes of the cache go to
-    standard error.
+    Either ``run`` (below ``root``) with ``pick`` (null: the knee), or with ``policy`` (a JSON file) or ``budget`` (the
+    same in every routed layer; 0 and 1 are the ops delta and softmax), which need no front; or ``export`` (a folder
+    made by natsl export), whose policy these two replace. ``calibration``: a table made by natsl calibrate instead of
+    the run's own. ``prompt`` (null: ``def``) is text, or ``prompt_file`` names a file with it, or ``prompts_file`` one
+    with a prompt in each line (-: standard input); ``⟨k3⟩`` and ``⟨v3⟩`` in it stand for the fourth key and value of
+    the recall tasks. ``temperature`` 0 takes the most likely token; ``top_k`` draws from so many (0: all), ``top_p``
+    from the fewest that come to this probability. ``stop``: texts that end it before ``max_new_tokens`` and are not
+    printed; ``\\n`` in them, and in the lines of ``prompts_file``, is a line break and two backslashes are one. Of
+    several prompts the i-th (from 0) draws with ``seed`` + i. ``state``: a file to go on from if there is one, and that
+    is written once all is drawn; it holds all that was read and drawn, so that the same options go on as if nothing had
+    ended. A prompt then follows what is there (null: none), and policy or budget may be others. The rate of the tokens
+    after the first ones and the bytes of the cache go to standard error.
     """
 
     run: str | None = None
@@ -135,29 +138,41 @@ class GenerateConfig(_Choosing):
     pick: str | None = None
     export: str | None = None
     policy: str | None = None
+    budget: float | None = None
     calibration: str | None = None
     prompt: str | None = None
     prompt_file: str | None = None
+    prompts_file: str | None = None
     max_new_tokens: int = 64
     temperature: float = 0.8
     top_k: int = 0
     top_p: float = 1.0
     stop: list[str] = field(default_factory=list)
     seed: int = 0
+    state: str | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
         self.choice()
         check("" not in self.stop, "stop", self.stop, "each must have at least one character")
         check(self.prompt != "", "prompt", self.prompt, "it must not be empty")
-        both = self.prompt is not None and self.prompt_file is not None
-        check(not both, "prompt, prompt_file", (self.prompt, self.prompt_file), "give only one of them")
+        sources = {name: getattr(self, name) for name in ("prompt", "prompt_file", "prompts_file")}
+        sources = {name: value for name, value in sources.items() if value is not None}
+        check(len(sources) < 2, ", ".join(sources), tuple(sources.values()), "give only one of them")
         check_counts(1, {"max_new_tokens": self.max_new_tokens})
         self.sampling()
 
     def stops(self) -> list[str]:
-        """``stop`` with line breaks, which a command line cannot have: ``\\n`` is one, and two backslashes are one."""
-        return [re.sub(r"\\([\\n])", lambda m: "\n" if m[1] == "n" else m[1], text) for text in self.stop]
+        """``stop`` with line breaks, which a command line cannot have."""
+        return [unescape(text) for text in self.stop]
+
+    def prompts(self) -> list[str] | None:
+        """The prompts as text, None if there are none; ``UserError`` for a file that cannot be used."""
+        if self.prompts_file is not None:
+            return read_prompts(self.prompts_file)
+        if self.prompt_file is not None:
+            return [read_prompt(self.prompt_file)]
+        return None if self.prompt is None else [self.prompt]
 
     def sampling(self) -> Sampling:
         """How tokens are drawn; ``ValueError`` naming the option."""
@@ -272,33 +287,91 @@ def run_export(config: ExportConfig) -> None:
     print(f"try it: {command('evaluate' if tokens else 'generate', options)}")
 
 
+class _Printer:
+    """Prints texts that grow side by side one after another, the first that is not finished as it grows."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._pieces = [[text.encode(errors="surrogateescape").decode(errors="replace")] for text in texts]
+        if len(texts) > 1:
+            for i, pieces in enumerate(self._pieces):
+                pieces.insert(0, f"==> prompt {i + 1} of {len(texts)} <==\n")
+        self._finished = [False] * len(texts)
+        self._row = 0
+        self._print()
+
+    def add(self, row: int, piece: str, finished: bool = False) -> None:
+        """Let the text of a row grow; after the last piece it is ``finished``."""
+        self._pieces[row] += [piece, "\n"] if finished else [piece]
+        self._finished[row] = finished
+        self._print()
+
+    def _print(self) -> None:
+        while self._row < len(self._pieces):
+            print(*self._pieces[self._row], sep="", end="", flush=True)
+            self._pieces[self._row].clear()
+            if not self._finished[self._row]:
+                return
+            self._row += 1
+
+
 def run_generation(config: GenerateConfig) -> None:
-    """Print a prompt and its continuation as it is drawn."""
+    """Print prompts and their continuations, those of a single prompt as they are drawn."""
     device = resolve_device(config.device)
+    from natsl.cache import Cache
     from natsl.heldout import trained_on_tokens
 
-    text = DEFAULT_PROMPT if config.prompt is None else config.prompt
-    if config.prompt_file is not None:
-        text = read_prompt(config.prompt_file)
+    texts, state = config.prompts(), None if config.state is None else _writable(config.state, "state")
     model, policy, _ = load_choice(config.choice())
+    if config.budget is not None and Op.routed not in model.kinds:
+        raise UserError(f"budget = {config.budget} has no effect: no layer of the model is routed")
     if trained_on_tokens(config.choice()):
         raise UserError("the model was trained on token ids, and natsl has no tokenizer: generate continues text only")
-    prompt, cache, drawn = encode(text, model.config.vocab_size), model.to(device).new_cache(1), []
+    model.to(device)
+    cache = Cache.load(state, model) if state is not None and state.exists() else None
+    if texts is None:
+        texts = [DEFAULT_PROMPT] if cache is None else [""] * len(cache.unread)
+    if cache is None:
+        cache = model.new_cache(len(texts))
+    if len(cache.unread) != len(texts):
+        raise UserError(f"state: {state} holds {len(cache.unread)} sequences, but there are {len(texts)} prompts")
+    prompts = [encode(text, model.config.vocab_size) if text else [] for text in texts]
+    transcripts = [Transcript(config.stops()) for _ in texts]
+    steps = generate_batch(
+        model,
+        policy,
+        prompts,
+        config.max_new_tokens,
+        config.sampling(),
+        cache,
+        ends=lambda row, _: transcripts[row].ended,
+    )
+    printer, times, drawn = _Printer(texts), [], 0
+    for step in steps:
+        times.append(time.perf_counter())
+        for row, token in enumerate(step):
+            if token is not None:
+                drawn += 1
+                printer.add(row, transcripts[row].add(token), transcripts[row].ended)
+    for row, transcript in enumerate(transcripts):
+        if not transcript.ended:
+            printer.add(row, transcript.close(), finished=True)
+    if state is not None:
+        cache.save(state, model)
+    seconds = times[-1] - times[0]
+    rate = f", {(drawn - len(texts)) / seconds:,.1f} a second" if seconds > 0 else ""
+    new, read = (f"{n} token{'s' * (n != 1)}" for n in (drawn, int(cache.lengths.sum())))
+    several = f" of {len(texts)} prompts" if len(texts) > 1 else ""
+    print(f"note: {new}{several}{rate}; a cache of {cache.nbytes:,} bytes for {read}", file=sys.stderr)
 
-    def tokens() -> Iterator[int]:
-        for token in generate(model, policy, prompt, config.max_new_tokens, config.sampling(), cache):
-            drawn.append(time.perf_counter())
-            yield token
 
-    print(text.encode(errors="surrogateescape").decode(errors="replace"), end="", flush=True)
-    for piece in until(stream(tokens()), config.stops()):
-        print(piece, end="", flush=True)
-    print()
-    sys.stdout.flush()
-    seconds = drawn[-1] - drawn[0]
-    rate = f", {(len(drawn) - 1) / seconds:,.1f} a second" if seconds > 0 else ""
-    new, read = (f"{n} token{'s' * (n != 1)}" for n in (len(drawn), len(prompt) + len(drawn) - 1))
-    print(f"note: {new}{rate}; a cache of {cache.nbytes:,} bytes for {read}", file=sys.stderr)
+def _writable(text: str, option: str) -> Path:
+    """A user's path of a file to write; ``UserError`` if its folder does not take any."""
+    path = user_path(text, option)
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise UserError(f"{option}: {path} cannot be written: {error.strerror or error}") from None
 
 
 def run_calibration(config: CalibrateConfig) -> None:
