@@ -129,7 +129,7 @@ def routed_delta_rule(
             lengths=lengths,
             qk_l2norm=qk_l2norm,
         )
-        return o, DeltaState(*after) if output_final_state else None
+        return o, DeltaState(*(x.contiguous() for x in after)) if output_final_state else None
     if lengths is not None:
         raise ValueError(f"{op}: lengths needs a DeltaState as initial_state")
     sequences = check_routes(op, {"route": route}, q, R, cu_seqlens, chunk_size)

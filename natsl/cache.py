@@ -62,12 +62,20 @@ class LayerCache:
         assert self.pages is not None
         o = paged_softmax(q, k, v, route, self.pages, start, chunk_size=chunk_size, lengths=lengths)
         closed = closed_chunks(start, q.shape[1], chunk_size, lengths)[..., None]
-        self._make_room(self.pages.kept + (closed & (route > 0.5)).sum(1), q.shape[1], chunk_size)
+        self._make_room((closed & (route > 0.5)).sum(1), q.shape[1], chunk_size)
         self.pages = write_chunks(self.pages, k, v, route, start, chunk_size=chunk_size, lengths=lengths)
         return o
 
-    def _make_room(self, kept: Tensor, tokens: int, chunk_size: int) -> None:
-        """Give ``pages`` what it needs to keep ``kept`` [B,R] chunks and the open ones, after a call of ``tokens``.
+    def reserve(self, chunk_size: int) -> None:
+        """Make sure that ``pages`` have room for the chunks that end with a token more of every row.
+
+        Waits for the device, at most once in a chunk.
+        """
+        if self.pages is not None:
+            self._make_room(torch.ones_like(self.pages.kept), 1, chunk_size)
+
+    def _make_room(self, more: Tensor, tokens: int, chunk_size: int) -> None:
+        """Give ``pages`` what it needs to keep ``more`` chunks [B,R] and the open ones, after a call of ``tokens``.
 
         Waits for the device, for single tokens at most once in a chunk.
         """
@@ -75,6 +83,7 @@ class LayerCache:
         self._tokens += tokens
         if tokens == 1 and -(-self._tokens // chunk_size) <= self._free:
             return
+        kept = self.pages.kept + more
         heads, pages, places = kept.numel(), self.pages.keys.shape[0], self.pages.table.shape[2]
         used, most = torch.stack((kept.sum() + heads + 1, kept.max() + 1)).tolist()
         # room for one more chunk of every head, and a fourth of all there is: what has to grow is copied
@@ -209,7 +218,7 @@ class Cache:
         or is unusable.
         """
         file, lengths = user_path(path, "state"), self.lengths.tolist()
-        self.check(model.config, len(lengths), self.lengths.device, _dtype(model))
+        self.check(model.config, len(lengths), self.lengths.device, model.dtype)
         tensors = {
             f"{i}.{name}": x.cpu().contiguous()
             for i, layer in enumerate(self.select(range(len(lengths))).layers)
@@ -246,11 +255,16 @@ class Cache:
         return cache
 
     @contextmanager
-    def advancing(self, tokens: Tensor | int) -> Iterator[None]:
-        """While layers update their states; afterwards each sequence has read ``tokens`` (int64 [B] or a number)."""
+    def advancing(self, tokens: Tensor | int | None) -> Iterator[None]:
+        """While layers update their states; afterwards each sequence has read ``tokens`` (int64 [B] or a number).
+
+        None: ``lengths`` is counted up in place meanwhile.
+        """
         self._usable = False
         yield
-        self.lengths, self.unread = self.lengths + tokens, [None] * len(self.unread)
+        if tokens is not None:
+            self.lengths = self.lengths + tokens
+        self.unread = [None] * len(self.unread)
         self._usable = True
 
 
@@ -263,13 +277,9 @@ def _made_for(model: RoutedLM) -> dict[str, str]:
         weights.update(name.encode() + _content(few.cpu()))
     return {
         "config": hashlib.sha256(config.encode()).hexdigest(),
-        "dtype": str(_dtype(model)).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights.hexdigest(),
     }
-
-
-def _dtype(model: RoutedLM) -> torch.dtype:
-    return model.new_cache(1).layers[0].tail.dtype
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

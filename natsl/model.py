@@ -177,7 +177,7 @@ class RoutedLM(nn.Module):
                     raise ValueError("a cache is for inference: route_gradient must be None")
                 if layout.packing is not None:
                     raise ValueError("a cache goes on with rows, not with packed sequences: give them as padded rows")
-                cache.check(self.config, sequences, tokens.device, self._dtype())
+                cache.check(self.config, sequences, tokens.device, self.dtype)
                 layout = replace(layout, read=cache.lengths)
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
@@ -197,9 +197,10 @@ class RoutedLM(nn.Module):
     def new_cache(self, batch: int) -> Cache:
         """A cache for ``forward`` of ``batch`` sequences that have no tokens yet."""
         with torch.inference_mode(False):  # else no call outside it could use the cache
-            return Cache(self.config, batch, self.embed.weight.device, self._dtype())
+            return Cache(self.config, batch, self.embed.weight.device, self.dtype)
 
-    def _dtype(self) -> torch.dtype:
+    @property
+    def dtype(self) -> torch.dtype:
         """Of the residual stream, and of what a cache holds of it."""
         return torch.bfloat16 if self.precision is Precision.bfloat16 else self.embed.weight.dtype
 

@@ -129,6 +129,14 @@ class Router(nn.Linear):
         self.mean.copy_(torch.where(finite, mean, self.mean))
         self.variance.copy_(torch.where(finite, variance, self.variance))
 
+    def margin_weights(self) -> tuple[Tensor, Tensor]:
+        """Weight [R,D] and bias [R], float32, that give the margins of the means of chunks as they are."""
+        w = (self.weight[1::2] - self.weight[::2]).float().contiguous()
+        if not self.norm:
+            return w, w.new_zeros(len(w))
+        w = w * (self.variance.float() + 1e-8).rsqrt()
+        return w, (self.bias[1::2] - self.bias[::2]).float() - w @ self.mean.float()
+
     def margins(self, means: Tensor) -> Tensor:
         """Score of softmax − score of the delta rule, from the means of chunks: [B,N,D] → at least float32 [B,N,R]."""
         with torch.autocast(means.device.type, enabled=False):  # half-precision margins would tie
