@@ -69,8 +69,8 @@ def decode_step(
     inputs: Tensor,
     weights: DecodeWeights,
     state: DecodeState,
-    policy: DecodePolicy,
     *,
+    policy: DecodePolicy,
     heads: int,
     softmax_per_head: int,
     chunk_size: int,
@@ -86,12 +86,12 @@ def decode_step(
 
     ``state`` is updated in place, for chunks that end here under ``policy``: those that are kept take a new page. There
     must be enough of them, as for ``write_chunks``: 1 + B·R + the sum of the new ``kept``, and its largest + 1 places;
-    a page that is missing is not written. Add ``state.live`` to ``state.read`` after the last layer. On Triton only, in three
-    launches that wait for nothing and can be captured in a CUDA graph: float32, float16 or bfloat16, chunk_size 16, 32,
-    64 or 128, K ≤ 256, V ≤ 512, B·Hs ≤ 8192. The torch way is that of ``RoutedLM.forward``.
+    a page that is missing is not written. Add ``state.live`` to ``state.read`` after the last layer. On Triton only, in
+    three launches that wait for nothing and can be captured in a CUDA graph: float32, float16 or bfloat16, chunk_size
+    16, 32, 64 or 128, K ≤ 256, V ≤ 512, B·Hs ≤ 8192. The torch way is that of ``RoutedLM.forward``.
 
-    Returns y [B,R·V] in the dtype of ``inputs``, anything in rows that have no token. Raises ``ValueError`` naming the argument. Source: arXiv 2602.03681,
-    section 3.
+    Returns y [B,R·V] in the dtype of ``inputs``, anything in rows that have no token. Raises ``ValueError`` naming the
+    argument. Source: arXiv 2602.03681, section 3.
     """
     op = "decode_step"
     has_delta, has_softmax = state.delta is not None, state.pages is not None
@@ -119,7 +119,8 @@ def decode_step(
     from natsl.kernels._triton.decode import Sizes, launch
 
     sizes = Sizes(R, G, K // G, V // G, W, chunk_size)
-    return launch(x.contiguous(), inputs, weights, state, policy, sizes, eps, rope_theta)
+    y: Tensor = launch(x.contiguous(), inputs, weights, state, policy, sizes, eps, rope_theta)
+    return y
 
 
 def _check_state(op: str, inputs: Tensor, state: DecodeState, sizes: tuple[int, ...]) -> None:

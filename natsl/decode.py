@@ -6,7 +6,6 @@ Shapes: B batch, D width, R routing heads, Hs softmax heads, V vocabulary.
 from __future__ import annotations
 
 import math
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from natsl.cache import Cache, LayerCache
-from natsl.compiled import CompiledLayer
+from natsl.compiled import CompiledLayer, CompiledPolicy
 from natsl.kernels.decode import DecodePolicy, DecodeState, DecodeWeights, decode_step
 from natsl.mixer import BIAS_GAIN, RoutedMixer
 from natsl.model import Block, Policies, RoutedLM
@@ -49,7 +48,7 @@ class Decoder:
         weight = model.embed.weight
         cache.check(model.config, batch, weight.device, model.dtype)
         self._model, self._cache = model, cache
-        self._layers = [_prepared(block, model.dtype) for block in model.blocks]
+        self._layers = [_prepared(block, model.dtype) for block in model.blocks if isinstance(block, Block)]
         self._embedding = weight.to(model.dtype)
         self._head = self._embedding if model.head is None else model.head.weight.to(model.dtype)
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=weight.device)
@@ -57,23 +56,19 @@ class Decoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._uses_graph = weight.is_cuda if graph is None else graph
         self._logits: Tensor | None = None
-        self._recorded: list[tuple[object, ...]] = []  # the tensors of the cache that the graph reads
+        self._recorded: list[object] = []  # the parts of the cache that the graph reads
         self._steps = 0
-        self.policy = policy
+        self._policy = self._compile(policy)
 
-    @property
-    def policy(self) -> Policies:
-        """The policy of the steps to come; chunks that are decided stay as they are."""
-        return self._policy
+    def set_policy(self, policy: Policies) -> None:
+        """Take another policy, for the chunks that end in the steps to come; those that are decided stay as they are.
 
-    @policy.setter
-    def policy(self, policy: Policies) -> None:
-        compiled = self._model.compile_policy(policy, len(self._tokens), per_kind=False)
-        if hasattr(self, "_compiled"):
-            self._compiled.copy_(compiled)  # a graph reads it where it is
-        else:
-            self._compiled = compiled
-        self._policy = policy
+        ``ValueError`` for one that does not fit.
+        """
+        self._policy.copy_(self._compile(policy))  # a graph reads it where it is
+
+    def _compile(self, policy: Policies) -> CompiledPolicy:
+        return self._model.compile_policy(policy, len(self._tokens), per_kind=False)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, live: Tensor | None = None) -> Tensor:
@@ -97,9 +92,10 @@ class Decoder:
         return self._logits
 
     def _replay(self) -> None:
-        tensors = [(layer.tail, layer.total, layer.delta, layer.pages) for layer in self._cache.layers]
-        tensors.append((self._cache.lengths,))
-        if self._graph is None or any(a is not b for a, b in zip(chain(*self._recorded), chain(*tensors), strict=True)):
+        parts: list[object] = [self._cache.lengths]
+        for layer in self._cache.layers:
+            parts += [layer.tail, layer.total, layer.delta, layer.pages]
+        if self._graph is None or any(a is not b for a, b in zip(self._recorded, parts, strict=True)):
             self._graph = None
             if self._steps < WARM_UP:
                 self._steps += 1
@@ -108,7 +104,7 @@ class Decoder:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._logits = self._compute()
-            self._graph, self._recorded = graph, tensors
+            self._graph, self._recorded = graph, parts
         self._graph.replay()
 
     def _compute(self) -> Tensor:
@@ -124,7 +120,7 @@ class Decoder:
                 F.linear(h, layer.inputs),
                 layer.weights,
                 _state(cache.layers[i], cache.lengths, self._live),
-                _policy(self._compiled.layer(i)),
+                policy=_policy(self._policy.layer(i)),
                 heads=c.heads,
                 softmax_per_head=c.softmax_per_head,
                 chunk_size=c.chunk_size,

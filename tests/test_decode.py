@@ -16,8 +16,10 @@ from natsl.cache import Cache
 from natsl.config import Precision
 from natsl.decode import Decoder
 from natsl.kernels._triton import decode as kernels
+from natsl.kernels.bench import decode as bench
 from natsl.kernels.decode import LARGEST_HEADS, DecodePolicy, DecodeState, decode_step
 from natsl.kernels.pages import KeyPages
+from natsl.kernels.shape import Shape
 from natsl.layout import Layout
 from natsl.mixer import RoutedMixer
 from natsl.model import RoutedLM
@@ -85,7 +87,8 @@ def check_steps(
     decoder = Decoder(model, policies, ours)
     for i in range(steps):
         if change and i in change:
-            policies = decoder.policy = change[i]
+            policies = change[i]
+            decoder.set_policy(policies)
         token, live = x[:, max(read) + i], torch.ones(B, dtype=torch.bool, device=DEVICE)
         if still is not None and i > 0:
             live[still] = False
@@ -111,9 +114,7 @@ def check_steps(
                     continue
                 chunks = (a.pages.kept + 1).flatten().tolist()
                 for n, mine, other in zip(filled.tolist(), one.split(chunks), two.split(chunks), strict=True):
-                    torch.testing.assert_close(
-                        mine.flatten(0, 1)[:n], other.flatten(0, 1)[:n], rtol=0, atol=tolerance
-                    )
+                    torch.testing.assert_close(mine.flatten(0, 1)[:n], other.flatten(0, 1)[:n], rtol=0, atol=tolerance)
     return ours, decoder
 
 
@@ -239,11 +240,9 @@ def test_a_step_waits_for_the_device_once_in_a_chunk(monkeypatch: pytest.MonkeyP
 def arguments(model: RoutedLM, cache: Cache) -> dict[str, Any]:
     """What a decoder passes to ``decode_step`` for its first layer."""
     decoder = Decoder(model, RoutingPolicy((HEADS,), C), cache, graph=False)
-    layer, c, compiled = cache.layers[0], model.config, decoder._compiled.layer(0)
+    layer, c, compiled = cache.layers[0], model.config, decoder._policy.layer(0)
     x = torch.randn(len(cache.lengths), c.width, device=DEVICE)
-    policy = DecodePolicy(
-        compiled.threshold, compiled.cap, compiled.burst, compiled.temperature, compiled.delta_only
-    )
+    policy = DecodePolicy(compiled.threshold, compiled.cap, compiled.burst, compiled.temperature, compiled.delta_only)
     return {
         "x": x,
         "inputs": x @ decoder._layers[0].inputs.T,
@@ -298,4 +297,29 @@ def test_a_cache_that_does_not_fit_is_refused() -> None:
         Decoder(model, policy, model_of("rs").new_cache(1))
     decoder = Decoder(model, policy, model.new_cache(1))
     with pytest.raises(ValueError, match="the model has 1 layers"):
-        decoder.policy = RoutingPolicy((HEADS, S), C)
+        decoder.set_policy(RoutingPolicy((HEADS, S), C))
+
+
+def test_what_is_timed_is_a_step_of_the_size_that_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = Shape(2, 16, 32, 2, 16)
+    state = bench.layer_state(shape, 2, 200, 0.5, 0, DEVICE.type)
+    assert state.pages is not None
+    assert state.delta is not None
+    before = state.delta.working.clone()
+    kept = state.pages.kept
+    assert (kept - 6).abs().max() <= 3
+    assert (
+        len(state.pages.table[state.pages.table > 0].unique()) == kept.sum() + kept.numel() == len(state.pages.keys) - 1
+    )
+    y = bench.step_of(shape, 2, DEVICE.type)(state)
+    assert y.shape == (2, 64)
+    assert y.isfinite().all()
+    assert not torch.equal(before, state.delta.working)
+    expected = (int(kept.sum()) * 16 + 4 * 8) * 2 * (8 + 16) * 2 + 2 * 4 * 16 * 32 * 4
+    assert bench.least_bytes(shape, state) == expected
+    if not torch.cuda.is_available():
+        assert bench.main([]) == 2
+        assert capsys.readouterr().err == "No CUDA device: there is nothing to time\n"
+    with pytest.raises(SystemExit):
+        bench.main(["--case", "16"])
+    assert "'' is not allowed: an integer ≥ 1" in capsys.readouterr().err

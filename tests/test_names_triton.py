@@ -11,11 +11,17 @@ import pytest
 
 pytest.importorskip("triton")
 
-from natsl.kernels._triton import delta_kernels, mix, routing, softmax_kernels
+from natsl.kernels._triton import decode, delta_kernels, mix, routing, softmax_kernels
 from natsl.kernels.launch import parameters
 from natsl.kernels.launch.launcher import Launcher
 
-PREFIXES = {softmax_kernels: "softmax", delta_kernels: "delta", mix: "mix", routing: "routing"}
+PREFIXES = {
+    softmax_kernels: "softmax",
+    delta_kernels: "delta",
+    mix: "mix",
+    routing: "routing",
+    decode: "decode",
+}
 KERNELS = {name: x for module in PREFIXES for name, x in vars(module).items() if isinstance(x, Launcher)}
 
 
@@ -26,7 +32,7 @@ def source(kernel: Launcher) -> Callable[..., Any]:
 
 
 def test_every_kernel_is_named_after_its_op() -> None:
-    assert len(KERNELS) == 15
+    assert len(KERNELS) == 18
     for module, op in PREFIXES.items():
         names = [name for name, x in vars(module).items() if isinstance(x, Launcher)]
         assert names

@@ -5,13 +5,13 @@ Shapes: B batch, C chunk size, R routing heads, G softmax heads per routing head
 width of a softmax head, K = G·Ks, V = G·Vs, W width of the convolution, M places of a head in the table of pages.
 Names: p_ pointer, s_ stride, i_ index or bound, n_ count, o_ offsets, b_ block in registers, m_ mask.
 
-*prepare*, a program per row and routing head: convolution, norms, rotation, gates, weights of the mix, the new key and
-value in their page, and at the end of a chunk its route. *memories*: the pages of all heads of all rows as one list,
-which PROGRAMS programs share out in equal consecutive parts, so that the time depends on how many are kept and not on
-which head keeps them; further programs take tiles of the delta rule's states and shift what the next token reads. *mix*,
-a program per softmax head: joins the parts of a head, norms and weighs both memories, and moves on to a new page.
-Nothing depends on the host: lengths, pages and routes are read on the device. Bound by memory: a key and a value are
-read once, in products that no matrix unit is needed for.
+*prepare*, two programs per row and routing head: convolution, norms, rotation, gates, weights of the mix, the new key
+and value in their page, and at the end of a chunk its route. *memories*: the pages of all heads of all rows as one
+list, which PROGRAMS programs share out in equal consecutive parts, so that the time depends on how many are kept and
+not on which head keeps them; further programs take tiles of the delta rule's states and shift what the next token
+reads. *mix*, a program per softmax head: joins the parts of a head, norms and weighs both memories, and moves on to a
+new page. Nothing depends on the host: lengths, pages and routes are read on the device. Bound by memory: a key and a
+value are read once, in products that no matrix unit is needed for.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def decode_prepare_kernel(
 
     inputs [B,·]: q, k, v before the convolution, the output's gate, and what the delta rule's two gates are made of.
     x [B,width], tail [B,W−1,·], total [B,width], decay [B,R], keys [P,C,G,Ks], values [P,C,G,Vs], table [B,R,M], kept
-    [B,R], read and live [B], conv [·,W], norms [Ks], rate [R], gate_bias [2,R], mix [Hs·2,R·K], its biases [Hs·2], router
+    [B,R], read and live [B], conv [·,W], norms [Ks], rate [R], gate_bias [2,R], mix [Hs·2,R·K] and its biases, router
     [R,width] and its bias [R] (of a margin), policy [B,R] and [B]. Writes active [B,·] (q, k, v after the convolution),
     query [B,Hs,Ks] float32, gate [B,R,3] (log decay, write strength, decay since the border), logit [B,Hs,2], route
     [B,R] int32: 1 where a chunk ends that is kept.
@@ -129,8 +129,9 @@ def decode_prepare_kernel(
             tl.store(p_query + (i_b.to(tl.int64) * R * G + o_head) * Ks + o_k, b_query, mask=m_k)
             i_page = tl.load(p_table + i_row.to(tl.int64) * M + n_kept)
             o_place = (i_page * C + i_slot) * G + o_g
-            tl.store(p_keys + o_place * Ks + o_k, b_key.to(p_keys.dtype.element_ty), mask=m_k & live)
-            tl.store(p_values + o_place * Vs + o_v, b_v.to(p_values.dtype.element_ty), mask=m_v & live)
+            m_live = o_g < tl.where(live, G, 0)
+            tl.store(p_keys + o_place * Ks + o_k, b_key.to(p_keys.dtype.element_ty), mask=m_k & m_live)
+            tl.store(p_values + o_place * Vs + o_v, b_v.to(p_values.dtype.element_ty), mask=m_v & m_live)
         else:
             b_q = _convolved(p_inputs, p_tail, p_conv, o_head * Ks + o_k, m_k, CHANNELS, W)
             b_k = _convolved(p_inputs, p_tail, p_conv, KEYS + o_head * Ks + o_k, m_k, CHANNELS, W)
@@ -148,7 +149,8 @@ def decode_prepare_kernel(
             tl.store(p_gate + i_row * 3, log_decay)
             tl.store(p_gate + i_row * 3 + 1, strength)
             tl.store(p_gate + i_row * 3 + 2, decay)
-            tl.store(p_decay + i_row, tl.where(ends, 0.0, decay), mask=live)
+            if live:
+                tl.store(p_decay + i_row, tl.where(ends, 0.0, decay))
     elif SOFTMAX:
         n_kept = tl.load(p_kept + i_row)
         keeps = ends
@@ -270,7 +272,7 @@ def _step_delta(
     b_error = tl.load(p_gate + i_row * 3 + 1) * (b_v - tl.sum(b_k[:, None] * b_h, 0))
     b_h += b_k[:, None] * b_error[None, :]
     tl.store(p_o_delta + i_row.to(tl.int64) * V + o_v, tl.sum(b_q[:, None] * b_h, 0), mask=m_v)
-    m_tile = m_tile & (tl.load(p_live + i_row // R) != 0)
+    m_tile = m_tile & (o_k < tl.where(tl.load(p_live + i_row // R) != 0, K, 0))[:, None]
     if tl.load(p_read + i_row // R) % C == C - 1:
         if SOFTMAX:
             b_border = tl.load(p_border + o_tile, mask=m_tile, other=0.0) * tl.exp(tl.load(p_gate + i_row * 3 + 2))
@@ -289,7 +291,7 @@ def _shift(
     i_b = (i_program // PARTS).to(tl.int64)
     o_c = (i_program % PARTS) * BLOCK + tl.arange(0, BLOCK)
     live = tl.load(p_live + i_b) != 0
-    m_c = (o_c < CHANNELS) & live
+    m_c = o_c < tl.where(live, CHANNELS, 0)
     p_tail += i_b * ((W - 1) * CHANNELS)
     for i_tap in tl.static_range(W - 2):
         tl.store(p_tail + i_tap * CHANNELS + o_c, tl.load(p_tail + (i_tap + 1) * CHANNELS + o_c, mask=m_c), mask=m_c)
@@ -301,10 +303,10 @@ def _shift(
         o_d = i_b * width + o_c
         b_sum = tl.load(p_total + o_d, mask=o_c < width, other=0.0)
         b_sum += tl.load(p_x + o_d, mask=o_c < width, other=0.0).to(tl.float32)
-        tl.store(p_total + o_d, tl.where(i_slot == C - 1, 0.0, b_sum), mask=(o_c < width) & live)
-    if DELTA:
-        if i_program % PARTS == 0:
-            tl.store(p_start + i_b, (i_slot + 1) % C, mask=live)
+        tl.store(p_total + o_d, tl.where(i_slot == C - 1, 0.0, b_sum), mask=o_c < tl.where(live, width, 0))
+    starts = live & (i_program % PARTS == 0)
+    if DELTA and starts:
+        tl.store(p_start + i_b, (i_slot + 1) % C)
 
 
 @Launcher
@@ -336,13 +338,13 @@ def decode_memories_kernel(
     elif i_program < PROGRAMS + rows * TILES:
         if DELTA:
             _step_delta(
-                i_program - PROGRAMS, p_active, p_gate, p_route, p_read, p_live, p_border, p_working, p_o_delta, scale_delta,
-                R, G * Ks, G * Vs, C, BLOCK_DK, BLOCK_DV, TILES, SOFTMAX,
+                i_program - PROGRAMS, p_active, p_gate, p_route, p_read, p_live, p_border, p_working, p_o_delta,
+                scale_delta, R, G * Ks, G * Vs, C, BLOCK_DK, BLOCK_DV, TILES, SOFTMAX,
             )  # fmt: skip
     else:
         _shift(
-            i_program - PROGRAMS - rows * TILES, p_x, p_inputs, p_tail, p_total, p_start, p_read, p_live, width, s_inputs_b,
-            R * G * (2 * Ks + Vs), W, C, BLOCK, PARTS, SOFTMAX, DELTA,
+            i_program - PROGRAMS - rows * TILES, p_x, p_inputs, p_tail, p_total, p_start, p_read, p_live,
+            width, s_inputs_b, R * G * (2 * Ks + Vs), W, C, BLOCK, PARTS, SOFTMAX, DELTA,
         )  # fmt: skip
 
 
