@@ -64,6 +64,8 @@ def read_point(run: Run, pick: str) -> dict[str, Any]:
     pick: ``knee``, the id of a point, or the beginning of an id or of a policy's digest. ``UserError`` for an empty
     front, an unknown pick and one that fits several points.
     """
+    if (run.path / "ablation.json").exists():
+        raise UserError(f"run {run.name!r} is an ablation, which has no front: choose a run of natsl search")
     if not run.front_json.is_file():
         raise UserError(f"run {run.name!r} has no front.json: finish the search first (the same command resumes it)")
     front = read_json(run.front_json)

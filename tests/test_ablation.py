@@ -191,7 +191,8 @@ def test_everything_is_written_and_results_are_kept(
 ) -> None:
     c = replace(small(tmp_path, text, {"base": {}, "text": {"data": {"tasks": {"bytes": 1}}}}), lengths=[2])
     run_ablation(c)
-    first, folder = capsys.readouterr().out, tmp_path / "a"
+    (first, notes), folder = capsys.readouterr(), tmp_path / "a"
+    assert f"note: tables and pictures are in {folder}: ablation.md" in notes
     results = json.loads((folder / "ablation.json").read_text())
     assert [(r["variant"], r["seed"]) for r in results] == [("base", 0), ("text", 0)]
     assert [[list(at["anchors"]) for at in r["lengths"]] for r in results] == [[["mqar"]] * 2, [["bytes"]] * 2]

@@ -46,6 +46,13 @@ def test_picks(pick: str, name: str, run: Run) -> None:
     assert read_point(run, pick)["id"] == name
 
 
+def test_an_ablation_has_no_point(tmp_path: Path) -> None:
+    run = Run.open("compared", str(tmp_path))
+    (run.path / "ablation.json").write_text("[]")
+    with pytest.raises(UserError, match="'compared' is an ablation, which has no front"):
+        read_point(run, "knee")
+
+
 def test_an_exact_id_wins_over_a_beginning(run: Run) -> None:
     write_front(run, [point("t1", BUDGET), point("t10", SOFTMAX)], None)
     assert read_point(run, "t1")["id"] == "t1"

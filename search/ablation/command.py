@@ -7,6 +7,7 @@ missing.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def run_ablation(config: AblationConfig) -> None:
         write_text(run.path / "ablation.md", redact_text(text))
         _draw(run.path, results, config)
     print(text, end="")
+    print(f"note: tables and pictures are in {run.path}: ablation.md, share.png, loss.png", file=sys.stderr)
 
 
 def visible_devices(name: str) -> list[str]:

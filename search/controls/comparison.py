@@ -35,7 +35,8 @@ class Trained(Enum):
 
 @dataclass(frozen=True)
 class Share:
-    """(shuffled − learned) / (shuffled − hindsight): 0 is a router that chooses only heads, 1 is hindsight.
+    """(shuffled − learned) / (shuffled − hindsight): 0 is a router whose chunks are worth as much as
+    those of another sequence in the same heads, 1 is hindsight.
 
     ``value`` with its standard error ``error`` over sequences (null: nothing to select). ``gap``: shuffled −
     hindsight, in the task's own quality, with ``gap_error``.

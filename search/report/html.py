@@ -121,7 +121,8 @@ def _controls(front: Front) -> str:
     note = (
         "Test split, at the bytes that the learned router keeps in each task (without the own chunk). Selection share: "
         "(routes of another sequence − learned) / (routes of another sequence − hindsight), with its standard error "
-        "over sequences. 0 is a router that chooses only heads, 1 is hindsight, which sees the answers and is first "
+        "over sequences. 0 is a router whose chunks are worth as much as those of another sequence, 1 is hindsight, "
+        "which sees the answers and is first "
         "order: an estimate of what there is to select, not a bound. Green: the learned router is better by more than "
         "the spread of the draws and .005 nats or .01 of error, red: worse. Off-distribution: the supernet was not "
         "trained with such routes. Whole heads rarely cost what the router does: some requests are answered with the "
