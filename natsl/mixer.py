@@ -7,6 +7,7 @@ routing head. Source: arXiv 2602.03681, section 3.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,7 +149,7 @@ class RoutedMixer(nn.Module):
                 outputs.append(self._mix(_Rows((q, k, v), gate[rows], routes, gates, logits), context))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if torch.is_grad_enabled():
-            y = with_zero_gradients(y, self._unused(spans, context.route is None and routing.route.requires_grad))
+            y = with_zero_gradients(y, self.unused(spans, context.route is None and routing.route.requires_grad))
         routing = LayerRouting(routing.margins, routing.route.detach(), routing.skip.detach())
         return self.out_proj(y.reshape(B, T, -1)), routing
 
@@ -189,7 +190,7 @@ class RoutedMixer(nn.Module):
         cache.tail = x[torch.arange(len(x), device=x.device)[:, None], last]
         return short_convolution(x, self.conv)[:, tail:]
 
-    def _unused(self, spans: tuple[Span, ...], learns: bool) -> list[nn.Parameter]:
+    def unused(self, spans: Sequence[Span], learns: bool) -> list[nn.Parameter]:
         """Parameters of a routed layer without influence on its output; ``learns``: whether its router has any."""
         if self.kind is not Op.routed:
             return []

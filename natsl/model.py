@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from natsl.cache import Cache
 from natsl.calibration import Calibration, upgraded
-from natsl.compiled import CompiledPolicy, Fit, compile_policies
+from natsl.compiled import CompiledPolicy, Fit, compile_policies, layer_plan
 from natsl.config import ModelConfig, Precision, RouteGradient
 from natsl.kernels.segment import touched_chunks
 from natsl.layout import Layout
@@ -193,6 +193,17 @@ class RoutedLM(nn.Module):
             elif logits_to_keep:
                 logits = F.linear(layout.last(x, logits_to_keep), self._output_weight())
         return LMOutput(logits, loss, right, layers)
+
+    def freeze_unused(self, policy: RoutingPolicy) -> None:
+        """Freeze what training for one policy must leave as it is, for good.
+
+        That is what has no influence under it, and the routers of layers with thresholds of their own: a budget is held
+        in training, but what a threshold keeps would follow its router.
+        """
+        for block, kind, layer in zip(self.blocks, self.kinds, policy.layers, strict=True):
+            assert isinstance(block, Block)
+            for parameter in block.mixer.unused(layer_plan([layer], kind, 1).spans, layer.needs_calibration()):
+                parameter.requires_grad_(False)
 
     def new_cache(self, batch: int) -> Cache:
         """A cache for ``forward`` of ``batch`` sequences that have no tokens yet."""

@@ -164,7 +164,8 @@ def route_chunks(router: Router | None, x: Tensor, heads: int, chunk_size: int, 
             means, cache.total = continued_means(source, read % chunk_size, cache.total, chunk_size, lengths)
         else:
             means = chunk_means(source, chunk_size, lengths) if packing is None else packing.chunk_means(source)
-        if router.norm and router.training and gradient is not None:
+        learns = router.training and router.weight.requires_grad
+        if router.norm and learns and gradient is not None:
             real = None if lengths is None else complete_chunks(lengths + chunk_size - 1, chunk_size, N)
             router.observe(means, real)
         margins = router.margins(means)
