@@ -40,6 +40,7 @@ from natsl.progress import Progress
 from natsl.resume import is_free_on_resume
 from natsl.run import Run
 from natsl.space.check import check
+from natsl.space.policy import RoutingPolicy
 from natsl.supernet import Loss, N, sandwich_backward, sandwich_policies, seed_of, smallest_is_empty
 from natsl.threads import resume_threads, threads_restored
 from natsl.tracking import Tracker
@@ -48,12 +49,29 @@ OnStep = Callable[[dict[str, float]], None]
 
 
 @dataclass(frozen=True)
+class Specialisation:
+    """One policy that finished weights are trained for, instead of the policies of the sandwich.
+
+    ``supernet``: sha256 of the checkpoint that it begins with. ``steps``: how many that had; batches go on after them.
+    """
+
+    policy: RoutingPolicy
+    supernet: str
+    steps: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, as checkpoints hold it."""
+        return {"policy": self.policy.to_dict(), "supernet": self.supernet, "steps": self.steps}
+
+
+@dataclass(frozen=True)
 class TrainRecipe:
-    """How a supernet is trained: schedule, sandwich and seed."""
+    """How a supernet is trained: schedule, sandwich and seed; ``special``: for one policy only (None: a supernet)."""
 
     train: TrainConfig
     supernet: SupernetConfig
     seed: int
+    special: Specialisation | None = None
 
 
 class TrainingDivergedError(UserError):
@@ -150,6 +168,8 @@ class Trainer:
     def __init__(self, model: RoutedLM, data: TaskData, recipe: TrainRecipe) -> None:
         self.model, self.data, self.recipe = model, data, recipe
         self.device = model.embed.weight.device
+        if recipe.special is not None:
+            model.freeze_unused(recipe.special.policy)
         self.optimizer = build_optimizer(model, recipe.train)
         self.router = [p for n, p in model.named_parameters() if ".router." in n]
         self.rest = [p for n, p in model.named_parameters() if ".router." not in n]
@@ -160,8 +180,13 @@ class Trainer:
         """Take the step of this number (from 0), determined by it and the seed; no wait for the device on a GPU."""
         train, seed = self.recipe.train, self.recipe.seed
         torch.manual_seed(seed_of("step", seed, step))  # counterfactual sampling and route noise
-        batch = self.data.train_batch(train.batch_size, seed, step).to(self.device)
-        policies = sandwich_policies(self.model, self.recipe.supernet, seed, step)
+        special = self.recipe.special
+        seen = 0 if special is None else special.steps
+        batch = self.data.train_batch(train.batch_size, seed, seen + step).to(self.device)
+        if special is None:
+            policies = sandwich_policies(self.model, self.recipe.supernet, seed, step)
+        else:
+            policies = [special.policy]
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autograd.set_multithreading_enabled(False):  # a hop to another thread costs more than it gives
             losses = sandwich_backward(self.model, batch, policies, self.recipe.supernet)
@@ -230,12 +255,14 @@ def train_supernet(
 
     A folder with checkpoints of the same configuration is resumed: the result equals that of an unbroken run (on a GPU
     up to rounding: kernels of other libraries may add in another order every time); one of another configuration is
-    refused with the difference (``ValueError``). ``on_step`` receives a record of numbers every ``log_every`` steps.
-    SIGTERM ends it after a step, whose checkpoint is stored.
+    refused with the difference (``ValueError``). With ``recipe.special``, ``model`` has the weights of its checkpoint,
+    and what its policy does not use is frozen and stays so. ``on_step`` receives a record of numbers every
+    ``log_every`` steps. SIGTERM ends it after a step, whose checkpoint is stored.
     Raises ``TrainingDivergedError`` after ``max_bad_steps`` steps in a row without finite loss and gradient.
     """
     train, supernet, seed = recipe.train, recipe.supernet, recipe.seed
-    check_batch(model.kinds, train, supernet)
+    if recipe.special is None:
+        check_batch(model.kinds, train, supernet)
     check_chunks(model.config.chunk_size, data.config.seq_len)
     check(
         model.precision is train.precision,
@@ -249,6 +276,7 @@ def train_supernet(
         "data": data.fingerprint,
         "train": {k: v for k, v in to_plain(train).items() if not is_free_on_resume(f"train.{k}")},
         "supernet": to_plain(supernet),
+        "specialised": None if recipe.special is None else recipe.special.to_dict(),
     }
     start, finished = _resume(folder, model, trainer.optimizer, meta)
     if finished:
@@ -302,7 +330,8 @@ def train_supernet(
 def _record(result: StepResult[float], step: int, recipe: TrainRecipe) -> dict[str, float]:
     """One line of the log: losses and recall per sandwich policy (the random ones averaged).
 
-    The smallest policy is ``delta``, or ``empty`` where both memories ran and nothing was kept.
+    The smallest policy is ``delta``, or ``empty`` where both memories ran and nothing was kept; ``policy`` is the only
+    one of a specialisation.
     """
     train = recipe.train
     record = {"step": step + 1.0, "steps": float(train.steps), "lr": learning_rate(train, step)}
@@ -310,7 +339,8 @@ def _record(result: StepResult[float], step: int, recipe: TrainRecipe) -> dict[s
     losses = result.losses
     record["loss"] = sum(loss.total for loss in losses) / len(losses)
     smallest = "empty" if smallest_is_empty(recipe.seed, step) else "delta"
-    for name, group in (("softmax", losses[:1]), (smallest, losses[1:2]), ("random", losses[2:])):
+    groups = [("softmax", losses[:1]), (smallest, losses[1:2]), ("random", losses[2:])]
+    for name, group in groups if recipe.special is None else [("policy", losses)]:
         columns = {
             "loss": [loss.total for loss in group],  # shown also where it is not finite
             "text": [loss.text for loss in group if not math.isnan(loss.text)],  # NaN: the batch has no such task
@@ -370,15 +400,28 @@ def compile_kernels(model: ModelConfig, tokens: int, recipe: TrainRecipe, device
 
 
 def fit(
-    run: Run, model: ModelConfig, data: TaskData, recipe: TrainRecipe, device: torch.device, tracker: Tracker
+    run: Run,
+    model: ModelConfig,
+    data: TaskData,
+    recipe: TrainRecipe,
+    device: torch.device,
+    tracker: Tracker,
+    weights: RoutedLM | None = None,
 ) -> RoutedLM:
-    """Train the supernet of a run (or resume it, or take it if it is finished), shown live, logged and tracked."""
+    """Train the supernet of a run (or resume it, or take it if it is finished), shown live, logged and tracked.
+
+    ``weights``: a model that the first step begins with, except for its calibration (None: new weights).
+    """
     torch.manual_seed(recipe.seed)
-    net = RoutedLM(model, recipe.supernet.calibration_points, recipe.train.precision).to(device)
+    net = RoutedLM(model, recipe.supernet.calibration_points, recipe.train.precision)
+    if weights is not None:  # until it is measured anew, a budget must not pass for calibrated
+        state = {name: t for name, t in weights.state_dict().items() if not name.startswith("calibration.")}
+        net.load_state_dict({**net.state_dict(), **state})
+    net = net.to(device)
     if device.type == "cuda":
         compile_kernels(model, data.config.seq_len, recipe, device)
     steps = recipe.train.steps
-    names = ("softmax", "random", "delta")
+    names = ("softmax", "random", "delta") if recipe.special is None else ("policy",)
     recall: dict[str, float] = {}  # the last of each: a group may have drawn no such sequence, or be another policy
     with Progress("train", steps) as progress:
 
