@@ -33,9 +33,10 @@ class Choice:
     """What a command works on: the supernet of ``run`` below ``root``, or the folder ``export``; and a policy for it.
 
     Of a run, one of ``pick`` (see ``read_point``; the default is the knee), ``policy`` (a JSON file) and ``budget`` (in
-    [0, 1], the same in every routed layer). Of an export, the policy that it holds, unless ``policy`` or ``budget``
-    replaces it; ``pick="knee"``, the default, may stand beside a budget or an export. ``calibration``: name of a table
-    in the run that replaces training's. ``ValueError`` for options that exclude each other.
+    [0, 1], the same in every routed layer). Of an export and of a run that was specialised, the policy that it holds,
+    unless ``policy`` or ``budget`` replaces it; ``pick="knee"``, the default, may stand beside a budget, an export or
+    such a run. ``calibration``: name of a table in the run that replaces training's. ``ValueError`` for options that
+    exclude each other.
     """
 
     run: str | None = None
@@ -114,6 +115,34 @@ def load_point(run: Run, pick: str) -> tuple[RoutedLM, RoutingPolicy, dict[str, 
     return model, policy, {**point, "checkpoint": {"step": record.get("step"), "sha256": record.get("sha256")}}
 
 
+def load_specialised(run: Run, pick: str = "knee") -> tuple[RoutedLM, RoutingPolicy, dict[str, Any]]:
+    """The weights of a run that was specialised (eval mode, CPU), the one policy they are for, and the run's record.
+
+    ``UserError`` for a training that is not finished, and for another pick than the default.
+    """
+    from natsl import checkpoint
+
+    policy, special = read_specialised(run)
+    if pick != "knee":
+        raise UserError(f"pick = {pick!r}: run {run.name!r} is specialised for one policy: leave pick out")
+    model, record = checkpoint.load_model(run.supernet)
+    if not record.get("finished"):
+        raise UserError(f"the specialisation {run.name!r} is not finished: resume it first")
+    facts = {"digest": policy.digest(), "policy": policy.to_dict(), "specialised": special}
+    return model, policy, {**facts, "checkpoint": {"step": record.get("step"), "sha256": record.get("sha256")}}
+
+
+def read_specialised(run: Run) -> tuple[RoutingPolicy, dict[str, Any]]:
+    """The policy that a run is specialised for, and what else its ``specialise.json`` holds."""
+    try:
+        record = dict(read_json(run.specialised))
+        return RoutingPolicy.from_dict(record.pop("policy")), record
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{run.specialised} is not the record of a specialisation") from None
+
+
 def check_model(model: RoutedLM, policy: RoutingPolicy) -> None:
     """Raise ``ValueError`` unless the policy fits the model and all numbers that it uses are finite."""
     policy.check(model.kinds, model.config.chunk_size, model.config.heads)
@@ -177,8 +206,9 @@ def load_choice(choice: Choice) -> tuple[RoutedLM, RoutingPolicy, dict[str, Any]
         policy = policy or stored
     else:
         run = Run.open(str(choice.run), choice.root, create=False)
+        pick = "knee" if choice.pick is None else choice.pick
         if policy is None and choice.budget is None:
-            model, policy, record = load_point(run, "knee" if choice.pick is None else choice.pick)
+            model, policy, record = (load_specialised if run.specialised.exists() else load_point)(run, pick)
         else:
             model, made_from = checkpoint.load_model(run.supernet)
             record = {"checkpoint": {"step": made_from.get("step"), "sha256": made_from.get("sha256")}}

@@ -23,6 +23,8 @@ FREE_ON_RESUME = (
     "tracking",
     "data.path",  # the text itself is compared, by its contents
     "search.policies",  # compared by their contents
+    "pick",  # so is the policy of a specialisation, however it was named
+    "policy",
     "search.sampler",  # the study compares it with its own
     "search.anchors",  # null keeps the study's, which compares any other
     "train.checkpoint_every",
@@ -51,7 +53,7 @@ def check_resume(run: Run, config: Any) -> frozenset[str]:
         run.write_config(config)
         return frozenset()
     stored = read_config(run.config)
-    changes = {name: values for name, *values in _differences("", stored, config, type(config)())}
+    changes = {name: values for name, *values in differences("", stored, config, type(config)())}
     if getattr(config, "supernet_from", None) is not None:  # these come from the supernet, whatever was given
         changes = {name: values for name, values in changes.items() if name.split(".")[0] not in _OF_SUPERNET}
     refused = [
@@ -83,7 +85,7 @@ def is_free_on_resume(name: str) -> bool:
     return any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
 
 
-def _differences(
+def differences(
     prefix: str, stored: Mapping[str, Any], config: Any, defaults: Any
 ) -> Iterator[tuple[str, object, object]]:
     """Name, stored and present value of every option that differs. What an older version did not store was the default.
@@ -96,7 +98,7 @@ def _differences(
         if is_dataclass(value):
             section = stored.get(item.name, {} if prefix else None)
             if isinstance(section, Mapping):
-                yield from _differences(f"{name}.", section, value, default)
+                yield from differences(f"{name}.", section, value, default)
             continue
         old, new = stored.get(item.name, _OLDER.get(name, to_plain(default))), to_plain(value)
         if old not in (new, redact(new)) and MASK not in str(old):  # a secret is not stored

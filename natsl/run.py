@@ -38,6 +38,7 @@ class Run:
         self.text = path / "text.json"
         self.supernet = path / "supernet"
         self.calibration = path / "calibration.json"
+        self.specialised = path / "specialise.json"
         self.study_db = path / "study.db"
         self.scores = path / "scores.jsonl"
         self.front_json = path / "front.json"

@@ -42,8 +42,8 @@ def take_settings(config: SearchRunConfig) -> SearchRunConfig:
     return replace(
         config,
         model=ModelConfig.stored(source["model"]),
-        train=replace(config.train, **_known(trained, TrainConfig)),
-        supernet=replace(config.supernet, **_known(supernet, SupernetConfig)),
+        train=replace(config.train, **known(trained, TrainConfig)),
+        supernet=replace(config.supernet, **known(supernet, SupernetConfig)),
     )
 
 
@@ -63,7 +63,8 @@ def _source(config: SearchRunConfig) -> dict[str, Any] | None:
     return None if newest is None else newest[1]
 
 
-def _known(values: dict[str, Any], kind: type) -> dict[str, Any]:
+def known(values: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Those of stored values that are fields of a dataclass."""
     names = {item.name for item in fields(kind)}
     return {name: value for name, value in values.items() if name in names}
 

@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from natsl.errors import UserError
 from natsl.files import check_name, to_plain, user_path
 from natsl.generate import Sampling, Transcript, encode, generate_batch, read_prompt, read_prompts, unescape
 from natsl.load import Choice, load_choice
-from natsl.resume import check_resume
+from natsl.resume import check_resume, differences
 from natsl.run import Run
 from natsl.secrets import redact
 from natsl.space.check import check, check_counts
@@ -26,6 +26,8 @@ from natsl.tasks import CalibrationDataConfig, DataConfig, OtherTextConfig
 from natsl.tracking import TrackingConfig, start_tracker
 
 if TYPE_CHECKING:
+    import torch
+
     from natsl.evaluate import Evaluation
     from natsl.heldout import HeldOut
     from natsl.search.config import SearchRunConfig
@@ -37,10 +39,19 @@ DEFAULT_PROMPT = "def "
 
 @dataclass
 class TrainRunConfig:
-    """Train one supernet into ``root/name``; a run that exists is resumed. ``device``: auto, cpu, cuda or cuda:<n>."""
+    """Train one supernet into ``root/name``; a run that exists is resumed. ``device``: auto, cpu, cuda or cuda:<n>.
+
+    ``specialise``: a run below ``root`` whose finished weights are trained on under one policy: ``pick`` (``knee``, an
+    id of its front or its beginning; null: the knee) or ``policy`` (a JSON file). Model, data and supernet settings are
+    then those of that run, and so is ``train`` except for what is given here and the schedule, which by default is .3
+    of the learning rate and half of the steps, with warm-up and decay to zero.
+    """
 
     name: str = "train"
     root: str = "runs"
+    specialise: str | None = None
+    pick: str | None = None
+    policy: str | None = None
     seed: int = 0
     device: str = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -52,6 +63,16 @@ class TrainRunConfig:
     def __post_init__(self) -> None:
         check_name(self.name, "name")
         check_counts(0, {"seed": self.seed})
+        if self.specialise is not None:
+            check(self.specialise != self.name, "name", self.name, "that is the run to specialise: it stays as it is")
+            self.choice()
+        for option in ("pick", "policy"):
+            value = getattr(self, option)
+            check(value is None or self.specialise is not None, option, value, "it goes with specialise=<run>")
+
+    def choice(self) -> Choice:
+        """Weights and policy to specialise; ``ValueError`` for options that exclude each other."""
+        return Choice(run=self.specialise, root=self.root, pick=self.pick, policy=self.policy)
 
 
 class _Choosing:
@@ -220,8 +241,11 @@ def run_search(config: SearchRunConfig) -> None:
 
 
 def run_training(config: TrainRunConfig) -> None:
-    """Train a supernet, or resume it, in ``root/name/supernet``."""
+    """Train a supernet, or specialise one, or resume that, in ``root/name/supernet``."""
     device = resolve_device(config.device)
+    if config.specialise is not None:
+        _run_specialisation(config, device)
+        return
     from natsl.data import TaskData, load_text
     from natsl.heldout import keep_record
     from natsl.model import count_parameters
@@ -249,6 +273,58 @@ def run_training(config: TrainRunConfig) -> None:
     names = {"name": f"{config.name[:57]}-search", "supernet_from": config.name, "root": root}
     options = names | changed_options(config.data, DataConfig(), "data")
     print(f"search its policies: {command('search', options)}")
+
+
+def _run_specialisation(config: TrainRunConfig, device: torch.device) -> None:
+    """Specialise the weights of a run in ``root/name`` and print what that gained."""
+    from natsl.heldout import keep_record
+    from natsl.search.gain import lines
+    from natsl.search.specialise import Settings, Source, claim, recipe_of, specialise
+
+    source = Source.load(config.choice())
+    given = Settings(config.model, config.data, config.supernet, config.train)
+    settings = source.settings(given, _chosen(config))
+    config = replace(config, model=settings.model, data=settings.data, supernet=settings.supernet, train=settings.train)
+    data = source.data(config.data)
+    recipe = recipe_of(source, settings, config.seed)
+    run = Run.open(config.name, config.root)
+    with run.lock():
+        if run.study_db.exists():
+            raise UserError(f"name = {config.name!r} is a search: choose another name")
+        check_resume(run, config)
+        claim(run, source)
+        keep_record(run, data, config.root, None, allow_other=False)
+        with start_tracker(config.tracking, run, to_plain(config)) as tracker:
+            report = specialise(run, source, data, recipe, device, tracker)
+        run.write_config(config)
+    what = f"{report['pick'] or 'policy'} ({source.policy.describe()}) of run {config.specialise!r}"
+    print(
+        f"{what}, specialised in {recipe.train.steps} steps at a learning rate of {recipe.train.lr:.3g}: {run.supernet}"
+    )
+    print("\n".join(lines(report)))
+    print(f"export it: {command('export', run_options(config.name, config.root))}")
+
+
+def _chosen(config: TrainRunConfig) -> set[str]:
+    """Options of the sections of a training that the user has set: they differ from the defaults, or were typed."""
+    from natsl.cli.main import composed
+    from natsl.cli.options import option_types
+
+    typed = [argument.lstrip("+").partition("=")[0] for argument in sys.argv[1:] if "=" in argument]
+    chosen = {
+        name
+        for name, _ in option_types(TrainRunConfig)
+        if any(f"{name}.".startswith(f"{one}.") or one.startswith(f"{name}.") for one in typed)
+    }
+    defaults = (composed("train", TrainRunConfig), TrainRunConfig())
+    for section in ("model", "data", "supernet", "train"):
+        value = getattr(config, section)
+        changed = [
+            {name for name, *_ in differences(f"{section}.", to_plain(getattr(default, section)), value, type(value)())}
+            for default in defaults
+        ]
+        chosen |= changed[0] & changed[1]
+    return chosen
 
 
 def evaluate_choice(config: EvaluateRunConfig) -> Evaluation:

@@ -305,6 +305,11 @@ def _compose(loader: Loader, config_name: str, overrides: list[str]) -> DictConf
         return loader.load_configuration(config_name, list(overrides), RunMode.RUN)
 
 
+def composed(config_name: str, config_class: type[C]) -> C:
+    """What a command gets that is given no options."""
+    return _to_object(_compose(_loader(config_class, None), config_name, []), config_class)
+
+
 @contextlib.contextmanager
 def _told_of(overrides: list[str]) -> Iterator[None]:
     """Hydra's complaints about what was written, as ``UserError``."""
