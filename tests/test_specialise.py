@@ -322,9 +322,10 @@ def test_what_contradicts_the_run_is_refused(root: Path, changes: dict[str, Any]
         ({"pick": "knee"}, "pick = 'knee' is not allowed: it goes with specialise=<run>"),
         ({"policy": "p.json"}, "policy = 'p.json' is not allowed: it goes with specialise=<run>"),
         ({"specialise": "r", "pick": "t1", "policy": "p.json"}, r"pick, policy = \('t1', 'p.json'\) .* only one"),
+        ({"specialise": "../r"}, r"specialise = '\.\./r' is not allowed: 1 to 64 letters"),
         ({"specialise": "train"}, "name = 'train' is not allowed: that is the run to specialise"),
     ],
-    ids=["pick", "policy", "both", "itself"],
+    ids=["pick", "policy", "both", "outside", "itself"],
 )
 def test_options_that_exclude_each_other(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -416,9 +417,11 @@ Natsl = Callable[..., str]
 @pytest.fixture
 def natsl(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Natsl:
     """``natsl train name=fine specialise=search`` in this process, with more options; returns its line of error."""
+    quiet = ("device=cpu", "tracking.mode=disabled", "train.steps=2")
 
     def call(*options: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["natsl", "train", "name=fine", "specialise=search", f"root={root}", *options])
+        arguments = ["name=fine", "specialise=search", f"root={root}", *quiet, *options]
+        monkeypatch.setattr(sys, "argv", ["natsl", "train", *arguments])
         monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
         try:
             main()
@@ -430,12 +433,18 @@ def natsl(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 def test_what_was_typed_counts_though_it_is_the_default(natsl: Natsl, root: Path) -> None:
-    quiet = ("device=cpu", "tracking.mode=disabled", "train.steps=2")
-    assert natsl("model.width=64", *quiet) == "error: model.width = 64, but run 'search' has 16: leave it out"
-    assert "but run 'search' has" in natsl("model=tiny", *quiet)
-    assert natsl("train.lr=6e-3", "train.log_every=10", *quiet) == ""
+    assert natsl("model.width=64") == "error: model.width = 64, but run 'search' has 16: leave it out"
+    assert "but run 'search' has" in natsl("model=tiny")
+    assert natsl("train.lr=6e-3", "train.log_every=10") == ""
     stored = read_config(root / "fine" / "config.yaml")
     assert (stored["train"]["lr"], stored["train"]["router_lr"], stored["train"]["batch_size"]) == (6e-3, 3e-3, 8)
     assert stored["model"]["width"] == 16
     assert stored["data"]["seq_len"] == 64
-    assert composed("train", TrainRunConfig).model.associative_init  # which is no option that anybody gave
+
+
+def test_what_the_default_preset_sets_was_given_by_nobody(natsl: Natsl, root: Path, tmp_path: Path) -> None:
+    run_training(training(root, name="plain", model=tiny_config("rr")))
+    (tmp_path / "p.json").write_text(POLICIES["t0000"].to_json())
+    assert composed("train", TrainRunConfig).model.associative_init
+    assert natsl("specialise=plain", f"policy={tmp_path}/p.json") == ""
+    assert not checkpoint.load_model(root / "fine" / "supernet")[0].config.associative_init

@@ -64,6 +64,7 @@ class TrainRunConfig:
         check_name(self.name, "name")
         check_counts(0, {"seed": self.seed})
         if self.specialise is not None:
+            check_name(self.specialise, "specialise")
             check(self.specialise != self.name, "name", self.name, "that is the run to specialise: it stays as it is")
             self.choice()
         for option in ("pick", "policy"):
