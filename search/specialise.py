@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from natsl import checkpoint
+from natsl import __version__, checkpoint
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig
 from natsl.data import TaskData, load_text
 from natsl.errors import UserError
@@ -135,7 +136,9 @@ def specialise(
     step = checkpoint.steps(run.supernet)[-1]
     made = {"step": step, "sha256": read_json(run.supernet / f"step-{step:06d}.json")["sha256"]}
     if report.get("checkpoint") != made:
-        report |= {"checkpoint": made, **compare(source.model.to(device), net, policy, data)}
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        report |= {"natsl": __version__, "date": when, "checkpoint": made}
+        report |= compare(source.model.to(device), net, policy, data)
         run.write_json(run.specialised, {"policy": policy.to_dict(), **report})
     return report
 
