@@ -106,7 +106,7 @@ def evaluate(
     Raises ``FloatingPointError`` if a result is not finite.
     """
     routing = None if random_routing is None else _random_routing(policy, random_routing, sets, model.config.heads)
-    return summary(count(model, policy, sets, routing=routing, batch_size=batch_size), model.kinds)
+    return summary(count(model, policy, sets, routing=routing, batch_size=batch_size), model.supernet_kinds)
 
 
 def count(

@@ -1,23 +1,23 @@
-"""A supernet and one policy as a model of its own: weights, provenance, checksums; verified in a fresh process.
+"""A supernet and one policy as a model of its own, verified in a fresh process, that transformers loads too.
 
-``root/run/export/<id>/`` holds ``config.json`` (shape, precision), ``model.safetensors`` (weights, calibration table),
-``policy.json``, ``calibration.json`` (the table to read), ``provenance.json`` and ``manifest.json`` (sha256 of all).
+``root/run/export/<id>/`` holds ``config.json`` (shape, policy, precision), ``model.safetensors`` (weights, calibration
+table), ``generation_config.json``, the tokenizer (of models of bytes), ``policy.json``, ``calibration.json`` (the table
+to read), ``provenance.json``, ``verification.*`` (what ``natsl verify`` compares with), ``README.md`` and
+``manifest.json`` (sha256 of all).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
+import logging
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from natsl import __version__
+from natsl.card import card
+from natsl.config import Precision
 from natsl.errors import UserError
 from natsl.files import (
     check_name,
@@ -30,18 +30,22 @@ from natsl.files import (
     temporary_path,
     to_plain,
     write_json,
+    write_text,
 )
-from natsl.load import EXPORT_FILES, EXPORT_FORMAT, Choice, load_choice, load_exported
+from natsl.load import EXPORT_FORMAT, FLOAT32, PREFIX, Choice, load_choice
 from natsl.run import Run
 from natsl.secrets import redact
+from natsl.space.policy import Op, RoutingPolicy
+from natsl.tasks import OtherTextConfig
+from natsl.verify import verify, write_sample
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
     from torch import Tensor
 
     from natsl.model import RoutedLM
-    from natsl.space.policy import RoutingPolicy
+    from natsl.tasks.sequences import Batch
 
-TOLERANCE = 1e-5  # of logits between two processes on one machine, absolute and relative
+_LOG = logging.getLogger(__name__)
 
 
 def export_point(run: Run, pick: str = "knee", name: str | None = None, overwrite: bool = False) -> Path:
@@ -49,12 +53,19 @@ def export_point(run: Run, pick: str = "knee", name: str | None = None, overwrit
     return export_choice(Choice(run=run.name, root=str(run.path.parent), pick=pick), name, overwrite)
 
 
-def export_choice(choice: Choice, name: str | None = None, overwrite: bool = False) -> Path:
+def export_choice(
+    choice: Choice,
+    name: str | None = None,
+    overwrite: bool = False,
+    dtype: Precision = Precision.float32,
+    sequences: int = 8,
+) -> Path:
     """Write the model and the policy that a choice takes from a run to ``run/export/<name>`` and return that folder.
 
     name: of the folder (None: the point's id or ``policy-<digest>``, and the name of a calibration that is not
-    training's). The folder appears whole and verified, or not at all. ``UserError`` for a bad name, a folder that
-    exists (without ``overwrite``), or a model that cannot be used.
+    training's). dtype: of the weights, but for those that routes depend on. sequences: so many of the test part of each
+    task go along to be scored again. The folder appears whole and verified, or not at all. ``UserError`` for a bad
+    name, a folder that exists (without ``overwrite``), or a model that cannot be used.
     """
     if name is not None:
         check_name(name, "name")
@@ -79,38 +90,139 @@ def export_choice(choice: Choice, name: str | None = None, overwrite: bool = Fal
         made_from = {"run": run.name, **pick, "data": read_config(run.config).get("data"), **record}
         if run.text.exists():  # older runs do not have it
             made_from["text"] = read_json(run.text)
-        _write(temporary, model, policy, made_from)
-        verify(temporary, model, policy)
+        exported = trimmed(model, policy)
+        if dtype is Precision.bfloat16:
+            exported = model = _rounded(exported)
+        sets = _held_out_sets(run, model, sequences)
+        _write(temporary, exported, policy, made_from, dtype)
+        write_sample(temporary, model, policy, sets)
+        _seal(temporary)
+        results = verify(temporary)
+        write_text(temporary / "README.md", card(temporary, results))
+        _seal(temporary)
         _put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
-def _write(folder: Path, model: RoutedLM, policy: RoutingPolicy, provenance: Mapping[str, Any]) -> None:
+def trimmed(model: RoutedLM, policy: RoutingPolicy) -> RoutedLM:
+    """The model without the weights that a policy never uses: what does only the delta rule has no softmax, no router.
+
+    Such layers become of kind ``delta``. The same model if there are none.
+    """
+    from natsl.model import RoutedLM
+
+    kinds = [Op.delta if layer.op is Op.delta else kind for layer, kind in zip(policy.layers, model.kinds, strict=True)]
+    if kinds == model.kinds:
+        return model
+    smaller = RoutedLM(replace(model.config, layers=kinds), model.calibration.points, model.precision)
+    state = model.state_dict()
+    smaller.load_state_dict({name: state[name] for name in smaller.state_dict()})
+    smaller.supernet_kinds = model.supernet_kinds
+    return smaller.eval()
+
+
+def _rounded(model: RoutedLM) -> RoutedLM:
+    """A model with the weights of a bfloat16 file in float32, which computes in bfloat16."""
+    from natsl.model import RoutedLM
+
+    rounded = RoutedLM(model.config, model.calibration.points, Precision.bfloat16)
+    rounded.load_state_dict(_stored(model, Precision.bfloat16))
+    rounded.supernet_kinds = model.supernet_kinds
+    return rounded.eval()
+
+
+def _stored(model: RoutedLM, dtype: Precision) -> dict[str, Tensor]:
+    """The weights of a model as its file has them."""
+    import torch
+
+    half = dtype is Precision.bfloat16
+    return {
+        name: weight.detach().cpu().to(torch.bfloat16 if half and _may_be_rounded(name, weight) else weight.dtype)
+        for name, weight in model.state_dict().items()
+    }
+
+
+def _may_be_rounded(name: str, weight: Tensor) -> bool:
+    return weight.is_floating_point() and not name.startswith("calibration.") and not any(x in name for x in FLOAT32)
+
+
+def _held_out_sets(run: Run, model: RoutedLM, sequences: int) -> dict[str, Batch]:
+    """Sequences of each task from the test part of a run's text; none where that has changed or is gone."""
+    from natsl.data import Split
+    from natsl.heldout import held_out
+
+    if sequences == 0:
+        return {}
+    choice = Choice(run=run.name, root=str(run.path.parent), budget=0.0)
+    try:
+        held = held_out(choice, OtherTextConfig(), model.config.vocab_size, allow_other=False)
+    except UserError as error:
+        _LOG.info("no sequences go along with the export: %s", error)
+        return {}
+    return {task: batch.rows(slice(0, sequences)) for task, batch in held.data.eval_sets(Split.test).items()}
+
+
+def _write(
+    folder: Path,
+    model: RoutedLM,
+    policy: RoutingPolicy,
+    provenance: Mapping[str, Any],
+    dtype: Precision = Precision.float32,
+) -> None:
+    """Write all that is needed to run the model, and the manifest."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from natsl.checkpoint import file_sha256
+    from natsl.tasks.sequences import BYTES
+    from natsl.tokenizer import tokenizer_files
 
     weights = folder / "model.safetensors"
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    tensors = {PREFIX + name: weight.contiguous() for name, weight in _stored(model, dtype).items()}
     try:
-        save_file(tensors, weights)
+        save_file(tensors, weights, {"format": "pt"})
     except SafetensorError as error:  # it hides the system's error, such as a full disk, in its text
         raise UserError(f"{weights} cannot be written: {error}") from None
     with weights.open("rb+") as file:
         sync(file.fileno())
     follow_umask(weights)
-    made_by = {"format": EXPORT_FORMAT, "natsl": __version__}
-    shape = {**made_by, "precision": model.precision.value, "model": to_plain(model.config)}
-    write_json(folder / "config.json", shape)
+    own = {
+        "format": EXPORT_FORMAT,
+        "version": __version__,
+        "precision": model.precision.value,
+        "model": to_plain(model.config),
+        "supernet_layers": to_plain(model.supernet_kinds),
+        "calibration_points": model.calibration.points,
+        "policy": policy.to_dict(),
+    }
+    config = {"architectures": ["NatslForCausalLM"], "model_type": "natsl", "dtype": dtype.value, "natsl": own}
+    write_json(folder / "config.json", config)
     write_json(folder / "policy.json", policy.to_dict())
     write_json(folder / "calibration.json", model.calibration.to_plain())
     read_back = {"data": provenance.get("data")}  # all else is only shown
     write_json(folder / "provenance.json", {"natsl": __version__, **redact(to_plain(provenance)), **read_back})
-    sums = {name: file_sha256(folder / name) for name in EXPORT_FILES}
-    write_json(folder / "manifest.json", {**made_by, "files": sums})
+    # the first id past the vocabulary: the forward pass takes it for padding
+    write_json(folder / "generation_config.json", {"do_sample": False, "pad_token_id": model.config.vocab_size})
+    if model.config.vocab_size >= len(BYTES) and not _on_tokens(provenance):
+        for name, content in tokenizer_files(model.config.vocab_size).items():
+            write_json(folder / name, content)
+    _seal(folder)
+
+
+def _on_tokens(provenance: Mapping[str, Any]) -> bool:
+    """Whether the model was trained on ids of a tokenizer, which natsl does not have."""
+    text = provenance.get("text")
+    return bool(text and text["trained"].get("tokens"))
+
+
+def _seal(folder: Path) -> None:
+    """Write the manifest of all files that are there."""
+    from natsl.checkpoint import file_sha256
+
+    names = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
+    sums = {name: file_sha256(folder / name) for name in names}
+    write_json(folder / "manifest.json", {"format": EXPORT_FORMAT, "natsl": __version__, "files": sums})
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
@@ -125,64 +237,6 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         raise
     sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def verify(folder: Path, model: RoutedLM, policy: RoutingPolicy) -> float:
-    """Load ``folder`` in a fresh process, elsewhere, and compare its logits with those of ``model`` under ``policy``.
-
-    Returns the largest absolute difference; ``UserError`` if it is beyond ``TOLERANCE`` or the process fails.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    tokens = _probe(model)
-    with torch.no_grad():
-        logits = model(tokens, policy).logits
-    with tempfile.TemporaryDirectory() as elsewhere:
-        probe = Path(elsewhere) / "probe.safetensors"
-        save_file({"tokens": tokens, "logits": logits.contiguous()}, probe)
-        code = "import sys; from natsl.export import answer; answer(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
-        paths = [str(Path(__file__).absolute().parents[1]), os.environ.get("PYTHONPATH", "")]
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(folder.absolute()), str(probe), str(torch.get_num_threads())],
-            cwd=elsewhere,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    difference = None
-    with contextlib.suppress(ValueError, IndexError, TypeError, KeyError):
-        difference = float(json.loads(done.stdout.splitlines()[-1])["difference"])
-    if done.returncode or difference is None:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(f"the exported model cannot be loaded in a fresh process: {last}")
-    if difference > TOLERANCE * max(1.0, float(logits.abs().max())):
-        raise UserError(
-            f"the exported model's logits differ by {difference:.3g} in a fresh process: nothing was exported"
-        )
-    return difference
-
-
-def _probe(model: RoutedLM) -> Tensor:
-    """Tokens [2,T] over complete chunks and a partial one."""
-    import torch
-
-    shape = (2, 3 * model.config.chunk_size + model.config.chunk_size // 2)
-    return torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-
-
-def answer(folder: str, probe: str, threads: int) -> None:
-    """The fresh process of ``verify``: print the largest difference of logits as JSON."""
-    import torch
-    from safetensors.torch import load_file
-
-    torch.set_num_threads(threads)  # another number of threads may add in another order
-    model, policy = load_exported(folder)
-    expected = load_file(probe)
-    with torch.no_grad():
-        logits = model(expected["tokens"], policy).logits
-    print(json.dumps({"difference": float((logits - expected["logits"]).abs().max())}))
 
 
 if __name__ == "__main__":

@@ -16,16 +16,20 @@ from natsl.errors import UserError
 from natsl.files import check_name, child_folder, read_config, read_json, user_path
 from natsl.run import Run
 from natsl.space.check import check, check_choice
-from natsl.space.policy import RoutingPolicy
+from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import NEWER, DataConfig
 
 if TYPE_CHECKING:
     from natsl.model import RoutedLM
 
-EXPORT_FORMAT = 3
-_READABLE = (1, 2, 3)  # 1: a calibration at even levels, in one tensor; 2: a mix without bias
+EXPORT_FORMAT = 4
+# 1: a calibration at even levels, in one tensor; 2: a mix without bias; 3: a config.json that transformers cannot read
+_READABLE = (1, 2, 3, 4)
 _SCORES = ("values", "search_values", "measured", "dominated_by", "gain_over_random")  # of a point of a front
 EXPORT_FILES = ("config.json", "model.safetensors", "policy.json", "calibration.json", "provenance.json")
+PREFIX = "model."  # of the weights' names in a folder that transformers loads
+# Weights of an export that are float32 whatever the dtype of the others: in half precision routes would change.
+FLOAT32 = ("A_log", "dt_bias", "router", "calibration.by_head", "calibration.by_layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,17 +159,8 @@ def check_model(model: RoutedLM, policy: RoutingPolicy) -> None:
         raise UserError(str(error)) from None
 
 
-def load_exported(path: str | Path) -> tuple[RoutedLM, RoutingPolicy]:
-    """The model (eval mode, CPU) and the policy of an exported folder, after checking every file's sha256.
-
-    ``UserError`` for a folder that is no export, one of another format, and any file that has changed.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from natsl.checkpoint import build_model, file_sha256
-
-    folder = user_path(path, "export")
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an exported folder; ``UserError`` for a folder without one and for formats of another natsl."""
     if not (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is not an exported model: it has no manifest.json")
     manifest = read_json(folder / "manifest.json")
@@ -174,19 +169,64 @@ def load_exported(path: str | Path) -> tuple[RoutedLM, RoutingPolicy]:
         needed = manifest.get("natsl", "unknown") if isinstance(manifest, dict) else "unknown"
         formats = f"{_READABLE[0]} to {EXPORT_FORMAT}"
         raise UserError(f"{folder} has the export format {found!r}, this natsl reads {formats}: use natsl {needed}")
+    return manifest  # type: ignore[no-any-return]
+
+
+def file_faults(folder: Path) -> list[str]:
+    """What is wrong with the files of an exported folder, a line for each; errors as ``read_manifest``."""
+    from natsl.checkpoint import file_sha256
+
+    manifest = read_manifest(folder)
     sums = manifest.get("files")
-    for name in EXPORT_FILES:
-        if not isinstance(sums, dict) or name not in sums or not (folder / name).is_file():
-            raise UserError(f"{folder} is incomplete: {name} is missing")
-        if file_sha256(folder / name) != sums[name]:
-            raise UserError(f"checksum error: {folder / name} has changed since it was exported")
+    sums = sums if isinstance(sums, dict) else {}
+    faults = []
+    for name in dict.fromkeys((*EXPORT_FILES, *sums)):
+        path = folder / name
+        if name not in sums or Path(name).name != name or not path.is_file():
+            faults.append(f"{folder} is incomplete: {name} is missing")
+        elif file_sha256(path) != sums[name]:
+            faults.append(f"checksum error: {path} has changed since it was exported")
+    if not faults and manifest["format"] == EXPORT_FORMAT:
+        config = read_json(folder / "config.json")  # says who wrote it as well: the manifest has no sum of its own
+        own = config.get("natsl") if isinstance(config, dict) else None
+        if isinstance(own, dict) and manifest != {
+            "format": own.get("format"),
+            "natsl": own.get("version"),
+            "files": sums,
+        }:
+            faults.append(f"checksum error: {folder / 'manifest.json'} has changed since it was exported")
+    return faults
+
+
+def load_exported(path: str | Path) -> tuple[RoutedLM, RoutingPolicy]:
+    """The model (eval mode, CPU) and the policy of an exported folder, after checking every file's sha256.
+
+    The weights are float32, whatever they are stored in. ``UserError`` for a folder that is no export, one of another
+    format, and any file that has changed.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from natsl.checkpoint import build_model
+
+    folder = user_path(path, "export")
+    faults = file_faults(folder)
+    if faults:
+        raise UserError(faults[0])
     try:
-        shape = read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
+        own = config.get("natsl")
+        shape = own if isinstance(own, dict) else config  # until format 3 there was nothing else in the file
         precision = check_choice("precision", shape.get("precision", Precision.float32), Precision)
-        model = build_model(shape["model"], load_file(folder / "model.safetensors"), precision)
+        weights = load_file(folder / "model.safetensors")
+        state = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
+        model = build_model(shape["model"], state, precision)
+        model.supernet_kinds = [Op(kind) for kind in shape.get("supernet_layers", model.kinds)]
         policy = RoutingPolicy.from_dict(read_json(folder / "policy.json"))
+        if RoutingPolicy.from_dict(shape.get("policy", policy.to_dict())) != policy:
+            raise ValueError("config.json and policy.json hold different policies")
         check_model(model, policy)
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be used: {error}") from None
     return model.eval(), policy
 

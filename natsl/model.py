@@ -76,6 +76,8 @@ class RoutedLM(nn.Module):
         self.config = config
         self._precision = precision
         self.kinds: list[Op] = list(config.layers)
+        # Of an export, whose layers lose what their policy does not use: the kinds before that, which scores count by.
+        self.supernet_kinds = self.kinds
         self.embed = nn.Embedding(config.vocab_size, config.width)
         nn.init.normal_(self.embed.weight, std=config.width**-0.5)
         self.blocks = nn.ModuleList(Block(config, kind) for kind in self.kinds)

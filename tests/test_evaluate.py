@@ -262,8 +262,10 @@ def test_an_exported_model_computes_in_the_precision_that_it_was_trained_in(tmp_
     for value in ("bfloat16", None, "int8"):
         _write(tmp_path, model, p, {})
         if value != "bfloat16":  # None: by an older natsl
-            shape = {k: v for k, v in json.loads((tmp_path / "config.json").read_text()).items() if k != "precision"}
-            write_json(tmp_path / "config.json", shape if value is None else {**shape, "precision": value})
+            config = json.loads((tmp_path / "config.json").read_text())
+            own = {k: v for k, v in config["natsl"].items() if k != "precision"}
+            config["natsl"] = own if value is None else {**own, "precision": value}
+            write_json(tmp_path / "config.json", config)
             manifest = json.loads((tmp_path / "manifest.json").read_text())
             manifest["files"]["config.json"] = file_sha256(tmp_path / "config.json")
             write_json(tmp_path / "manifest.json", manifest)

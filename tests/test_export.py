@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from natsl.errors import UserError
-from natsl.export import export_choice, export_point, verify
+from natsl.export import export_choice, export_point
 from natsl.files import read_json
 from natsl.load import EXPORT_FILES, Choice, load_exported
 from natsl.model import RoutedLM
 from natsl.run import Run
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
+from natsl.verify import verify, write_sample
 from tests.run_helpers import BUDGET, KINDS, SOFTMAX, make_model, make_run, point, save, write_front
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,7 @@ def run(tmp_path: Path) -> Run:
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the fresh process where a test is about something else."""
-    monkeypatch.setattr("natsl.export.verify", lambda folder, model, policy: 0.0)
+    monkeypatch.setattr("natsl.export.verify", lambda folder: [])
 
 
 def tokens() -> torch.Tensor:
@@ -48,7 +49,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_export_and_reload(run: Run) -> None:
     folder = export_point(run, "knee")
     assert folder == run.path / "export" / "t0002"
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*EXPORT_FILES, "manifest.json"])
+    files = read_json(folder / "manifest.json")["files"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*files, "manifest.json"])
+    assert {*EXPORT_FILES, "README.md", "generation_config.json", "tokenizer.json"} < {*files}
     assert [path.name for path in folder.parent.iterdir()] == ["t0002"]
     model, policy = load_exported(folder)
     assert policy == BUDGET
@@ -246,7 +249,7 @@ def test_a_failed_rename_brings_the_old_export_back(run: Run, monkeypatch: pytes
 
 
 def test_a_model_that_differs_is_not_exported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_other(folder: Path, model: RoutedLM, policy: RoutingPolicy, provenance: object) -> None:
+    def save_other(folder: Path, model: RoutedLM, policy: RoutingPolicy, *_: object) -> None:
         other = make_model()
         with torch.no_grad():
             other.embed.weight.mul_(1.001)
@@ -256,7 +259,9 @@ def test_a_model_that_differs_is_not_exported(run: Run, monkeypatch: pytest.Monk
 
     write = export._write
     monkeypatch.setattr(export, "_write", save_other)
-    with pytest.raises(UserError, match=r"logits differ by .* in a fresh process: nothing was exported"):
+    with pytest.raises(
+        UserError, match=r"in a fresh process: natsl: logits: the supernet's differ by .*: nothing was exported"
+    ):
         export_point(run)
     assert list(run.exports.iterdir()) == []
 
@@ -264,11 +269,11 @@ def test_a_model_that_differs_is_not_exported(run: Run, monkeypatch: pytest.Monk
 def test_a_model_that_cannot_be_loaded_is_not_exported(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"cannot be loaded in a fresh process: .*has no manifest\.json"):
-        verify(tmp_path / "empty", make_model(), BUDGET)
+        verify(tmp_path / "empty")
 
 
 def test_no_secret_is_exported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("natsl.export.verify", lambda folder, model, policy: 0.0)
+    monkeypatch.setattr("natsl.export.verify", lambda folder: [])
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     write_front(run, [point("t1", BUDGET) | {"measured": {"api_key": "hunter2"}}], "t1", fingerprint={"x": "y"})
     run.front_json.write_text(run.front_json.read_text().replace('"y"', '"0123456789abcdef"'))
@@ -323,7 +328,10 @@ def test_an_export_is_not_exported_again() -> None:
 
 def test_a_policy_is_verified_in_a_fresh_process(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.json").write_text(SOFTMAX.to_json())
-    monkeypatch.setattr("natsl.export.TOLERANCE", -1.0)
+    # what the fresh process compares with is another policy's
+    monkeypatch.setattr(
+        "natsl.export.write_sample", lambda folder, model, _, sets: write_sample(folder, model, BUDGET, sets)
+    )
     with pytest.raises(UserError, match="nothing was exported"):
         export_choice(Choice(run="r", root=str(run.path.parent), policy=str(tmp_path / "mine.json")))
     assert list(run.exports.iterdir()) == []

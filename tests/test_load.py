@@ -12,12 +12,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from natsl.checkpoint import file_sha256
 from natsl.errors import UserError
 from natsl.export import export_point
 from natsl.files import read_json, write_json
-from natsl.load import EXPORT_FILES, Choice, check_model, load_choice, load_exported, read_point, stored_data
+from natsl.load import (
+    EXPORT_FILES,
+    Choice,
+    check_model,
+    file_faults,
+    load_choice,
+    load_exported,
+    read_point,
+    stored_data,
+)
 from natsl.run import Run
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from tests.run_helpers import BUDGET, KINDS, SOFTMAX, make_model, make_run, point, save, write_front
@@ -33,7 +43,7 @@ def run(tmp_path: Path) -> Run:
 @pytest.fixture
 def exported(run: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An export of its point t0013, without the fresh process."""
-    monkeypatch.setattr("natsl.export.verify", lambda folder, model, policy: 0.0)
+    monkeypatch.setattr("natsl.export.verify", lambda folder: [])
     return export_point(run, "t0013")
 
 
@@ -60,7 +70,17 @@ def test_an_exact_id_wins_over_a_beginning(run: Run) -> None:
         read_point(run, "knee")
 
 
-@pytest.mark.parametrize("name", EXPORT_FILES)
+OTHER_FILES = (
+    "README.md",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "verification.json",
+    "verification.safetensors",
+)
+
+
+@pytest.mark.parametrize("name", [*EXPORT_FILES, *OTHER_FILES])
 def test_a_flipped_bit(name: str, exported: Path) -> None:
     path = exported / name
     data = bytearray(path.read_bytes())
@@ -70,11 +90,49 @@ def test_a_flipped_bit(name: str, exported: Path) -> None:
         load_exported(exported)
 
 
+def test_every_flipped_bit_of_the_manifest(exported: Path) -> None:
+    path = exported / "manifest.json"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        path.write_bytes(data)
+        try:
+            faults = file_faults(exported)
+        except UserError:
+            continue
+        assert faults, (place, data[place - 10 : place + 10])
+
+
+def test_a_manifest_that_leads_out_of_the_folder(exported: Path) -> None:
+    manifest = read_json(exported / "manifest.json")
+    (exported.parent / "x").write_text("x")
+    manifest["files"]["../x"] = file_sha256(exported.parent / "x")
+    write_json(exported / "manifest.json", manifest)
+    with pytest.raises(UserError, match=r"is incomplete: \.\./x is missing"):
+        load_exported(exported)
+
+
 def seal(folder: Path) -> None:
     """Make the manifest fit what lies in the folder, as somebody who means harm would."""
     manifest = read_json(folder / "manifest.json")
-    manifest["files"] = {name: file_sha256(folder / name) for name in EXPORT_FILES}
+    manifest["files"] = {name: file_sha256(folder / name) for name in manifest["files"]}
     write_json(folder / "manifest.json", manifest)
+
+
+def make_older(folder: Path, form: int, weights: dict[str, Tensor], policy: RoutingPolicy) -> None:
+    """Turn an export into one as natsl wrote it before transformers could load it."""
+    config = read_json(folder / "config.json")["natsl"]
+    manifest = {**read_json(folder / "manifest.json"), "format": form}
+    for name in OTHER_FILES:
+        (folder / name).unlink()
+        del manifest["files"][name]
+    shape = {"format": form, "natsl": "0.1.0", "precision": config["precision"], "model": config["model"]}
+    write_json(folder / "config.json", shape)
+    write_json(folder / "policy.json", policy.to_dict())
+    save_file(weights, folder / "model.safetensors")
+    write_json(folder / "manifest.json", manifest)
+    seal(folder)
 
 
 class Trap:
@@ -98,8 +156,9 @@ def test_a_pickle_posing_as_weights_is_never_executed(exported: Path, tmp_path: 
 
 DAMAGES: dict[str, tuple[str, str, str]] = {
     "no policy": ("policy.json", "{}", "policy has no"),
-    "other policy": ("policy.json", RoutingPolicy.all_softmax([Op.routed] * 3, 8).to_json(), "of kind delta"),
+    "other policy": ("policy.json", BUDGET.to_json(), "different policies"),
     "no shape": ("config.json", "{}", "model"),
+    "a list": ("config.json", "[]", "list"),
     "unknown shape": ("config.json", '{"model": {"foo": 1}}', "foo"),
     "bad shape": ("config.json", '{"model": {"chunk_size": 48}}', "chunk_size = 48"),
     "other shape": ("config.json", '{"model": {"width": 8}}', "do not fit"),
@@ -115,15 +174,25 @@ def test_sealed_nonsense(name: str, content: str, message: str, exported: Path) 
         load_exported(folder)
 
 
-def test_an_export_of_format_1_gives_its_thresholds(exported: Path) -> None:
-    weights = exported / "model.safetensors"
-    tensors = {name: t for name, t in load_file(weights).items() if not name.startswith("calibration.")}
-    row = torch.linspace(-0.02, 0.03, 65)
-    save_file({**tensors, "calibration": row.expand(3, 2, 65).contiguous()}, weights)
-    write_json(exported / "policy.json", BUDGET.to_dict())
+def test_a_policy_that_does_not_fit_in_every_file(exported: Path) -> None:
+    policy = RoutingPolicy.all_softmax([Op.routed] * 3, 8).to_dict()
+    config = read_json(exported / "config.json")
+    write_json(exported / "config.json", {**config, "natsl": {**config["natsl"], "policy": policy}})
+    write_json(exported / "policy.json", policy)
     seal(exported)
-    manifest = read_json(exported / "manifest.json")
-    write_json(exported / "manifest.json", {**manifest, "format": 1})
+    with pytest.raises(UserError, match=r"cannot be used: .*of kind delta"):
+        load_exported(exported)
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """By the names that they have in the model."""
+    return {name.removeprefix("model."): t for name, t in load_file(folder / "model.safetensors").items()}
+
+
+def test_an_export_of_format_1_gives_its_thresholds(exported: Path) -> None:
+    tensors = {name: t for name, t in weights_of(exported).items() if not name.startswith("calibration.")}
+    row = torch.linspace(-0.02, 0.03, 65)
+    make_older(exported, 1, {**tensors, "calibration": row.expand(3, 2, 65).contiguous()}, BUDGET)
     model, policy = load_exported(exported)
     first = model.compile_policy(policy, 1).threshold[0, 0]
     place = 0.7 * 64  # of the budget .3
@@ -143,11 +212,8 @@ def test_an_export_of_format_2_mixes_without_a_bias(exported: Path) -> None:
             if name.endswith("mix_bias"):
                 parameter.zero_()
         expected = model(x, policy).logits
-    weights = exported / "model.safetensors"
-    save_file({name: t for name, t in load_file(weights).items() if not name.endswith("mix_bias")}, weights)
-    seal(exported)
-    manifest = read_json(exported / "manifest.json")
-    write_json(exported / "manifest.json", {**manifest, "format": 2})
+    weights = {name: t for name, t in weights_of(exported).items() if not name.endswith("mix_bias")}
+    make_older(exported, 2, weights, policy)
     older, policy = load_exported(exported)
     with torch.no_grad():
         assert torch.equal(older(x, policy).logits, expected)
@@ -158,8 +224,8 @@ def test_folders_that_are_no_exports(exported: Path, tmp_path: Path) -> None:
     (folder / "policy.json").unlink()
     with pytest.raises(UserError, match=r"is incomplete: policy\.json is missing"):
         load_exported(folder)
-    write_json(folder / "manifest.json", {"format": 4, "natsl": "9.0"})
-    with pytest.raises(UserError, match=r"the export format 4, this natsl reads 1 to 3: use natsl 9\.0"):
+    write_json(folder / "manifest.json", {"format": 5, "natsl": "9.0"})
+    with pytest.raises(UserError, match=r"the export format 5, this natsl reads 1 to 4: use natsl 9\.0"):
         load_exported(folder)
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(UserError, match="is not an exported model"):

@@ -90,7 +90,7 @@ class Shell:
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # else a note says what other work uses the cores
-    monkeypatch.setattr("natsl.export.verify", lambda folder, model, policy: 0.0)
+    monkeypatch.setattr("natsl.export.verify", lambda folder: [])
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return Shell(monkeypatch, capsys, tmp_path)

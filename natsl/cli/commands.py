@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from natsl.command import changed_options, command, run_options
-from natsl.config import ModelConfig, SupernetConfig, TrainConfig, check_batch, check_chunks
+from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, check_batch, check_chunks
 from natsl.device import resolve_device
 from natsl.errors import UserError
 from natsl.files import check_name, to_plain, user_path
@@ -119,10 +119,14 @@ class EvaluateRunConfig(_Choosing):
 class ExportConfig(_Choosing):
     """Write one point of a run's front, or any other policy, as a model of its own; verify it in a fresh process.
 
-    ``run``: a run below ``root``. ``pick``: ``knee``, an id of the front, or the beginning of an id or of a policy's
-    digest (null: the knee). ``policy``: a JSON file instead, which needs no front. ``calibration``: a table made by
-    natsl calibrate instead of the run's own. ``name``: of the folder below ``root/run/export`` (null: the point's id or
-    ``policy-<digest>``, and the calibration's name). ``overwrite`` replaces a folder that exists.
+    Layers that only use the delta rule lose the weights of softmax and router. ``run``: a run below ``root``.
+    ``pick``: ``knee``, an id of the front, or the beginning of an id or of a policy's digest (null: the knee).
+    ``policy``: a JSON file instead, which needs no front. ``calibration``: a table made by natsl
+    calibrate instead of the run's own. ``name``: of the
+    folder below ``root/run/export`` (null: the point's id or ``policy-<digest>``, and the calibration's name).
+    ``overwrite`` replaces a folder that exists. ``dtype``: of the weights; those that routes depend on stay float32,
+    and with bfloat16 the model computes in it. ``sequences``: so many of the test part of each task are copied into the
+    folder, to be scored again by natsl verify (0: no text goes along).
     """
 
     run: str = "???"  # must be given
@@ -132,9 +136,12 @@ class ExportConfig(_Choosing):
     calibration: str | None = None
     name: str | None = None
     overwrite: bool = False
+    dtype: Precision = Precision.float32
+    sequences: int = 8
 
     def __post_init__(self) -> None:
         self.choice()
+        check_counts(0, {"sequences": self.sequences})
 
 
 @dataclass
@@ -357,7 +364,7 @@ def run_export(config: ExportConfig) -> None:
     from natsl.export import export_choice
     from natsl.heldout import trained_on_tokens
 
-    folder = export_choice(config.choice(), config.name, config.overwrite)
+    folder = export_choice(config.choice(), config.name, config.overwrite, config.dtype, config.sequences)
     print(f"exported to {folder}; a fresh process gave the supernet's logits")
     tokens = trained_on_tokens(Choice(export=str(folder)))
     options = {"export": str(folder)} if tokens else {"export": str(folder), "prompt": "def "}
