@@ -5,3 +5,7 @@ no torch), ``natsl.model``, ``natsl.search`` and ``natsl.kernels``.
 """
 
 __version__ = "0.1.0"
+
+from natsl.hf import register_with_transformers
+
+register_with_transformers()

@@ -1,4 +1,7 @@
-"""Does an exported folder still give what its supernet gave: checks that need nothing but the folder."""
+"""Does an exported folder still give what its supernet gave: checks that need nothing but the folder.
+
+Each is made with natsl's own loader and, where transformers is installed, with ``AutoModelForCausalLM``.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from natsl.errors import UserError
 from natsl.files import follow_umask, read_json, write_json
+from natsl.hf import transformers_version
 from natsl.load import file_faults, load_exported
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
@@ -145,12 +149,19 @@ def checks(folder: Path) -> Iterator[Result]:
     if not (folder / SAMPLE).is_file() or not (folder / SCORES).is_file():
         yield Result("natsl", "sample", "", "the folder has nothing to compare with: it was made by an older natsl")
         return
-    try:
-        loaded = _load("natsl", folder)
-    except UserError as error:
-        yield Result("natsl", "loading", "", " ".join(str(error).split()))
-        return
-    yield from _compare(loaded, folder)
+    version = transformers_version()
+    for loader, load in (("natsl", _load), (f"transformers {version}", _load_with_transformers)):
+        if load is _load_with_transformers and version is None:
+            continue
+        try:
+            loaded = load(loader, folder)
+        except Exception as error:  # whatever a library raises for a damaged folder
+            text = " ".join(str(error).split())
+            yield Result(
+                loader, "loading", "", text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+            )
+            continue
+        yield from _compare(loaded, folder)
 
 
 def _compare(loaded: _Loaded, folder: Path) -> Iterator[Result]:
@@ -247,3 +258,27 @@ def _load(loader: str, folder: Path) -> _Loaded:
         return tokens[prompt.shape[1] :]
 
     return _Loaded(loader, model, policy, run, extend)
+
+
+def _load_with_transformers(loader: str, folder: Path) -> _Loaded:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    lm: Any = AutoModelForCausalLM.from_pretrained(folder)
+
+    def run(tokens: Tensor, mask: Tensor | None, pieces: int) -> Tensor:
+        if not pieces:
+            logits: Tensor = lm(tokens, attention_mask=mask, use_cache=False).logits
+            return logits
+        cache, parts = lm.new_cache(), []
+        for part in tokens.split(pieces, 1):
+            parts.append(lm(part, past_key_values=cache).logits)
+        return torch.cat(parts, 1)
+
+    def extend(prompt: Tensor, count: int) -> list[int]:
+        text = lm.generate(prompt, max_new_tokens=count, do_sample=False)
+        return [int(token) for token in text[0, prompt.shape[1] :]]
+
+    return _Loaded(loader, lm.model, lm.config.policy, run, extend)

@@ -166,7 +166,8 @@ def fresh(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 LIGHT = [
-    ("natsl", ["torch", "optuna", "hydra", "wandb"]),
+    ("natsl", ["torch", "optuna", "hydra", "wandb", "transformers"]),
+    ("natsl.hf", ["torch", "optuna", "hydra", "wandb", "transformers"]),
     ("natsl.config", ["torch", "optuna", "wandb"]),
     ("natsl.space", ["torch", "numpy", "optuna", "hydra", "wandb"]),
     ("natsl.search.config", ["torch", "optuna", "wandb"]),

@@ -119,10 +119,10 @@ class EvaluateRunConfig(_Choosing):
 class ExportConfig(_Choosing):
     """Write one point of a run's front, or any other policy, as a model of its own; verify it in a fresh process.
 
-    Layers that only use the delta rule lose the weights of softmax and router. ``run``: a run below ``root``.
-    ``pick``: ``knee``, an id of the front, or the beginning of an id or of a policy's digest (null: the knee).
-    ``policy``: a JSON file instead, which needs no front. ``calibration``: a table made by natsl
-    calibrate instead of the run's own. ``name``: of the
+    ``import natsl`` makes transformers know such a folder (``AutoModelForCausalLM.from_pretrained``). Layers that only
+    use the delta rule lose the weights of softmax and router. ``run``: a run below ``root``. ``pick``: ``knee``, an id
+    of the front, or the beginning of an id or of a policy's digest (null: the knee). ``policy``: a JSON file instead,
+    which needs no front. ``calibration``: a table made by natsl calibrate instead of the run's own. ``name``: of the
     folder below ``root/run/export`` (null: the point's id or ``policy-<digest>``, and the calibration's name).
     ``overwrite`` replaces a folder that exists. ``dtype``: of the weights; those that routes depend on stay float32,
     and with bfloat16 the model computes in it. ``sequences``: so many of the test part of each task are copied into the

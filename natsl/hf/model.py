@@ -1,0 +1,321 @@
+"""``NatslForCausalLM``: an export in transformers, and the cache that its ``generate`` goes on from.
+
+Shapes: B sequences, T tokens, V vocabulary, P columns that a cache has read, padding included.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from natsl import cache as states
+from natsl.errors import UserError
+from natsl.hf.config import NatslConfig
+from natsl.layout import Layout
+from natsl.load import FLOAT32, PREFIX, check_model, file_faults
+from natsl.model import RoutedLM
+from natsl.space.policy import RoutingPolicy
+
+# What ``generate`` calls the cache: until transformers 5.23 the first, from 5.24 on the second.
+_CACHE = "cache" if any(item.name == "cache" for item in fields(CausalLMOutputWithPast)) else "past_key_values"
+_NO_ASSISTANT = "assisted decoding is not supported: natsl's cache cannot take tokens back"
+
+
+class NatslLayer(CacheLayerMixin):
+    """A ``natsl.cache.Cache`` with the interface of transformers: all layers of the model in one.
+
+    ``state``: None before the first call. ``columns``: P, the same for all rows, as ``generate`` counts; how many real
+    tokens each row has read, from which chunks count, is ``state.lengths``.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.state: states.Cache | None = None
+        self.columns = 0
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences (``AttributeError``: none yet, which transformers asks for with ``hasattr``)."""
+        if self.state is None:
+            raise AttributeError("the cache is empty")
+        return len(self.state.lengths)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Not for models of other libraries."""
+        raise NotImplementedError("natsl's cache holds states of natsl's models, not keys and values of others")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Not for models of other libraries."""
+        raise NotImplementedError("natsl's cache holds states of natsl's models, not keys and values of others")
+
+    def get_seq_length(self) -> int:
+        """P."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        """−1: there is no limit."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of a mask of ``query_length`` new tokens, and the first one of them."""
+        return self.columns + query_length, 0
+
+    def reset(self) -> None:
+        """Forget all that was read."""
+        self.state, self.columns = None, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Go on with these rows."""
+        if self.state is not None:
+            self.state = self.state.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these rows."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Go on with so many copies of each row."""
+        if self.state is not None:
+            rows = torch.arange(self.batch_size, device=self.state.lengths.device)
+            self.state = self.state.select(rows.repeat_interleave(repeats))
+
+    def activate_past_recording(self) -> None:
+        """Refused: see ``crop``."""
+        raise ValueError(_NO_ASSISTANT)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: a state has no way back."""
+        raise ValueError(_NO_ASSISTANT)
+
+
+class NatslCache(Cache):
+    """What ``past_key_values`` or ``cache`` is for natsl's models; made by ``NatslForCausalLM.new_cache``."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[NatslLayer()])
+        self._is_user_defined = False  # ``generate`` is to return it
+
+    @property
+    def layer(self) -> NatslLayer:
+        """The one that holds everything."""
+        layer = self.layers[0]
+        assert isinstance(layer, NatslLayer)
+        return layer
+
+
+class NatslForCausalLM(PreTrainedModel, GenerationMixin):
+    """``RoutedLM`` under the policy of its configuration.
+
+    The attribute ``model`` is the ``RoutedLM``, ``config.policy`` its policy, which ``policy=`` of a call or of
+    ``generate`` replaces. Trained on with ``labels``, all weights but the routers' get gradients.
+    """
+
+    config: NatslConfig
+    model: RoutedLM
+    config_class = NatslConfig
+    base_model_prefix = PREFIX.removesuffix(".")
+    _keep_in_fp32_modules_strict = list(FLOAT32)  # noqa: RUF012
+    _is_stateful = True  # which refuses assisted decoding
+    _supports_sdpa = True  # the usual default; attention is natsl's own whatever is chosen
+
+    def __init__(self, config: NatslConfig) -> None:
+        super().__init__(config)
+        self.model = RoutedLM(config.shape, config.calibration_points, config.precision)
+        self.model.supernet_kinds = config.supernet_kinds
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_pretrained(  # type: ignore[no-untyped-def]
+        cls, pretrained_model_name_or_path, *model_args: Any, **kwargs: Any
+    ):
+        """As of any model; of a folder made by natsl export, the files are compared with its manifest first.
+
+        Raises ``ValueError`` for a file that has changed, weights that are missing or not finite, and a policy or a
+        calibration table that does not fit.
+        """
+        folder = Path(os.fspath(pretrained_model_name_or_path or ""))
+        faults = file_faults(folder) if (folder / "manifest.json").is_file() else []
+        if faults:
+            raise UserError(faults[0])
+        wanted = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise UserError(f"{pretrained_model_name_or_path} lacks weights of the model: {', '.join(missing)}")
+        check_model(model.model, model.config.policy)
+        return (model, info) if wanted else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As of any model; ``ValueError`` for a folder made by natsl export, which this would make useless."""
+        if (Path(save_directory) / "manifest.json").is_file():
+            raise UserError(f"{save_directory} is an exported model with checksums: choose another folder")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        policy: RoutingPolicy | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits of the next tokens, and the loss if there are ``labels``.
+
+        input_ids [B,T] int64; the id V, one past the vocabulary, is padding. ``attention_mask`` [B,T] or [B,P+T], 0 on
+        padding, which may be on either side of a row, never between its tokens; what padding gets is unspecified.
+        ``position_ids``: must be those that count each row's real tokens. ``past_key_values`` or ``cache``: what
+        ``new_cache`` has made; it is updated. ``use_cache``: make one where there is none. ``labels`` [B,T]: as
+        ``input_ids``, −100 where nothing is scored; the loss is the mean over the tokens that follow a real one.
+        ``logits_to_keep``: the last so many columns, 0 all of them, or these columns. ``policy``: instead of the
+        configuration's. Raises ``ValueError`` for what does not fit.
+        """
+        if past_key_values is not None and cache is not None:
+            raise ValueError("past_key_values and cache are two names of one argument: give one of them")
+        own = self._own_cache(past_key_values if cache is None else cache)
+        if own is None and use_cache:
+            own = self.new_cache()
+        layer = None if own is None else own.layer
+        if layer is not None and layer.state is None:
+            layer.state = self.model.new_cache(len(input_ids))
+        real = self._real(input_ids, attention_mask, 0 if layer is None else layer.columns)
+        if position_ids is not None and (layer is None or not layer.columns):
+            _check_positions(position_ids, input_ids, real)
+        layout = None
+        if real is not None:
+            input_ids, layout = input_ids.masked_fill(~real, 0), Layout.padded(real)
+        # natsl counts the last tokens from each row's last real one
+        last = isinstance(logits_to_keep, int) and logits_to_keep > 0 and labels is None
+        last = last and (real is None or bool(real[:, -1].all()))
+        logits = self.model(
+            input_ids,
+            self.config.policy if policy is None else policy,
+            layout=layout,
+            cache=None if layer is None else layer.state,
+            logits_to_keep=min(logits_to_keep, input_ids.shape[1]) if last else None,
+        ).logits
+        if layer is not None:
+            layer.columns += input_ids.shape[1]
+        loss = None if labels is None else _loss(logits, labels, real)
+        if isinstance(logits_to_keep, Tensor):
+            logits = logits[:, logits_to_keep]
+        elif logits_to_keep and not last:
+            logits = logits[:, -logits_to_keep:]
+        output = CausalLMOutputWithPast(loss=loss, logits=logits)
+        if own is not None:
+            output[_CACHE] = own
+        return output.to_tuple() if return_dict is False else output
+
+    def new_cache(self) -> NatslCache:
+        """An empty cache, for ``past_key_values`` or ``cache`` of a call or of ``generate``."""
+        return NatslCache()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The table of embeddings."""
+        return self.model.embed
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The output layer; None: it is the table of embeddings."""
+        return self.model.head
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Refused: the vocabulary belongs to the shape of the model."""
+        raise ValueError("the vocabulary of an exported model cannot be resized: train one with another vocab_size")
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: it keeps keys and values itself, which are only half of natsl's state."""
+        raise ValueError("generate_batch is not supported: use generate, which takes batches of any lengths")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """``RoutedLM`` has initialised itself."""
+
+    def _prepare_cache_for_generation(  # type: ignore[override]  # the library's returns None too
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if generation_config.is_assistant:
+            raise ValueError(_NO_ASSISTANT)
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation = {kind!r} is not supported: natsl's models have a cache of their own"
+            )
+        given = [model_kwargs.pop(name, None) for name in ("past_key_values", "cache")]
+        if None not in given:
+            raise ValueError("past_key_values and cache are two names of one argument: give one of them")
+        cache = self._own_cache(given[0] or given[1])
+        if cache is not None:
+            cache._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            cache = self.new_cache()
+        if cache is not None:
+            model_kwargs[_CACHE] = cache
+
+    def _own_cache(self, cache: Any) -> NatslCache | None:
+        """A cache of natsl's, in place of an empty one of another kind; ``ValueError`` for one that has read tokens."""
+        if cache is None or isinstance(cache, NatslCache):
+            return cache
+        if isinstance(cache, Cache) and cache.get_seq_length() == 0:
+            return self.new_cache()
+        raise ValueError(f"the cache is a {type(cache).__name__} of another model: make one with model.new_cache()")
+
+    def _real(self, input_ids: Tensor, attention_mask: Tensor | None, columns: int) -> Tensor | None:
+        """Which tokens are no padding, bool [B,T]; None: all are. Waits for the device."""
+        real = input_ids != self.config.vocab_size
+        if attention_mask is not None:
+            B, T = input_ids.shape
+            if attention_mask.dim() != 2 or len(attention_mask) != B or attention_mask.shape[1] not in (T, columns + T):
+                shape = tuple(attention_mask.shape)
+                raise ValueError(
+                    f"attention_mask is {shape}: it must be {(B, T)} or, with what was read, {(B, columns + T)}"
+                )
+            real = real & (attention_mask[:, -T:] > 0)
+        return None if bool(real.all()) else real
+
+
+def _check_positions(position_ids: Tensor, input_ids: Tensor, real: Tensor | None) -> None:
+    expected = torch.ones_like(input_ids).cumsum(1) - 1 if real is None else real.long().cumsum(1) - 1
+    wrong = position_ids.to(expected.device) != expected
+    if bool((wrong if real is None else wrong & real).any()):
+        raise ValueError(
+            "position_ids must count the real tokens of each row from 0: several sequences in a row are not supported"
+        )
+
+
+def _loss(logits: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:
+    """Mean loss in nats, float32, of the labels that follow a real token."""
+    targets = labels[:, 1:]
+    if real is not None:
+        targets = targets.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten().to(logits.device))
+
+
+def register() -> None:
+    """Make ``AutoModelForCausalLM`` know it."""
+    AutoModelForCausalLM.register(NatslConfig, NatslForCausalLM, exist_ok=True)
