@@ -109,8 +109,9 @@ def _bar(share: float | None) -> str:
 def _scores(made_from: Mapping[str, Any], sample: Mapping[str, Any]) -> list[str]:
     whole, own = made_from.get("measured") or {}, sample["scores"] or {}
     names = [name for name in {**whole, **own} if any(isinstance(x.get(name), float) for x in (whole, own))]
+    note = "The folder holds no sequences: the text of the run was not there, or none were wanted."
     if not names:
-        return ["None: the text of the run was not there, or no sequences were wanted."]
+        return [note]
 
     def shown(values: Mapping[str, Any], name: str) -> str:
         value = values.get(name)
@@ -122,7 +123,8 @@ def _scores(made_from: Mapping[str, Any], sample: Mapping[str, Any]) -> list[str
         "| --- | --- | --- |",
         *rows,
         "",
-        "Losses in nats per token, errors as shares. The sequences are the first few of each task's test part.",
+        "Losses in nats per token, errors as shares of the answers.",
+        "The sequences are the first few of each task's test part." if own else note,
     ]
 
 

@@ -145,6 +145,18 @@ class ExportConfig(_Choosing):
 
 
 @dataclass
+class VerifyConfig:
+    """Repeat the checks of an exported folder, anywhere: one line for each, exit code 1 if one fails.
+
+    ``export``: a folder made by natsl export. Files against their checksums; then, by natsl's own loader and by
+    transformers where it is installed: the supernet's logits, reading in pieces, batches and padding against one pass,
+    generation, and the scores of the sequences that the folder holds.
+    """
+
+    export: str = "???"  # must be given
+
+
+@dataclass
 class GenerateConfig(_Choosing):
     """Continue prompts with a point of a run's front, any other policy, or an exported model.
 
@@ -369,6 +381,20 @@ def run_export(config: ExportConfig) -> None:
     tokens = trained_on_tokens(Choice(export=str(folder)))
     options = {"export": str(folder)} if tokens else {"export": str(folder), "prompt": "def "}
     print(f"try it: {command('evaluate' if tokens else 'generate', options)}")
+
+
+def run_verification(config: VerifyConfig) -> int:
+    """Print what each check of a folder finds; 1 if one fails."""
+    from natsl.hf import transformers_version
+    from natsl.verify import checks
+
+    failed = False
+    for result in checks(user_path(config.export, "export")):
+        failed |= result.fault is not None
+        print(result.line(), flush=True)
+    if transformers_version() is None:
+        print("note: transformers is not installed, or too old: natsl's own loader only", file=sys.stderr)
+    return int(failed)
 
 
 class _Printer:

@@ -43,6 +43,12 @@ VERBS = {
             "natsl.cli.commands:ExportConfig",
         ),
         Verb(
+            "verify",
+            "check that an exported folder still gives what it gave",
+            "natsl.cli.commands:run_verification",
+            "natsl.cli.commands:VerifyConfig",
+        ),
+        Verb(
             "generate",
             "continue a prompt",
             "natsl.cli.commands:run_generation",
