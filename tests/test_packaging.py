@@ -13,15 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from natsl.generate import Sampling, generate
+from natsl.load import load_exported
+from tests.run_helpers import make_run
+
 ROOT = Path(__file__).parents[1]
 BUILD_INPUTS = ("pyproject.toml", "README.md", "LICENSE", "natsl", "kernels", "space", "search", "conf")
 
 
-def run(*command: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(*command: str, cwd: Path, path: Path | list[Path] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder that is not the checkout, with ``path`` as the only addition to the import path."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if path is not None:
-        environment["PYTHONPATH"] = str(path)
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, path if isinstance(path, list) else [path]))
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -123,3 +127,34 @@ def test_installed_script_runs_in_another_folder(script: str, installed: Path, t
     assert result.returncode == 0, result.stderr
     module = run(sys.executable, "-m", "natsl.search", "--help", cwd=tmp_path, path=installed).stdout
     assert result.stdout == module.replace("python -m natsl.search", script)
+
+
+LOAD = """
+import sys, natsl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForCausalLM, AutoTokenizer))
+inputs = tokenizer(["def f", "import os"], padding=True, return_tensors="pt")
+print(model.generate(**inputs, max_new_tokens=12)[:, -12:].tolist())
+import kernels
+print(kernels.owner, "natsl.kernels.pages" in sys.modules, natsl.__file__)
+"""
+
+
+def test_an_export_loads_beside_another_package_named_kernels(installed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.23")
+    make_run(tmp_path)
+    command = ("-m", "natsl", "export", "run=r", f"root={tmp_path}", "name=mine")
+    done = run(sys.executable, *command, cwd=tmp_path, path=installed)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "r" / "export" / "mine"
+    (tmp_path / "site" / "kernels").mkdir(parents=True)
+    (tmp_path / "site" / "kernels" / "__init__.py").write_text("owner = 'somebody else'\n__version__ = '0.0.1'\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path = [installed, tmp_path / "site"]
+    result = run(sys.executable, "-c", LOAD, str(folder), cwd=elsewhere, path=path)
+    assert result.returncode == 0, result.stderr
+    model, policy = load_exported(folder)
+    prompts = (b"def f", b"import os")
+    expected = [list(generate(model, policy, [*prompt], 12, Sampling(0))) for prompt in prompts]
+    assert result.stdout.splitlines() == [str(expected), f"somebody else True {installed / 'natsl' / '__init__.py'}"]
