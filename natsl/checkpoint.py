@@ -11,6 +11,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a new safetensors file, durably; ``UserError`` if that is impossible."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    except SafetensorError as error:  # it hides the system's error, such as a full disk, in its text
+        raise UserError(f"{path} cannot be written: {error}") from None
+    with path.open("rb+") as file:
+        sync(file.fileno())
+    follow_umask(path)
 
 
 def steps(folder: Path) -> list[int]:

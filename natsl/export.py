@@ -22,10 +22,8 @@ from natsl.errors import UserError
 from natsl.files import (
     check_name,
     child_folder,
-    follow_umask,
     read_config,
     read_json,
-    sync,
     sync_folder,
     temporary_path,
     to_plain,
@@ -42,15 +40,18 @@ from natsl.verify import verify, write_sample
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
     from torch import Tensor
 
+    from natsl.data import TaskData
     from natsl.model import RoutedLM
     from natsl.tasks.sequences import Batch
 
 _LOG = logging.getLogger(__name__)
 
 
-def export_point(run: Run, pick: str = "knee", name: str | None = None, overwrite: bool = False) -> Path:
+def export_point(
+    run: Run, pick: str = "knee", name: str | None = None, overwrite: bool = False, data: TaskData | None = None
+) -> Path:
     """``export_choice`` of a point of a run's front; pick: see ``read_point``."""
-    return export_choice(Choice(run=run.name, root=str(run.path.parent), pick=pick), name, overwrite)
+    return export_choice(Choice(run=run.name, root=str(run.path.parent), pick=pick), name, overwrite, data=data)
 
 
 def export_choice(
@@ -59,13 +60,14 @@ def export_choice(
     overwrite: bool = False,
     dtype: Precision = Precision.float32,
     sequences: int = 8,
+    data: TaskData | None = None,
 ) -> Path:
     """Write the model and the policy that a choice takes from a run to ``run/export/<name>`` and return that folder.
 
     name: of the folder (None: the point's id or ``policy-<digest>``, and the name of a calibration that is not
     training's). dtype: of the weights, but for those that routes depend on. sequences: so many of the test part of each
-    task go along to be scored again. The folder appears whole and verified, or not at all. ``UserError`` for a bad
-    name, a folder that exists (without ``overwrite``), or a model that cannot be used.
+    task go along to be scored again; data: the run's, if it is in memory. The folder appears whole and verified, or not
+    at all. ``UserError`` for a bad name, a folder that exists (without ``overwrite``), or a model that cannot be used.
     """
     if name is not None:
         check_name(name, "name")
@@ -93,7 +95,7 @@ def export_choice(
         exported = trimmed(model, policy)
         if dtype is Precision.bfloat16:
             exported = model = _rounded(exported)
-        sets = _held_out_sets(run, model, sequences)
+        sets = _held_out_sets(run, model, sequences, data)
         _write(temporary, exported, policy, made_from, dtype)
         write_sample(temporary, model, policy, sets)
         _seal(temporary)
@@ -148,20 +150,21 @@ def _may_be_rounded(name: str, weight: Tensor) -> bool:
     return weight.is_floating_point() and not name.startswith("calibration.") and not any(x in name for x in FLOAT32)
 
 
-def _held_out_sets(run: Run, model: RoutedLM, sequences: int) -> dict[str, Batch]:
+def _held_out_sets(run: Run, model: RoutedLM, sequences: int, data: TaskData | None) -> dict[str, Batch]:
     """Sequences of each task from the test part of a run's text; none where that has changed or is gone."""
     from natsl.data import Split
     from natsl.heldout import held_out
 
     if sequences == 0:
         return {}
-    choice = Choice(run=run.name, root=str(run.path.parent), budget=0.0)
-    try:
-        held = held_out(choice, OtherTextConfig(), model.config.vocab_size, allow_other=False)
-    except UserError as error:
-        _LOG.info("no sequences go along with the export: %s", error)
-        return {}
-    return {task: batch.rows(slice(0, sequences)) for task, batch in held.data.eval_sets(Split.test).items()}
+    if data is None:
+        choice = Choice(run=run.name, root=str(run.path.parent))
+        try:
+            data = held_out(choice, OtherTextConfig(), model.config.vocab_size, allow_other=False).data
+        except UserError as error:
+            _LOG.info("no sequences go along with the export: %s", error)
+            return {}
+    return {task: batch.rows(slice(0, sequences)) for task, batch in data.eval_sets(Split.test).items()}
 
 
 def _write(
@@ -172,21 +175,11 @@ def _write(
     dtype: Precision = Precision.float32,
 ) -> None:
     """Write all that is needed to run the model, and the manifest."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+    from natsl.checkpoint import write_tensors
     from natsl.tasks.sequences import BYTES
     from natsl.tokenizer import tokenizer_files
 
-    weights = folder / "model.safetensors"
-    tensors = {PREFIX + name: weight.contiguous() for name, weight in _stored(model, dtype).items()}
-    try:
-        save_file(tensors, weights, {"format": "pt"})
-    except SafetensorError as error:  # it hides the system's error, such as a full disk, in its text
-        raise UserError(f"{weights} cannot be written: {error}") from None
-    with weights.open("rb+") as file:
-        sync(file.fileno())
-    follow_umask(weights)
+    write_tensors(folder / "model.safetensors", {PREFIX + k: weight for k, weight in _stored(model, dtype).items()})
     own = {
         "format": EXPORT_FORMAT,
         "version": __version__,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from natsl.errors import UserError
-from natsl.files import follow_umask, read_json, write_json
+from natsl.files import read_json, write_json
 from natsl.hf import transformers_version
 from natsl.load import file_faults, load_exported
 
@@ -68,19 +68,18 @@ class _Loaded:
 def write_sample(folder: Path, model: RoutedLM, policy: RoutingPolicy, sets: Mapping[str, Batch]) -> None:
     """Store in an export what its checks compare with: the model's logits for a probe, ``sets`` and their scores."""
     import torch
-    from safetensors.torch import save_file
 
+    from natsl.checkpoint import write_tensors
     from natsl.evaluate import evaluate
 
     tokens = _probe(model)
     with torch.no_grad():
         logits = model(tokens, policy, logits_to_keep=LAST).logits.float()
-    tensors = {"probe": tokens, "logits": logits.contiguous()}
+    tensors = {"probe": tokens, "logits": logits}
     for task, batch in sets.items():
         for name in ("tokens", "targets", "recall", "relevant"):
-            tensors[f"{task}.{name}"] = getattr(batch, name).contiguous()
-    save_file(tensors, folder / SAMPLE)
-    follow_umask(folder / SAMPLE)
+            tensors[f"{task}.{name}"] = getattr(batch, name)
+    write_tensors(folder / SAMPLE, tensors)
     scores = evaluate(model, policy, sets).to_dict() if sets else None
     in_bytes = all(batch.in_bytes for batch in sets.values())
     write_json(folder / SCORES, {"tasks": list(sets), "in_bytes": in_bytes, "scores": scores})

@@ -166,10 +166,10 @@ def trials_reported(run: Run) -> int:
     return len(read_json(run.front_json)["hypervolume_history"]) if reported else 0
 
 
-def export_knee(run: Run) -> Path | None:
+def export_knee(run: Run, data: TaskData | None = None) -> Path | None:
     """The folder with the exported knee of a run's front, made unless it is there (None: the front has no knee).
 
-    ``UserError`` if what is there is damaged or another model: it is left as it is.
+    ``data``: as in ``export_point``. ``UserError`` if what is there is damaged or another model: it is left as it is.
     """
     from natsl.export import export_point
     from natsl.load import load_exported, read_point
@@ -179,7 +179,7 @@ def export_knee(run: Run) -> Path | None:
     point = read_point(run, "knee")
     folder = run.exports / str(point["id"])
     if not folder.exists():
-        return export_point(run, "knee")
+        return export_point(run, "knee", data=data)
     _, policy = load_exported(folder)
     made_from = read_json(folder / "provenance.json")
     same = made_from.get("checkpoint", {}).get("sha256") == point["fingerprint"]["supernet"]
@@ -229,7 +229,7 @@ class _Search:
             front = replace(front, lengths=self._at_lengths(front, lengths, scorer))
         self._write(front)
         journal.front(front)
-        exported = export_knee(folder) if self.config.export else None
+        exported = export_knee(folder, self.data) if self.config.export else None
         print_front(front, folder, f"{self._verb} {self._select}", exported)
         return front
 

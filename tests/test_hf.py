@@ -214,6 +214,11 @@ def test_what_routes_depend_on_is_never_rounded(dtype: torch.dtype, exported: Pa
     assert torch.equal(*texts)
 
 
+def test_a_loaded_model_is_not_cast(lm: Any) -> None:
+    with pytest.raises(ValueError, match=r"what routes depend on has been rounded: load with from_pretrained"):
+        copy.deepcopy(lm).to(torch.bfloat16)(torch.tensor([[1, 2]]))
+
+
 def test_an_export_in_bfloat16(tmp_path: Path) -> None:
     make_run(tmp_path)
     folder = export_choice(Choice(run="r", root=str(tmp_path)), dtype=Precision.bfloat16)  # verified by both loaders

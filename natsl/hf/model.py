@@ -147,8 +147,8 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
         Raises ``ValueError`` for a file that has changed, weights that are missing or not finite, and a policy or a
         calibration table that does not fit.
         """
-        folder = Path(os.fspath(pretrained_model_name_or_path or ""))
-        faults = file_faults(folder) if (folder / "manifest.json").is_file() else []
+        folder = None if pretrained_model_name_or_path is None else Path(pretrained_model_name_or_path)
+        faults = file_faults(folder) if folder is not None and (folder / "manifest.json").is_file() else []
         if faults:
             raise UserError(faults[0])
         wanted = kwargs.pop("output_loading_info", False)
@@ -194,6 +194,10 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if past_key_values is not None and cache is not None:
             raise ValueError("past_key_values and cache are two names of one argument: give one of them")
+        if self.model.calibration.levels.dtype is not torch.float64:
+            raise ValueError(
+                "what routes depend on has been rounded: load with from_pretrained(…, dtype=…), not .to(dtype)"
+            )
         own = self._own_cache(past_key_values if cache is None else cache)
         if own is None and use_cache:
             own = self.new_cache()
