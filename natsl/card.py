@@ -22,7 +22,7 @@ def card(folder: Path, results: Sequence[Result]) -> str:
     own, dtype = config["natsl"], config["dtype"]
     policy = RoutingPolicy.from_dict(own["policy"])
     shape = own["model"]
-    measured = made_from.get("measured") or sample["scores"] or {}
+    kept = [(scores or {}).get("kept_by_head") for scores in (made_from.get("measured"), sample["scores"])]
     kinds = ", ".join(
         f"{own['supernet_layers'].count(op.value)} {op.value}" for op in Op if op.value in own["supernet_layers"]
     )
@@ -45,7 +45,7 @@ def card(folder: Path, results: Sequence[Result]) -> str:
         "D: delta rule only, S: every chunk, .25: a budget, θ: a threshold, ≤: a cap.",
         "",
         "```",
-        *_drawing(policy.layers, measured.get("kept_by_head")),
+        *_drawing(policy.layers, kept[0] or kept[1]),
         "```",
         "",
         "## Scores",

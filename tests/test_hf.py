@@ -22,8 +22,9 @@ from natsl.generate import Sampling, generate
 from natsl.load import Choice, load_exported
 from natsl.model import RoutedLM
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
-from tests.run_helpers import BUDGET, KINDS, make_model, make_run
-from tests.test_load import seal
+from natsl.verify import checks
+from tests.run_helpers import BUDGET, KINDS, make_model, make_run, save
+from tests.test_load import Trap, seal
 
 pytest.importorskip("transformers", minversion="5.23")
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -34,13 +35,22 @@ from natsl.hf.model import NatslCache, NatslForCausalLM
 ROOT = Path(__file__).parents[1]
 PROMPTS = ([*b"def main(x, y):"], [97], [*b"a longer one, of more chunks ", 259, 331, *b" than two"])
 COUNT = 21
+STATIC = RoutingPolicy((LayerPolicy(budget=(1.0, 0.0)), LayerPolicy(Op.delta), LayerPolicy(budget=0.0)), 8)
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export whose layers matter: a new model just repeats the last token."""
+    run, model = make_run(tmp_path_factory.mktemp("runs")), make_model()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.get_submodule("mixer").out_proj.weight.mul_(20)  # type: ignore[operator, union-attr]
+        for table in (model.calibration.by_layer, model.calibration.by_head):
+            table.mul_(5)
+    save(run, model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("natsl.export.verify", lambda folder: [])
-        return export_point(make_run(tmp_path_factory.mktemp("runs")))
+        return export_point(run)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +62,11 @@ def lm(exported: Path) -> Any:
 def expected(exported: Path) -> list[list[int]]:
     """What natsl itself puts after each prompt."""
     model, policy = load_exported(exported)
-    return [list(generate(model, policy, prompt, COUNT, Sampling(0))) for prompt in PROMPTS]
+    texts = [list(generate(model, policy, prompt, COUNT, Sampling(0))) for prompt in PROMPTS]
+    assert all(len(set(tokens)) > 9 for tokens in texts)
+    kept = [layer.route.mean() for layer in model(torch.tensor([PROMPTS[2] + texts[2]]), policy).layers]
+    assert all(0 < float(kept[i]) < 1 for i in (0, 2))
+    return texts
 
 
 def batch(prompts: Any = PROMPTS) -> dict[str, Tensor]:
@@ -74,8 +88,7 @@ def test_what_is_loaded(lm: Any, exported: Path) -> None:
     tokens = torch.randint(384, (2, 43))
     assert torch.equal(lm(tokens).logits, model(tokens, policy).logits)
     assert lm.generation_config.pad_token_id == 384
-    static = RoutingPolicy((LayerPolicy(budget=(1.0, 0.0)), LayerPolicy(Op.delta), LayerPolicy(budget=0.0)), 8)
-    assert torch.equal(lm(tokens, policy=static).logits, model(tokens, static).logits)
+    assert torch.equal(lm(tokens, policy=STATIC).logits, model(tokens, STATIC).logits)
 
 
 def test_greedy(lm: Any, expected: list[list[int]]) -> None:
@@ -83,6 +96,13 @@ def test_greedy(lm: Any, expected: list[list[int]]) -> None:
         ids = torch.tensor([prompt])
         for options in ({}, {"use_cache": False}):
             assert after(ids, lm.generate(ids, max_new_tokens=COUNT, **options)) == [tokens]
+
+
+def test_another_policy(lm: Any) -> None:
+    ids = torch.tensor([PROMPTS[2]])
+    expected = list(generate(lm.model, STATIC, PROMPTS[2], COUNT, Sampling(0)))
+    assert expected != list(generate(lm.model, BUDGET, PROMPTS[2], COUNT, Sampling(0)))
+    assert after(ids, lm.generate(ids, max_new_tokens=COUNT, policy=STATIC)) == [expected]
 
 
 @pytest.mark.parametrize("size", [None, 3, 8, 11], ids=["at once", "3", "a chunk", "11"])
@@ -208,7 +228,8 @@ def test_what_routes_depend_on_is_never_rounded(dtype: torch.dtype, exported: Pa
         torch.testing.assert_close(rounded[name], exact[name], rtol=0, atol=0, equal_nan=True)
         assert name.endswith(".weight") == ("router" in name)
     tokens = torch.randint(384, (2, 30))
-    assert float((half(tokens).logits.float() - lm(tokens).logits).abs().max()) < 0.3
+    # of the mean: a margin near its threshold may route a chunk otherwise
+    assert 0 < float((half(tokens).logits.float() - lm(tokens).logits).abs().mean()) < 0.1
     ids = batch()["input_ids"]
     texts = [half.generate(ids, max_new_tokens=COUNT, use_cache=use_cache) for use_cache in (True, False)]
     assert torch.equal(*texts)
@@ -219,9 +240,24 @@ def test_a_loaded_model_is_not_cast(lm: Any) -> None:
         copy.deepcopy(lm).to(torch.bfloat16)(torch.tensor([[1, 2]]))
 
 
+def faults(folder: Path) -> list[str]:
+    """What the checks find, by both loaders."""
+    results = list(checks(folder))
+    assert len({result.loader for result in results}) == 2
+    return [result.line() for result in results if result.fault is not None]
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the fresh process."""
+    monkeypatch.setattr("natsl.export.verify", lambda folder: [])
+
+
+@pytest.mark.usefixtures("fast")
 def test_an_export_in_bfloat16(tmp_path: Path) -> None:
     make_run(tmp_path)
-    folder = export_choice(Choice(run="r", root=str(tmp_path)), dtype=Precision.bfloat16)  # verified by both loaders
+    folder = export_choice(Choice(run="r", root=str(tmp_path)), dtype=Precision.bfloat16)
+    assert faults(folder) == []
     stored = AutoModelForCausalLM.from_pretrained(folder)
     assert stored.dtype is torch.bfloat16
     model, policy = load_exported(folder)
@@ -316,6 +352,19 @@ def test_weights_that_are_not_finite_or_missing(exported: Path, tmp_path: Path) 
     seal(folder)
     with pytest.raises(UserError, match=f"lacks weights of the model: {name}"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_pickle_posing_as_weights_is_never_executed(exported: Path, tmp_path: Path) -> None:
+    folder = damaged(exported, tmp_path)
+    torch.save(Trap(tmp_path / "executed"), folder / "model.safetensors")
+    seal(folder)
+    with pytest.raises(Exception, match=r"(?i)header|deserializing"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_policy_that_does_not_fit(exported: Path, tmp_path: Path) -> None:
@@ -415,11 +464,13 @@ def test_an_unknown_transformers_still_imports(tmp_path: Path) -> None:
     assert fresh(code, str(tmp_path), cwd=ROOT) == "True\n"
 
 
+@pytest.mark.usefixtures("fast")
 def test_a_model_trimmed_to_its_policy(tmp_path: Path) -> None:
     make_run(tmp_path)
     policy = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(Op.delta), BUDGET.layers[2]), 8)
     (tmp_path / "p.json").write_text(policy.to_json())
     folder = export_choice(Choice(run="r", root=str(tmp_path), policy=str(tmp_path / "p.json")))
+    assert faults(folder) == []
     model, stored = load_exported(folder)
     assert (model.kinds, model.supernet_kinds, stored) == ([Op.delta, Op.delta, Op.routed], KINDS, policy)
     names = AutoModelForCausalLM.from_pretrained(folder).state_dict()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from natsl.card import card
 from natsl.cli.commands import VerifyConfig, run_verification
 from natsl.errors import UserError
 from natsl.export import export_choice
@@ -136,6 +137,25 @@ def test_an_export_of_before(folder: Path) -> None:
     assert faults(folder) == [
         "FAILED natsl: sample: the folder has nothing to compare with: it was made by an older natsl"
     ]
+
+
+def test_the_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    natsl_only(monkeypatch)
+    text = card(folder, list(checks(folder)))
+    assert "AutoModelForCausalLM.from_pretrained" in text
+    kept = read_json(folder / "verification.json")["scores"]["kept_by_head"]
+    for start, share in (
+        ("layer  0  .3          head 0    ", kept[0][0]),
+        ("layer  2  .6≤.5       head 0    ", kept[2][0]),
+    ):
+        (line,) = [line for line in text.splitlines() if line.startswith(start)]
+        assert line == start + "█" * round(20 * share) + "·" * (20 - round(20 * share)) + f" {100 * share:5.1f} %"
+    assert "layer  1  D           all heads ····················   0.0 %" in text.splitlines()
+    assert "- run: r\n- point: t0002\n" in text
+    assert "- natsl: logits: the supernet's differ by 0" in text
+    assert "transformers was not installed: only natsl's own loader was checked." in text
+    both = [Result("natsl", "files", "good"), Result("transformers 5.23.0", "logits", "good")]
+    assert "transformers was not installed" not in card(folder, both)
 
 
 def test_a_folder_that_is_no_export(tmp_path: Path) -> None:
