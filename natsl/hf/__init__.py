@@ -8,7 +8,6 @@ later, ours are added to them (``natsl.hf.config``, ``natsl.hf.model``).
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import re
 import sys
 import warnings
@@ -67,9 +66,11 @@ def register_with_transformers() -> None:
 
 def transformers_version() -> str | None:
     """The version of transformers that is installed; None if there is none that natsl works with."""
+    from importlib import metadata  # which takes longer to import than natsl
+
     try:
-        version = importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
+        version = metadata.version("transformers")
+    except metadata.PackageNotFoundError:
         return None
     numbers = re.match(r"(\d+)\.(\d+)", version)
     return version if numbers and _OLDEST <= (int(numbers[1]), int(numbers[2])) < _NEWEST else None
