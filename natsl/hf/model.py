@@ -81,7 +81,7 @@ class NatslLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Go on with these rows."""
         if self.state is not None:
-            self.state = self.state.select(beam_idx)
+            self.state = self.state.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Go on with these rows."""
@@ -90,8 +90,7 @@ class NatslLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Go on with so many copies of each row."""
         if self.state is not None:
-            rows = torch.arange(self.batch_size, device=self.state.lengths.device)
-            self.state = self.state.select(rows.repeat_interleave(repeats))
+            self.state = self.state.select([row for row in range(self.batch_size) for _ in range(repeats)])
 
     def activate_past_recording(self) -> None:
         """Refused: see ``crop``."""
