@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from natsl.kernels.bench.arguments import positive, share
-from natsl.kernels.shape import CHUNK_SIZES, ELEMENT_BYTES, Case, Shape
+from natsl.kernels.bench.arguments import add_shape, positive, share
+from natsl.kernels.shape import ELEMENT_BYTES, Case, Shape
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
     import torch
@@ -78,12 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add("--lengths", type=_lengths, metavar="T,T,…", help="tokens per sequence (4096 to 131072, and 4096 at batch 8)")
     add("--batch", type=positive, metavar="B", help="sequences, for all lengths (1)")
     add("--fractions", type=_fractions, metavar="F,F,…", help="kept fractions (0.1,0.3,0.5)")
-    add("--heads", type=positive, default=Shape.heads, metavar="R", help="routing heads (%(default)s)")
-    add("--key-dim", type=positive, default=Shape.key_dim, metavar="K", help="key width (%(default)s)")
-    add("--value-dim", type=positive, default=Shape.value_dim, metavar="V", help="value width (%(default)s)")
-    add("--softmax-per-head", type=positive, default=Shape.softmax_per_head, metavar="G",
-        help="softmax heads per routing head (%(default)s)")  # fmt: skip
-    add("--chunk", type=int, choices=CHUNK_SIZES, default=Shape.chunk_size, help="tokens per chunk (%(default)s)")
+    add_shape(out)
     add("--dtype", choices=tuple(ELEMENT_BYTES), default=Shape.dtype, help="(%(default)s)")
     add("--counterfactual", choices=("none", "derivative", "insertion"), default="none",
         help="router gradient of chunks that were left out (%(default)s)")  # fmt: skip

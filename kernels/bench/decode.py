@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from natsl.kernels.bench.arguments import positive, share
-from natsl.kernels.shape import CHUNK_SIZES, Shape
+from natsl.kernels.bench.arguments import add_shape, positive, share
+from natsl.kernels.shape import Shape
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
     import torch
@@ -39,12 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add = out.add_argument
     add("--case", type=_case, action="append", metavar="B×T", help="sequences and tokens, such as 16x32768; repeatable")
     add("--fraction", type=share, default=0.3, metavar="F", help="kept fraction (%(default)s)")
-    add("--heads", type=positive, default=Shape.heads, metavar="R", help="routing heads (%(default)s)")
-    add("--key-dim", type=positive, default=Shape.key_dim, metavar="K", help="key width (%(default)s)")
-    add("--value-dim", type=positive, default=Shape.value_dim, metavar="V", help="value width (%(default)s)")
-    add("--softmax-per-head", type=positive, default=Shape.softmax_per_head, metavar="G",
-        help="softmax heads per routing head (%(default)s)")  # fmt: skip
-    add("--chunk", type=int, choices=CHUNK_SIZES, default=Shape.chunk_size, help="tokens per chunk (%(default)s)")
+    add_shape(out)
     add("--out", type=Path, default=Path("runs/kernels"), metavar="FOLDER", help="where decode.json goes (%(default)s)")
     return out
 

@@ -378,6 +378,9 @@ def run_export(config: ExportConfig) -> None:
 
     folder = export_choice(config.choice(), config.name, config.overwrite, config.dtype, config.sequences)
     print(f"exported to {folder}; a fresh process gave the supernet's logits")
+    if config.sequences:
+        what = f"up to {config.sequences} held-out sequences of each task, to score again; sequences=0 leaves them out"
+        print(f"note: the folder holds {what}", file=sys.stderr)
     tokens = trained_on_tokens(Choice(export=str(folder)))
     options = {"export": str(folder)} if tokens else {"export": str(folder), "prompt": "def "}
     print(f"try it: {command('evaluate' if tokens else 'generate', options)}")
