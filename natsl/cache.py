@@ -72,10 +72,10 @@ class LayerCache:
         Waits for the device, at most once in a chunk.
         """
         if self.pages is not None:
-            self._make_room(torch.ones_like(self.pages.kept), 1, chunk_size)
+            self._make_room(1, 1, chunk_size)
 
-    def _make_room(self, more: Tensor, tokens: int, chunk_size: int) -> None:
-        """Give ``pages`` what it needs to keep ``more`` chunks [B,R] and the open ones, after a call of ``tokens``.
+    def _make_room(self, more: Tensor | int, tokens: int, chunk_size: int) -> None:
+        """Give ``pages`` what it needs to keep ``more`` chunks, [B,R] or of each head, after a call of ``tokens``.
 
         Waits for the device, for single tokens at most once in a chunk.
         """
@@ -272,7 +272,8 @@ def _made_for(model: RoutedLM) -> dict[str, str]:
     """What a model must have in common with the one that made a state: shape, weights (a sample of each), dtype."""
     config = json.dumps(to_plain(model.config), sort_keys=True)
     weights = hashlib.sha256()
-    for name, x in model.named_parameters():
+    buffers = (item for item in model.named_buffers() if not item[0].startswith("calibration."))  # which makes no state
+    for name, x in (*model.named_parameters(), *buffers):
         few = x.detach().flatten()[:: max(1, x.numel() // 256)]
         weights.update(name.encode() + _content(few.cpu()))
     return {

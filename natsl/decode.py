@@ -5,91 +5,123 @@ Shapes: B batch, D width, R routing heads, Hs softmax heads, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from natsl.cache import Cache, LayerCache
-from natsl.compiled import CompiledLayer, CompiledPolicy
-from natsl.kernels.decode import DecodePolicy, DecodeState, DecodeWeights, decode_step
-from natsl.mixer import BIAS_GAIN, RoutedMixer
+from natsl.kernels.decode import LIMITS, DecodePolicy, DecodeState, DecodeWeights, decode_step
+from natsl.kernels.dispatch import resolve
+from natsl.mixer import BIAS_GAIN, RoutedMixer, rotation_rates
 from natsl.model import Block, Policies, RoutedLM
 from natsl.modules import rms_norm, swiglu
 from natsl.space.policy import Op
 
 WARM_UP = 3  # steps before a graph is recorded: kernels are compiled and handles made in the first
+_ALIGNED = (
+    16  # rows of the joined input weight are filled up to a multiple, so that every row of the product is aligned
+)
 
 
 class _Layer(NamedTuple):
-    """A block with its weights as the steps read them, in the dtype that the model computes in."""
+    """The weights of a block as the steps read them, copies, in the dtype that the model computes in."""
 
-    block: Block
-    inputs: Tensor  # of one product: q, k, v, the output's gate, the delta rule's two gates
+    mixer_norm: Tensor
+    inputs: Tensor  # of one product: q, k, v, the output's gate, the delta rule's two gates, zeros
+    columns: int  # of that product without the zeros
+    weights: DecodeWeights
     output: Tensor
+    mlp_norm: Tensor
     mlp_in: Tensor
     mlp_out: Tensor
-    weights: DecodeWeights
 
 
 class Decoder:
-    """A model that goes on from a cache token by token, under one policy for all rows or one for each.
+    """A model that goes on from a cache token by token, under one policy for all rows or several for equal slices.
 
-    ``step`` gives what ``RoutedLM.forward`` gives for one token of every row, but for rounding; it may be called on the
-    same cache in turn with that. The weights are copied when it is made: what changes in the model later is not seen.
-    On CUDA the steps are replayed as a graph, which is recorded anew where the cache needs larger tensors: they double
-    when it does. ``ValueError`` for what ``decode_step`` does not take, a policy or a cache that does not fit.
+    ``step`` gives what ``RoutedLM.forward`` gives for one token of every row, but for rounding; both may go on from the
+    same cache in turn. The weights are copied when it is made: what changes in the model later is not seen. On CUDA
+    (``graph``, None: there) the steps are replayed as a graph, which is recorded anew after another call has used the
+    cache and where the cache needs larger tensors: its pages then grow by a fourth. ``ValueError`` for a model that
+    ``decode_step`` does not take, and for a policy or a cache that does not fit.
     """
 
     def __init__(self, model: RoutedLM, policy: Policies, cache: Cache, graph: bool | None = None) -> None:
-        batch = len(cache.lengths)
-        weight = model.embed.weight
-        cache.check(model.config, batch, weight.device, model.dtype)
+        batch, c, weight = len(cache.lengths), model.config, model.embed.weight
+        cache.check(c, batch, weight.device, model.dtype)
+        sizes = {"K": c.key_dim, "V": c.value_dim, "sequences · softmax heads": batch * c.softmax_heads}
+        reason = LIMITS.reason(model.dtype, c.chunk_size, sizes)
+        if reason is not None:
+            raise ValueError(f"decode_step: {reason}")
+        resolve("triton", "decode_step", weight.device)
         self._model, self._cache = model, cache
-        self._layers = [_prepared(block, model.dtype) for block in model.blocks if isinstance(block, Block)]
-        self._embedding = weight.to(model.dtype)
-        self._head = self._embedding if model.head is None else model.head.weight.to(model.dtype)
-        self._tokens = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-        self._live = torch.ones(batch, dtype=torch.bool, device=weight.device)
+        with self._inference():
+            self._embedding = _copy(weight)
+            self._layers = [_prepared(cast(Block, block), model.dtype) for block in model.blocks]
+            self._norm = _copy(model.norm.weight)
+            self._head = _copy(weight if model.head is None else model.head.weight, model.dtype)
+            self._tokens = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+            self._live = torch.ones(batch, dtype=torch.bool, device=weight.device)
+            self._policies = [_copied(policy) for policy in self._compile(policy)]
+        self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._uses_graph = weight.is_cuda if graph is None else graph
-        self._logits: Tensor | None = None
         self._recorded: list[object] = []  # the parts of the cache that the graph reads
         self._steps = 0
-        self._policy = self._compile(policy)
 
     def set_policy(self, policy: Policies) -> None:
         """Take another policy, for the chunks that end in the steps to come; those that are decided stay as they are.
 
         ``ValueError`` for one that does not fit.
         """
-        self._policy.copy_(self._compile(policy))  # a graph reads it where it is
+        with self._inference():
+            for own, other in zip(self._policies, self._compile(policy), strict=True):
+                for x, y in zip(own, other, strict=True):
+                    x.copy_(y)  # a graph reads it where it is
 
-    def _compile(self, policy: Policies) -> CompiledPolicy:
-        return self._model.compile_policy(policy, len(self._tokens), per_kind=False)
-
-    @torch.no_grad()
     def step(self, tokens: Tensor, live: Tensor | None = None) -> Tensor:
         """Read one more token of every row, int64 [B]: logits [B,V] of the one after it, overwritten by the next step.
 
         ``live`` bool [B]: the rows that have a token (None: all); the others stay as they are and get any logits. Waits
-        for the device once in a chunk at most, to see whether the cache is large enough.
+        for the device once in a chunk at most, to see whether the cache is large enough. ``ValueError`` for tokens that
+        do not fit and a cache that is unusable; on a GPU ids outside the vocabulary are not looked for.
         """
-        cache = self._cache
-        cache.check(self._model.config, len(self._tokens), self._tokens.device, self._model.dtype)
-        self._tokens.copy_(tokens)
-        self._live.fill_(True) if live is None else self._live.copy_(live)
-        with cache.advancing(None):
-            for layer in cache.layers:
-                layer.reserve(self._model.config.chunk_size)
-            if self._uses_graph:
-                self._replay()
-            else:
-                self._logits = self._compute()
+        cache, c = self._cache, self._model.config
+        cache.check(c, len(self._tokens), self._tokens.device, self._model.dtype)
+        for name, x, own in (("tokens", tokens, self._tokens), ("live", live, self._live)):
+            if x is not None and (x.shape != own.shape or x.dtype != own.dtype):
+                form = f"{x.dtype} {tuple(x.shape)}"
+                raise ValueError(f"{name} must be {own.dtype} {tuple(own.shape)}, found {form}")
+        if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < c.vocab_size:
+            raise ValueError(f"tokens = {tokens.tolist()} must lie in [0, {c.vocab_size})")
+        with self._inference():
+            self._tokens.copy_(tokens)
+            self._live.fill_(True) if live is None else self._live.copy_(live)
+            with cache.advancing(None):
+                for layer in cache.layers:
+                    layer.reserve(c.chunk_size)
+                if self._uses_graph:
+                    self._replay()
+                else:
+                    self._logits = self._compute()
         assert self._logits is not None
         return self._logits
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Without gradients, on the model's device, and with tensors that any later call may use."""
+        device = self._model.embed.weight.device
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
+            yield
 
     def _replay(self) -> None:
         parts: list[object] = [self._cache.lengths]
@@ -101,77 +133,91 @@ class Decoder:
                 self._steps += 1
                 self._logits = self._compute()
                 return
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._logits = self._compute()
-            self._graph, self._recorded = graph, parts
+            self._graph, self._recorded = self._record(), parts
         self._graph.replay()
 
+    def _record(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph, recorded and not run."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # else the one of whichever device was the first
+            self._logits = self._compute()
+        return graph
+
     def _compute(self) -> Tensor:
-        model, cache = self._model, self._cache
-        c, dtype = model.config, model.dtype
-        x = F.embedding(self._tokens, model.embed.weight) * math.sqrt(c.width)
-        x = x.to(dtype)
-        for i, layer in enumerate(self._layers):
-            block = layer.block
-            h = rms_norm(x, block.mixer_norm.weight, c.norm_eps)
+        c, cache, dtype = self._model.config, self._cache, self._model.dtype
+        x = (F.embedding(self._tokens, self._embedding) * math.sqrt(c.width)).to(dtype)
+        for layer, state, policy in zip(self._layers, cache.layers, self._policies, strict=True):
+            h = rms_norm(x, layer.mixer_norm, c.norm_eps)
             y = decode_step(
                 h,
-                F.linear(h, layer.inputs),
+                F.linear(h, layer.inputs)[:, : layer.columns],
                 layer.weights,
-                _state(cache.layers[i], cache.lengths, self._live),
-                policy=_policy(self._policy.layer(i)),
+                _state(state, cache.lengths, self._live),
+                policy=policy,
                 heads=c.heads,
                 softmax_per_head=c.softmax_per_head,
                 chunk_size=c.chunk_size,
                 eps=c.norm_eps,
-                rope_theta=c.rope_theta if c.rope else None,
             )
             x = x + F.linear(y, layer.output)
-            h = rms_norm(x, block.mlp_norm.weight, c.norm_eps)
+            h = rms_norm(x, layer.mlp_norm, c.norm_eps)
             x = x + F.linear(swiglu(F.linear(h, layer.mlp_in)), layer.mlp_out)
         cache.lengths += self._live
-        return F.linear(rms_norm(x, model.norm.weight, c.norm_eps), self._head)
+        return F.linear(rms_norm(x, self._norm, c.norm_eps), self._head)
+
+    def _compile(self, policy: Policies) -> list[DecodePolicy]:
+        compiled = self._model.compile_policy(policy, len(self._tokens), per_kind=False)
+        layers = (compiled.layer(i) for i in range(len(self._layers)))
+        return [DecodePolicy(x.threshold, x.cap, x.burst, x.temperature, x.delta_only) for x in layers]
 
 
 def _state(layer: LayerCache, read: Tensor, live: Tensor) -> DecodeState:
     return DecodeState(layer.tail, layer.total, layer.delta, layer.pages, read, live)
 
 
-def _policy(layer: CompiledLayer) -> DecodePolicy:
-    return DecodePolicy(layer.threshold, layer.cap, layer.burst, layer.temperature, layer.delta_only)
+def _copy(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return x.detach().to(dtype or x.dtype, copy=True).contiguous()
 
 
-@torch.no_grad()
+def _copied(policy: DecodePolicy) -> DecodePolicy:
+    """With tensors of its own, which are aligned as views of those of all layers are not."""
+    return DecodePolicy(*(x.clone() for x in policy))
+
+
 def _prepared(block: Block, dtype: torch.dtype) -> _Layer:
     mixer = block.mixer
     projections = [mixer.qkv_proj, mixer.gate_proj]
     if mixer.kind is not Op.softmax:
         projections += [mixer.a_proj, mixer.b_proj]
+    joined = torch.cat([linear.weight for linear in projections]).to(dtype)
     return _Layer(
-        block,
-        torch.cat([linear.weight for linear in projections]).to(dtype),
-        mixer.out_proj.weight.to(dtype),
-        block.mlp.in_proj.weight.to(dtype),
-        block.mlp.out_proj.weight.to(dtype),
-        _mixer_weights(mixer, dtype),
+        mixer_norm=_copy(block.mixer_norm.weight),
+        inputs=F.pad(joined, (0, 0, 0, -len(joined) % _ALIGNED)),
+        columns=len(joined),
+        weights=_mixer_weights(mixer, dtype),
+        output=_copy(mixer.out_proj.weight, dtype),
+        mlp_norm=_copy(block.mlp_norm.weight),
+        mlp_in=_copy(block.mlp.in_proj.weight, dtype),
+        mlp_out=_copy(block.mlp.out_proj.weight, dtype),
     )
 
 
 def _mixer_weights(mixer: RoutedMixer, dtype: torch.dtype) -> DecodeWeights:
+    c, device = mixer.config, mixer.conv.device
     softmax, delta, routed = mixer.kind is not Op.delta, mixer.kind is not Op.softmax, mixer.kind is Op.routed
     router, router_bias = mixer.router.margin_weights() if routed else (None, None)
     return DecodeWeights(
-        conv=mixer.conv,
-        query_norm=mixer.q_norm.weight if softmax else None,
-        key_norm=mixer.k_norm.weight if softmax else None,
+        conv=_copy(mixer.conv),
+        query_norm=_copy(mixer.q_norm.weight) if softmax else None,
+        key_norm=_copy(mixer.k_norm.weight) if softmax else None,
+        rotation=rotation_rates(c.key_dim // c.softmax_per_head, c.rope_theta, device) if softmax and c.rope else None,
         rate=mixer.A_log.float().exp() if delta else None,
         gate_bias=torch.stack((mixer.dt_bias, mixer.b_proj.bias)).float() if delta else None,
-        mix=mixer.mix_proj.weight.to(dtype) if routed else None,
-        mix_bias=mixer.mix_proj.bias if routed else None,
+        mix=_copy(mixer.mix_proj.weight, dtype) if routed else None,
+        mix_bias=_copy(mixer.mix_proj.bias) if routed else None,
         count_bias=BIAS_GAIN * mixer.mix_bias if routed else None,
         router=router,
         router_bias=router_bias,
-        delta_norm=mixer.delta_norm if delta else None,
-        softmax_norm=mixer.softmax_norm if softmax else None,
+        delta_norm=_copy(mixer.delta_norm) if delta else None,
+        softmax_norm=_copy(mixer.softmax_norm) if softmax else None,
     )

@@ -29,13 +29,19 @@ from natsl.space.policy import Op
 BIAS_GAIN = 8.0
 
 
+def rotation_rates(width: int, theta: float, device: torch.device) -> Tensor:
+    """Radians per position of the rotary embedding of a head of this width, float32 [width/2]."""
+    half = width // 2
+    rates: Tensor = theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+    return rates
+
+
 def rotate(x: Tensor, theta: float, positions: Tensor) -> Tensor:
     """Rotary position embedding over the whole head width; x [B,T,H,K], positions [B,T], or [1,T] for all rows."""
-    half = x.shape[3] // 2
-    rate = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    rate = rotation_rates(x.shape[3], theta, x.device)
     angle = positions[..., None, None].to(torch.float32) * rate  # [B,T,1,K/2]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x.split(half, -1)
+    a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 

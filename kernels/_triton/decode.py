@@ -30,7 +30,7 @@ from natsl.kernels.launch.library import on_own_device
 if TYPE_CHECKING:
     from natsl.kernels.decode import DecodePolicy, DecodeState, DecodeWeights
 
-PROGRAMS = 2  # of softmax, per multiprocessor: so many of them fit on it at once
+PER_MULTIPROCESSOR = 2  # programs of softmax: so many of them fit on one at once
 LOWEST = tl.constexpr(-1e30)  # below every score; −inf less −inf would be no number
 
 
@@ -46,16 +46,15 @@ def _convolved(p_new, p_tail, p_conv, o_channel, m_channel, CHANNELS: tl.constex
 
 
 @triton.jit
-def _rotated(b_x, b_pair, o_k, n_read, theta, Ks: tl.constexpr):
+def _rotated(b_x, b_pair, o_k, n_read, p_rotation, Ks: tl.constexpr):
     """Rotary embedding at position ``n_read`` of x, given what is half a width away from every element."""
-    o_rate = (o_k % (Ks // 2)).to(tl.float32)
-    b_angle = n_read.to(tl.float32) * tl.exp(-tl.log(theta) * o_rate / (Ks // 2))
+    b_angle = n_read.to(tl.float32) * tl.load(p_rotation + o_k % (Ks // 2))
     return b_x * tl.cos(b_angle) + tl.where(o_k < Ks // 2, -b_pair, b_pair) * tl.sin(b_angle)
 
 
 @triton.jit
 def _softmax_head(
-    p_new, p_tail, p_conv, p_norm, o_head, o_k, m_k, i_first, n_read, eps, theta,
+    p_new, p_tail, p_conv, p_norm, p_rotation, o_head, o_k, m_k, i_first, n_read, eps,
     CHANNELS: tl.constexpr, Ks: tl.constexpr, W: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     """Queries or keys of softmax heads [G,Ks], normed and at their position, in float32.
@@ -70,7 +69,7 @@ def _softmax_head(
         b_pair = _convolved(p_new, p_tail, p_conv, i_first + o_head * Ks + o_pair, m_k, CHANNELS, W) * b_scale
         b_pair *= tl.load(p_norm + o_pair, mask=o_k < Ks, other=0.0).to(tl.float32)
         dtype = p_new.dtype.element_ty
-        b_y = _rotated(b_y.to(dtype).to(tl.float32), b_pair.to(dtype).to(tl.float32), o_k, n_read, theta, Ks)
+        b_y = _rotated(b_y.to(dtype).to(tl.float32), b_pair.to(dtype).to(tl.float32), o_k, n_read, p_rotation, Ks)
     return b_y.to(p_new.dtype.element_ty).to(tl.float32), b_x
 
 
@@ -78,10 +77,11 @@ def _softmax_head(
 @triton.jit(do_not_specialize=["M"])
 def decode_prepare_kernel(
     p_x, p_inputs, p_tail, p_total, p_decay, p_keys, p_values, p_table, p_kept, p_read, p_live,
-    p_conv, p_query_norm, p_key_norm, p_rate, p_gate_bias, p_mix, p_mix_bias, p_count_bias, p_router, p_router_bias,
+    p_conv, p_query_norm, p_key_norm, p_rotation, p_rate, p_gate_bias, p_mix, p_mix_bias, p_count_bias,
+    p_router, p_router_bias,
     p_threshold, p_cap, p_burst, p_temperature, p_delta_only,
     p_active, p_query, p_gate, p_logit, p_route,
-    eps, theta, M, width,
+    eps, M, width,
     s_inputs_b,
     R: tl.constexpr, G: tl.constexpr, Ks: tl.constexpr, Vs: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
@@ -121,10 +121,38 @@ def decode_prepare_kernel(
         if SOFTMAX:
             n_kept = tl.load(p_kept + i_row)
             b_query, b_q = _softmax_head(
-                p_inputs, p_tail, p_conv, p_query_norm, o_head, o_k, m_k, 0, n_read, eps, theta, CHANNELS, Ks, W, ROPE
+                p_inputs,
+                p_tail,
+                p_conv,
+                p_query_norm,
+                p_rotation,
+                o_head,
+                o_k,
+                m_k,
+                0,
+                n_read,
+                eps,
+                CHANNELS,
+                Ks,
+                W,
+                ROPE,
             )
             b_key, b_k = _softmax_head(
-                p_inputs, p_tail, p_conv, p_key_norm, o_head, o_k, m_k, KEYS, n_read, eps, theta, CHANNELS, Ks, W, ROPE
+                p_inputs,
+                p_tail,
+                p_conv,
+                p_key_norm,
+                p_rotation,
+                o_head,
+                o_k,
+                m_k,
+                KEYS,
+                n_read,
+                eps,
+                CHANNELS,
+                Ks,
+                W,
+                ROPE,
             )
             tl.store(p_query + (i_b.to(tl.int64) * R * G + o_head) * Ks + o_k, b_query, mask=m_k)
             i_page = tl.load(p_table + i_row.to(tl.int64) * M + n_kept)
@@ -143,7 +171,11 @@ def decode_prepare_kernel(
             tl.store(p_active + 2 * KEYS + o_head * Vs + o_v, b_v.to(dtype), mask=m_v)
             p_raw = p_inputs + CHANNELS + R * G * Vs + i_r
             a = tl.load(p_raw).to(tl.float32) + tl.load(p_gate_bias + i_r)
-            log_decay = -tl.load(p_rate + i_r) * (tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a))))
+            # softplus; log(1 + e) of a small e is e, what rounding leaves of it divided out
+            e = tl.exp(-tl.abs(a))
+            above = 1.0 + e
+            softplus = tl.maximum(a, 0.0) + tl.where(above == 1.0, e, tl.log(above) * e / tl.maximum(above - 1.0, 1e-9))
+            log_decay = -tl.load(p_rate + i_r) * softplus
             strength = tl.sigmoid(tl.load(p_raw + R).to(tl.float32) + tl.load(p_gate_bias + R + i_r))
             decay = tl.load(p_decay + i_row) + log_decay
             tl.store(p_gate + i_row * 3, log_decay)
@@ -411,8 +443,8 @@ def decode_mix_kernel(
             o_row = tl.arange(0, ROWS)
             i_page = 1 + n_all // G + tl.sum(tl.load(p_route + o_row, mask=o_row < i_row, other=0), 0)
             n_kept = tl.load(p_kept + i_row) + 1
-            tl.store(p_kept + i_row, n_kept)
-            if (n_kept < M) & (i_page < pages):  # the caller sees to it: this keeps a mistake from other tensors
+            if (n_kept < M) & (i_page < pages):  # the caller sees to it: this keeps a mistake from other pages
+                tl.store(p_kept + i_row, n_kept)
                 tl.store(p_table + i_row.to(tl.int64) * M + n_kept, i_page.to(tl.int64))
     b_y = b_gate * tl.sigmoid(b_gate) * b_mixed
     tl.store(p_y + i_head.to(tl.int64) * Vs + o_v, b_y.to(p_y.dtype.element_ty), mask=m_v)
@@ -433,7 +465,7 @@ class Sizes(NamedTuple):
 def _programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 5  # of the interpreter, one after another
-    return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+    return PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @on_own_device
@@ -445,7 +477,6 @@ def launch(
     policy: DecodePolicy,
     sizes: Sizes,
     eps: float,
-    theta: float | None,
 ) -> Tensor:
     """The three launches; arguments as in ``natsl.kernels.decode.decode_step``, which checks them."""
     (B, width), (R, G, Ks, Vs, W, C) = x.shape, sizes
@@ -456,10 +487,11 @@ def launch(
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    def given(tensor: Tensor | None) -> Tensor:  # what is not there is not read
-        return x if tensor is None else tensor.contiguous()
+    def there(tensor: Tensor | None) -> Tensor:  # what is not there is not read
+        return x if tensor is None else tensor
 
-    active = scratch(B, R * G * (2 * Ks + Vs), dtype=inputs.dtype)
+    channels = R * G * (2 * Ks + Vs)
+    active = scratch(B, channels, dtype=inputs.dtype)
     query, gate, logit = scratch(B, R * G, Ks), scratch(B, R, 3), scratch(B, R * G, 2)
     route, end = scratch(B, R, dtype=torch.int32), scratch(heads, dtype=torch.int32)
     parts = programs + heads - 1 if softmax else 1
@@ -472,20 +504,21 @@ def launch(
     kinds = {"SOFTMAX": softmax, "DELTA": delta is not None}
     block_k, block_v = triton.next_power_of_2(Ks), triton.next_power_of_2(Vs)
     decode_prepare_kernel[(rows, 2 if softmax else 1)](
-        x, inputs, state.tail, given(state.total), decay, *memory, state.read, state.live,
-        *map(given, weights[:10]),
+        x, inputs, state.tail, there(state.total), decay, *memory, state.read, state.live,
+        weights.conv, there(weights.query_norm), there(weights.key_norm), there(weights.rotation), there(weights.rate),
+        there(weights.gate_bias), there(weights.mix), there(weights.mix_bias), there(weights.count_bias),
+        there(weights.router), there(weights.router_bias),
         policy.threshold, policy.cap, policy.burst, policy.temperature, policy.delta_only,
         active, query, gate, logit, route,
-        eps, 0.0 if theta is None else theta, M, width,
+        eps, M, width,
         inputs.stride(0),
         **names, W=W, C=C, BLOCK_G=triton.next_power_of_2(G), BLOCK_K=block_k, BLOCK_V=block_v, BLOCK=1024,
-        **kinds, ROPE=theta is not None, num_warps=8,
+        **kinds, ROPE=weights.rotation is not None, num_warps=8,
     )  # fmt: skip
-    channels = R * G * (2 * Ks + Vs)
     tiles, parts_of_row = triton.cdiv(G * Vs, 32) if delta is not None else 0, triton.cdiv(max(channels, width), 1024)
     decode_memories_kernel[(programs + rows * tiles + B * parts_of_row,)](
         x, inputs, active, query, gate, route, *memory, state.read, state.live,
-        state.tail, given(state.total), border, working, start,
+        state.tail, there(state.total), border, working, start,
         end, peak, total, o_delta,
         Ks**-0.5, (G * Ks) ** -0.5, M, rows, width,
         inputs.stride(0),
@@ -494,7 +527,8 @@ def launch(
         PARTS=parts_of_row, **kinds, num_warps=8,
     )  # fmt: skip
     decode_mix_kernel[(heads,)](
-        inputs, end, peak, total, o_delta, logit, *map(given, weights[10:]), route, memory[3], memory[2], y,
+        inputs, end, peak, total, o_delta, logit, there(weights.delta_norm), there(weights.softmax_norm), route,
+        memory[3], memory[2], y,
         eps, M, rows, n_pages,
         inputs.stride(0),
         **names, BLOCK_V=block_v, BLOCK_PARTS=64, PROGRAMS=programs, ROWS=triton.next_power_of_2(rows), **kinds,

@@ -141,6 +141,7 @@ def step_of(shape: Shape, batch: int, device: str) -> Callable[[DecodeState], Te
             conv=random(R * (2 * K + V), TAPS) * 0.5,
             query_norm=full(1.0, shape.softmax_key_dim),
             key_norm=full(1.0, shape.softmax_key_dim),
+            rotation=None,
             rate=random(R).abs(),
             gate_bias=random(2, R),
             mix=(random(2 * Hs, R * K) * 0.05).bfloat16(),
@@ -191,7 +192,7 @@ def layer_state(shape: Shape, batch: int, tokens: int, fraction: float, seed: in
         total=random(batch, WIDTH),
         delta=DeltaState(border, border.clone(), -random(batch, R).abs(), start),
         pages=pages,
-        read=start + (tokens // C - 1) * C,
+        read=start + tokens // C * C,
         live=torch.ones(batch, dtype=torch.bool, device=device),
     )
 
