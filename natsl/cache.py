@@ -247,11 +247,12 @@ class Cache:
         if tensors.keys() != expected:
             raise UserError(f"state: {file} has other tensors than this natsl reads: use natsl {header['natsl']}")
         device = cache.lengths.device
-        cache.lengths = torch.tensor(header["lengths"], device=device)
-        cache.unread = header["unread"]
-        for i, layer in enumerate(cache.layers):
-            parts = {name: tensors[f"{i}.{name}"].to(device) for name in layer.tensors()}
-            cache.layers[i] = layer.replaced(parts)
+        with torch.inference_mode(False):  # else no call outside it could use the cache
+            cache.lengths = torch.tensor(header["lengths"], device=device)
+            cache.unread = header["unread"]
+            for i, layer in enumerate(cache.layers):
+                parts = {name: tensors[f"{i}.{name}"].to(device, copy=True) for name in layer.tensors()}
+                cache.layers[i] = layer.replaced(parts)
         return cache
 
     @contextmanager

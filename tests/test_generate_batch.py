@@ -292,7 +292,7 @@ def test_a_state_of_several_prompts(run: Run, tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == "".join(
         f"==> prompt {i + 1} of 2 <==\n{decode(row[5:])}\n" for i, row in enumerate(whole)
     )
-    with pytest.raises(UserError, match="holds 2 sequences, but there are 1 prompts"):
+    with pytest.raises(UserError, match="holds 2 sequences, but 1 are to be continued"):
         run_generation(config(run, prompt="x", **options))
 
 

@@ -446,7 +446,7 @@ def run_generation(config: GenerateConfig) -> None:
     if cache is None:
         cache = model.new_cache(len(texts))
     if len(cache.unread) != len(texts):
-        raise UserError(f"state: {state} holds {len(cache.unread)} sequences, but there are {len(texts)} prompts")
+        raise UserError(f"state: {state} holds {len(cache.unread)} sequences, but {len(texts)} are to be continued")
     prompts = [encode(text, model.config.vocab_size) if text else [] for text in texts]
     transcripts = [Transcript(config.stops()) for _ in texts]
     steps = generate_batch(
@@ -478,8 +478,10 @@ def run_generation(config: GenerateConfig) -> None:
 
 
 def _writable(text: str, option: str) -> Path:
-    """A user's path of a file to write; ``UserError`` if its folder does not take any."""
-    path = user_path(text, option)
+    """A user's path of a file to write, links followed; ``UserError`` for what is no file or cannot be one."""
+    path = user_path(text, option).resolve()
+    if path.exists() and not path.is_file():
+        raise UserError(f"{option}: {path} is no file")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             return path
