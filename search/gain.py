@@ -110,7 +110,7 @@ def gains(before: Mapping[str, Counts], after: Mapping[str, Counts]) -> dict[str
 
     Where that is the loss of text for no task, ``text`` is the loss of all of their text. ``standard_error`` is that of
     the difference over the sequences, which are paired (null: one sequence); ``verdict`` is ``better`` or ``worse``
-    where the difference is larger than that, else ``same``.
+    where the difference is larger than two of that, else ``same``.
     """
     theirs, ours = _measures(before), _measures(after)
     result = {}
@@ -120,7 +120,7 @@ def gains(before: Mapping[str, Counts], after: Mapping[str, Counts]) -> dict[str
         gain, error = float(difference.sum()) / total, None
         if n > 1:
             error = math.sqrt(n / (n - 1) * float((difference - gain * weights).square().sum())) / total
-        clear = abs(gain) > (error or 0.0)
+        clear = abs(gain) > 2 * (error or 0.0)
         verdict = ("better" if gain > 0 else "worse") if clear else "same"
         result[name] = {"metric": metric, "gain": gain, "standard_error": error, "verdict": verdict}
     return result
@@ -160,7 +160,7 @@ def _shown(gain: Mapping[str, Any]) -> str:
 
 def _words(report: Mapping[str, Any]) -> list[str]:
     part = report[Split.test.value]
-    words = {"better": "better", "worse": "worse than before", "same": "no different beyond the standard error"}
+    words = {"better": "better", "worse": "worse than before", "same": "no different beyond two standard errors"}
     text = "; ".join(f"{gain['metric']} ({task}) is {words[gain['verdict']]}" for task, gain in part["gain"].items())
     result = [f"On the test split {text}."]
     if any(gain["verdict"] == "worse" for gain in part["gain"].values()):

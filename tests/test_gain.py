@@ -31,7 +31,7 @@ def test_gains_are_paired() -> None:
     assert found["mqar"]["gain"] == pytest.approx(3 / 30)
     # the differences of the sequences are .1, .2 and 0
     assert found["mqar"]["standard_error"] == pytest.approx(0.1 / math.sqrt(3))
-    assert found["mqar"]["verdict"] == "better"
+    assert found["mqar"]["verdict"] == "same", "less than two standard errors"
     assert found["text"] == {
         "metric": "val_loss",
         "gain": pytest.approx(-0.25),
@@ -106,7 +106,7 @@ def test_the_words() -> None:
     worse = lines(report(-0.1, 0.02, "worse"))
     assert worse[-2] == "On the test split recall_error (mqar) is worse than before."
     assert worse[-1].startswith("The specialised weights are worse there than those of the supernet: ")
-    assert "no different beyond the standard error" in lines(report(0.01, 0.02, "same"))[-1]
+    assert "no different beyond two standard errors" in lines(report(0.01, 0.02, "same"))[-1]
     assert lines(report(0.1, 0.02, "better", 0.2))[-1] == (
         "20.00 instead of 10.00 % of the chunks are kept: that is not at equal cost."
     )

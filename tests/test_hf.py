@@ -209,7 +209,9 @@ def test_a_loss(lm: Any) -> None:
     torch.testing.assert_close(lm(padded, labels=padded).loss, output.loss)
     trained = copy.deepcopy(lm).train()
     trained(ids, labels=ids).loss.backward()
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trained.parameters())
+    trainable = [p for p in trained.parameters() if p.requires_grad]
+    assert len(trainable) > 20
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trainable)
 
 
 def _mean_loss(logits: Tensor, ids: Tensor) -> Tensor:
@@ -477,3 +479,25 @@ def test_a_model_trimmed_to_its_policy(tmp_path: Path) -> None:
     assert not [name for name in names if name.startswith("model.blocks.0") and ("router" in name or "q_norm" in name)]
     tokens = torch.randint(384, (2, 30))
     torch.testing.assert_close(model(tokens, policy).logits, make_model()(tokens, policy).logits)
+
+
+@pytest.mark.parametrize("first", ["natsl.hf.model", "natsl.hf.config"])
+def test_any_module_may_be_imported_first(first: str, tmp_path: Path) -> None:
+    code = (
+        f"import {first}; from transformers import AutoConfig, AutoModelForCausalLM; "
+        "print(type(AutoModelForCausalLM.from_config(AutoConfig.for_model('natsl'))).__name__)"
+    )
+    assert fresh(code, cwd=tmp_path).strip() == "NatslForCausalLM"
+
+
+def test_training_on_leaves_routers_as_they_are(exported: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(exported).train()
+    before = {name: x.detach().clone() for name, x in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    tokens = torch.randint(256, (2, 40))
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    moved = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
+    assert any(".qkv_proj." in name for name in moved)
+    assert any(".router." in name for name in before)
+    assert not any(".router." in name for name in moved)

@@ -7,6 +7,7 @@ later, ours are added to them (``natsl.hf.config``, ``natsl.hf.model``).
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 import sys
@@ -42,14 +43,17 @@ class _AfterTables(MetaPathFinder):
                 execute(module)
                 _complete(fullname)
 
-            loader.exec_module = execute_and_complete  # type: ignore[union-attr,method-assign]
+            spec.loader = copy.copy(loader)  # type: ignore[union-attr]  # which may be that of other modules too
+            spec.loader.exec_module = execute_and_complete  # type: ignore[union-attr,method-assign]
         return spec
 
 
 def _complete(table: str) -> None:
     """Add natsl's classes to a table of transformers; a warning, and nothing else, where that is impossible."""
     try:
-        importlib.import_module(_TABLES[table]).register()
+        register = getattr(importlib.import_module(_TABLES[table]), "register", None)
+        if register is not None:  # else it is being imported itself, and registers at its end
+            register()
     except Exception as error:  # an unknown version of transformers must not fail because natsl was imported
         text = f"transformers does not know natsl's models: {type(error).__name__}: {error}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)

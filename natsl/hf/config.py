@@ -95,3 +95,6 @@ class NatslConfig(PreTrainedConfig):
 def register() -> None:
     """Make ``AutoConfig`` know it."""
     AutoConfig.register(NatslConfig.model_type, NatslConfig, exist_ok=True)
+
+
+register()

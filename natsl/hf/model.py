@@ -120,7 +120,8 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
     """``RoutedLM`` under the policy of its configuration.
 
     The attribute ``model`` is the ``RoutedLM``, ``config.policy`` its policy, which ``policy=`` of a call or of
-    ``generate`` replaces. Trained on with ``labels``, all weights but the routers' get gradients.
+    ``generate`` replaces. Trained on with ``labels``, its routers and what the policy does not use stay as they are;
+    a budget then keeps another share than before, as the calibration is that of the export.
     """
 
     config: NatslConfig
@@ -135,6 +136,7 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = RoutedLM(config.shape, config.calibration_points, config.precision)
         self.model.supernet_kinds = config.supernet_kinds
+        self._freeze()
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -160,7 +162,15 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
         if missing:
             raise UserError(f"{pretrained_model_name_or_path} lacks weights of the model: {', '.join(missing)}")
         check_model(model.model, model.config.policy)
+        model._freeze()  # loading has made new parameters
         return (model, info) if wanted else model
+
+    def _freeze(self) -> None:
+        """Let no optimiser change routers, which get no gradient here but weight decay, nor what the policy leaves."""
+        self.model.freeze_unused(self.config.policy)
+        for name, parameter in self.model.named_parameters():
+            if ".router." in name:
+                parameter.requires_grad_(False)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As of any model; ``ValueError`` for a folder made by natsl export, which this would make useless."""
@@ -322,3 +332,6 @@ def _loss(logits: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:
 def register() -> None:
     """Make ``AutoModelForCausalLM`` know it."""
     AutoModelForCausalLM.register(NatslConfig, NatslForCausalLM, exist_ok=True)
+
+
+register()
