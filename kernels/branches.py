@@ -1,4 +1,4 @@
-"""``routed_branches``: both memories of a routed layer in one call, at the same time on a GPU."""
+"""``routed_branches`` and, from a cache, ``continued_branches``: both memories of a layer, on a GPU side by side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natsl.kernels.delta import routed_delta_rule
+from natsl.kernels.delta import DeltaState, routed_delta_rule
 from natsl.kernels.dispatch import (
     Limits,
     check_counterfactual,
@@ -19,7 +19,9 @@ from natsl.kernels.dispatch import (
     split_values,
     use_kernels,
 )
+from natsl.kernels.pages import KeyPages, paged_softmax
 from natsl.kernels.reference import sample, scale_gradient
+from natsl.kernels.segment import Split
 from natsl.kernels.shape import LARGEST_GRID, LARGEST_KEY_DIM, LARGEST_VALUE_DIM
 from natsl.kernels.softmax import routed_softmax
 
@@ -107,6 +109,62 @@ def routed_branches(
     inputs = branches_triton.BranchInputs(q, k, v, q_softmax, k_softmax, g, beta, route, delta_route)
     settings = branches_triton.BranchOptions(chunk_size, K**-0.5, Ks**-0.5)
     return branches_triton.routed_branches(inputs, cu_seqlens, sampled, written, settings, counterfactual)
+
+
+def continued_branches(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_softmax: Tensor,
+    k_softmax: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    route: Tensor,
+    state: DeltaState,
+    pages: KeyPages,
+    *,
+    chunk_size: int,
+    delta_route: Tensor | None = None,
+    lengths: Tensor | None = None,
+    parts: Split | None = None,
+) -> tuple[Tensor, DeltaState, Tensor, KeyPages]:
+    """Run ``routed_delta_rule`` from a ``DeltaState`` and ``paged_softmax`` over the same values, without gradients.
+
+    q, k, v, q_softmax, k_softmax, g and beta as in ``routed_branches``; route and delta_route [B,N,R] as there, but of
+    the N = ``touched_chunks(T, chunk_size)`` chunks from each row's open one on. lengths [B] int64: real tokens of each
+    row, right-padded (default T). ``parts``: see ``routed_delta_rule``.
+
+    Returns o_delta [B,T,R,V], the state, o_softmax [B,T,Hs,V/G] and the pages after the call. Raises ``ValueError``
+    naming the argument. Source: arXiv 2602.03681, section 3.
+    """
+
+    def delta() -> tuple[Tensor, DeltaState]:
+        o, after = routed_delta_rule(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            route if delta_route is None else delta_route,
+            chunk_size=chunk_size,
+            initial_state=state,
+            output_final_state=True,
+            lengths=lengths,
+            parts=parts,
+        )
+        assert isinstance(after, DeltaState)
+        return o, after
+
+    def softmax(*_: object) -> tuple[Tensor, KeyPages]:
+        values, start = split_values(v, q_softmax.shape[2]), state.start
+        return paged_softmax(q_softmax, k_softmax, values, route, pages, start, chunk_size=chunk_size, lengths=lengths)
+
+    if not q.is_cuda or q.shape[1] == 1 or parts is None:
+        return *delta(), *softmax()
+    from natsl.kernels._triton.branches import run_side_by_side
+
+    (o_delta, after), (o_softmax, kept) = run_side_by_side(q, delta, softmax)
+    return o_delta, after, o_softmax, kept
 
 
 def _gradient_weights(

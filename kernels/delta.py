@@ -17,10 +17,9 @@ from natsl.kernels.dispatch import (
     check_shape,
     check_tensors,
     packed_lengths,
-    resolve,
     use_kernels,
 )
-from natsl.kernels.segment import check_counts, touched_chunks
+from natsl.kernels.segment import Part, Split, check_counts, ends, split, touched_chunks
 from natsl.kernels.shape import LARGEST_GRID, LARGEST_KEY_DIM, LARGEST_VALUE_DIM
 
 LIMITS = Limits({"K": LARGEST_KEY_DIM, "V": LARGEST_VALUE_DIM, "sequences · heads": LARGEST_GRID}, chunk_keys=True)
@@ -71,6 +70,7 @@ def routed_delta_rule(
     counterfactual_rate: float = 1.0,
     backend: str = "auto",
     lengths: Tensor | None = None,
+    parts: Split | None = None,
 ) -> tuple[Tensor, Tensor | DeltaState | None]:
     """Run the gated delta rule within every chunk and write only chunks with route 0 into the state.
 
@@ -83,8 +83,9 @@ def routed_delta_rule(
     With a ``DeltaState`` as initial state the call continues inside the open chunk of each sequence, and the final
     state is one too. ``route`` is then [B,N,R] for the N = ``touched_chunks(T, chunk_size)`` chunks from the open one
     on; that of a chunk that is not complete after the call is not read. ``lengths`` [B] int64: real tokens of each row,
-    right-padded (default T); outputs of padding are finite. Torch backend only, without ``cu_seqlens`` and with
-    counterfactual none; T = 1 takes the token form.
+    right-padded (default T); outputs of padding are finite. Without ``cu_seqlens`` and a gradient, with counterfactual
+    none; T = 1 takes the token form. The Triton backend must know on the host where the tokens are in their chunks:
+    ``parts``, what ``split`` makes of the starts and lengths (None: it reads them, which waits for the device).
 
     On Triton: float32, float16 or bfloat16, chunk_size 16, 32, 64 or 128, K ≤ 256, V ≤ 512, chunk_size · K ≤ 16384
     (float32: 8192), at most 65535 sequences times heads (beyond any of these ``auto`` takes torch and warns), g is
@@ -111,25 +112,40 @@ def routed_delta_rule(
             raise ValueError(f"{op}: cu_seqlens cannot be combined with a DeltaState")
         if counterfactual != "none":
             raise ValueError(f"{op}: counterfactual = {counterfactual!r} with a DeltaState, it must be 'none'")
-        if resolve("torch" if backend == "auto" else backend, op, q.device) == "triton":
-            raise ValueError(f"{op}: a DeltaState is not supported by the triton backend")
         _check_state(op, initial_state, q, V)
         check_counts(op, {"lengths": lengths}, q.device, (B,))
         check_shape(op, "route", route, (B, touched_chunks(T, chunk_size), R))
-        o, after = reference.continued_delta_rule(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            route,
-            chunk_size=chunk_size,
-            scale=scale,
-            state=initial_state,
-            lengths=lengths,
-            qk_l2norm=qk_l2norm,
-        )
-        return o, DeltaState(*(x.contiguous() for x in after)) if output_final_state else None
+        limit = LIMITS.reason(q.dtype, chunk_size, {"K": K, "V": V, "sequences · heads": max(1, B * R)})
+        if use_kernels(op, backend if T > 1 or backend == "triton" else "torch", q.device, limit) and B:
+            if parts is None:
+                count = [T] * B if lengths is None else lengths.tolist()
+                parts = split(initial_state.start.tolist(), count, T, chunk_size, q.device)
+            o, after = _continue_on_kernels(
+                (q, k, v, g, beta),
+                route,
+                initial_state,
+                lengths,
+                parts,
+                chunk_size=chunk_size,
+                scale=scale,
+                qk_l2norm=qk_l2norm,
+            )
+        else:
+            o, continued = reference.continued_delta_rule(
+                q,
+                k,
+                v,
+                g,
+                beta,
+                route,
+                chunk_size=chunk_size,
+                scale=scale,
+                state=initial_state,
+                lengths=lengths,
+                qk_l2norm=qk_l2norm,
+            )
+            after = DeltaState(*(x.contiguous() for x in continued))
+        return o, after if output_final_state else None
     if lengths is not None:
         raise ValueError(f"{op}: lengths needs a DeltaState as initial_state")
     sequences = check_routes(op, {"route": route}, q, R, cu_seqlens, chunk_size)
@@ -162,16 +178,76 @@ def routed_delta_rule(
 
     tokens, chunks = packed_lengths(op, {"route": route}, T, cu_seqlens, chunk_size)
     outputs, states = [], []
-    parts = zip(*(x.split(tokens, 1) for x in (q, k, v, g, beta)), route.split(chunks, 1), strict=True)
-    for i, part in enumerate(parts):
+    pieces = zip(*(x.split(tokens, 1) for x in (q, k, v, g, beta)), route.split(chunks, 1), strict=True)
+    for i, piece in enumerate(pieces):
         start = None if initial_state is None else initial_state[i : i + 1]
-        if part[0].shape[1] == 0:  # an empty sequence hands its state on
+        if piece[0].shape[1] == 0:  # an empty sequence hands its state on
             states.append(q.new_zeros(1, R, K, V, dtype=torch.float32) if start is None else start)
             continue
-        o, state = run(*part, initial_state=start)
+        o, state = run(*piece, initial_state=start)
         outputs.append(o)
         states.append(state)
     return torch.cat(outputs, 1), torch.cat(states, 0) if output_final_state else None
+
+
+@torch.no_grad()
+def _continue_on_kernels(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    route: Tensor,
+    state: DeltaState,
+    lengths: Tensor | None,
+    parts: Split,
+    *,
+    chunk_size: int,
+    scale: float,
+    qk_l2norm: bool,
+) -> tuple[Tensor, DeltaState]:
+    """``routed_delta_rule`` from a state inside a chunk, on the kernels for plain sequences.
+
+    They run up to three times: over the rest of the open chunk from its working state, as if it were written; over
+    complete chunks from the state at their border; over the chunk that stays open, again as if it were written.
+    """
+    from natsl.kernels._triton.delta import DeltaInputs, DeltaOptions
+    from natsl.kernels._triton.delta import routed_delta_rule as run
+
+    q, k, v, g, beta = inputs
+    T, options = v.shape[1], DeltaOptions(chunk_size, scale, qk_l2norm)
+    border, working, decay = (x.clone() for x in state[:3])
+    outputs: list[tuple[Part, Tensor]] = []
+
+    def run_part(part: Part, routes: Tensor, initial: Tensor) -> Tensor:
+        q_, k_, v_, g_, beta_ = (part.take(x) for x in (q, k, v, g, beta))
+        o, final = run(DeltaInputs(q_, k_, v_, g_, beta_, routes), initial, part.cu_seqlens, options, True)
+        outputs.append((part, o))
+        assert final is not None
+        return final
+
+    if parts.head is not None:
+        assert parts.completes is not None
+        rows = parts.head.of_rows
+        routes = parts.head.take_chunks(route)
+        written = run_part(parts.head, torch.zeros_like(routes), working[rows])
+        total = decay[rows] + parts.head.sums(g.float())
+        skipped = (route[rows, 0] > 0.5)[..., None, None]  # what softmax keeps is not written
+        completes = parts.completes[:, None, None, None]
+        at_end = torch.where(skipped, total.exp()[..., None, None] * border[rows], written)
+        border[rows] = torch.where(completes, at_end, border[rows])
+        working[rows] = torch.where(completes, at_end, written)
+        decay[rows] = torch.where(completes[..., 0, 0], 0.0, total)
+    if parts.body is not None:
+        rows = parts.body.of_rows
+        border[rows] = run_part(parts.body, (parts.body.take_chunks(route) > 0.5).float(), border[rows])
+        working[rows] = border[rows]
+    if parts.tail is not None:
+        rows = parts.tail.of_rows
+        working[rows] = run_part(parts.tail, torch.zeros_like(parts.tail.take_chunks(route)), border[rows])
+        decay[rows] = parts.tail.sums(g.float())
+    part, o = outputs[0] if outputs else (None, v)
+    if part is None or o.shape != v.shape or part.cu_seqlens is not None:  # else it is all there is
+        o = v.new_empty(v.shape) if lengths is None else v.new_zeros(v.shape)
+        for part, out in outputs:
+            part.put(o, out)
+    return o, DeltaState(border, working, decay, ends(state.start, T, lengths) % chunk_size)
 
 
 def _check_state(op: str, state: DeltaState, q: Tensor, value_dim: int) -> None:

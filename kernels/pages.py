@@ -14,9 +14,18 @@ import torch
 from torch import Tensor
 
 from natsl.kernels import reference
-from natsl.kernels.dispatch import check_heads, check_shape, check_tensors
+from natsl.kernels.dispatch import (
+    Limits,
+    check_heads,
+    check_shape,
+    check_tensors,
+    last_contiguous,
+    use_kernels,
+)
 from natsl.kernels.segment import check_counts, closed_chunks, ends, real_tokens, slots, touched_chunks
+from natsl.kernels.shape import LARGEST_GRID, LARGEST_KEY_DIM, LARGEST_VALUE_DIM
 
+LIMITS = Limits({"Ks": LARGEST_KEY_DIM, "Vs": LARGEST_VALUE_DIM, "sequences · heads": LARGEST_GRID})
 NULL = 0  # the page of no head: what places of the table hold that are not in use
 
 
@@ -86,27 +95,66 @@ def paged_softmax(
     chunk_size: int,
     lengths: Tensor | None = None,
     scale: float | None = None,
-) -> Tensor:
+    backend: str = "auto",
+) -> tuple[Tensor, KeyPages]:
     """Attend to {s ≤ t in the own chunk} ∪ {s in a kept page} ∪ {s in earlier chunks of this call with route 1}.
 
     q, k [B,T,Hs,Ks], v [B,T,Hs,Vs]: new tokens, any floating dtype, that of the pages. start [B] int64: tokens of the
     open chunk in its page. lengths [B] int64: new tokens of each row that are real (right-padded; default all). route
     [B,N,R] of 0 and 1: that of a chunk that is not complete after the call is not read. ``scale`` defaults to Ks^-½.
-    Call ``write_chunks`` with the same arguments afterwards.
 
-    Returns o [B,T,Hs,Vs] in q's dtype, 0 for padding. Raises ``ValueError`` naming the argument. Source: arXiv
-    2602.03681, section 3.
+    Complete chunks with route 1 are then kept, see ``write_chunks``, for which there must be pages and places enough.
+    On Triton: float32, float16 or bfloat16, chunk_size 16, 32, 64 or 128, Ks ≤ 256, Vs ≤ 512, at most 65535 sequences
+    times heads; beyond these ``auto`` takes torch and warns. Neither backend waits for the device.
+
+    Returns o [B,T,Hs,Vs] in q's dtype, 0 for padding, and the pages after the call. Raises ``ValueError`` naming the
+    argument. Source: arXiv 2602.03681, section 3.
     """
     op = "paged_softmax"
     check_tensors(op, {"q": q, "k": k, "v": v})
     check_heads(op, {"q": q, "k": k, "v": v}, chunk_size)
     check_shape(op, "k", k, tuple(q.shape))
     _check_pages(op, k, v, route, pages, start, chunk_size, lengths)
+    B, T, Hs, Ks = q.shape
+    scale = Ks**-0.5 if scale is None else scale
+    limit = LIMITS.reason(q.dtype, chunk_size, {"Ks": Ks, "Vs": v.shape[3], "sequences · heads": max(1, B * Hs)})
+    if not use_kernels(op, backend, q.device, limit):
+        out = _attend(q, k, v, route, pages, start, chunk_size, lengths, scale)
+        return out, write_chunks(pages, k, v, route, start, chunk_size=chunk_size, lengths=lengths)
+    if B == 0:
+        return v.new_empty(v.shape), pages
+    from natsl.kernels._triton import pages as on_triton
+
+    opened = pages.table.gather(2, pages.kept[..., None])[..., 0]  # [B,R]; a chunk that ends may give its page back
+    opened_keys, opened_values = pages.keys[opened], pages.values[opened]
+    after = _kept_chunks(pages, route, start, T, chunk_size, lengths)
+    count = torch.full_like(start, T) if lengths is None else lengths
+    k, v = last_contiguous(k), last_contiguous(v)
+    on_triton.write(k, v, after.source, after.page, start, count, pages, chunk_size)
+    routed = after.routed.to(torch.int64)
+    before = (pages.kept[:, None] + routed.cumsum(1) - routed).to(torch.int32)  # pages of a head before each chunk
+    pages = pages._replace(table=after.table, kept=after.kept)
+    new = on_triton.NewTokens(last_contiguous(q), k, v, after.routed.float(), before, start, count)
+    o: Tensor = on_triton.attend(new, pages, opened_keys, opened_values, scale, chunk_size, lengths is not None)
+    return o, pages
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor,
+    pages: KeyPages,
+    start: Tensor,
+    chunk_size: int,
+    lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The output of ``paged_softmax`` on torch."""
     B, T = q.shape[:2]
     R, G, Vs = pages.table.shape[1], *pages.values.shape[2:]
     if B == 0:
         return q.new_empty(0, T, R * G, Vs)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     chunk = slots(start, T) // chunk_size  # of each new token [B,T]
     row = torch.arange(B, device=q.device)[:, None]
@@ -194,15 +242,42 @@ def write_chunks(
     check_heads(op, {"k": k, "v": v}, chunk_size)
     _check_pages(op, k, v, route, pages, start, chunk_size, lengths)
     B, T = k.shape[:2]
-    R, M, G = *pages.table.shape[1:], pages.keys.shape[2]
-    N = touched_chunks(T, chunk_size)
-    n, i = torch.arange(N, device=k.device), torch.arange(min(N + 1, M), device=k.device)
-    routed = (route > 0.5) & closed_chunks(start, T, chunk_size, lengths)[..., None]  # [B,N,R]
-    stays_open = n == (ends(start, T, lengths) // chunk_size)[:, None]
+    R, G, N = pages.table.shape[1], pages.keys.shape[2], touched_chunks(T, chunk_size)
+    after = _kept_chunks(pages, route, start, T, chunk_size, lengths)
+    token = after.source[..., None] * chunk_size + torch.arange(chunk_size, device=k.device)
+    token = token - start[:, None, None, None]
+    new = (token >= 0) & (token < (T if lengths is None else lengths[:, None, None, None]))
+    new = (new & (after.source < N)[..., None])[..., None, None]  # [B,R,i,C,1,1]
+    token = token.clamp(0, T - 1)
+    row, head = torch.arange(B, device=k.device)[:, None, None, None], torch.arange(R, device=k.device)[:, None, None]
+    for memory, x in ((pages.keys, k), (pages.values, v)):
+        tokens = x.unflatten(2, (R, G))[row, token, head]
+        memory[after.page] = torch.where(new, tokens, memory[after.page])
+    return pages._replace(table=after.table, kept=after.kept)
+
+
+class _KeptChunks(NamedTuple):
+    """What the chunks of a call do to the pages of the heads; i: one of the places from the open chunk's on."""
+
+    routed: Tensor  # [B,N,R] bool, chunks that end and are kept
+    source: Tensor  # [B,R,i] int64, the chunk that is written to the place, N for none
+    page: Tensor  # [B,R,i] int64, its page, NULL for none
+    table: Tensor  # [B,R,M] int64, afterwards
+    kept: Tensor  # [B,R] int64, afterwards
+
+
+def _kept_chunks(
+    pages: KeyPages, route: Tensor, start: Tensor, tokens: int, chunk_size: int, lengths: Tensor | None
+) -> _KeptChunks:
+    B, R, M = pages.table.shape
+    N = touched_chunks(tokens, chunk_size)
+    n, i = torch.arange(N, device=start.device), torch.arange(min(N + 1, M), device=start.device)
+    routed = (route > 0.5) & closed_chunks(start, tokens, chunk_size, lengths)[..., None]  # [B,N,R]
+    stays_open = n == (ends(start, tokens, lengths) // chunk_size)[:, None]
     # which chunk each of the places from ``kept`` on is written from, N if from none
     after = torch.where(routed | stays_open[..., None], routed.cumsum(1) - routed.long(), N + 1)
     source = after.new_full((B, N + 2, R), N).scatter_(1, after, n[:, None].expand(B, N, R))[:, : len(i)]
-    source = source.transpose(1, 2)  # [B,R,i]
+    source = source.transpose(1, 2).contiguous()  # [B,R,i]
     # the first is on the page of the open chunk, the others take new ones
     more = routed.sum(1)  # [B,R]
     first = 1 + B * R + pages.kept.sum() + more.flatten().cumsum(0).view(B, R) - more
@@ -211,15 +286,7 @@ def write_chunks(
     there = (i <= more[..., None]) & (place < M)
     page, place = torch.where(there, page, NULL), place % M  # so many places that no two are the same
     table = pages.table.scatter(2, place, torch.where(there, page, pages.table.gather(2, place)))
-    token = source[..., None] * chunk_size + torch.arange(chunk_size, device=k.device) - start[:, None, None, None]
-    new = (token >= 0) & (token < (T if lengths is None else lengths[:, None, None, None]))
-    new = (new & (there & (source < N))[..., None])[..., None, None]  # [B,R,i,C,1,1]
-    token = token.clamp(0, T - 1)
-    row, head = torch.arange(B, device=k.device)[:, None, None, None], torch.arange(R, device=k.device)[:, None, None]
-    for memory, x in ((pages.keys, k), (pages.values, v)):
-        tokens = x.unflatten(2, (R, G))[row, token, head]
-        memory[page] = torch.where(new, tokens, memory[page])
-    return pages._replace(table=table, kept=pages.kept + more)
+    return _KeptChunks(routed, torch.where(there, source, N), page, table, pages.kept + more)
 
 
 def _check_pages(

@@ -7,6 +7,9 @@ many chunks any row touches, so that all shapes are static. Nothing here waits f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -57,6 +60,105 @@ def align(x: Tensor, start: Tensor, chunk_size: int, lengths: Tensor | None = No
 def unalign(x: Tensor, start: Tensor, tokens: int) -> Tensor:
     """Inverse of ``align``: x [B,N,C,…] → [B,T,…] for T = ``tokens``; a padding token gets what is at its slot."""
     return x.flatten(1, 2)[torch.arange(x.shape[0], device=x.device)[:, None], slots(start, tokens)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens of some rows that are whole chunks, or inside one: what a kernel for plain sequences takes in one call.
+
+    Where all rows have the same part, ``tokens`` and ``chunks`` are slices of each row and the rest is None. Else they
+    are int64 indices into [B·T] and [B·N], of the ``rows`` int64 [S] one after another, packed at ``cu_seqlens`` int32
+    [S+1].
+    """
+
+    tokens: slice | Tensor
+    chunks: slice | Tensor
+    rows: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def of_rows(self) -> slice | Tensor:
+        """Index of its rows."""
+        return slice(None) if self.rows is None else self.rows
+
+    def take(self, x: Tensor) -> Tensor:
+        """Its tokens of x [B,T,…]: [B,·,…], or packed [1,·,…]."""
+        return _taken(x, self.tokens)
+
+    def take_chunks(self, x: Tensor) -> Tensor:
+        """Its chunks of x [B,N,…], likewise."""
+        return _taken(x, self.chunks)
+
+    def put(self, x: Tensor, y: Tensor) -> None:
+        """Write y, shaped as ``take`` gives it, to its tokens of x [B,T,…], which is contiguous."""
+        if isinstance(self.tokens, slice):
+            x[:, self.tokens] = y
+        else:
+            x.flatten(0, 1)[self.tokens] = y[0]
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Sums over its tokens of x [B,T,…], deterministic: [S,…]."""
+        y = self.take(x)
+        if self.cu_seqlens is None:
+            return y.sum(1)
+        total = torch.nn.functional.pad(y[0].double().cumsum(0), (0, 0, 1, 0))[self.cu_seqlens.long()]
+        return total.diff(dim=0).to(x.dtype)
+
+
+def _taken(x: Tensor, index: slice | Tensor) -> Tensor:
+    return x[:, index] if isinstance(index, slice) else x.flatten(0, 1)[index][None]
+
+
+@dataclass(frozen=True)
+class Split:
+    """New tokens by what they are in their chunks; made by ``split``, None where no row has any.
+
+    ``head``: those of an open chunk that has tokens already, which ``completes`` it, bool [rows of the head], or not.
+    ``body``: complete chunks. ``tail``: those of the chunk that is open then.
+    """
+
+    head: Part | None
+    completes: Tensor | None
+    body: Part | None
+    tail: Part | None
+
+
+def split(start: Sequence[int], lengths: Sequence[int], tokens: int, chunk_size: int, device: torch.device) -> Split:
+    """Split a call of T = ``tokens`` columns, whose rows have start[b] tokens before and bring lengths[b]."""
+    N = touched_chunks(tokens, chunk_size)
+    heads = [min(n, chunk_size - s) if s else 0 for s, n in zip(start, lengths, strict=True)]
+    bodies = [(n - head) // chunk_size * chunk_size for n, head in zip(lengths, heads, strict=True)]
+    tails = [n - head - body for n, head, body in zip(lengths, heads, bodies, strict=True)]
+    first = [1 if s else 0 for s in start]  # chunk of the body
+    uniform = len(set(start)) == len(set(lengths)) == 1
+
+    def part(begins: list[int], counts: list[int], chunk: list[int]) -> Part | None:
+        rows = [row for row, count in enumerate(counts) if count]
+        if not rows:
+            return None
+        chunks = [-(-counts[row] // chunk_size) for row in rows]
+        if uniform:
+            return Part(slice(begins[0], begins[0] + counts[0]), slice(chunk[0], chunk[0] + chunks[0]))
+
+        def spans(size: int, offsets: list[int], many: list[int]) -> Tensor:
+            found = [torch.arange(n) + row * size + offsets[row] for row, n in zip(rows, many, strict=True)]
+            return torch.cat(found).to(device)
+
+        sizes = [counts[row] for row in rows]
+        borders = torch.tensor([0, *sizes]).cumsum(0).to(device, torch.int32)
+        index = torch.tensor(rows).to(device)
+        return Part(spans(tokens, begins, sizes), spans(N, chunk, chunks), index, borders)
+
+    head = part([0] * len(start), heads, [0] * len(start))
+    completes = [s + n == chunk_size for s, n in zip(start, heads, strict=True) if n]
+    last = [a + b // chunk_size for a, b in zip(first, bodies, strict=True)]
+    ends_at = [a + b for a, b in zip(heads, bodies, strict=True)]
+    return Split(
+        head,
+        torch.tensor(completes).to(device) if head is not None else None,
+        part(heads, bodies, first),
+        part(ends_at, tails, last),
+    )
 
 
 def check_counts(op: str, counts: dict[str, Tensor | None], device: torch.device, shape: tuple[int, ...]) -> None:

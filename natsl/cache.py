@@ -25,7 +25,7 @@ from natsl.config import ModelConfig
 from natsl.errors import UserError
 from natsl.files import to_plain, user_path, write_bytes
 from natsl.kernels.delta import DeltaState
-from natsl.kernels.pages import KeyPages, paged_softmax, write_chunks
+from natsl.kernels.pages import KeyPages
 from natsl.kernels.segment import closed_chunks
 from natsl.space.policy import Op
 
@@ -55,16 +55,13 @@ class LayerCache:
     _free: int = 0  # chunks that can be completed before pages may run out
     _tokens: int = 0  # read one at a time since that was counted
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, route: Tensor, start: Tensor, chunk_size: int, lengths: Tensor | None
-    ) -> Tensor:
-        """Softmax over kept chunks and the own one, [B,T,Hs,Vs]; new keys and values are added to ``pages``."""
-        assert self.pages is not None
-        o = paged_softmax(q, k, v, route, self.pages, start, chunk_size=chunk_size, lengths=lengths)
-        closed = closed_chunks(start, q.shape[1], chunk_size, lengths)[..., None]
-        self._make_room((closed & (route > 0.5)).sum(1), q.shape[1], chunk_size)
-        self.pages = write_chunks(self.pages, k, v, route, start, chunk_size=chunk_size, lengths=lengths)
-        return o
+    def make_room(self, route: Tensor, start: Tensor, tokens: int, chunk_size: int, lengths: Tensor | None) -> None:
+        """Make sure that ``pages`` have room for what a call of so many tokens is to keep, routes [B,N,R].
+
+        Waits for the device, for single tokens at most once in a chunk.
+        """
+        closed = closed_chunks(start, tokens, chunk_size, lengths)[..., None]
+        self._make_room((closed & (route > 0.5)).sum(1), tokens, chunk_size)
 
     def reserve(self, chunk_size: int) -> None:
         """Make sure that ``pages`` have room for the chunks that end with a token more of every row.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from natsl.kernels.segment import real_tokens, slots
+from natsl.kernels.segment import Split, real_tokens, slots
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Layout:
     order: Tensor | None = None
     packing: Packing | None = None
     read: Tensor | None = None
+    parts: Split | None = None
 
     @staticmethod
     def padded(mask: Tensor) -> Layout:

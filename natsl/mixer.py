@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from natsl.compiled import Span
 from natsl.config import ModelConfig
-from natsl.kernels.branches import routed_branches
+from natsl.kernels.branches import continued_branches, routed_branches
 from natsl.kernels.delta import DeltaState, routed_delta_rule
 from natsl.kernels.mix import gated_norm, routed_mix
+from natsl.kernels.pages import paged_softmax
 from natsl.kernels.softmax import routed_softmax
 from natsl.layout import Layout
 from natsl.modules import RMSNorm, causal_attention, precise, short_convolution, visible_attention, with_zero_gradients
@@ -189,12 +191,19 @@ class RoutedMixer(nn.Module):
         layout, cache = context.layout, context.cache
         if cache is None:
             return short_convolution(x, self.conv, None if layout.packing is None else layout.packing.position)
-        x = torch.cat((cache.tail, x), 1)
-        tail = cache.tail.shape[1]
-        last = torch.arange(tail, device=x.device)
-        last = last + (x.shape[1] - tail if layout.lengths is None else layout.lengths[:, None])
-        cache.tail = x[torch.arange(len(x), device=x.device)[:, None], last]
-        return short_convolution(x, self.conv)[:, tail:]
+        n, T = cache.tail.shape[1], x.shape[1]  # n = W − 1
+        y = x if n >= T else short_convolution(x, self.conv)
+        if n > 0:  # only the first outputs see the tail: no copy of all inputs
+            first = short_convolution(torch.cat((cache.tail, x[:, :n]), 1), self.conv)[:, n:]
+            y = first if n >= T else y.index_copy_(1, torch.arange(n, device=x.device), first)
+        if layout.lengths is None and n <= T:
+            cache.tail = x[:, T - n :].clone()
+        else:
+            row, last = torch.arange(len(x), device=x.device)[:, None], torch.arange(n, device=x.device)
+            place = (T if layout.lengths is None else layout.lengths[:, None]) + last - n  # from −n on, in the tail
+            old = cache.tail[row, (place + n).clamp(max=n - 1)]
+            cache.tail = torch.where((place < 0)[..., None], old, x[row, place.clamp(min=0)])
+        return y
 
     def unused(self, spans: Sequence[Span], learns: bool) -> list[nn.Parameter]:
         """Parameters of a routed layer without influence on its output; ``learns``: whether its router has any."""
@@ -291,24 +300,29 @@ class RoutedMixer(nn.Module):
 
     def _continued_memories(self, rows: _Rows, context: LayerContext) -> tuple[Tensor | None, Tensor | None]:
         """``_memories`` from the states in the cache, which are updated."""
-        c, cache, lengths, read = self.config, context.cache, context.layout.lengths, context.layout.read
+        cache, layout, chunk_size = context.cache, context.layout, self.config.chunk_size
         assert cache is not None
-        assert read is not None
-        o_delta = o_softmax = None
-        if cache.delta is not None:
-            assert rows.gates is not None
+        assert layout.read is not None
+        tokens, start, keep, skip = rows.gate.shape[1], layout.read % chunk_size, rows.routes.keep, rows.routes.skip
+        options: dict[str, Any] = {"chunk_size": chunk_size, "lengths": layout.lengths}
+        if cache.pages is not None:
+            cache.make_room(keep, start, tokens, chunk_size, layout.lengths)
+            q, k, v = self.softmax_heads(*rows.qkv, layout)
+        if cache.delta is None:
+            assert cache.pages is not None
+            o_softmax, cache.pages = paged_softmax(q, k, v, keep, cache.pages, start, **options)
+            return None, o_softmax
+        assert rows.gates is not None
+        options["parts"] = layout.parts
+        inputs = self.delta_heads(*rows.qkv)
+        if cache.pages is None:
             o_delta, state = routed_delta_rule(
-                *self.delta_heads(*rows.qkv),
-                *rows.gates,
-                rows.routes.skip,
-                chunk_size=c.chunk_size,
-                initial_state=cache.delta,
-                output_final_state=True,
-                lengths=lengths,
+                *inputs, *rows.gates, skip, initial_state=cache.delta, output_final_state=True, **options
             )
             assert isinstance(state, DeltaState)
             cache.delta = state
-        if cache.pages is not None:
-            q, k, v = self.softmax_heads(*rows.qkv, context.layout)
-            o_softmax = cache.attend(q, k, v, rows.routes.keep, read % c.chunk_size, c.chunk_size, lengths)
+            return o_delta, None
+        o_delta, cache.delta, o_softmax, cache.pages = continued_branches(
+            *inputs, q, k, *rows.gates, keep, cache.delta, cache.pages, delta_route=skip, **options
+        )
         return o_delta, o_softmax

@@ -19,7 +19,7 @@ from natsl.cache import Cache
 from natsl.calibration import Calibration, upgraded
 from natsl.compiled import CompiledPolicy, Fit, compile_policies, layer_plan
 from natsl.config import ModelConfig, Precision, RouteGradient
-from natsl.kernels.segment import touched_chunks
+from natsl.kernels.segment import Split, split, touched_chunks
 from natsl.layout import Layout
 from natsl.mixer import RoutedMixer
 from natsl.modules import RMSNorm, SwiGLU, linear_cross_entropy
@@ -180,7 +180,7 @@ class RoutedLM(nn.Module):
                 if layout.packing is not None:
                     raise ValueError("a cache goes on with rows, not with packed sequences: give them as padded rows")
                 cache.check(self.config, sequences, tokens.device, self.dtype)
-                layout = replace(layout, read=cache.lengths)
+                layout = replace(layout, read=cache.lengths, parts=self._parts(tokens, layout, cache))
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(cache.advancing(tokens.shape[1] if layout.lengths is None else layout.lengths))
@@ -242,6 +242,14 @@ class RoutedLM(nn.Module):
         layout.check(tokens, self.config.chunk_size)
         if cache is None and layout.read is not None:
             raise ValueError("layout.read is set from a cache, and there is none")
+
+    def _parts(self, tokens: Tensor, layout: Layout, cache: Cache) -> Split | None:
+        """Where the tokens of a call are in their chunks, for kernels; waits for the device."""
+        (B, T), C = tokens.shape, self.config.chunk_size
+        if not tokens.is_cuda or T == 1:
+            return None
+        start = [read % C for read in cache.lengths.tolist()]
+        return split(start, [T] * B if layout.lengths is None else layout.lengths.tolist(), T, C, tokens.device)
 
     def _check_routes(self, tokens: Tensor, layout: Layout, cache: Cache | None, routes: Routes | None) -> None:
         if routes is None:

@@ -203,7 +203,7 @@ def test_pieces_read_no_value_of_a_tensor(T: int) -> None:
         ({"lengths": torch.tensor([1])}, "lengths has shape \\(1,\\), expected \\(2,\\)"),
         ({"cu_seqlens": torch.tensor([0, 9])}, "cu_seqlens cannot be combined with a DeltaState"),
         ({"counterfactual": "derivative"}, "counterfactual = 'derivative' with a DeltaState, it must be 'none'"),
-        ({"backend": "triton"}, "a DeltaState is not supported by the triton backend"),
+        ({"backend": "triton"}, "torch.float64 is not supported by the triton backend"),
         ({"backend": "cuda"}, "backend = 'cuda' is not allowed"),
         ({"route": torch.ones(2, 2, 2)}, "route has shape \\(2, 2, 2\\), expected \\(2, 3, 2\\)"),
         (

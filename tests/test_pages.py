@@ -44,8 +44,7 @@ def run_piece(inputs: list[Tensor], piece: Piece, pages: KeyPages) -> tuple[Tens
     """One piece of whole sequences; what must not be read is NaN, what is free afterwards becomes NaN."""
     q, k, v = (piece.cut(x) for x in inputs[:3])
     route, start = piece.cut_route(inputs[3], C), piece.done % C
-    o = paged_softmax(q, k, v, route, pages, start, chunk_size=C, lengths=piece.lengths)
-    pages = write_chunks(pages, k, v, route, start, chunk_size=C, lengths=piece.lengths)
+    o, pages = paged_softmax(q, k, v, route, pages, start, chunk_size=C, lengths=piece.lengths)
     free = free_slots(pages, (piece.done + piece.lengths) % C)
     for memory in pages[:2]:
         memory[free] = NAN
@@ -184,7 +183,7 @@ def test_scale() -> None:
     q, k, v, route = softmax_inputs(4)
     pages = KeyPages.empty(k, v, heads=2, chunk_size=C)
     start = torch.zeros(2, dtype=torch.int64)
-    o = paged_softmax(q, k, v, route.repeat(1, 2, 1), pages, start, chunk_size=C, scale=0.1)
+    o, _ = paged_softmax(q, k, v, route.repeat(1, 2, 1), pages, start, chunk_size=C, scale=0.1)
     assert_near(o, routed_softmax(q, k, v, route, chunk_size=C, scale=0.1))
 
 
@@ -192,8 +191,8 @@ def test_writing_is_in_place_and_has_no_gradient() -> None:
     q, k, v, route = (x.requires_grad_() for x in softmax_inputs(4))
     pages, start = KeyPages.empty(k, v, heads=2, chunk_size=C).grow(9, 2), torch.zeros(2, dtype=torch.int64)
     route = torch.ones(2, touched_chunks(4, C), 2)
-    assert not paged_softmax(q, k, v, route, pages, start, chunk_size=C).requires_grad
-    after = write_chunks(pages, k, v, route, start, chunk_size=C)
+    o, after = paged_softmax(q, k, v, route, pages, start, chunk_size=C)
+    assert not o.requires_grad
     assert after.keys is pages.keys
     assert after.values is pages.values
     assert not any(x.requires_grad for x in after)
@@ -279,17 +278,18 @@ def test_nothing_reads_a_value_of_a_tensor(T: int) -> None:
     start = torch.zeros(2, dtype=torch.int64, device="meta")
     pages = KeyPages.empty(k, v, heads=2, chunk_size=C).grow(17, 4)
     route = torch.empty(2, touched_chunks(T, C), 2, device="meta")
-    o = paged_softmax(q, k, v, route, pages, start, chunk_size=C, lengths=start)
+    o, after = paged_softmax(q, k, v, route, pages, start, chunk_size=C, lengths=start)
     assert o.shape == (2, T, 4, 3)
-    assert write_chunks(pages, k, v, route, start, chunk_size=C, lengths=start).kept.shape == (2, 2)
+    assert after.kept.shape == (2, 2)
 
 
 def test_empty_batch() -> None:
     q, k, v, _ = softmax_inputs(9, B=0)
     pages, start = KeyPages.empty(k, v, heads=2, chunk_size=C), torch.zeros(0, dtype=torch.int64)
     route = torch.ones(0, touched_chunks(9, C), 2)
-    assert paged_softmax(q, k, v, route, pages, start, chunk_size=C).shape == (0, 9, 2, 3)
-    assert write_chunks(pages, k, v, route, start, chunk_size=C).kept.shape == (0, 2)
+    o, after = paged_softmax(q, k, v, route, pages, start, chunk_size=C)
+    assert o.shape == (0, 9, 2, 3)
+    assert after.kept.shape == (0, 2)
 
 
 def free_pages(rows: int = 2, dtype: torch.dtype = torch.float64, chunk_size: int = C) -> KeyPages:

@@ -10,6 +10,7 @@ R·G softmax heads, Ks key width, Vs = V/G value width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from natsl.kernels._triton import softmax as softmax_triton
 from natsl.kernels._triton.delta import DeltaInputs, DeltaOptions
 from natsl.kernels._triton.softmax import SoftmaxInputs, SoftmaxOptions, SoftmaxOutputs
 from natsl.kernels.dispatch import last_contiguous, split_values
-from natsl.kernels.launch.library import register
+from natsl.kernels.launch.library import on_own_device, register
 from natsl.kernels.launch.replay import Replayed, side_by_side
 
 
@@ -207,3 +208,9 @@ def routed_branches(
         counterfactual,
     )
     return o_delta, o_softmax
+
+
+@on_own_device
+def run_side_by_side(x: Tensor, side: Callable[[], Any], main: Callable[..., Any]) -> tuple[Any, Any]:
+    """``side_by_side`` on the device of ``x``."""
+    return side_by_side(x.device, side, main)

@@ -73,11 +73,12 @@ def _tiles(
 
 def _constants(x: SoftmaxInputs, chunk_size: int, cu_seqlens: Tensor | None) -> dict[str, Any]:
     """The constants that all kernels take."""
-    return dict(_shape_constants(x.q.dtype, x.q.shape[3], x.v.shape[3], chunk_size), VARLEN=cu_seqlens is not None)
+    return dict(shape_constants(x.q.dtype, x.q.shape[3], x.v.shape[3], chunk_size), VARLEN=cu_seqlens is not None)
 
 
 @cache
-def _shape_constants(dtype: torch.dtype, Ks: int, Vs: int, chunk_size: int) -> dict[str, Any]:
+def shape_constants(dtype: torch.dtype, Ks: int, Vs: int, chunk_size: int) -> dict[str, Any]:
+    """The constants that depend on the shape of a head."""
     return {
         "Ks": Ks,
         "Vs": Vs,
@@ -92,6 +93,13 @@ def _blocks(kernel: str, x: SoftmaxInputs, chunk_size: int) -> dict[str, int]:
     """Block sizes and launch options."""
     key, default = _default_blocks(kernel, x.q.dtype, x.q.shape[3], x.v.shape[3], chunk_size)
     return parameters.pick(kernel, key, x.q.device, default)
+
+
+def forward_blocks(x: SoftmaxInputs, chunk_size: int) -> dict[str, int]:
+    """Those of the forward pass."""
+    blocks = _blocks("softmax_forward", x, chunk_size)
+    blocks["maxnreg"] = min(blocks["maxnreg"], 65536 // (32 * blocks["num_warps"]))  # what a multiprocessor has
+    return blocks
 
 
 @cache
@@ -140,8 +148,7 @@ def softmax_forward(x: SoftmaxInputs, cu_seqlens: Tensor | None, options: Softma
     outputs = SoftmaxOutputs(o, lse, starts, count)
     if B == 0:
         return outputs
-    blocks = _blocks("softmax_forward", x, C)
-    blocks["maxnreg"] = min(blocks["maxnreg"], 65536 // (32 * blocks["num_warps"]))  # what a multiprocessor has
+    blocks = forward_blocks(x, C)
     tiles, positions = _tiles(cu_seqlens, C, blocks["BLOCK_M"], T, count)
     softmax_forward_kernel[(tiles, Hq, B)](
         q, k, v, route, starts, count, o, lse, *positions,
