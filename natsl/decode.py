@@ -17,23 +17,19 @@ from torch import Tensor
 from natsl.cache import Cache, LayerCache
 from natsl.kernels.decode import LIMITS, DecodePolicy, DecodeState, DecodeWeights, decode_step
 from natsl.kernels.dispatch import resolve
+from natsl.kernels.rows import rows_linear
 from natsl.mixer import BIAS_GAIN, RoutedMixer, rotation_rates
 from natsl.model import Block, Policies, RoutedLM
-from natsl.modules import rms_norm, swiglu
 from natsl.space.policy import Op
 
 WARM_UP = 3  # steps before a graph is recorded: kernels are compiled and handles made in the first
-_ALIGNED = (
-    16  # rows of the joined input weight are filled up to a multiple, so that every row of the product is aligned
-)
 
 
 class _Layer(NamedTuple):
     """The weights of a block as the steps read them, copies, in the dtype that the model computes in."""
 
     mixer_norm: Tensor
-    inputs: Tensor  # of one product: q, k, v, the output's gate, the delta rule's two gates, zeros
-    columns: int  # of that product without the zeros
+    inputs: Tensor  # of one product: q, k, v, the output's gate, the delta rule's two gates
     weights: DecodeWeights
     output: Tensor
     mlp_norm: Tensor
@@ -147,10 +143,10 @@ class Decoder:
         c, cache, dtype = self._model.config, self._cache, self._model.dtype
         x = (F.embedding(self._tokens, self._embedding) * math.sqrt(c.width)).to(dtype)
         for layer, state, policy in zip(self._layers, cache.layers, self._policies, strict=True):
-            h = rms_norm(x, layer.mixer_norm, c.norm_eps)
+            inputs, h = rows_linear(x, layer.inputs, norm=layer.mixer_norm, eps=c.norm_eps, want_normed=True)
             y = decode_step(
                 h,
-                F.linear(h, layer.inputs)[:, : layer.columns],
+                inputs,
                 layer.weights,
                 _state(state, cache.lengths, self._live),
                 policy=policy,
@@ -159,11 +155,11 @@ class Decoder:
                 chunk_size=c.chunk_size,
                 eps=c.norm_eps,
             )
-            x = x + F.linear(y, layer.output)
-            h = rms_norm(x, layer.mlp_norm, c.norm_eps)
-            x = x + F.linear(swiglu(F.linear(h, layer.mlp_in)), layer.mlp_out)
+            x, _ = rows_linear(y, layer.output, residual=x)
+            z, _ = rows_linear(x, layer.mlp_in, norm=layer.mlp_norm, eps=c.norm_eps, gated=True)
+            x, _ = rows_linear(z, layer.mlp_out, residual=x)
         cache.lengths += self._live
-        return F.linear(rms_norm(x, self._norm, c.norm_eps), self._head)
+        return rows_linear(x, self._head, norm=self._norm, eps=c.norm_eps)[0]
 
     def _compile(self, policy: Policies) -> list[DecodePolicy]:
         compiled = self._model.compile_policy(policy, len(self._tokens), per_kind=False)
@@ -189,11 +185,9 @@ def _prepared(block: Block, dtype: torch.dtype) -> _Layer:
     projections = [mixer.qkv_proj, mixer.gate_proj]
     if mixer.kind is not Op.softmax:
         projections += [mixer.a_proj, mixer.b_proj]
-    joined = torch.cat([linear.weight for linear in projections]).to(dtype)
     return _Layer(
         mixer_norm=_copy(block.mixer_norm.weight),
-        inputs=F.pad(joined, (0, 0, 0, -len(joined) % _ALIGNED)),
-        columns=len(joined),
+        inputs=torch.cat([linear.weight for linear in projections]).to(dtype),
         weights=_mixer_weights(mixer, dtype),
         output=_copy(mixer.out_proj.weight, dtype),
         mlp_norm=_copy(block.mlp_norm.weight),

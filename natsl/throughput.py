@@ -1,4 +1,6 @@
-"""Speed of a whole training step: the routed model against the same model with dense softmax attention in every layer.
+"""Speed of a whole model against the same model with dense softmax attention in every layer: here of a training step.
+
+``natsl.serving`` times prefill and decoding.
 
 Both read random tokens in the model's vocabulary and take the same step: forward, backward, clipping, AdamW. The dense
 model's attention is torch's SDPA (cuDNN on CUDA). Times are medians over single steps, by the device's clock.
@@ -11,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -27,16 +30,27 @@ PEAK = {"H100 80GB HBM3": 989e12}  # bfloat16 operations per second, dense, as t
 WARM_UP = 3  # steps that are not timed
 
 
+class Phase(Enum):
+    """What is timed: steps of training, reading prompts into a cache, or decoding token by token after them."""
+
+    train = "train"
+    prefill = "prefill"
+    decode = "decode"
+
+
 @dataclass
 class ThroughputConfig:
-    """Time whole training steps of a model and of the same model with dense softmax attention in all layers.
+    """Time a whole model and the same model with dense softmax attention in all layers.
 
-    ``batch_size`` sequences of ``tokens`` random tokens; every routed layer keeps ``budget`` of its chunks.
-    ``counterfactual_rate``: share of the chunks left out that the router's gradient samples. ``compile``: torch.compile
-    of each block. ``steps`` are timed; results go to ``out``/throughput.json. ``device`` as for training.
+    ``phase``: train, prefill or decode. ``batch_size`` sequences of ``tokens`` random tokens, in decode those that come
+    before the tokens that are timed; every routed layer keeps ``budget`` of its chunks.
+    ``steps`` are timed; results go to ``out``/throughput.json. ``device`` as for training. For training only:
+    ``counterfactual_rate``, the share of the chunks left out that the router's gradient samples, and ``compile``,
+    torch.compile of each block.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    phase: Phase = Phase.train
     batch_size: int = 8
     tokens: int = 4096
     budget: float = 0.3
@@ -48,6 +62,7 @@ class ThroughputConfig:
     out: str = "runs/throughput"
 
     def __post_init__(self) -> None:
+        self.phase = check_choice("phase", self.phase, Phase)
         self.precision = check_choice("precision", self.precision, Precision)
         check_counts(1, {name: getattr(self, name) for name in ("batch_size", "tokens", "steps")})
         check(0 <= self.budget <= 1, "budget", self.budget, "it must lie in [0, 1]")
@@ -71,6 +86,22 @@ class Speed:
     flops_per_second: float
     share_of_peak: float | None
     peak_gib: float | None
+
+    @staticmethod
+    def heading() -> str:
+        """Names of the columns of ``line``."""
+        return (
+            f"{'model':<22} {'parameters':>12} {'step ms':>9} {'tokens/s':>10} {'TFLOP/s':>8} {'of peak':>8} {'GiB':>6}"
+        )
+
+    def line(self) -> str:
+        """One line of a table."""
+        share = "–" if self.share_of_peak is None else f"{100 * self.share_of_peak:.0f}%"
+        memory = "–" if self.peak_gib is None else f"{self.peak_gib:.1f}"
+        return (
+            f"{self.model:<22} {self.parameters:>12,} {self.step_ms:>9.1f} {self.tokens_per_second:>10,.0f} "
+            f"{self.flops_per_second / 1e12:>8.1f} {share:>8} {memory:>6}"
+        )
 
 
 def step_flops(config: ModelConfig, weights: int, batch: int, tokens: int, kept: float) -> float:
@@ -125,7 +156,7 @@ def _time(
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(WARM_UP):
         step()
-    seconds = _median_seconds(step, config.steps, device)
+    seconds = median_seconds(step, config.steps, device)
     matrices = [module.weight for module in net.modules() if isinstance(module, torch.nn.Linear)]
     matrices += [net.embed.weight] if net.head is None else []
     weights = sum(matrix.numel() for matrix in matrices)
@@ -143,7 +174,7 @@ def _time(
     )
 
 
-def _median_seconds(step: Callable[[], None], count: int, device: torch.device) -> float:
+def median_seconds(step: Callable[[], object], count: int, device: torch.device) -> float:
     """Median over ``count`` steps, one after another as in training."""
     import torch
 

@@ -348,7 +348,12 @@ def test_kernels_are_named_as_in_profiles_and_tables() -> None:
     registered = {f"{kernel.name}_kernel" for kernel in kernels()}
     decode = {f"decode_{part}_kernel" for part in ("prepare", "memories", "mix")}  # timed by kernels/bench/decode.py
     # of no op that is timed there
-    others = {"routing_capped_routes_kernel", "pages_softmax_kernel", "pages_write_kernel"}
+    others = {
+        "routing_capped_routes_kernel",
+        "pages_softmax_kernel",
+        "pages_write_kernel",
+        "rows_linear_kernel",
+    }
     assert functions == registered | decode | others
     names = [kernel.name for spec in OPS.values() for kernel in spec.kernels if spec.work is not None]
     assert len(names) == len(set(names))

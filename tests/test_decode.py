@@ -244,7 +244,7 @@ def arguments(model: RoutedLM, cache: Cache) -> dict[str, Any]:
     x, live = torch.randn(len(cache.lengths), c.width, device=DEVICE), torch.ones(2, dtype=torch.bool, device=DEVICE)
     return {
         "x": x,
-        "inputs": x @ own.inputs[: own.columns].T,
+        "inputs": x @ own.inputs.T,
         "weights": own.weights,
         "state": DecodeState(layer.tail, layer.total, layer.delta, layer.pages, cache.lengths, live),
         "policy": decoder._policies[0],

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from natsl.kernels._triton.rows import dependent_launch, wait_for_previous
 from natsl.kernels.launch.launcher import Launcher
 from natsl.kernels.launch.library import on_own_device
 
@@ -85,7 +86,7 @@ def decode_prepare_kernel(
     s_inputs_b,
     R: tl.constexpr, G: tl.constexpr, Ks: tl.constexpr, Vs: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
-    SOFTMAX: tl.constexpr, DELTA: tl.constexpr, ROPE: tl.constexpr,
+    SOFTMAX: tl.constexpr, DELTA: tl.constexpr, ROPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Everything of the new token before the memories; two programs per row and routing head, one of them the router's.
 
@@ -96,6 +97,7 @@ def decode_prepare_kernel(
     query [B,Hs,Ks] float32, gate [B,R,3] (log decay, write strength, decay since the border), logit [B,Hs,2], route
     [B,R] int32: 1 where a chunk ends that is kept.
     """
+    wait_for_previous(PDL)
     i_row = tl.program_id(0)
     i_b = i_row // R
     i_r = i_row % R
@@ -352,7 +354,7 @@ def decode_memories_kernel(
     R: tl.constexpr, G: tl.constexpr, Ks: tl.constexpr, Vs: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HEADS: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    SOFTMAX: tl.constexpr, DELTA: tl.constexpr,
+    SOFTMAX: tl.constexpr, DELTA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Both memories at the new token, and what the next one reads; rows = B·R.
 
@@ -360,6 +362,7 @@ def decode_memories_kernel(
     kernel before; border, working [B,R,K,V], start [B]. Writes end [B·Hs] int32, the pages of the heads up to each one;
     of every part of a head peak [·,2] (highest score, sum of weights) and sum [·,Vs]; o_delta [B,R,V]: all float32.
     """
+    wait_for_previous(PDL)
     i_program = tl.program_id(0)
     if i_program < PROGRAMS:
         if SOFTMAX:
@@ -394,12 +397,13 @@ def decode_mix_kernel(
     s_inputs_b,
     R: tl.constexpr, G: tl.constexpr, Ks: tl.constexpr, Vs: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_PARTS: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr,
-    SOFTMAX: tl.constexpr, DELTA: tl.constexpr,
+    SOFTMAX: tl.constexpr, DELTA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [B,Hs,Vs] of the memories, a program per softmax head of a row; rows = B·R.
 
     The first head of each routing head counts a chunk that ended and is kept, and takes the next free page.
     """
+    wait_for_previous(PDL)
     i_head = tl.program_id(0)
     o_v = tl.arange(0, BLOCK_V)
     m_v = o_v < Vs
@@ -501,7 +505,8 @@ def launch(
     border, working, decay, start = (x,) * 4 if delta is None else delta
     M, n_pages = (1, 1) if pages is None else (pages.table.shape[2], pages.keys.shape[0])
     names: dict[str, int] = {"R": R, "G": G, "Ks": Ks, "Vs": Vs}
-    kinds = {"SOFTMAX": softmax, "DELTA": delta is not None}
+    pdl = dependent_launch(x.device)
+    kinds = {"SOFTMAX": softmax, "DELTA": delta is not None, "PDL": pdl, "launch_pdl": pdl}
     block_k, block_v = triton.next_power_of_2(Ks), triton.next_power_of_2(Vs)
     decode_prepare_kernel[(rows, 2 if softmax else 1)](
         x, inputs, state.tail, there(state.total), decay, *memory, state.read, state.live,

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from natsl.evaluate import Evaluation
     from natsl.heldout import HeldOut
     from natsl.search.config import SearchRunConfig
-    from natsl.throughput import ThroughputConfig
+    from natsl.serving import ServingSpeed
+    from natsl.throughput import Speed, ThroughputConfig
 
 CHECKED_BUDGETS = (0.05, 0.1, 0.25, 0.5)  # what a new calibration table is measured at
 DEFAULT_PROMPT = "def "
@@ -528,25 +529,24 @@ def run_calibration(config: CalibrateConfig) -> None:
 
 
 def run_throughput(config: ThroughputConfig) -> None:
-    """Print the table of ``natsl.throughput.measure`` and write ``throughput.json`` into the folder ``out``."""
+    """Print the table of what was timed and write ``throughput.json`` into the folder ``out``."""
     import torch
 
-    from natsl.throughput import measure
+    from natsl.serving import measure_decode, measure_prefill
+    from natsl.throughput import Phase, measure
 
     device = resolve_device(config.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}; {config.batch_size} × {config.tokens} tokens, {config.precision.value}")
-    print(f"{'model':<22} {'parameters':>12} {'step ms':>9} {'tokens/s':>10} {'TFLOP/s':>8} {'of peak':>8} {'GiB':>6}")
-    rows = []
-    for row in measure(config, device):
+    size = f"{config.batch_size} × {config.tokens} tokens, {config.precision.value}"
+    print(f"{name}, torch {torch.__version__}; {config.phase.value}, {size}")
+    measures: dict[Phase, Callable[[ThroughputConfig, torch.device], Iterator[Speed | ServingSpeed]]]
+    measures = {Phase.train: measure, Phase.prefill: measure_prefill, Phase.decode: measure_decode}
+    rows: list[Speed | ServingSpeed] = []
+    for row in measures[config.phase](config, device):
+        if not rows:
+            print(row.heading())
         rows.append(row)
-        share = "–" if row.share_of_peak is None else f"{100 * row.share_of_peak:.0f}%"
-        memory = "–" if row.peak_gib is None else f"{row.peak_gib:.1f}"
-        print(
-            f"{row.model:<22} {row.parameters:>12,} {row.step_ms:>9.1f} {row.tokens_per_second:>10,.0f} "
-            f"{row.flops_per_second / 1e12:>8.1f} {share:>8} {memory:>6}",
-            flush=True,
-        )
+        print(row.line(), flush=True)
     path = user_path(config.out, "out") / "throughput.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
