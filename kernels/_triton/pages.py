@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _page_rows(p_list, i_s, i_total, C: tl.constexpr, BLOCK: tl.constexpr):
-    """First slots of the pages at stream positions i_s … i_s + BLOCK: one if BLOCK ≤ C, else one per position."""
+def _stream_pages(p_list, i_s, i_total, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Pages of stream positions i_s … i_s + BLOCK: one if BLOCK ≤ C, else one per position."""
     if BLOCK <= C:
-        i_row = tl.load(p_list + i_s // C, mask=i_s < i_total, other=0) * C
+        i_page = tl.load(p_list + i_s // C, mask=i_s < i_total, other=0)
     else:
         o_s = i_s + tl.arange(0, BLOCK)
-        i_row = tl.load(p_list + o_s // C, mask=o_s < i_total, other=0) * C
-    return i_row
+        i_page = tl.load(p_list + o_s // C, mask=o_s < i_total, other=0)
+    return i_page.to(tl.int32)
 
 
 @triton.jit
@@ -49,9 +49,7 @@ def _load_own(
     o_n = tl.arange(0, BLOCK_N)
     p_tile = p_new + (i_s - i_first).to(tl.int64) * s_t
     b_x = _load_tile(p_tile, o_n, s_t, (o_s >= i_first) & (o_s < i_length), WIDTH, BLOCK, True)
-    if i_s < i_first:
-        b_x += _load_tile(p_open, o_s, s_open, o_s < i_first, WIDTH, BLOCK, True)  # where the other one is 0
-    return b_x
+    return b_x + _load_tile(p_open, o_s, s_open, o_s < i_first, WIDTH, BLOCK, True)  # one of the two is 0
 
 
 @triton.jit
@@ -65,24 +63,24 @@ def _attend_pages(
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     o_n = tl.arange(0, BLOCK_N)
-    i_row = _page_rows(p_list, 0, i_total, C, BLOCK_N)
+    i_page = _stream_pages(p_list, 0, i_total, C, BLOCK_N)
     for i_s in range(0, i_total, BLOCK_N):
         m_inside = i_s + o_n < i_total
         if BLOCK_N <= C:
-            i_base = i_row + i_s % C
+            i_base = i_page.to(tl.int64) * C + i_s % C
             o_row = o_n
         else:
             i_base = 0
-            o_row = i_row + o_n % C
+            o_row = i_page.to(tl.int64) * C + o_n % C
         # the next step's pages are read a step ahead, so that no load of keys waits for them
-        i_row = _page_rows(p_list, i_s + BLOCK_N, i_total, C, BLOCK_N)
+        i_page = _stream_pages(p_list, i_s + BLOCK_N, i_total, C, BLOCK_N)
         b_k = _load_tile(p_page_k + i_base * (G * Ks), o_row, G * Ks, m_inside, Ks, BLOCK_K, BLOCK_N > C)
         b_v = _load_tile(p_page_v + i_base * (G * Vs), o_row, G * Vs, m_inside, Vs, BLOCK_V, BLOCK_N > C)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_acc, b_max, b_sum = _attend(
             b_s, b_v, b_acc, b_max, b_sum, scale, m_inside[None, :], BLOCK_N > C, FIXED, PRECISION
         )
-    for i_s in range(i_own, i_end, BLOCK_N):
+    for i_s in tl.range(i_own, i_end, BLOCK_N, num_stages=1):  # a few steps, not worth shared memory
         o_s = i_s + o_n
         b_k = _load_own(p_k, p_open_k, o_s, i_s, i_first, i_length, s_k_t, G * Ks, Ks, BLOCK_K, BLOCK_N)
         b_v = _load_own(p_v, p_open_v, o_s, i_s, i_first, i_length, s_v_t, G * Vs, Vs, BLOCK_V, BLOCK_N)

@@ -50,6 +50,21 @@ def _inverse_rms(p_x, o_m, s_x, m_m, K, eps, BLOCK_K: tl.constexpr, BLOCKS: tl.c
 
 
 @triton.jit
+def _write_normed(p_x, p_norm, p_normed, K, eps, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr):
+    b_square = tl.zeros((BLOCK_K,), tl.float32)
+    for i in tl.static_range(BLOCKS):
+        o_k = i * BLOCK_K + tl.arange(0, BLOCK_K)
+        b_x = tl.load(p_x + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+        b_square += b_x * b_x
+    scale = tl.rsqrt(tl.sum(b_square, 0) / K + eps)
+    for i in tl.static_range(BLOCKS):
+        o_k = i * BLOCK_K + tl.arange(0, BLOCK_K)
+        b_x = tl.load(p_x + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+        b_x *= scale * tl.load(p_norm + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+        tl.store(p_normed + o_k, b_x.to(p_normed.dtype.element_ty), mask=o_k < K)
+
+
+@triton.jit
 def _load_weight(p_w, o_n, o_k, m_n, K, BLOCK_K: tl.constexpr, EVEN: tl.constexpr):
     p_tile = p_w + o_n.to(tl.int64)[:, None] * K + o_k[None, :]
     if EVEN:
@@ -78,14 +93,7 @@ def rows_linear_kernel(
     i_writer = tl.program_id(0) - (N + BLOCK_N - 1) // BLOCK_N
     if WRITE and i_writer >= 0:
         wait_for_previous(PDL)
-        o_row = i_writer + tl.arange(0, 1)
-        b_scale = _inverse_rms(p_x, o_row, s_x, o_row < M, K, eps, BLOCK_K, BLOCKS, 1)
-        for i in tl.static_range(BLOCKS):
-            o_k = i * BLOCK_K + tl.arange(0, BLOCK_K)
-            m_k = (o_k < K)[None, :]
-            b_x = tl.load(p_x + o_row[:, None] * s_x + o_k[None, :], mask=m_k, other=0.0).to(tl.float32)
-            b_x *= b_scale[:, None] * tl.load(p_norm + o_k, mask=o_k < K, other=0.0).to(tl.float32)[None, :]
-            tl.store(p_normed + o_row[:, None] * K + o_k[None, :], b_x.to(p_normed.dtype.element_ty), mask=m_k)
+        _write_normed(p_x + i_writer * s_x, p_norm, p_normed + i_writer * K, K, eps, BLOCK_K, BLOCKS)
     else:
         o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N

@@ -26,6 +26,8 @@ from natsl.tasks import CalibrationDataConfig, DataConfig, OtherTextConfig
 from natsl.tracking import TrackingConfig, start_tracker
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     import torch
 
     from natsl.evaluate import Evaluation
