@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from natsl.kernels._triton.rows import dependent_launch, wait_for_previous
+from natsl.kernels._triton.rows import dependent_launch, prefetch, wait_for_previous
 from natsl.kernels.launch.launcher import Launcher
 from natsl.kernels.launch.library import on_own_device
 
@@ -97,13 +97,20 @@ def decode_prepare_kernel(
     query [B,Hs,Ks] float32, gate [B,R,3] (log decay, write strength, decay since the border), logit [B,Hs,2], route
     [B,R] int32: 1 where a chunk ends that is kept.
     """
-    wait_for_previous(PDL)
     i_row = tl.program_id(0)
     i_b = i_row // R
     i_r = i_row % R
     i_part = tl.program_id(1)
     KEYS: tl.constexpr = R * G * Ks
     CHANNELS: tl.constexpr = 2 * KEYS + R * G * Vs
+    if i_part == 0:
+        prefetch(p_conv + i_r * G * Ks * W, G * Ks * W, PDL)
+        prefetch(p_conv + (KEYS + i_r * G * Ks) * W, G * Ks * W, PDL)
+        prefetch(p_conv + (2 * KEYS + i_r * G * Vs) * W, G * Vs * W, PDL)
+    elif SOFTMAX and DELTA:
+        prefetch(p_conv, KEYS * W, PDL)
+        prefetch(p_mix + i_r * 2 * G * KEYS, 2 * G * KEYS, PDL)
+    wait_for_previous(PDL)
     n_read = tl.load(p_read + i_b)
     i_slot = n_read % C
     live = tl.load(p_live + i_b) != 0
@@ -223,14 +230,31 @@ def decode_prepare_kernel(
 
 
 @triton.jit
+def _load_page(
+    p_keys, p_values, i_page, i_j, n_slots, o_c,
+    G: tl.constexpr, Ks: tl.constexpr, Vs: tl.constexpr, C: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Keys [C,BLOCK_K] and values [C,BLOCK_V] of the j-th softmax head in the first ``n_slots`` slots of a page."""
+    o_k = tl.arange(0, BLOCK_K)
+    o_v = tl.arange(0, BLOCK_V)
+    o_token = ((i_page * C + o_c) * G + i_j)[:, None]
+    m_c = (o_c < n_slots)[:, None]
+    b_k = tl.load(p_keys + o_token * Ks + o_k, mask=m_c & (o_k < Ks), other=0.0)
+    b_v = tl.load(p_values + o_token * Vs + o_v, mask=m_c & (o_v < Vs), other=0.0)
+    return b_k, b_v
+
+
+@triton.jit
 def _attend(
     i_program, p_query, p_keys, p_values, p_table, p_kept, p_read, p_end, p_peak, p_sum, scale, M, n_heads,
     R: tl.constexpr, G: tl.constexpr, Ks: tl.constexpr, Vs: tl.constexpr, C: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HEADS: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HEADS: tl.constexpr, PROGRAMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The share of one program in the pages of all heads, each page of a softmax head by itself.
 
-    What it finds for a head goes to place program + head: from one to the next at least one of the two is larger.
+    What it finds for a head goes to place program + head: from one to the next at least one of the two is larger. Each
+    page is read while the one before it is computed with, and the first one before the new keys are there.
     """
     o_all = tl.arange(0, HEADS)
     m_all = o_all < n_heads
@@ -238,14 +262,28 @@ def _attend(
     b_end = tl.cumsum(b_pages, 0)
     n_all = tl.sum(b_pages, 0)
     n_share = (n_all + PROGRAMS - 1) // PROGRAMS
-    if i_program == 0:
-        tl.store(p_end + o_all, b_end, mask=m_all)
     i_page = i_program * n_share
     i_last = tl.minimum(i_page + n_share, n_all)
-    i_head = tl.sum((b_end <= i_page).to(tl.int32), 0)
+    i_head = tl.minimum(tl.sum((b_end <= i_page).to(tl.int32), 0), n_heads - 1)
+    i_end = tl.sum(tl.where(o_all == i_head, b_end, 0), 0)
+    i_first = i_end - tl.sum(tl.where(o_all == i_head, b_pages, 0), 0)
     o_c = tl.arange(0, C)
     o_k = tl.arange(0, BLOCK_K)
     o_v = tl.arange(0, BLOCK_V)
+    i_row = i_head // G
+    i_slot = (tl.load(p_read + i_row // R) % C).to(tl.int32)
+    is_open = i_page + 1 == i_end
+    n_page = tl.load(p_table + i_row.to(tl.int64) * M + i_page - i_first, mask=i_page < i_last, other=0)
+    n_slots = tl.where(i_page < i_last, tl.where(is_open, i_slot, C), 0)
+    b_k, b_v = _load_page(p_keys, p_values, n_page, i_head % G, n_slots, o_c, G, Ks, Vs, C, BLOCK_K, BLOCK_V)
+    wait_for_previous(PDL)
+    if i_program == 0:
+        tl.store(p_end + o_all, b_end, mask=m_all)
+    if is_open & (i_page < i_last):  # the new token itself
+        o_token = ((n_page * C + i_slot) * G + i_head % G) + tl.zeros((C,), tl.int64)
+        m_c = (o_c == i_slot)[:, None]
+        b_k += tl.load(p_keys + o_token[:, None] * Ks + o_k, mask=m_c & (o_k < Ks), other=0.0)
+        b_v += tl.load(p_values + o_token[:, None] * Vs + o_v, mask=m_c & (o_v < Vs), other=0.0)
     while i_page < i_last:
         i_end = tl.sum(tl.where(o_all == i_head, b_end, 0), 0)
         i_first = i_end - tl.sum(tl.where(o_all == i_head, b_pages, 0), 0)
@@ -253,16 +291,24 @@ def _attend(
         i_row = i_head // G
         i_slot = (tl.load(p_read + i_row // R) % C).to(tl.int32)
         b_q = tl.load(p_query + i_head.to(tl.int64) * Ks + o_k, mask=o_k < Ks, other=0.0) * scale
-        p_page = p_table + i_row.to(tl.int64) * M - i_first
+        # the page after the last one of this head is the first one of the next
+        i_next_head = tl.minimum(i_head + 1, n_heads - 1)
+        i_next_row = i_next_head // G
+        n_next_slots = (tl.load(p_read + i_next_row // R) % C).to(tl.int32) + 1
+        n_next_slots = tl.where(tl.load(p_kept + i_next_row) > 0, C, n_next_slots)
         # a running softmax in every place of the chunk by itself: nothing has to be joined before the last page
         b_peak = tl.full((C,), LOWEST, tl.float32)
         b_total = tl.zeros((C,), tl.float32)
         b_sum = tl.zeros((C, BLOCK_V), tl.float32)
         for i in range(i_page, i_stop):
-            o_token = (tl.load(p_page + i) * C + o_c) * G + i_head % G
+            goes_on = i + 1 < i_stop
+            p_next = p_table + tl.where(goes_on, i_row.to(tl.int64) * M + i + 1 - i_first, i_next_row.to(tl.int64) * M)
+            n_slots = tl.where(goes_on, tl.where(i + 2 == i_end, i_slot + 1, C), n_next_slots)
+            n_slots = tl.where(i + 1 < i_last, n_slots, 0)
+            i_j = tl.where(goes_on, i_head, i_next_head) % G
+            n_page = tl.load(p_next)
+            b_k_next, b_v_next = _load_page(p_keys, p_values, n_page, i_j, n_slots, o_c, G, Ks, Vs, C, BLOCK_K, BLOCK_V)
             m_c = o_c <= tl.where(i + 1 < i_end, C - 1, i_slot)  # the last one is open
-            b_k = tl.load(p_keys + o_token[:, None] * Ks + o_k, mask=m_c[:, None] & (o_k < Ks), other=0.0)
-            b_v = tl.load(p_values + o_token[:, None] * Vs + o_v, mask=m_c[:, None] & (o_v < Vs), other=0.0)
             b_score = tl.where(m_c, tl.sum(b_k.to(tl.float32) * b_q[None, :], 1), float("-inf"))
             b_above = tl.maximum(b_peak, b_score)
             b_weight = tl.exp(b_score - b_above)
@@ -270,6 +316,8 @@ def _attend(
             b_total = b_total * b_rest + b_weight
             b_sum = b_sum * b_rest[:, None] + b_weight[:, None] * b_v.to(tl.float32)
             b_peak = b_above
+            b_k = b_k_next
+            b_v = b_v_next
         peak = tl.max(b_peak, 0)
         b_share = tl.exp(b_peak - peak)
         i_part = (i_program + i_head).to(tl.int64)
@@ -284,7 +332,7 @@ def _attend(
 def _step_delta(
     i_program, p_active, p_gate, p_route, p_read, p_live, p_border, p_working, p_o_delta, scale,
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, TILES: tl.constexpr, SOFTMAX: tl.constexpr,
+    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, TILES: tl.constexpr, SOFTMAX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The delta rule's token in a tile of one state [K,BLOCK_DV], and its state at the end of a chunk."""
     i_row = i_program // TILES
@@ -297,6 +345,7 @@ def _step_delta(
     o_tile = i_row.to(tl.int64) * (K * V) + o_k[:, None] * V + o_v[None, :]
     p_active += (i_row // R).to(tl.int64) * (R * (2 * K + V))
     b_h = tl.load(p_working + o_tile, mask=m_tile, other=0.0)
+    wait_for_previous(PDL)
     b_q = tl.load(p_active + i_r * K + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_k = tl.load(p_active + (R + i_r) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_v = tl.load(p_active + 2 * R * K + i_r * V + o_v, mask=m_v, other=0.0).to(tl.float32)
@@ -362,21 +411,21 @@ def decode_memories_kernel(
     kernel before; border, working [B,R,K,V], start [B]. Writes end [B·Hs] int32, the pages of the heads up to each one;
     of every part of a head peak [·,2] (highest score, sum of weights) and sum [·,Vs]; o_delta [B,R,V]: all float32.
     """
-    wait_for_previous(PDL)
     i_program = tl.program_id(0)
     if i_program < PROGRAMS:
         if SOFTMAX:
             _attend(
                 i_program, p_query, p_keys, p_values, p_table, p_kept, p_read, p_end, p_peak, p_sum,
-                scale_softmax, M, rows * G, R, G, Ks, Vs, C, BLOCK_K, BLOCK_V, HEADS, PROGRAMS,
+                scale_softmax, M, rows * G, R, G, Ks, Vs, C, BLOCK_K, BLOCK_V, HEADS, PROGRAMS, PDL,
             )  # fmt: skip
     elif i_program < PROGRAMS + rows * TILES:
         if DELTA:
             _step_delta(
                 i_program - PROGRAMS, p_active, p_gate, p_route, p_read, p_live, p_border, p_working, p_o_delta,
-                scale_delta, R, G * Ks, G * Vs, C, BLOCK_DK, BLOCK_DV, TILES, SOFTMAX,
+                scale_delta, R, G * Ks, G * Vs, C, BLOCK_DK, BLOCK_DV, TILES, SOFTMAX, PDL,
             )  # fmt: skip
     else:
+        wait_for_previous(PDL)
         _shift(
             i_program - PROGRAMS - rows * TILES, p_x, p_inputs, p_tail, p_total, p_start, p_read, p_live,
             width, s_inputs_b, R * G * (2 * Ks + Vs), W, C, BLOCK, PARTS, SOFTMAX, DELTA,
@@ -403,7 +452,6 @@ def decode_mix_kernel(
 
     The first head of each routing head counts a chunk that ended and is kept, and takes the next free page.
     """
-    wait_for_previous(PDL)
     i_head = tl.program_id(0)
     o_v = tl.arange(0, BLOCK_V)
     m_v = o_v < Vs
@@ -412,6 +460,10 @@ def decode_mix_kernel(
     b_gate = tl.load(p_inputs + i_b * s_inputs_b + CHANNELS + (i_head % (R * G)) * Vs + o_v, mask=m_v, other=0.0)
     b_gate = b_gate.to(tl.float32)
     b_mixed = tl.zeros((BLOCK_V,), tl.float32)
+    odds = 0.0
+    if DELTA and SOFTMAX:
+        odds = tl.load(p_logit + i_head.to(tl.int64) * 2) - tl.load(p_logit + i_head.to(tl.int64) * 2 + 1)
+    wait_for_previous(PDL)
     if DELTA:
         b_o = tl.load(p_o_delta + i_head.to(tl.int64) * Vs + o_v, mask=m_v, other=0.0)
         b_mixed = _normed(b_o, p_delta_norm, o_v, m_v, eps, Vs)
@@ -438,7 +490,6 @@ def decode_mix_kernel(
             peak = above
         b_softmax = _normed(b_sum / weight, p_softmax_norm, o_v, m_v, eps, Vs)
         if DELTA:
-            odds = tl.load(p_logit + i_head.to(tl.int64) * 2) - tl.load(p_logit + i_head.to(tl.int64) * 2 + 1)
             b_mixed = b_mixed * tl.sigmoid(odds) + b_softmax * tl.sigmoid(-odds)
         else:
             b_mixed = b_softmax
@@ -529,7 +580,7 @@ def launch(
         inputs.stride(0),
         **names, W=W, C=C, BLOCK_K=block_k, BLOCK_V=block_v, HEADS=triton.next_power_of_2(heads), PROGRAMS=programs,
         BLOCK_DK=triton.next_power_of_2(G * Ks), BLOCK_DV=32, TILES=tiles, BLOCK=1024,
-        PARTS=parts_of_row, **kinds, num_warps=8,
+        PARTS=parts_of_row, **kinds, num_warps=8, maxnreg=min(255, 65536 // (256 * PER_MULTIPROCESSOR)),
     )  # fmt: skip
     decode_mix_kernel[(heads,)](
         inputs, end, peak, total, o_delta, logit, there(weights.delta_norm), there(weights.softmax_norm), route,

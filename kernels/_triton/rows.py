@@ -21,7 +21,7 @@ from torch import Tensor
 from natsl.kernels.launch.launcher import Launcher
 from natsl.kernels.launch.library import on_own_device
 
-MOST_COLUMNS = 1024  # of the inputs that a program reads at once
+MOST_COLUMNS = 4096  # of the inputs that a program reads at once
 TILE = 8192  # elements of the weight that it reads at once, one row
 
 
@@ -33,10 +33,24 @@ def dependent_launch(device: torch.device) -> bool:
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Let the next kernel be launched, and wait until all that the one before has written can be read."""
+    """Wait until all that the kernels before have written can be read; then let the next one begin.
+
+    So what a kernel reads before it waits may be anything that was complete before the kernel before it waited.
+    """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(p_first, COUNT: tl.constexpr, PDL: tl.constexpr):
+    """Fetch COUNT consecutive elements, at most 16 KiB, from memory into the L2 cache, waiting for nothing."""
+    if PDL:
+        STEP: tl.constexpr = 128 * 8 // p_first.dtype.element_ty.primitive_bitwidth  # elements of a line
+        p_line = p_first + tl.minimum(tl.arange(0, 128) * STEP, COUNT - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [p_line.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -153,6 +167,17 @@ def rows_linear_kernel(
         tl.store(p_y + o_m[:, None] * N + o_n[None, :], b_y.to(dtype), mask=m_y)
 
 
+def blocks(M: int, K: int, N: int, gated: bool) -> tuple[int, int, int]:
+    """Outputs and inputs that a program takes at once, and its warps."""
+    columns = max(16, min(triton.next_power_of_2(K), MOST_COLUMNS if M == 1 else 256))
+    if M > 1:
+        return 16, columns, 4
+    rows = max(1, TILE // columns // (2 if gated else 1))
+    while rows > 2 and 4 * 132 * rows > N:  # enough programs for all multiprocessors
+        rows //= 2
+    return rows, columns, 4
+
+
 @on_own_device
 def rows_linear(
     x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, gated: bool, residual: Tensor | None, want_normed: bool
@@ -162,14 +187,7 @@ def rows_linear(
     y = x.new_empty(M, N)
     normed = x.new_empty(M, K) if want_normed else x
     block_m = 1 if M == 1 else max(16, triton.next_power_of_2(M))
-    columns = min(triton.next_power_of_2(K), MOST_COLUMNS if M == 1 else 256)
-    columns = max(columns, 16)
-    if M == 1:
-        rows = max(1, TILE // columns // (2 if gated else 1))
-        while rows > 2 and 4 * 132 * rows > N:  # enough programs for all multiprocessors
-            rows //= 2
-    else:
-        rows = 16
+    rows, columns, warps = blocks(M, K, N, gated)
     writers = M if want_normed else 0
     rows_linear_kernel[(triton.cdiv(N, rows) + writers,)](
         x, weight, x if norm is None else norm, x if residual is None else residual, y, normed,
@@ -178,6 +196,6 @@ def rows_linear(
         BLOCK_M=block_m, BLOCK_N=rows, BLOCK_K=columns, BLOCKS=triton.cdiv(K, columns), EVEN=K % columns == 0,
         NORM=norm is not None, GATED=gated, ADD=residual is not None, WRITE=want_normed,
         PRECISION="tf32x3" if x.dtype == torch.float32 else "ieee", PDL=dependent_launch(x.device),
-        num_warps=4, launch_pdl=dependent_launch(x.device),
+        num_warps=warps, launch_pdl=dependent_launch(x.device),
     )  # fmt: skip
     return y, normed
