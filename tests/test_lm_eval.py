@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from natsl.export import export_point
 from natsl.generate import Sampling, generate
 from natsl.load import load_exported
-from tests.run_helpers import make_model, make_run, save
+from tests.run_helpers import make_export
 
 pytest.importorskip("lm_eval", minversion="0.4.13")
 import lm_eval
@@ -57,15 +56,7 @@ metric_list: [{metric: exact_match}]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export whose layers matter: a new model just repeats the last token."""
-    run, model = make_run(tmp_path_factory.mktemp("runs")), make_model()
-    with torch.no_grad():
-        for block in model.blocks:
-            block.get_submodule("mixer").out_proj.weight.mul_(20)  # type: ignore[operator, union-attr]
-    save(run, model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("natsl.export.verify", lambda folder: [])
-        return export_point(run)
+    return make_export(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
