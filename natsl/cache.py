@@ -27,6 +27,7 @@ from natsl.files import to_plain, user_path, write_bytes
 from natsl.kernels.delta import DeltaState
 from natsl.kernels.pages import KeyPages
 from natsl.kernels.segment import closed_chunks
+from natsl.recording import Recording
 from natsl.space.policy import Op
 
 if TYPE_CHECKING:
@@ -133,7 +134,8 @@ class Cache:
     first, and after any other call of ``forward`` there is none. Keys and values are in pages of a chunk: each head of
     a row has those that it keeps and one for the open chunk, and a layer up to one more for each and a fourth more in
     all. They are written in place: ``select`` and ``copy.deepcopy`` make a cache that goes its own way. A call that
-    fails leaves a cache that no call takes.
+    fails leaves a cache that no call takes. ``recording``: what ``crop`` needs to take tokens back, None before
+    ``record``, and again if set so.
     """
 
     def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -166,6 +168,7 @@ class Cache:
             )
             for kind in c.layers
         ]
+        self.recording: Recording | None = None
         self._usable = True
 
     def check(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -182,7 +185,7 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its tensors, free pages included."""
+        """Bytes of all its tensors, free pages included, a recording not."""
         found = [self.lengths, *(x for layer in self.layers for x in layer.tensors().values())]
         return sum(x.numel() * x.element_size() for x in found)
 
@@ -193,7 +196,8 @@ class Cache:
     def select(self, rows: Sequence[int]) -> Cache:
         """A new cache of these rows, in any order and any number of times; it shares nothing with this one.
 
-        Waits for the device. ``ValueError`` for no row, one that there is not, and an unusable cache.
+        It does not record. Waits for the device. ``ValueError`` for no row, one that there is not, and an unusable
+        cache.
         """
         self._check_usable()
         batch = len(self.lengths)
@@ -205,7 +209,49 @@ class Cache:
             chosen.lengths = self.lengths[index]
             chosen.layers = [layer.select(index) for layer in self.layers]
             chosen.unread = [self.unread[row] for row in rows]
+            chosen.recording = None
         return chosen
+
+    def record(self) -> None:
+        """Keep from now on what ``crop`` needs to come back to here or to any token that is read later.
+
+        That is a copy of the state without the kept pages, and token ids and routes of every call since. Called again,
+        it begins anew. ``ValueError`` for an unusable cache.
+        """
+        self._check_usable()
+        with torch.inference_mode(False), torch.no_grad():
+            self.recording = Recording(self)
+
+    def crop(self, lengths: Sequence[int], model: RoutedLM) -> None:
+        """Take tokens back: each sequence has only its first ``lengths[row]`` ones then, and is recorded from there on.
+
+        The state is the one that ``model``, whose the cache is, makes of these tokens alone: what it has read since
+        ``record`` or the last ``crop`` is read again as far as it stays, in one pass for each policy, and complete
+        chunks keep the routes they had. No sequence can go back to before that, where nothing is known any more.
+        ``unread`` is None then. Waits for the device. ``ValueError`` for such lengths, and for a cache that does not
+        record, does not fit the model or is unusable.
+        """
+        batch, recording = len(self.lengths), self.recording
+        self.check(model.config, batch, self.lengths.device, model.dtype)
+        if recording is None:
+            raise ValueError("the cache has nothing to go back to: call record() before the tokens that may be cropped")
+        if len(lengths) != batch:
+            raise ValueError(f"the cache holds {batch} sequences, but lengths = {list(lengths)}")
+        bounds = zip(lengths, recording.lengths.tolist(), self.lengths.tolist(), strict=True)
+        for row, (length, first, last) in enumerate(bounds):
+            if not first <= length <= last:
+                raise ValueError(
+                    f"lengths[{row}] = {length} is not allowed: it must lie in {first}–{last}, from what was read when "
+                    "record() or crop() was last called to what has been read"
+                )
+        with torch.inference_mode(False), torch.no_grad():
+            wanted = torch.tensor(lengths, device=self.lengths.device)
+            if not torch.equal(wanted, self.lengths):
+                self.recording = None
+                recording.restore(self)
+                recording.replay(self, model, wanted)
+        self.unread = [None] * batch
+        self.record()
 
     def save(self, path: str | Path, model: RoutedLM) -> None:
         """Write the state to a file from which ``load`` goes on, in another process or on another device.
@@ -256,8 +302,11 @@ class Cache:
     def advancing(self, tokens: Tensor | int | None) -> Iterator[None]:
         """While layers update their states; afterwards each sequence has read ``tokens`` (int64 [B] or a number).
 
-        None: ``lengths`` is counted up in place meanwhile.
+        None: ``lengths`` is counted up in place meanwhile, and what is read is not recorded (``ValueError`` if it had
+        to be).
         """
+        if tokens is None and self.recording is not None:
+            raise ValueError("the cache records, which single steps do not: set its recording to None, or use forward")
         self._usable = False
         yield
         if tokens is not None:

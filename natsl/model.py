@@ -185,7 +185,8 @@ class RoutedLM(nn.Module):
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(cache.advancing(tokens.shape[1] if layout.lengths is None else layout.lengths))
             stack.enter_context(self._autocast(tokens.device))
-            x, layers = self._hidden(layout.to_right(tokens), compiled, layout, cache, routes, route_gradient)
+            ids = layout.to_right(tokens)
+            x, layers = self._hidden(ids, compiled, layout, cache, routes, route_gradient)
             loss = right = logits = None
             if targets is not None:
                 losses = linear_cross_entropy(x, self._output_weight(), layout.scored(targets, IGNORED), IGNORED)
@@ -194,6 +195,11 @@ class RoutedLM(nn.Module):
                 logits = layout.restore(F.linear(x, self._output_weight()))
             elif logits_to_keep:
                 logits = F.linear(layout.last(x, logits_to_keep), self._output_weight())
+            if cache is not None and cache.recording is not None:
+                assert layout.read is not None
+                assert not isinstance(policy, PolicyTree)
+                made = [RoutePair(layer.route, layer.skip) for layer in layers]
+                cache.recording.add(ids, layout.lengths, layout.read, policy, made)
         return LMOutput(logits, loss, right, layers)
 
     def freeze_unused(self, policy: RoutingPolicy) -> None:

@@ -6,11 +6,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from natsl import checkpoint
 from natsl.cli.commands import TrainRunConfig
 from natsl.config import ModelConfig, SupernetConfig
+from natsl.export import export_point
 from natsl.files import to_plain
 from natsl.model import RoutedLM
 from natsl.run import Run
@@ -63,6 +65,20 @@ def make_run(root: Path) -> Run:
     save(run, make_model())
     write_front(run, [point("t0002", BUDGET), point("t0013", SOFTMAX)], "t0002")
     return run
+
+
+def make_export(root: Path) -> Path:
+    """An export whose layers matter, not verified: a new model just repeats the last token."""
+    run, model = make_run(root), make_model()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.get_submodule("mixer").out_proj.weight.mul_(20)  # type: ignore[operator, union-attr]
+        for table in (model.calibration.by_layer, model.calibration.by_head):
+            table.mul_(5)
+    save(run, model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("natsl.export.verify", lambda folder: [])
+        return export_point(run)
 
 
 def write_letters(path: Path, letters: str) -> None:

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from natsl.config import ModelConfig, Precision
 from natsl.errors import UserError
-from natsl.export import export_choice, export_point
+from natsl.export import export_choice
 from natsl.files import read_json, to_plain, write_json
 from natsl.generate import Sampling, generate
 from natsl.load import Choice, load_exported
 from natsl.model import RoutedLM
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.verify import checks
-from tests.run_helpers import BUDGET, KINDS, make_model, make_run, save
+from tests.run_helpers import BUDGET, KINDS, make_export, make_model, make_run
 from tests.test_load import Trap, seal
 
 pytest.importorskip("transformers", minversion="5.23")
@@ -40,17 +40,7 @@ STATIC = RoutingPolicy((LayerPolicy(budget=(1.0, 0.0)), LayerPolicy(Op.delta), L
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export whose layers matter: a new model just repeats the last token."""
-    run, model = make_run(tmp_path_factory.mktemp("runs")), make_model()
-    with torch.no_grad():
-        for block in model.blocks:
-            block.get_submodule("mixer").out_proj.weight.mul_(20)  # type: ignore[operator, union-attr]
-        for table in (model.calibration.by_layer, model.calibration.by_head):
-            table.mul_(5)
-    save(run, model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("natsl.export.verify", lambda folder: [])
-        return export_point(run)
+    return make_export(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -282,10 +272,9 @@ def test_an_export_is_not_overwritten(lm: Any, exported: Path) -> None:
 
 
 UNSUPPORTED: dict[str, tuple[Callable[[Any], object], str]] = {
-    "prompt lookup": (lambda lm: lm.generate(**batch(), prompt_lookup_num_tokens=3), "assisted generation is not sup"),
-    "assistant": (lambda lm: lm.generate(**batch(PROMPTS[:1]), assistant_model=lm), "assisted generation is not"),
-    "crop": (lambda lm: lm.new_cache().crop(-1), "assisted decoding is not supported"),
-    "recording": (lambda lm: lm.new_cache().activate_past_recording(), "assisted decoding is not supported"),
+    "several prompts": (lambda lm: lm.generate(**batch(), prompt_lookup_num_tokens=3), "only supported for batch_size"),
+    "crop": (lambda lm: lm.new_cache().crop(-1), r"nothing to go back to: call activate_past_recording\(\) before"),
+    "positive": (lambda lm: lm.new_cache().crop(1), r"crop\(1\): give the number of tokens that are to go as a neg"),
     "static": (lambda lm: lm.generate(**batch(), cache_implementation="static"), "'static' is not supported"),
     "batches": (lambda lm: lm.generate_batch([[1]]), "generate_batch is not supported"),
     "resizing": (lambda lm: lm.resize_token_embeddings(390), "cannot be resized"),

@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, V vocabulary, P columns that a cache has read, pa
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -27,18 +28,18 @@ from natsl.space.policy import RoutingPolicy
 
 # What ``generate`` calls the cache: until transformers 5.23 the first, from 5.24 on the second.
 _CACHE = "cache" if any(item.name == "cache" for item in fields(CausalLMOutputWithPast)) else "past_key_values"
-_NO_ASSISTANT = "assisted decoding is not supported: natsl's cache cannot take tokens back"
 
 
 class NatslLayer(CacheLayerMixin):
     """A ``natsl.cache.Cache`` with the interface of transformers: all layers of the model in one.
 
     ``state``: None before the first call. ``columns``: P, the same for all rows, as ``generate`` counts; how many real
-    tokens each row has read, from which chunks count, is ``state.lengths``.
+    tokens each row has read, from which chunks count, is ``state.lengths``. ``record_past``: whether ``crop`` is to be
+    possible; ``recorded``: which of the columns are real that it can take back, bool [B,·] in pieces.
     """
 
     is_compileable = False
-    is_croppable = False
+    is_croppable = True
     is_sliding = False
     supports_early_init = False
 
@@ -46,6 +47,39 @@ class NatslLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.state: states.Cache | None = None
         self.columns = 0
+        self.record_past = False
+        self.recorded: list[Tensor] = []
+        self._model: RoutedLM | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NatslLayer:
+        copied = copy.copy(self)
+        copied.state, copied.recorded, copied._model = copy.deepcopy(self.state, memo), [*self.recorded], self._model
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None}  # which the next call gives it again
+
+    def begin(self, model: RoutedLM, batch: int) -> states.Cache:
+        """The state that a call of ``model`` goes on from, of ``batch`` rows where there is none yet."""
+        self._model = model
+        if self.state is None:
+            self.state = model.new_cache(batch)
+        if not self.record_past:
+            self.state.recording = None
+        elif self.state.recording is None:
+            self._record()
+        return self.state
+
+    def end(self, real: Tensor) -> None:
+        """The call has read these columns, ``real`` bool [B,T] where they are no padding."""
+        self.columns += real.shape[1]
+        if self.record_past:
+            self.recorded.append(real)
+
+    def _record(self) -> None:
+        assert self.state is not None
+        self.state.record()
+        self.recorded = []
 
     @property
     def batch_size(self) -> int:
@@ -76,29 +110,48 @@ class NatslLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all that was read."""
-        self.state, self.columns = None, 0
+        self.state, self.columns, self.recorded = None, 0, []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Go on with these rows."""
+        """Go on with these rows; what they have read cannot be taken back."""
         if self.state is not None:
             self.state = self.state.select(beam_idx.tolist())
+            self.recorded = []
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Go on with these rows."""
+        """Go on with these rows; what they have read cannot be taken back."""
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Go on with so many copies of each row."""
+        """Go on with so many copies of each row; what they have read cannot be taken back."""
         if self.state is not None:
-            self.state = self.state.select([row for row in range(self.batch_size) for _ in range(repeats)])
+            self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def activate_past_recording(self) -> None:
-        """Refused: see ``crop``."""
-        raise ValueError(_NO_ASSISTANT)
+        """Remember from the next call on what ``crop`` needs."""
+        self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: a state has no way back."""
-        raise ValueError(_NO_ASSISTANT)
+        """Take the last −``tokens_to_remove`` columns back, and remember anew what is read from there on.
+
+        Only columns that came since ``activate_past_recording`` and the last crop, and of a call with
+        ``logits_to_keep`` maybe only the last so many. ``ValueError`` for more.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens that are to go as a negative one")
+        if self.state is None or self._model is None or self.state.recording is None:
+            if tokens_to_remove:
+                raise ValueError("the cache has nothing to go back to: call activate_past_recording() before it reads")
+            return
+        known = sum(real.shape[1] for real in self.recorded)
+        if known + tokens_to_remove < 0:
+            raise ValueError(f"crop({tokens_to_remove}): only the last {known} tokens can be taken back")
+        if tokens_to_remove:
+            lengths = self.state.lengths - torch.cat(self.recorded, 1)[:, tokens_to_remove:].sum(1)
+            self.state.crop(lengths.tolist(), self._model)
+            self.columns, self.recorded = self.columns + tokens_to_remove, []
+        else:
+            self._record()
 
 
 class NatslCache(Cache):
@@ -129,7 +182,6 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NatslConfig
     base_model_prefix = PREFIX.removesuffix(".")
     _keep_in_fp32_modules_strict = list(FLOAT32)  # noqa: RUF012
-    _is_stateful = True  # which refuses assisted decoding
     _supports_sdpa = True  # the usual default; attention is natsl's own whatever is chosen
 
     def __init__(self, config: NatslConfig) -> None:
@@ -211,8 +263,16 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
         if own is None and use_cache:
             own = self.new_cache()
         layer = None if own is None else own.layer
-        if layer is not None and layer.state is None:
-            layer.state = self.model.new_cache(len(input_ids))
+        state = None if layer is None else layer.begin(self.model, len(input_ids))
+        wanted = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
+        cut = input_ids.shape[1] - wanted
+        if layer is not None and layer.record_past and wanted and cut > self.config.shape.chunk_size:
+            # a prompt and candidates: what may be taken back begins with them, for else all would be read twice
+            mask, positions = (None if x is None else x[:, :-wanted] for x in (attention_mask, position_ids))
+            self.forward(input_ids[:, :cut], mask, positions, own, logits_to_keep=1, policy=policy)
+            layer.crop(0)
+            input_ids = input_ids[:, cut:]
+            attention_mask = None if attention_mask is None else attention_mask[:, -wanted:]
         real = self._real(input_ids, attention_mask, 0 if layer is None else layer.columns)
         if position_ids is not None and (layer is None or not layer.columns):
             _check_positions(position_ids, input_ids, real)
@@ -226,11 +286,11 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids,
             self.config.policy if policy is None else policy,
             layout=layout,
-            cache=None if layer is None else layer.state,
+            cache=state,
             logits_to_keep=min(logits_to_keep, input_ids.shape[1]) if last else None,
         ).logits
         if layer is not None:
-            layer.columns += input_ids.shape[1]
+            layer.end(torch.ones_like(input_ids, dtype=torch.bool) if real is None else real)
         loss = None if labels is None else _loss(logits, labels, real)
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep]
@@ -272,8 +332,6 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        if generation_config.is_assistant:
-            raise ValueError(_NO_ASSISTANT)
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(
@@ -288,7 +346,10 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
         elif generation_config.use_cache is not False:
             cache = self.new_cache()
         if cache is not None:
+            cache.layer.record_past = bool(generation_config.is_assistant)  # assisted decoding sets it itself
             model_kwargs[_CACHE] = cache
+        if generation_config.is_assistant:
+            model_kwargs.pop("policy", None)  # that of the model which it assists
 
     def _own_cache(self, cache: Any) -> NatslCache | None:
         """A cache of natsl's, in place of an empty one of another kind; ``ValueError`` for one that has read tokens."""
