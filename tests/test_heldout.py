@@ -12,13 +12,8 @@ from typing import Any
 
 import pytest
 
-from natsl.cli.commands import (
-    CalibrateConfig,
-    EvaluateRunConfig,
-    evaluate_choice,
-    run_calibration,
-    run_evaluation,
-)
+from natsl.cli.commands import CalibrateConfig, run_calibration
+from natsl.cli.evaluation import EvaluateRunConfig, evaluate_choice, run_evaluation
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig
 from natsl.data import Split, TaskData, load_text
 from natsl.errors import UserError

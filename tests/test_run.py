@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from natsl.cli.commands import EvaluateRunConfig, TrainRunConfig, evaluate_choice
+from natsl.cli.commands import TrainRunConfig
+from natsl.cli.evaluation import EvaluateRunConfig, evaluate_choice
 from natsl.errors import UserError
 from natsl.export import export_point
 from natsl.files import read_config, read_json, to_plain

@@ -15,16 +15,8 @@ import torch
 from torch import Tensor
 
 from natsl import checkpoint
-from natsl.cli.commands import (
-    EvaluateRunConfig,
-    ExportConfig,
-    GenerateConfig,
-    TrainRunConfig,
-    evaluate_choice,
-    run_export,
-    run_generation,
-    run_training,
-)
+from natsl.cli.commands import ExportConfig, GenerateConfig, TrainRunConfig, run_export, run_generation, run_training
+from natsl.cli.evaluation import EvaluateRunConfig, evaluate_choice
 from natsl.cli.main import composed, main
 from natsl.config import Precision, SupernetConfig, TrainConfig
 from natsl.data import TaskData
