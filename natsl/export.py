@@ -23,7 +23,6 @@ from natsl.files import (
     check_name,
     child_folder,
     read_config,
-    read_json,
     sync_folder,
     temporary_path,
     to_plain,
@@ -31,6 +30,7 @@ from natsl.files import (
     write_text,
 )
 from natsl.load import EXPORT_FORMAT, FLOAT32, PREFIX, Choice, load_choice
+from natsl.record import DataRecord
 from natsl.run import Run
 from natsl.secrets import redact
 from natsl.space.policy import Op, RoutingPolicy
@@ -88,10 +88,7 @@ def export_choice(
     temporary = temporary_path(target)
     try:
         temporary.mkdir()
-        pick = {"pick": choice.pick or "knee"} if "id" in record else {}
-        made_from = {"run": run.name, **pick, "data": read_config(run.config).get("data"), **record}
-        if run.text.exists():  # older runs do not have it
-            made_from["text"] = read_json(run.text)
+        made_from = _provenance(run, choice, record)
         exported = trimmed(model, policy)
         if dtype is Precision.bfloat16:
             exported = model = _rounded(exported)
@@ -106,6 +103,25 @@ def export_choice(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _provenance(run: Run, choice: Choice, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Where an export is from, for anybody to read: of paths only the last name, of the files of the text digests."""
+    pick = {"pick": choice.pick or "knee"} if "id" in record else {}
+    data = read_config(run.config).get("data")
+    made_from = {"run": run.name, **pick, "data": _without_folders(data), **record}
+    if "calibration" in record:
+        own = record["calibration"]["data"]
+        settings = {"fingerprint": own.get("fingerprint"), "settings": _without_folders(own.get("settings"))}
+        made_from["calibration"] = {**record["calibration"], "data": settings}
+    text = DataRecord.read(run.text)  # older runs do not have it
+    return made_from if text is None else {**made_from, "text": text.without_names()}
+
+
+def _without_folders(data: Any) -> Any:
+    """Data settings with the last name of their path."""
+    path = data.get("path") if isinstance(data, Mapping) else None
+    return {**data, "path": Path(path).name} if isinstance(path, str) else data
 
 
 def trimmed(model: RoutedLM, policy: RoutingPolicy) -> RoutedLM:
@@ -193,8 +209,7 @@ def _write(
     write_json(folder / "config.json", config)
     write_json(folder / "policy.json", policy.to_dict())
     write_json(folder / "calibration.json", model.calibration.to_plain())
-    read_back = {"data": provenance.get("data")}  # all else is only shown
-    write_json(folder / "provenance.json", {"natsl": __version__, **redact(to_plain(provenance)), **read_back})
+    write_json(folder / "provenance.json", {"natsl": __version__, **redact(to_plain(provenance))})
     # the first id past the vocabulary: the forward pass takes it for padding
     write_json(folder / "generation_config.json", {"do_sample": False, "pad_token_id": model.config.vocab_size})
     if model.config.vocab_size >= len(BYTES) and not _on_tokens(provenance):
@@ -205,8 +220,8 @@ def _write(
 
 def _on_tokens(provenance: Mapping[str, Any]) -> bool:
     """Whether the model was trained on ids of a tokenizer, which natsl does not have."""
-    text = provenance.get("text")
-    return bool(text and text["trained"].get("tokens"))
+    text: DataRecord | None = provenance.get("text")
+    return text is not None and text.trained.tokens
 
 
 def _seal(folder: Path) -> None:

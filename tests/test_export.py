@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml  # type: ignore[import-untyped]
 
 from natsl.errors import UserError
 from natsl.export import export_choice, export_point
-from natsl.files import read_json
+from natsl.files import read_config, read_json
 from natsl.load import EXPORT_FILES, Choice, load_exported
 from natsl.model import RoutedLM
 from natsl.run import Run
@@ -280,6 +281,17 @@ def test_no_secret_is_exported(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     everything = b"".join(contents(export_point(run)).values())
     assert b"0123456789abcdef" not in everything
     assert b"hunter2" not in everything
+
+
+@pytest.mark.usefixtures("fast")
+def test_no_secret_of_data_options_is_exported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_TOKEN", "0123456789abcdef")
+    config = read_config(run.config)
+    config["data"]["include"] = ["*.txt", "0123456789abcdef/*"]
+    run.config.write_text(yaml.safe_dump(config))
+    folder = export_point(run)
+    assert b"0123456789abcdef" not in b"".join(contents(folder).values())
+    assert read_json(folder / "provenance.json")["data"]["include"] == ["*.txt", "<removed>/*"]
 
 
 def test_the_command(run: Run) -> None:
