@@ -389,7 +389,14 @@ def run_generation(config: GenerateConfig) -> None:
         cache = model.new_cache(len(texts))
     if len(cache.unread) != len(texts):
         raise UserError(f"state: {state} holds {len(cache.unread)} sequences, but {len(texts)} are to be continued")
-    prompts = [encode(text, model.config.vocab_size) if text else [] for text in texts]
+    prompts = []
+    for line, text in enumerate(texts, 1):
+        try:
+            prompts.append(encode(text, model.config.vocab_size) if text else [])
+        except ValueError as error:
+            if config.prompts_file is None:
+                raise
+            raise UserError(f"prompts_file = {config.prompts_file!r}: line {line}: {error}") from None
     transcripts = [Transcript(config.stops()) for _ in texts]
     steps = generate_batch(
         model,
