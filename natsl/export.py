@@ -23,6 +23,7 @@ from natsl.files import (
     check_name,
     child_folder,
     read_config,
+    read_json,
     sync_folder,
     temporary_path,
     to_plain,
@@ -35,6 +36,7 @@ from natsl.run import Run
 from natsl.secrets import redact
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import OtherTextConfig
+from natsl.text import first_names
 from natsl.verify import verify, write_sample
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
@@ -80,10 +82,10 @@ def export_choice(
         name = made_of if choice.calibration is None else check_name(f"{made_of}-{choice.calibration}", "name")
     parent = child_folder(run.path, "export", "export")
     target = child_folder(parent, name, "name")
-    if target.exists() and not overwrite:
+    if (target.is_symlink() or target.exists()) and not overwrite:
         raise UserError(f"{target} exists: choose another name or give overwrite=true")
-    if target.exists() and not (target / "manifest.json").is_file():
-        raise UserError(f"{target} is not an exported model, so it is not overwritten: choose another name")
+    if target.is_symlink() or target.exists():
+        _check_overwritten(target)
     parent.mkdir(exist_ok=True)
     temporary = temporary_path(target)
     try:
@@ -103,6 +105,25 @@ def export_choice(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _check_overwritten(target: Path) -> None:
+    """``UserError`` unless all that is in a folder is an export's: nothing else is lost with it."""
+    if target.is_symlink() or not target.is_dir() or not (target / "manifest.json").is_file():
+        raise UserError(f"{target} is not an exported model, so it is not overwritten: choose another name")
+    manifest = read_json(target / "manifest.json")
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    own = {"manifest.json", *(files if isinstance(files, dict) else {})}
+    others = sorted(path.name for path in target.iterdir() if path.name not in own or not _is_plain_file(path))
+    if others:
+        raise UserError(
+            f"{target} holds {first_names(others)}, no file of an export, so it is not overwritten: move that away or "
+            "choose another name"
+        )
+
+
+def _is_plain_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _provenance(run: Run, choice: Choice, record: Mapping[str, Any]) -> dict[str, Any]:
