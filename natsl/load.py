@@ -28,6 +28,7 @@ _READABLE = (1, 2, 3, 4)
 _SCORES = ("values", "search_values", "measured", "dominated_by", "gain_over_random")  # of a point of a front
 EXPORT_FILES = ("config.json", "model.safetensors", "policy.json", "calibration.json", "provenance.json")
 PREFIX = "model."  # of the weights' names in a folder that transformers loads
+_EXPECTED = 'it must be such as {"chunk_size": 16, "layers": [{"op": "delta"}, {"op": "routed", "budget": 0.1}]}'
 # Weights of an export that are float32 whatever the dtype of the others: in half precision routes would change.
 FLOAT32 = ("A_log", "dt_bias", "router", "calibration.by_head", "calibration.by_layer")
 
@@ -277,9 +278,17 @@ def load_choice(choice: Choice) -> tuple[RoutedLM, RoutingPolicy, dict[str, Any]
 def read_policy(path: Path, option: str = "policy") -> RoutingPolicy:
     """A policy from a JSON file; ``UserError`` naming ``option`` and the file if it cannot be read."""
     try:
-        return RoutingPolicy.from_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        plain = json.loads(text)
     except OSError as error:
         raise UserError(f"{option}: {path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        where = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{option}: {path} is not JSON{where}: {_EXPECTED}") from None
+    if not isinstance(plain, dict) or not {"chunk_size", "layers"} & plain.keys():  # any other file: say nothing of it
+        raise UserError(f"{option}: {path} is not a policy: {_EXPECTED}")
+    try:
+        return RoutingPolicy.from_json(text)
     except ValueError as error:
         raise UserError(f"{option}: {path}: {error}") from None
 
