@@ -253,6 +253,8 @@ def load_choice(choice: Choice) -> tuple[RoutedLM, RoutingPolicy, dict[str, Any]
         else:
             model, made_from = checkpoint.load_model(run.supernet)
             record = {"checkpoint": {"step": made_from.get("step"), "sha256": made_from.get("sha256")}}
+            if run.specialised.exists():
+                record["specialised"] = read_specialised(run)[1]
         if choice.calibration is not None:
             record["calibration"] = use_calibration(model, run, choice.calibration, record["checkpoint"]["sha256"])
             # what was measured under training's table does not hold under this one
