@@ -340,7 +340,12 @@ def stored_data(run: str | None, root: str, export: str | None) -> DataConfig:
         path = user_path(export, "export") / "provenance.json"
         settings = read_json(path).get("data")
     else:
-        path = Run.open(str(run), root, create=False).config
+        folder = Run.open(str(run), root, create=False)
+        path = folder.config
+        if not path.exists() and folder.supernet.is_dir():
+            raise UserError(
+                f"{path} is missing: the training of run {run!r} has not ended; the same command resumes it"
+            )
         settings = read_config(path).get("data")
     if "${" in json.dumps(settings, default=str):  # stored settings are resolved; these could expand without end
         raise UserError(f"{path} holds no data settings: interpolations are not allowed")

@@ -69,6 +69,7 @@ def test_files_and_what_they_hold(run: Run, capsys: pytest.CaptureFixture[str]) 
     for row in result["cache"]["lengths"]:
         assert row["used"] <= row["held"]
         assert abs(row["difference"]) < 0.02
+        assert f"{row['tokens']:>9,}  {row['used']:>15,.0f}  {row['predicted']:>15,.0f}" in shown.err
     assert "note: measured in " in shown.err
     assert "answers of mqar at 44, 88 tokens are left out: " in shown.err
 

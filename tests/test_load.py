@@ -329,6 +329,12 @@ def test_stored_data_settings_are_those_of_the_run(run: Run, exported: Path) -> 
         assert (settings.seq_len, settings.search_sequences) == (44, 8)
 
 
+def test_a_training_that_has_not_ended_has_no_settings(run: Run) -> None:
+    run.config.unlink()
+    with pytest.raises(UserError, match=r"config\.yaml is missing: the training of run 'r' has not ended; the same"):
+        stored_data(run.name, str(run.path.parent), None)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -100,7 +100,6 @@ def run_evaluation(config: EvaluateRunConfig) -> None:
     if result is None:
         measured, pngs = subject.measure()
         result = {
-            "natsl": __version__,
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "settings": settings,
             **redact(to_plain(measured)),
@@ -114,8 +113,8 @@ def run_evaluation(config: EvaluateRunConfig) -> None:
     print(json.dumps(result["values"], indent=1))
     pictures = ", ".join(sorted(path.name for path in folder.glob("*.png")))
     print(f"note: {note}: {folder / RESULT}, {pictures}", file=sys.stderr)
-    for line in _notes(result):
-        print(f"note: {line}", file=sys.stderr)
+    for line in (*_table(result), *(f"note: {line}" for line in _notes(result))):
+        print(line, file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -153,6 +152,7 @@ class _Subject:
             sums = read_manifest(user_path(config.export, "export"))["files"]
             of = {"export": user_path(config.export, "export").absolute().name, "sha256": sums["model.safetensors"]}
         return {
+            "natsl": __version__,
             **{name: value for name, value in of.items() if value is not None},
             "checkpoint": self.record.get("checkpoint"),
             "calibration": self.record.get("calibration"),
@@ -274,6 +274,17 @@ def _stored(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     if names:
         raise UserError(f"out: {path} is the result of other settings ({', '.join(names)}): choose another folder")
     return stored
+
+
+def _table(result: Mapping[str, Any]) -> list[str]:
+    """The bytes of the cache of one sequence by length, as lines."""
+    rows = result["cache"]["lengths"]
+    names = {"used": "in use", "predicted": "cost model", "held": "held", "dense": "dense attention"}
+    head = [f"{'tokens':>9}" + "".join(f"  {name:>15}" for name in names.values()) + "  bytes of a sequence's cache"]
+    return [
+        *(head if rows else []),
+        *(f"{row['tokens']:>9,}" + "".join(f"  {row[name]:>15,.0f}" for name in names) for row in rows),
+    ]
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
