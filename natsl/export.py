@@ -130,19 +130,26 @@ def _provenance(run: Run, choice: Choice, record: Mapping[str, Any]) -> dict[str
     """Where an export is from, for anybody to read: of paths only the last name, of the files of the text digests."""
     pick = {"pick": choice.pick or "knee"} if "id" in record else {}
     data = read_config(run.config).get("data")
-    made_from = {"run": run.name, **pick, "data": _without_folders(data), **record}
+    made_from = {"run": run.name, **pick, "data": _public(data), **record}
     if "calibration" in record:
         own = record["calibration"]["data"]
-        settings = {"fingerprint": own.get("fingerprint"), "settings": _without_folders(own.get("settings"))}
+        settings = {"fingerprint": own.get("fingerprint"), "settings": _public(own.get("settings"))}
         made_from["calibration"] = {**record["calibration"], "data": settings}
     text = DataRecord.read(run.text)  # older runs do not have it
     return made_from if text is None else {**made_from, "text": text.without_names()}
 
 
-def _without_folders(data: Any) -> Any:
-    """Data settings with the last name of their path."""
-    path = data.get("path") if isinstance(data, Mapping) else None
-    return {**data, "path": Path(path).name} if isinstance(path, str) else data
+def _public(data: Any) -> Any:
+    """Data settings with the last name of their path, and without secrets in what chooses text; all else is as it is.
+
+    They are read back: the names of tasks and options are no secrets, whatever the environment holds.
+    """
+    if not isinstance(data, Mapping):
+        return None
+    path = data.get("path")
+    chosen = {"path": Path(path).name if isinstance(path, str) else None}
+    chosen |= {name: data[name] for name in ("include", "exclude", "field") if name in data}
+    return {**data, **redact(chosen)}
 
 
 def trimmed(model: RoutedLM, policy: RoutingPolicy) -> RoutedLM:
@@ -230,7 +237,8 @@ def _write(
     write_json(folder / "config.json", config)
     write_json(folder / "policy.json", policy.to_dict())
     write_json(folder / "calibration.json", model.calibration.to_plain())
-    write_json(folder / "provenance.json", {"natsl": __version__, **redact(to_plain(provenance))})
+    read_back = {"data": provenance.get("data")}
+    write_json(folder / "provenance.json", {"natsl": __version__, **redact(to_plain(provenance)), **read_back})
     # the first id past the vocabulary: the forward pass takes it for padding
     write_json(folder / "generation_config.json", {"do_sample": False, "pad_token_id": model.config.vocab_size})
     if model.config.vocab_size >= len(BYTES) and not _on_tokens(provenance):

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,8 @@ def test_a_password_that_is_also_a_word_alters_nothing_that_is_read_back(
     text = str(root / "letters.txt")
     assert stored_data("r", str(root), None).path == text
     folder = export_point(run)
-    assert stored_data(None, "runs", str(folder)).path == text
+    settings = replace(stored_data(None, "runs", str(folder)), path=text)
+    assert settings == stored_data("r", str(root), None)
     before = evaluate_choice(EvaluateRunConfig("r", str(root), device="cpu"))
     assert evaluate_choice(EvaluateRunConfig(export=str(folder), device="cpu")) == before
     config = SearchRunConfig(
