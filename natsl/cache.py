@@ -289,6 +289,12 @@ class Cache:
         expected = {f"{i}.{name}" for i, layer in enumerate(cache.layers) for name in layer.tensors()}
         if tensors.keys() != expected:
             raise UserError(f"state: {file} has other tensors than this natsl reads: use natsl {header['natsl']}")
+        for i, layer in enumerate(cache.layers):
+            for name, x in layer.tensors().items():
+                found = tensors[f"{i}.{name}"]
+                if not _fits(name, found, x):
+                    form = f"{found.dtype} {list(found.shape)}"
+                    raise UserError(f"state: {file} has {i}.{name} as {form}, which does not fit the model")
         device = cache.lengths.device
         with torch.inference_mode(False):  # else no call outside it could use the cache
             cache.lengths = torch.tensor(header["lengths"], device=device)
@@ -313,6 +319,16 @@ class Cache:
             self.lengths = self.lengths + tokens
         self.unread = [None] * len(self.unread)
         self._usable = True
+
+
+_FREE = {"pages.keys": 0, "pages.values": 0, "pages.table": 2}  # dimensions that grow with what is kept
+
+
+def _fits(name: str, x: Tensor, new: Tensor) -> bool:
+    """Whether a stored tensor has the dtype and the shape of that of a new cache."""
+    free = _FREE.get(name)
+    sizes = [list(y.shape[:free]) + list(y.shape[free + 1 :]) if free is not None else list(y.shape) for y in (x, new)]
+    return x.dtype is new.dtype and x.dim() == new.dim() and sizes[0] == sizes[1]
 
 
 def _made_for(model: RoutedLM) -> dict[str, str]:

@@ -36,6 +36,7 @@ def card(folder: Path, results: Sequence[Result]) -> str:
         f"([method](https://arxiv.org/abs/2602.03681)): {len(policy.layers)} layers (in the supernet {kinds}), width "
         f"{shape['width']}, {shape['heads']} routing heads, a vocabulary of {shape['vocab_size']}, chunks of "
         f"{shape['chunk_size']} tokens. The weights are {dtype}; those that routes depend on are float32.",
+        *_specialised(made_from, policy),
         "",
         "## Load it",
         *_loading((folder / "tokenizer.json").is_file()),
@@ -59,6 +60,22 @@ def card(folder: Path, results: Sequence[Result]) -> str:
         "",
     ]
     return "\n".join(parts)
+
+
+def _specialised(made_from: Mapping[str, Any], policy: RoutingPolicy) -> list[str]:
+    """What the weights were trained on for, after they were those of a supernet."""
+    special = made_from.get("specialised")
+    if not special:
+        return []
+    own = special.get("digest") == policy.digest()
+    which = "the policy below" if own else f"another policy than the one below ({special.get('digest')})"
+    return ["", f"**Specialised**: {_source(special)}, trained on for {which} alone."]
+
+
+def _source(special: Mapping[str, Any]) -> str:
+    """The weights that a specialisation began with, and how its policy was named."""
+    pick = special.get("pick") or special.get("policy_file")
+    return f"the weights of run {special.get('run')}" + (f", {pick}" if pick else "")
 
 
 def _loading(tokenizer: bool) -> list[str]:
@@ -133,6 +150,7 @@ def _provenance(made_from: Mapping[str, Any], own: Mapping[str, Any]) -> list[st
     facts = {
         "run": made_from.get("run"),
         "point": made_from.get("id"),
+        "specialised from": None if not made_from.get("specialised") else _source(made_from["specialised"]),
         "policy": made_from.get("policy_file") or RoutingPolicy.from_dict(own["policy"]).digest(),
         "calibration": (made_from.get("calibration") or {}).get("name"),
         "step of training": checkpoint.get("step"),

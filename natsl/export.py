@@ -31,10 +31,12 @@ from natsl.files import (
     write_text,
 )
 from natsl.load import EXPORT_FORMAT, FLOAT32, PREFIX, Choice, load_choice
+from natsl.record import DataRecord
 from natsl.run import Run
 from natsl.secrets import redact
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import OtherTextConfig
+from natsl.text import first_names
 from natsl.verify import verify, write_sample
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
@@ -80,18 +82,15 @@ def export_choice(
         name = made_of if choice.calibration is None else check_name(f"{made_of}-{choice.calibration}", "name")
     parent = child_folder(run.path, "export", "export")
     target = child_folder(parent, name, "name")
-    if target.exists() and not overwrite:
+    if (target.is_symlink() or target.exists()) and not overwrite:
         raise UserError(f"{target} exists: choose another name or give overwrite=true")
-    if target.exists() and not (target / "manifest.json").is_file():
-        raise UserError(f"{target} is not an exported model, so it is not overwritten: choose another name")
+    if target.is_symlink() or target.exists():
+        _check_overwritten(target)
     parent.mkdir(exist_ok=True)
     temporary = temporary_path(target)
     try:
         temporary.mkdir()
-        pick = {"pick": choice.pick or "knee"} if "id" in record else {}
-        made_from = {"run": run.name, **pick, "data": read_config(run.config).get("data"), **record}
-        if run.text.exists():  # older runs do not have it
-            made_from["text"] = read_json(run.text)
+        made_from = _provenance(run, choice, record)
         exported = trimmed(model, policy)
         if dtype is Precision.bfloat16:
             exported = model = _rounded(exported)
@@ -106,6 +105,51 @@ def export_choice(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _check_overwritten(target: Path) -> None:
+    """``UserError`` unless all that is in a folder is an export's: nothing else is lost with it."""
+    if target.is_symlink() or not target.is_dir() or not (target / "manifest.json").is_file():
+        raise UserError(f"{target} is not an exported model, so it is not overwritten: choose another name")
+    manifest = read_json(target / "manifest.json")
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    own = {"manifest.json", *(files if isinstance(files, dict) else {})}
+    others = sorted(path.name for path in target.iterdir() if path.name not in own or not _is_plain_file(path))
+    if others:
+        raise UserError(
+            f"{target} holds {first_names(others)}, no file of an export, so it is not overwritten: move that away or "
+            "choose another name"
+        )
+
+
+def _is_plain_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _provenance(run: Run, choice: Choice, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Where an export is from, for anybody to read: of paths only the last name, of the files of the text digests."""
+    pick = {"pick": choice.pick or "knee"} if "id" in record else {}
+    data = read_config(run.config).get("data")
+    made_from = {"run": run.name, **pick, "data": _public(data), **record}
+    if "calibration" in record:
+        own = record["calibration"]["data"]
+        settings = {"fingerprint": own.get("fingerprint"), "settings": _public(own.get("settings"))}
+        made_from["calibration"] = {**record["calibration"], "data": settings}
+    text = DataRecord.read(run.text)  # older runs do not have it
+    return made_from if text is None else {**made_from, "text": text.without_names()}
+
+
+def _public(data: Any) -> Any:
+    """Data settings with the last name of their path, and without secrets in what chooses text; all else is as it is.
+
+    They are read back: the names of tasks and options are no secrets, whatever the environment holds.
+    """
+    if not isinstance(data, Mapping):
+        return None
+    path = data.get("path")
+    chosen = {"path": Path(path).name if isinstance(path, str) else None}
+    chosen |= {name: data[name] for name in ("include", "exclude", "field") if name in data}
+    return {**data, **redact(chosen)}
 
 
 def trimmed(model: RoutedLM, policy: RoutingPolicy) -> RoutedLM:
@@ -193,7 +237,7 @@ def _write(
     write_json(folder / "config.json", config)
     write_json(folder / "policy.json", policy.to_dict())
     write_json(folder / "calibration.json", model.calibration.to_plain())
-    read_back = {"data": provenance.get("data")}  # all else is only shown
+    read_back = {"data": provenance.get("data")}
     write_json(folder / "provenance.json", {"natsl": __version__, **redact(to_plain(provenance)), **read_back})
     # the first id past the vocabulary: the forward pass takes it for padding
     write_json(folder / "generation_config.json", {"do_sample": False, "pad_token_id": model.config.vocab_size})
@@ -205,8 +249,8 @@ def _write(
 
 def _on_tokens(provenance: Mapping[str, Any]) -> bool:
     """Whether the model was trained on ids of a tokenizer, which natsl does not have."""
-    text = provenance.get("text")
-    return bool(text and text["trained"].get("tokens"))
+    text: DataRecord | None = provenance.get("text")
+    return text is not None and text.trained.tokens
 
 
 def _seal(folder: Path) -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from natsl import checkpoint
 from natsl.data import Corpus, TaskData, load_text
 from natsl.errors import UserError
-from natsl.files import read_config, read_json
+from natsl.files import read_config, read_json, user_path
 from natsl.load import Choice, stored_data
 from natsl.record import DataRecord, TrainedText
 from natsl.run import Run
-from natsl.tasks import OtherTextConfig
+from natsl.tasks import DataConfig, OtherTextConfig
 from natsl.text import absolute, printable
 
 _LOG = logging.getLogger(__name__)
@@ -43,9 +42,8 @@ def held_out(
     that is named. Raises ``UserError`` for a run's own text that has changed (without ``allow_other``), for named text
     of which nothing is left, and for token ids where the supernet was trained on text or the other way round.
     """
-    settings = stored_data(choice.run, choice.root, choice.export)
-    record = _stored_record(choice)
-    rules = (choice.root, record.runs) if record else (choice.root,)
+    settings, record = _stored(choice)
+    rules = (choice.root, record.runs) if record and record.runs else (choice.root,)
     other = None
     if named.path is not None:
         path = absolute(named.path)
@@ -61,7 +59,8 @@ def held_out(
         try:
             corpus = load_text(settings.path, settings.text_rules(*rules), trained)
         except UserError as error:
-            raise UserError(f"{error}; data.path=<path> names where the text is now, or another one") from None
+            why = "" if choice.export is None else "an export does not say in which folder its text is: "
+            raise UserError(f"{error}; {why}data.path=<path> names where the text is now, or another one") from None
         _check_kind(record, corpus)
         other = _difference(choice, record, TaskData(settings, corpus, vocab_size))
         if other is not None and not allow_other:
@@ -131,10 +130,27 @@ def trained_on_tokens(choice: Choice) -> bool:
     return record is not None and record.trained.tokens
 
 
+def _stored(choice: Choice) -> tuple[DataConfig, DataRecord | None]:
+    """Data settings and record of a run or an export.
+
+    An export that is still in its run's folder has those of the run: by itself it does not say where the text is.
+    """
+    settings, record = stored_data(choice.run, choice.root, choice.export), _stored_record(choice)
+    if choice.export is None or (record is not None and not record.trained.hidden):
+        return settings, record
+    folder = user_path(choice.export, "export").resolve()
+    run = folder.parent.parent
+    if folder.parent.name == "export" and (run / "run.json").is_file() and (run / "config.yaml").is_file():
+        theirs, own = _stored(Choice(run=run.name, root=str(run.parent)))
+        if record is None or (own is not None and (own.data, own.text) == (record.data, record.text)):
+            return theirs, own
+    return settings, record
+
+
 def _stored_record(choice: Choice) -> DataRecord | None:
     if choice.export is None:
         return DataRecord.read(Run.open(str(choice.run), choice.root, create=False).text)
-    path = Path(choice.export) / "provenance.json"
+    path = user_path(choice.export, "export") / "provenance.json"
     plain = read_json(path).get("text")
     return None if plain is None else DataRecord.from_dict(plain, path)
 
@@ -151,7 +167,7 @@ def _difference(choice: Choice, record: DataRecord | None, data: TaskData) -> st
     if choice.export is None:
         stored = _older_fingerprint(Run.open(str(choice.run), choice.root, create=False))
     else:
-        stored = _data_of(read_json(Path(choice.export) / "provenance.json"))
+        stored = _data_of(read_json(user_path(choice.export, "export") / "provenance.json"))
     if stored is None:
         _LOG.info("%s is of an older natsl and does not say which text it was judged on", _name(choice))
         return None

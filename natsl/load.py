@@ -28,6 +28,7 @@ _READABLE = (1, 2, 3, 4)
 _SCORES = ("values", "search_values", "measured", "dominated_by", "gain_over_random")  # of a point of a front
 EXPORT_FILES = ("config.json", "model.safetensors", "policy.json", "calibration.json", "provenance.json")
 PREFIX = "model."  # of the weights' names in a folder that transformers loads
+_EXPECTED = 'it must be such as {"chunk_size": 16, "layers": [{"op": "delta"}, {"op": "routed", "budget": 0.1}]}'
 # Weights of an export that are float32 whatever the dtype of the others: in half precision routes would change.
 FLOAT32 = ("A_log", "dt_bias", "router", "calibration.by_head", "calibration.by_layer")
 
@@ -252,6 +253,8 @@ def load_choice(choice: Choice) -> tuple[RoutedLM, RoutingPolicy, dict[str, Any]
         else:
             model, made_from = checkpoint.load_model(run.supernet)
             record = {"checkpoint": {"step": made_from.get("step"), "sha256": made_from.get("sha256")}}
+            if run.specialised.exists():
+                record["specialised"] = read_specialised(run)[1]
         if choice.calibration is not None:
             record["calibration"] = use_calibration(model, run, choice.calibration, record["checkpoint"]["sha256"])
             # what was measured under training's table does not hold under this one
@@ -277,9 +280,17 @@ def load_choice(choice: Choice) -> tuple[RoutedLM, RoutingPolicy, dict[str, Any]
 def read_policy(path: Path, option: str = "policy") -> RoutingPolicy:
     """A policy from a JSON file; ``UserError`` naming ``option`` and the file if it cannot be read."""
     try:
-        return RoutingPolicy.from_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        plain = json.loads(text)
     except OSError as error:
         raise UserError(f"{option}: {path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        where = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{option}: {path} is not JSON{where}: {_EXPECTED}") from None
+    if not isinstance(plain, dict) or not {"chunk_size", "layers"} & plain.keys():  # any other file: say nothing of it
+        raise UserError(f"{option}: {path} is not a policy: {_EXPECTED}")
+    try:
+        return RoutingPolicy.from_json(text)
     except ValueError as error:
         raise UserError(f"{option}: {path}: {error}") from None
 
@@ -329,7 +340,12 @@ def stored_data(run: str | None, root: str, export: str | None) -> DataConfig:
         path = user_path(export, "export") / "provenance.json"
         settings = read_json(path).get("data")
     else:
-        path = Run.open(str(run), root, create=False).config
+        folder = Run.open(str(run), root, create=False)
+        path = folder.config
+        if not path.exists() and folder.supernet.is_dir():
+            raise UserError(
+                f"{path} is missing: the training of run {run!r} has not ended; the same command resumes it"
+            )
         settings = read_config(path).get("data")
     if "${" in json.dumps(settings, default=str):  # stored settings are resolved; these could expand without end
         raise UserError(f"{path} holds no data settings: interpolations are not allowed")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,14 @@ class TrainedText:
     """The files that a supernet was trained on.
 
     ``text``: fingerprint of the whole text and its split. ``files``: names below ``folder`` and sha256 of the contents.
-    ``tokens``: they are ids of a tokenizer instead of text.
+    ``tokens``: they are ids of a tokenizer instead of text. ``hidden``: names are digests, and there is no folder.
     """
 
     text: str
     folder: str
     files: tuple[tuple[str, str], ...]
     tokens: bool = False
+    hidden: bool = False
 
     @classmethod
     def of(cls, corpus: Corpus) -> TrainedText:
@@ -48,13 +50,21 @@ class TrainedText:
     def matches(self, folder: str, files: Mapping[str, str]) -> set[str]:
         """Names, of ``files`` (name below ``folder`` → sha256), that are the name or hold the contents of one here."""
         names = {name for name, _ in self.files}
-        places = {os.path.join(self.folder, name) for name in names}
         contents = {sha256 for _, sha256 in self.files}
+        if self.hidden:
+            return {name for name, sha256 in files.items() if _digest(name) in names or sha256 in contents}
+        places = {os.path.join(self.folder, name) for name in names}
         return {
             name
             for name, sha256 in files.items()
             if name in names or sha256 in contents or os.path.join(folder, name) in places
         }
+
+    def without_names(self) -> TrainedText:
+        """The same without names of files and folders; ``matches`` still knows a file by its name or contents."""
+        if self.hidden:
+            return self
+        return replace(self, folder="", files=tuple((_digest(name), sha) for name, sha in self.files), hidden=True)
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,8 @@ class DataRecord:
                     str(trained["text"]),
                     str(trained["folder"]),
                     tuple((str(n), str(s)) for n, s in trained["files"]),
-                    bool(trained.get("tokens", False)),  # older records do not have it
+                    bool(trained.get("tokens", False)),  # older records have neither
+                    bool(trained.get("hidden", False)),
                 ),
                 others=tuple(map(str, plain["others"])),
             )
@@ -101,6 +112,14 @@ class DataRecord:
         """The record in a file (None: there is no such file)."""
         return cls.from_dict(read_json(path), path) if path.exists() else None
 
+    def without_names(self) -> DataRecord:
+        """The record for others: only the last name of the source, and of files the digests of their names."""
+        if self.trained.hidden:
+            return self
+        files = tuple(replace(file, name=_digest(file.name)) for file in self.files)
+        trained, source = self.trained.without_names(), os.path.basename(self.source)
+        return replace(self, source=source, runs="", files=files, trained=trained, others=())
+
     def write(self, path: Path) -> None:
         """Write the record as JSON, atomically."""
         write_json(path, self)
@@ -110,17 +129,24 @@ class DataRecord:
         if corpus.fingerprint == self.text:
             return None
         then = {file.name: file for file in self.files}
-        now = {file.name: file for file in corpus.contents}
-        changed = [name for name in then if name in now and then[name].sha256 != now[name].sha256]
-        parts = [] if self.source == corpus.source else [f"{self.source} then, {corpus.source} now"]
+        now = {_digest(file.name) if self.trained.hidden else file.name: file for file in corpus.contents}
+        changed = [key for key in then if key in now and then[key].sha256 != now[key].sha256]
+        source = os.path.basename(corpus.source) if self.trained.hidden else corpus.source
+        parts = [] if self.source == source else [f"{self.source} then, {source} now"]
         if len(changed) == 1:
             sizes = f"{then[changed[0]].size:,} bytes then, {now[changed[0]].size:,} now"
-            parts.append(f"{changed[0]} changed ({sizes})")
+            parts.append(f"{now[changed[0]].name} changed ({sizes})")
         else:
-            parts += _listed(changed, "files changed")
-        parts += _listed([name for name in now if name not in then], "added")
-        parts += _listed([name for name in then if name not in now], "missing")
+            parts += _listed([now[key].name for key in changed], "files changed")
+        parts += _listed([file.name for key, file in now.items() if key not in then], "added")
+        missing = [key for key in then if key not in now]
+        parts += [f"{len(missing)} missing"] if missing and self.trained.hidden else _listed(missing, "missing")
         return "; ".join(parts) or "the files are the same, but other parts of them are held out"
+
+
+def _digest(name: str) -> str:
+    """What stands for the name of a file that others are not to know."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def _listed(names: Sequence[str], what: str) -> list[str]:

@@ -52,7 +52,8 @@ OnStep = Callable[[dict[str, float]], None]
 class Specialisation:
     """One policy that finished weights are trained for, instead of the policies of the sandwich.
 
-    ``supernet``: sha256 of the checkpoint that it begins with. ``steps``: how many that had; batches go on after them.
+    ``supernet``: sha256 of the checkpoint that it begins with. ``steps``: how many its weights were trained for before,
+    in that run and those that it began with; batches go on after them.
     """
 
     policy: RoutingPolicy

@@ -35,6 +35,7 @@ SCORE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.02}
 LAST = 8  # so many logits of the probe are stored
 SAMPLE = "verification.safetensors"
 SCORES = "verification.json"
+_TENSORS = ("tokens", "targets", "recall", "relevant")  # of a batch
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,35 @@ class _Loaded:
     extend: Callable[[Tensor, int], list[int]]
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """What the checks of a folder compare with: a probe [2,T], its last logits, and sequences of tasks with scores."""
+
+    probe: Tensor
+    logits: Tensor
+    sets: Mapping[str, Batch]
+    scores: Mapping[str, Any] | None
+
+    @classmethod
+    def read(cls, folder: Path) -> _Sample:
+        """The sample of a folder; ``UserError`` for files that hold something else."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from natsl.tasks.sequences import Batch
+
+        record = read_json(folder / SCORES)
+        try:
+            stored = load_file(folder / SAMPLE)
+            sets = {
+                str(task): Batch(*(stored[f"{task}.{name}"] for name in _TENSORS), in_bytes=bool(record["in_bytes"]))
+                for task in record["tasks"]
+            }
+            return cls(stored["probe"], stored["logits"], sets, record["scores"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{SAMPLE} and {SCORES} cannot be compared with: {_reason(error)}") from None
+
+
 def write_sample(folder: Path, model: RoutedLM, policy: RoutingPolicy, sets: Mapping[str, Batch]) -> None:
     """Store in an export what its checks compare with: the model's logits for a probe, ``sets`` and their scores."""
     import torch
@@ -77,7 +107,7 @@ def write_sample(folder: Path, model: RoutedLM, policy: RoutingPolicy, sets: Map
         logits = model(tokens, policy, logits_to_keep=LAST).logits.float()
     tensors = {"probe": tokens, "logits": logits}
     for task, batch in sets.items():
-        for name in ("tokens", "targets", "recall", "relevant"):
+        for name in _TENSORS:
             tensors[f"{task}.{name}"] = getattr(batch, name)
     write_tensors(folder / SAMPLE, tensors)
     scores = evaluate(model, policy, sets).to_dict() if sets else None
@@ -148,30 +178,35 @@ def checks(folder: Path) -> Iterator[Result]:
     if not (folder / SAMPLE).is_file() or not (folder / SCORES).is_file():
         yield Result("natsl", "sample", "", "the folder has nothing to compare with: it was made by an older natsl")
         return
+    try:
+        sample = _Sample.read(folder)
+    except UserError as error:
+        yield Result("natsl", "sample", "", str(error))
+        return
     version = transformers_version()
     for loader, load in (("natsl", _load), (f"transformers {version}", _load_with_transformers)):
         if load is _load_with_transformers and version is None:
             continue
+        stage = "loading"
         try:
             loaded = load(loader, folder)
+            stage = "comparing"
+            yield from _compare(loaded, sample)
         except Exception as error:  # whatever a library raises for a damaged folder
-            text = " ".join(str(error).split())
-            yield Result(
-                loader, "loading", "", text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-            )
-            continue
-        yield from _compare(loaded, folder)
+            yield Result(loader, stage, "", _reason(error))
 
 
-def _compare(loaded: _Loaded, folder: Path) -> Iterator[Result]:
+def _reason(error: Exception) -> str:
+    """An error on one line, with its type unless it is made for users."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def _compare(loaded: _Loaded, sample: _Sample) -> Iterator[Result]:
     import torch
-    from safetensors.torch import load_file
 
-    from natsl.tasks.sequences import Batch
-
-    stored, record = load_file(folder / SAMPLE), read_json(folder / SCORES)
     precision = loaded.model.precision.value
-    probe, expected = stored["probe"], stored["logits"]
+    probe, expected = sample.probe, sample.logits
     bound = TOLERANCE[precision] * max(1.0, float(expected.abs().max()))
 
     def same(check: str, what: str, found: Tensor, other: Tensor) -> Result:
@@ -197,15 +232,8 @@ def _compare(loaded: _Loaded, folder: Path) -> Iterator[Result]:
         yield same("padding", "a row beside one with padding and by itself", found[1], once[1])
     if precision == "float32":
         yield _same_text(loaded, probe[:1, :C])
-    if record["scores"] is not None:
-        sets = {
-            task: Batch(
-                *(stored[f"{task}.{name}"] for name in ("tokens", "targets", "recall", "relevant")),
-                in_bytes=record["in_bytes"],
-            )
-            for task in record["tasks"]
-        }
-        yield from _same_scores(loaded, sets, record["scores"], SCORE_TOLERANCE[precision])
+    if sample.scores is not None:
+        yield from _same_scores(loaded, sample.sets, sample.scores, SCORE_TOLERANCE[precision])
 
 
 def _same_text(loaded: _Loaded, prompt: Tensor) -> Result:

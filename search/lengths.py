@@ -15,15 +15,7 @@ if TYPE_CHECKING:
     from natsl.model import RoutedLM
     from natsl.search.config import SearchConfig
     from natsl.search.score_cache import ScoreCache
-    from natsl.tasks import DataConfig
     from natsl.tasks.sequences import Batch
-
-FEWEST = 4  # sequences of a task at any length, unless the test split has fewer
-
-
-def sequences_at(tokens: int, data: DataConfig) -> int:
-    """How many test sequences of a task there are at a length: about as many tokens in all at every length."""
-    return max(min(FEWEST, data.test_sequences), data.test_sequences * data.seq_len // tokens)
 
 
 @dataclass(frozen=True)
@@ -119,6 +111,7 @@ class LengthRunner:
         tested: Callable[[RoutingPolicy], Evaluation] | None,
         on_step: Callable[[str], None],
     ) -> AtLength:
+        from natsl.answers import sequences_at
         from natsl.search.fault import describe
 
         count = sequences_at(tokens, self._data.config)

@@ -27,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 def take_settings(config: SearchRunConfig) -> SearchRunConfig:
     """The configuration of a search with the model and the training of the run that ``supernet_from`` names.
 
-    Raises ``UserError`` if that supernet is not trained to its end.
+    Raises ``UserError`` if that supernet is not trained to its end, or was specialised for one policy.
     """
     if config.supernet_from is None:
         return config
@@ -37,6 +37,11 @@ def take_settings(config: SearchRunConfig) -> SearchRunConfig:
     if not source.get("finished"):
         raise UserError(
             f"the supernet of run {config.supernet_from!r} is not trained to its end: resume that run first"
+        )
+    if source.get("specialised"):
+        raise UserError(
+            f"supernet_from = {config.supernet_from!r} is a specialisation: its weights are for one policy, and others "
+            "cannot be judged on them. Search the supernet that it began with"
         )
     trained, supernet = source.get("train", {}), source.get("supernet", {})  # older checkpoints do not have them
     return replace(

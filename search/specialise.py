@@ -145,8 +145,9 @@ def specialise(
 
 def recipe_of(source: Source, settings: Settings, seed: int) -> TrainRecipe:
     """How a source is specialised."""
-    made_from = source.record["checkpoint"]
-    special = Specialisation(source.policy, made_from["sha256"], made_from["step"])
+    made_from, before = source.record["checkpoint"], source.trained.get("specialised") or {}
+    seen = made_from["step"] + before.get("steps", 0)  # of the supernet, if the source was specialised itself
+    special = Specialisation(source.policy, made_from["sha256"], seen)
     return TrainRecipe(settings.train, settings.supernet, seed, special)
 
 

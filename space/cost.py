@@ -59,8 +59,7 @@ def kv_bytes(
     """Bytes of KV cache: Σ over layers of b·R·(K + V)·(f·L + C/2); nothing for op delta.
 
     L = ``context`` counts the tokens in complete earlier chunks; the own chunk is always visible and on average half
-    full, C/2 tokens. This is what a cache holds that frees the pages of dropped chunks for others, and what one decoded
-    token reads; ``natsl.cache`` has as many pages for every head as for the one that keeps most.
+    full, C/2 tokens. This is what one decoded token reads; a cache also holds the empty half (``cache_bytes``).
     """
     layers = _layers(shapes, policy, kept, context, bytes_per_element)
     half = policy.chunk_size / 2
@@ -85,6 +84,37 @@ def kv_bytes_per_token(
     """
     total = kv_bytes(shapes, policy, kept, context, bytes_per_element)
     return total / (context + policy.chunk_size / 2)
+
+
+def cache_bytes(
+    shapes: Sequence[LayerShape],
+    policy: RoutingPolicy,
+    kept: Sequence[float],
+    context: int,
+    bytes_per_element: int = 2,
+) -> float:
+    """Bytes that the cache of one sequence of T = ``context`` tokens holds, the pages that it has in reserve left out.
+
+    8, the sequence's length, and per layer the sum of
+        convolution  b·(W − 1)·R·(2K + V)                       the last inputs
+        router       max(b, 4)·D                                kind routed: the sum over the open chunk
+        delta rule   2 · 4·R·K·V + 4·R + 8                      unless of kind softmax: two states, decay, place
+        pages        (n + 1) · b·C·(K + V) + 8·(n + R)          unless of kind delta
+    A page holds a chunk of a head. There are n = R·(f·⌊T/C⌋ + 1), those that are kept and the open ones, with an entry
+    of the table each, one that is nobody's, and R numbers kept. Under op delta f = 0, and the open ones are there.
+    """
+    C, total = policy.chunk_size, 8.0
+    for shape, _, f in _layers(shapes, policy, kept, context, bytes_per_element):
+        R, K, V = shape.heads, shape.key_dim, shape.value_dim
+        total += bytes_per_element * (shape.conv_width - 1) * R * (2 * K + V)
+        if shape.kind is Op.routed:
+            total += max(bytes_per_element, STATE_BYTES) * shape.width
+        if shape.kind is not Op.softmax:
+            total += 2 * state_bytes(shape) + STATE_BYTES * R + 8
+        if shape.kind is not Op.delta:
+            pages = R * (f * (context // C) + 1)
+            total += (pages + 1) * C * bytes_per_element * (K + V) + 8 * (pages + R)
+    return total
 
 
 def decode_bytes(

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -252,6 +253,30 @@ def test_states_of_other_models_are_refused(tmp_path: Path) -> None:
         filled(model).save(path, make_model(width=24))
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         Cache.load(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("0.tail", lambda x: x[..., 1:]),
+        ("0.tail", lambda x: x.float()),
+        ("0.pages.keys", lambda x: x[:, 1:]),
+        ("0.pages.table", lambda x: x.int()),
+        ("0.pages.table", lambda x: x[:, :1]),
+        ("0.pages.kept", lambda x: x[..., None]),
+    ],
+    ids=["width", "dtype", "chunk", "integers", "heads", "dimensions"],
+)
+def test_tensors_of_another_form_are_refused(name: str, change: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    model, path = make_model(), tmp_path / "x.state"
+    filled(model).save(path, model)
+    header, tensors = cache_module._read(path)
+    tensors[name] = change(tensors[name]).contiguous()
+    header["sha256"] = cache_module._digest(header, tensors)
+    path.write_bytes(safetensors.torch.save(tensors, {"natsl_state": json.dumps(header)}))
+    with pytest.raises(UserError, match=rf"state: .*x\.state has {re.escape(name)} as torch\.") as error:
+        Cache.load(path, model)
+    assert "does not fit the model" in str(error.value)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -15,15 +15,13 @@ import torch
 from natsl import checkpoint
 from natsl.cli.commands import (
     CalibrateConfig,
-    EvaluateRunConfig,
     ExportConfig,
     GenerateConfig,
-    evaluate_choice,
     run_calibration,
-    run_evaluation,
     run_export,
     run_generation,
 )
+from natsl.cli.evaluation import EvaluateRunConfig, evaluate_choice, run_evaluation
 from natsl.errors import UserError
 from natsl.files import read_json, write_json
 from natsl.generate import read_prompt

@@ -9,7 +9,8 @@ from typing import Any, get_type_hints
 import pytest
 
 from natsl import config
-from natsl.cli.commands import EvaluateRunConfig, GenerateConfig, TrainRunConfig
+from natsl.cli.commands import GenerateConfig, TrainRunConfig
+from natsl.cli.evaluation import EvaluateRunConfig
 
 CLASSES: list[Any] = [
     config.ModelConfig,

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml  # type: ignore[import-untyped]
 
 from natsl.errors import UserError
 from natsl.export import export_choice, export_point
-from natsl.files import read_json
+from natsl.files import read_config, read_json
 from natsl.load import EXPORT_FILES, Choice, load_exported
 from natsl.model import RoutedLM
 from natsl.run import Run
@@ -152,6 +153,41 @@ def test_an_existing_folder(run: Run) -> None:
     assert [path.name for path in run.exports.iterdir()] == ["best"]
 
 
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "link in place of a file"])
+def test_what_is_not_of_the_export_is_never_lost_with_it(kind: str, run: Run, tmp_path: Path) -> None:
+    folder = export_point(run, name="best")
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    added = folder / ("README.md" if kind == "link in place of a file" else "notes")
+    if kind == "file":
+        added.write_text("notes")
+    elif kind == "folder":
+        added.mkdir()
+    else:
+        added.unlink(missing_ok=True)
+        added.symlink_to(mine)
+    before = contents(run.exports)
+    with pytest.raises(UserError, match=f"best holds {added.name}, no file of an export"):
+        export_point(run, "t0013", "best", overwrite=True)
+    assert contents(run.exports) == before
+    assert os.path.lexists(added)
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("leads", ["best", "nowhere"])
+def test_a_link_to_another_export_is_not_followed(leads: str, run: Run) -> None:
+    before = contents(export_point(run, name="best"))
+    (run.exports / "link").symlink_to(leads)
+    with pytest.raises(UserError, match="link exists: choose another name"):
+        export_point(run, "t0013", "link")
+    with pytest.raises(UserError, match="link is not an exported model, so it is not overwritten"):
+        export_point(run, "t0013", "link", overwrite=True)
+    assert (run.exports / "link").is_symlink()
+    assert contents(run.exports / "best") == before
+
+
 def test_a_folder_that_is_no_export_is_never_overwritten(run: Run) -> None:
     (run.exports / "notes").mkdir(parents=True)
     (run.exports / "notes" / "mine.txt").write_text("mine")
@@ -280,6 +316,17 @@ def test_no_secret_is_exported(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     everything = b"".join(contents(export_point(run)).values())
     assert b"0123456789abcdef" not in everything
     assert b"hunter2" not in everything
+
+
+@pytest.mark.usefixtures("fast")
+def test_no_secret_of_data_options_is_exported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_TOKEN", "0123456789abcdef")
+    config = read_config(run.config)
+    config["data"]["include"] = ["*.txt", "0123456789abcdef/*"]
+    run.config.write_text(yaml.safe_dump(config))
+    folder = export_point(run)
+    assert b"0123456789abcdef" not in b"".join(contents(folder).values())
+    assert read_json(folder / "provenance.json")["data"]["include"] == ["*.txt", "<removed>/*"]
 
 
 def test_the_command(run: Run) -> None:

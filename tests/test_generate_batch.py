@@ -237,6 +237,15 @@ def test_prompts_of_a_file(content: bytes, expected: list[str] | str, tmp_path: 
         read_prompts(str(tmp_path / "lines.txt"))
 
 
+def test_a_token_outside_the_vocabulary_has_the_number_of_its_line(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text("a\n" * 6 + "b⟨99999⟩\n")
+    with pytest.raises(UserError, match=r"lines\.txt': line 7: prompt = '⟨99999⟩' is not allowed: it must be"):
+        run_generation(config(run, budget=0.3, prompts_file=str(path)))
+    with pytest.raises(ValueError, match=r"^prompt = '⟨99999⟩' is not allowed"):
+        run_generation(config(run, budget=0.3, prompt="b⟨99999⟩"))
+
+
 def test_a_budget_on_the_command_line(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, _ = checkpoint.load_model(run.supernet)
     prompt = "one chunk and some more"

@@ -12,20 +12,15 @@ from typing import Any
 
 import pytest
 
-from natsl.cli.commands import (
-    CalibrateConfig,
-    EvaluateRunConfig,
-    evaluate_choice,
-    run_calibration,
-    run_evaluation,
-)
+from natsl.cli.commands import CalibrateConfig, run_calibration
+from natsl.cli.evaluation import EvaluateRunConfig, evaluate_choice, run_evaluation
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig
 from natsl.data import Split, TaskData, load_text
 from natsl.errors import UserError
-from natsl.export import export_point
-from natsl.files import read_json, write_json
+from natsl.export import export_choice, export_point
+from natsl.files import read_json, to_plain, write_json
 from natsl.heldout import keep_record, trained_text
-from natsl.load import stored_data
+from natsl.load import Choice, stored_data
 from natsl.record import DataRecord, TrainedText
 from natsl.run import Run
 from natsl.search.config import SearchConfig, SearchRunConfig
@@ -119,6 +114,61 @@ def test_an_export_is_scored_on_the_text_of_its_run(run: Run, monkeypatch: pytes
     rotate(run.path.parent / "letters.txt")
     assert "letters.txt changed" in refused(lambda: evaluate_choice(config))
     assert evaluate_choice(replace(config, allow_other_data=True)) is not None
+
+
+def test_an_export_says_no_folder_and_no_file_of_its_text(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("natsl.export.verify", lambda folder: [])
+    run_calibration(CalibrateConfig("r", "mine", str(run.path.parent), device="cpu"))
+    choice = Choice(run="r", root=str(run.path.parent), pick="t0002", calibration="mine")
+    exported = export_choice(choice, sequences=0)
+    plain = (exported / "provenance.json").read_text()
+    assert str(tmp_path) not in plain
+    assert plain.count("letters.txt") == 3, "the last name of the path, in settings, calibration and record"
+    config = EvaluateRunConfig(export=str(exported), device="cpu")
+    before = evaluate_choice(config)  # it is still in the folder of its run
+    away = shutil.copytree(exported, tmp_path / "away")
+    moved = replace(config, export=str(away))
+    message = refused(lambda: evaluate_choice(moved))
+    assert "letters.txt' does not exist; an export does not say in which folder its text is: data.path=" in message
+    text = tmp_path / "elsewhere" / "letters.txt"
+    text.parent.mkdir()
+    shutil.copy(run.path.parent / "letters.txt", text)
+    named = replace(moved, data=OtherTextConfig(str(text)))
+    capsys.readouterr()
+    assert evaluate_choice(named) == before
+    assert printed(replace(named, lengths=[], root=str(tmp_path / "out")), capsys)["other_data"] is None
+    monkeypatch.chdir(text.parent)
+    assert evaluate_choice(moved) == before
+    rotate(text)
+    assert "letters.txt changed (4,000 bytes then, 4,000 now)" in refused(lambda: evaluate_choice(moved))
+    monkeypatch.chdir(tmp_path)
+    write_json(run.text, {**read_json(run.text), "text": "another"})
+    assert "does not exist; an export does not say" in refused(lambda: evaluate_choice(config))
+
+
+def test_what_an_export_was_trained_on_is_known_by_digests(tmp_path: Path) -> None:
+    corpus = load_text(str(write_files(tmp_path / "texts", range(60))))
+    record = DataRecord("d", corpus.fingerprint, corpus.source, "runs", corpus.contents, TrainedText.of(corpus))
+    hidden = DataRecord.from_dict(json.loads(json.dumps(to_plain(record.without_names()))), tmp_path)
+    assert hidden == record.without_names() == hidden.without_names()
+    assert "file" not in json.dumps(to_plain(hidden.files))
+    assert (hidden.source, hidden.runs, hidden.trained.folder) == ("texts", "", "")
+    own = {file.name: file.sha256 for file in corpus.contents}
+    expected = {file.name for file in corpus.contents if file.part == "train"}
+    assert hidden.trained.matches("", own) == record.trained.matches("", own) == expected
+    assert hidden.trained.matches("", dict.fromkeys(own, "new contents")) == expected
+    assert hidden.trained.matches("", {f"x{name}": sha256 for name, sha256 in own.items()}) == {
+        f"x{name}" for name in expected
+    }
+    assert hidden.difference(corpus) is None
+    for name in ("file2.txt", "file3.txt"):
+        (tmp_path / "texts" / name).write_text(f"changed {name}")
+    (tmp_path / "texts" / "file1.txt").unlink()
+    write_files(tmp_path / "texts", range(70, 71))
+    found = hidden.difference(load_text(str(tmp_path / "texts")))
+    assert found == "2 files changed (file2.txt, file3.txt); 1 added (file70.txt); 1 missing"
 
 
 def test_calibration_takes_the_text_of_its_run(run: Run) -> None:

@@ -175,6 +175,7 @@ LIGHT = [
     ("natsl.search.ablation.command", ["torch", "optuna", "wandb", "matplotlib"]),
     ("natsl.cli.main", ["torch", "optuna", "hydra", "wandb"]),
     ("natsl.cli.commands", ["torch", "optuna", "wandb"]),
+    ("natsl.cli.evaluation", ["torch", "optuna", "wandb", "matplotlib"]),
     ("natsl.load", ["torch", "optuna", "wandb"]),
     ("natsl.tracking", ["torch", "optuna", "wandb"]),
     ("natsl.throughput", ["torch", "optuna", "wandb"]),

@@ -291,9 +291,12 @@ def test_a_policy_file_needs_no_front(run: Run, exported: Path, tmp_path: Path) 
 
 POLICIES = {
     "missing": (None, "cannot be read: No such file or directory"),
-    "not JSON": ("{", "policy JSON '{' cannot be read"),
-    "not UTF-8": ("\udcff", "can't decode byte 0xff"),
-    "not a policy": ('{"points": []}', "unknown key 'points' in the policy"),
+    "not JSON": ("{", r"is not JSON \(line 1, column 2\): it must be such as {\"chunk_size\": 16, "),
+    "not UTF-8": ("\udcff", "is not JSON: it must be such as"),
+    "another file": ("root:x:0:0:root:/root:/bin/sh\n", r"is not JSON \(line 1, column 1\): it must be such as"),
+    "another JSON": ('{"points": []}', "is not a policy: it must be such as"),
+    "text in JSON": ('"root:x:0:0"', "is not a policy: it must be such as"),
+    "no layers": ('{"chunk_size": 8, "points": []}', "unknown key 'points' in the policy"),
     "wrong value": ('{"chunk_size": 8, "layers": [{"op": "routed", "budget": 2}]}', "budget = 2 is not allowed"),
     "layers": (RoutingPolicy.all_softmax(KINDS[:2], 8).to_json(), "does not fit the model: .*the model has 3 layers"),
     "chunk size": (RoutingPolicy.all_softmax(KINDS, 16).to_json(), "does not fit the model: .*chunk size is 8"),
@@ -305,8 +308,9 @@ def test_policy_files_that_cannot_be_used(text: str | None, message: str, run: R
     path = tmp_path / "p.json"
     if text is not None:
         path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(UserError, match=rf"policy: .*p\.json.*{message}"):
+    with pytest.raises(UserError, match=rf"policy: .*p\.json.*{message}") as error:
         load_choice(Choice(run="r", root=str(run.path.parent), policy=str(path)))
+    assert "root:" not in str(error.value)
 
 
 def test_a_policy_with_budgets_needs_calibration(run: Run, tmp_path: Path) -> None:
@@ -323,6 +327,12 @@ def test_stored_data_settings_are_those_of_the_run(run: Run, exported: Path) -> 
     for settings in (stored_data("r", root, None), stored_data(None, root, str(exported))):
         assert settings.tasks == {"bytes": 1.0}  # and not the default one too
         assert (settings.seq_len, settings.search_sequences) == (44, 8)
+
+
+def test_a_training_that_has_not_ended_has_no_settings(run: Run) -> None:
+    run.config.unlink()
+    with pytest.raises(UserError, match=r"config\.yaml is missing: the training of run 'r' has not ended; the same"):
+        stored_data(run.name, str(run.path.parent), None)
 
 
 @pytest.mark.parametrize(

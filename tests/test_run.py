@@ -7,13 +7,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from natsl.cli.commands import EvaluateRunConfig, TrainRunConfig, evaluate_choice
+from natsl.cli.commands import TrainRunConfig
+from natsl.cli.evaluation import EvaluateRunConfig, evaluate_choice
 from natsl.errors import UserError
 from natsl.export import export_point
 from natsl.files import read_config, read_json, to_plain
@@ -224,7 +226,8 @@ def test_a_password_that_is_also_a_word_alters_nothing_that_is_read_back(
     text = str(root / "letters.txt")
     assert stored_data("r", str(root), None).path == text
     folder = export_point(run)
-    assert stored_data(None, "runs", str(folder)).path == text
+    settings = replace(stored_data(None, "runs", str(folder)), path=text)
+    assert settings == stored_data("r", str(root), None)
     before = evaluate_choice(EvaluateRunConfig("r", str(root), device="cpu"))
     assert evaluate_choice(EvaluateRunConfig(export=str(folder), device="cpu")) == before
     config = SearchRunConfig(

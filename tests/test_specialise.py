@@ -15,16 +15,8 @@ import torch
 from torch import Tensor
 
 from natsl import checkpoint
-from natsl.cli.commands import (
-    EvaluateRunConfig,
-    ExportConfig,
-    GenerateConfig,
-    TrainRunConfig,
-    evaluate_choice,
-    run_export,
-    run_generation,
-    run_training,
-)
+from natsl.cli.commands import ExportConfig, GenerateConfig, TrainRunConfig, run_export, run_generation, run_training
+from natsl.cli.evaluation import EvaluateRunConfig, evaluate_choice
 from natsl.cli.main import composed, main
 from natsl.config import Precision, SupernetConfig, TrainConfig
 from natsl.data import TaskData
@@ -32,6 +24,8 @@ from natsl.errors import UserError
 from natsl.files import read_config, read_json, write_json
 from natsl.load import load_exported
 from natsl.run import Run
+from natsl.search.config import SearchRunConfig
+from natsl.search.pipeline import run_search
 from natsl.search.specialise import fine_tuning
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.supernet import task_loss
@@ -276,6 +270,52 @@ def test_other_commands_take_its_policy(root: Path, capsys: pytest.CaptureFixtur
     assert len(set(drawn)) == 1
     with pytest.raises(UserError, match="pick = 't0001': run 'fine' is specialised for one policy: leave pick out"):
         evaluate_choice(EvaluateRunConfig("fine", str(root), pick="t0001", device="cpu"))
+
+
+def test_an_export_says_what_its_weights_were_specialised_for(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("natsl.export.verify", lambda folder: [])
+    run_training(fine(root, "t0001"))
+    (tmp_path / "mine.json").write_text(POLICIES["t0000"].to_json())
+    run_export(ExportConfig("fine", str(root), name="own"))
+    run_export(ExportConfig("fine", str(root), name="other", policy=str(tmp_path / "mine.json")))
+    run_export(ExportConfig("search", str(root), name="supernet"))
+    digest = POLICIES["t0001"].digest()
+    for name, which in (("own", "the policy below"), ("other", f"another policy than the one below ({digest})")):
+        folder = root / "fine" / "export" / name
+        special = read_json(folder / "provenance.json")["specialised"]
+        assert (special["run"], special["pick"], special["digest"]) == ("search", "t0001", digest)
+        card = (folder / "README.md").read_text()
+        assert f"**Specialised**: the weights of run search, t0001, trained on for {which} alone." in card
+        assert "- specialised from: the weights of run search, t0001\n" in card
+    card = (root / "search" / "export" / "supernet" / "README.md").read_text()
+    assert "pecialised" not in card
+
+
+def test_what_is_specialised_again_goes_on_with_other_batches(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    train_batch = TaskData.train_batch
+
+    def noted(self: TaskData, count: int, seed: int, step: int) -> Batch:
+        seen.append(step)
+        return train_batch(self, count, seed, step)
+
+    run_training(fine(root))
+    monkeypatch.setattr(TaskData, "train_batch", noted)
+    run_training(fine(root, name="finer", specialise="fine"))
+    assert seen == list(range(27, 34)), "20 of the supernet and 7 of the first specialisation came before"
+    seen.clear()
+    run_training(fine(root, name="finest", specialise="finer"))
+    assert seen == list(range(34, 41))
+
+
+def test_a_specialisation_is_not_searched(root: Path) -> None:
+    run_training(fine(root))
+    config = SearchRunConfig(name="second", root=str(root), supernet_from="fine", device="cpu")
+    with pytest.raises(UserError, match=r"supernet_from = 'fine' is a specialisation: its weights are for one policy"):
+        run_search(config)
+    assert not (root / "second").exists()
 
 
 def test_a_policy_file_and_a_training_without_a_front(root: Path, tmp_path: Path) -> None:

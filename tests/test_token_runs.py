@@ -14,17 +14,15 @@ import pytest
 
 from natsl.cli.commands import (
     CalibrateConfig,
-    EvaluateRunConfig,
     ExportConfig,
     GenerateConfig,
     TrainRunConfig,
-    evaluate_choice,
     run_calibration,
-    run_evaluation,
     run_export,
     run_generation,
     run_training,
 )
+from natsl.cli.evaluation import EvaluateRunConfig, evaluate_choice, run_evaluation
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig
 from natsl.files import read_json
 from natsl.record import DataRecord

@@ -163,6 +163,53 @@ def test_a_folder_that_is_no_export(tmp_path: Path) -> None:
         run_verification(VerifyConfig(str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("verification.safetensors", b"no tensors", "SafetensorError"),
+        ("verification.json", b'{"tasks": ["other"], "in_bytes": true, "scores": null}', "KeyError: 'other.tokens'"),
+        ("verification.json", b"[]", "TypeError"),
+        ("verification.json", b"{", "is not valid JSON"),
+    ],
+    ids=["tensors", "task", "list", "JSON"],
+)
+def test_a_sample_that_cannot_be_read_is_one_line(name: str, content: bytes, message: str, folder: Path) -> None:
+    (folder / name).write_bytes(content)
+    seal(folder)
+    found = list(checks(folder))
+    assert [result.check for result in found] == ["files", "sample"]
+    assert message in str(found[1].fault)
+    assert "\n" not in found[1].line()
+
+
+def test_a_sample_of_another_shape_is_one_line_for_each_loader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    natsl_only(monkeypatch)
+    stored = load_file(folder / "verification.safetensors")
+    stored["probe"] = stored["probe"][:1].contiguous()
+    save_file(stored, folder / "verification.safetensors")
+    seal(folder)
+    found = list(checks(folder))
+    assert found[-1].check == "comparing"
+    assert "\n" not in found[-1].line()
+
+
+def test_the_sample_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from natsl import verify as module
+
+    calls: list[Path] = []
+    read = module._Sample.read
+
+    def counted(path: Path) -> object:
+        calls.append(path)
+        return read(path)
+
+    monkeypatch.setattr(module._Sample, "read", counted)
+    monkeypatch.setattr(module, "transformers_version", lambda: "any")
+    monkeypatch.setattr(module, "_load_with_transformers", module._load)
+    assert {result.loader for result in checks(folder)} == {"natsl", "transformers any"}
+    assert calls == [folder]
+
+
 def test_lines() -> None:
     assert Result("natsl", "logits", "equal").line() == "ok     natsl: logits: equal"
     assert Result("natsl", "logits", "", "differ").line() == "FAILED natsl: logits: differ"

@@ -19,10 +19,9 @@ from natsl.generate import Sampling, Transcript, encode, generate_batch, read_pr
 from natsl.load import Choice, load_choice
 from natsl.resume import check_resume, differences
 from natsl.run import Run
-from natsl.secrets import redact
 from natsl.space.check import check, check_counts
 from natsl.space.policy import Op, RoutingPolicy
-from natsl.tasks import CalibrationDataConfig, DataConfig, OtherTextConfig
+from natsl.tasks import CalibrationDataConfig, DataConfig
 from natsl.tracking import TrackingConfig, start_tracker
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from natsl.evaluate import Evaluation
-    from natsl.heldout import HeldOut
     from natsl.search.config import SearchRunConfig
     from natsl.serving import ServingSpeed
     from natsl.throughput import Speed, ThroughputConfig
@@ -79,7 +76,7 @@ class TrainRunConfig:
         return Choice(run=self.specialise, root=self.root, pick=self.pick, policy=self.policy)
 
 
-class _Choosing:
+class Choosing:
     """Options that name a model and a policy, by the names of the fields of ``Choice``."""
 
     def choice(self) -> Choice:
@@ -88,38 +85,7 @@ class _Choosing:
 
 
 @dataclass
-class EvaluateRunConfig(_Choosing):
-    """Score a point of a run's front, any other policy, or an exported model on held-out data.
-
-    Either ``run`` (below ``root``) or ``export`` (a folder made by natsl export). Of a run: ``pick`` (``knee``, an id
-    of the front or its beginning; null: the knee), or else ``policy`` (a JSON file) or ``budget`` (the same in every
-    routed layer; 0 and 1 are the ops delta and softmax), which need no front; of an export, these two replace the
-    policy that it holds. ``calibration``: a table made by natsl calibrate instead of the run's own. ``split``: search
-    or test. The text is what the run was judged on, or what ``data.path`` names; where it has changed,
-    ``allow_other_data`` scores it all the same. Any result on other text says so in ``other_data``.
-    """
-
-    run: str | None = None
-    root: str = "runs"
-    pick: str | None = None
-    export: str | None = None
-    policy: str | None = None
-    budget: float | None = None
-    calibration: str | None = None
-    data: OtherTextConfig = field(default_factory=OtherTextConfig)
-    allow_other_data: bool = False
-    split: str = "test"
-    device: str = "auto"
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        self.choice()
-        check(self.split in ("search", "test"), "split", self.split, "it must be search or test")
-        check_counts(1, {"batch_size": self.batch_size})
-
-
-@dataclass
-class ExportConfig(_Choosing):
+class ExportConfig(Choosing):
     """Write one point of a run's front, or any other policy, as a model of its own; verify it in a fresh process.
 
     ``import natsl`` makes transformers know such a folder (``AutoModelForCausalLM.from_pretrained``). Layers that only
@@ -160,7 +126,7 @@ class VerifyConfig:
 
 
 @dataclass
-class GenerateConfig(_Choosing):
+class GenerateConfig(Choosing):
     """Continue prompts with a point of a run's front, any other policy, or an exported model.
 
     Either ``run`` (below ``root``) with ``pick`` (null: the knee), or with ``policy`` (a JSON file) or ``budget`` (the
@@ -350,30 +316,6 @@ def _chosen(config: TrainRunConfig) -> set[str]:
     return chosen
 
 
-def evaluate_choice(config: EvaluateRunConfig) -> Evaluation:
-    """Score what the configuration names on the held-out data of its run; see ``EvaluateRunConfig``."""
-    return _evaluate(config)[0]
-
-
-def _evaluate(config: EvaluateRunConfig) -> tuple[Evaluation, HeldOut]:
-    from natsl.data import Split
-    from natsl.evaluate import evaluate
-    from natsl.heldout import held_out
-
-    model, policy, _ = load_choice(config.choice())
-    held = held_out(config.choice(), config.data, model.config.vocab_size, config.allow_other_data)
-    model.to(resolve_device(config.device))
-    sets = held.data.eval_sets(Split(config.split))
-    return evaluate(model, policy, sets, batch_size=config.batch_size), held
-
-
-def run_evaluation(config: EvaluateRunConfig) -> None:
-    """Print the values of ``evaluate_choice`` as JSON, with the text that they are of."""
-    values, held = _evaluate(config)
-    text = {"text": held.data.corpus.description, "other_data": held.other}
-    print(json.dumps(redact(values.to_dict() | text), indent=1))
-
-
 def run_export(config: ExportConfig) -> None:
     """Export a point or a policy, and say where it went."""
     from natsl.export import export_choice
@@ -450,7 +392,14 @@ def run_generation(config: GenerateConfig) -> None:
         cache = model.new_cache(len(texts))
     if len(cache.unread) != len(texts):
         raise UserError(f"state: {state} holds {len(cache.unread)} sequences, but {len(texts)} are to be continued")
-    prompts = [encode(text, model.config.vocab_size) if text else [] for text in texts]
+    prompts = []
+    for line, text in enumerate(texts, 1):
+        try:
+            prompts.append(encode(text, model.config.vocab_size) if text else [])
+        except ValueError as error:
+            if config.prompts_file is None:
+                raise
+            raise UserError(f"prompts_file = {config.prompts_file!r}: line {line}: {error}") from None
     transcripts = [Transcript(config.stops()) for _ in texts]
     steps = generate_batch(
         model,

@@ -57,8 +57,8 @@ VERBS = {
         Verb(
             "evaluate",
             "score a point, a policy, a budget or an export on held-out data",
-            "natsl.cli.commands:run_evaluation",
-            "natsl.cli.commands:EvaluateRunConfig",
+            "natsl.cli.evaluation:run_evaluation",
+            "natsl.cli.evaluation:EvaluateRunConfig",
         ),
         Verb(
             "calibrate",

@@ -116,6 +116,13 @@ class MqarTask(Task[MqarConfig]):
         body = interleave(text, is_pair, torch.stack((keys, values), dim=-1).flatten(1), generator)
         return append_questions(body, is_pair, keys.gather(1, query), values.gather(1, query))
 
+    def places(self, batch: Batch) -> Tensor:
+        """Of a key that was planted several times, the first place."""
+        row, at = batch.recall.nonzero(as_tuple=True)
+        body = batch.tokens.masked_fill(batch.recall, -1)
+        planted = (body[row] == batch.tokens[row, at, None]).int().argmax(1)
+        return batch.tokens.new_full(batch.tokens.shape, -1).index_put((row, at), planted)
+
     def _pairs(self, length: int) -> tuple[int, int]:
         """Pairs that the share asks for in a sequence of this length and the segments that hold them."""
         segments = max(1, math.floor(self.config.pair_share * (length // self.config.segment) + 0.5))

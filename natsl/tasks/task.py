@@ -62,6 +62,13 @@ class Task(ABC, Generic[C]):
         """
         return 0, 0
 
+    def places(self, batch: Batch) -> Tensor | None:
+        """Where in its sequence the key of each question was planted, int64 [B, T]; −1 where nothing is asked.
+
+        None: the task does not say.
+        """
+        return None
+
     @abstractmethod
     def make(self, text: Tensor, request: Request, generator: torch.Generator) -> Batch:
         """Sequences from ``text``, at least ``length + 1`` tokens; ``generator`` is the only randomness.

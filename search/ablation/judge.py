@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from natsl.answers import sequences_at
 from natsl.counts import Counts
 from natsl.data import Split, TaskData
 from natsl.evaluate import count, summary
@@ -19,7 +20,6 @@ from natsl.search.controls.learned import Subject, follow
 from natsl.search.controls.registry import ControlRunner
 from natsl.search.controls.static import Shape, greedy_heads
 from natsl.search.headroom import headroom
-from natsl.search.lengths import sequences_at
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks.bytes import BytesTask
 from natsl.tasks.sequences import Batch
