@@ -31,7 +31,7 @@ from natsl.kernels.launch.library import on_own_device
 if TYPE_CHECKING:
     from natsl.kernels.decode import DecodePolicy, DecodeState, DecodeWeights
 
-PER_MULTIPROCESSOR = 2  # programs of softmax: so many of them fit on one at once
+PER_MULTIPROCESSOR, WARPS = 2, 8  # programs of softmax: so many of them fit on one at once
 LOWEST = tl.constexpr(-1e30)  # below every score; −inf less −inf would be no number
 
 
@@ -246,6 +246,18 @@ def _load_page(
 
 
 @triton.jit
+def _pages_of(
+    p_table, p_read, o_all, b_end, b_pages, i_head, m_head, M, R: tl.constexpr, G: tl.constexpr, C: tl.constexpr
+):
+    """Of a softmax head: where its pages end in the list of all, its table from the list's start on, the open slot."""
+    i_end = tl.sum(tl.where(o_all == i_head, b_end, 0), 0)
+    i_first = i_end - tl.sum(tl.where(o_all == i_head, b_pages, 0), 0)
+    i_row = i_head // G
+    i_slot = (tl.load(p_read + i_row // R, mask=m_head, other=0) % C).to(tl.int32)
+    return i_end, p_table + (i_row.to(tl.int64) * M - i_first), i_slot
+
+
+@triton.jit
 def _attend(
     i_program, p_query, p_keys, p_values, p_table, p_kept, p_read, p_end, p_peak, p_sum, scale, M, n_heads,
     R: tl.constexpr, G: tl.constexpr, Ks: tl.constexpr, Vs: tl.constexpr, C: tl.constexpr,
@@ -264,16 +276,13 @@ def _attend(
     n_share = (n_all + PROGRAMS - 1) // PROGRAMS
     i_page = i_program * n_share
     i_last = tl.minimum(i_page + n_share, n_all)
-    i_head = tl.minimum(tl.sum((b_end <= i_page).to(tl.int32), 0), n_heads - 1)
-    i_end = tl.sum(tl.where(o_all == i_head, b_end, 0), 0)
-    i_first = i_end - tl.sum(tl.where(o_all == i_head, b_pages, 0), 0)
+    i_head = tl.sum((b_end <= i_page).to(tl.int32), 0)
     o_c = tl.arange(0, C)
     o_k = tl.arange(0, BLOCK_K)
     o_v = tl.arange(0, BLOCK_V)
-    i_row = i_head // G
-    i_slot = (tl.load(p_read + i_row // R) % C).to(tl.int32)
+    i_end, p_list, i_slot = _pages_of(p_table, p_read, o_all, b_end, b_pages, i_head, i_page < i_last, M, R, G, C)
     is_open = i_page + 1 == i_end
-    n_page = tl.load(p_table + i_row.to(tl.int64) * M + i_page - i_first, mask=i_page < i_last, other=0)
+    n_page = tl.load(p_list + i_page, mask=i_page < i_last, other=0)
     n_slots = tl.where(i_page < i_last, tl.where(is_open, i_slot, C), 0)
     b_k, b_v = _load_page(p_keys, p_values, n_page, i_head % G, n_slots, o_c, G, Ks, Vs, C, BLOCK_K, BLOCK_V)
     wait_for_previous(PDL)
@@ -285,29 +294,19 @@ def _attend(
         b_k += tl.load(p_keys + o_token[:, None] * Ks + o_k, mask=m_c & (o_k < Ks), other=0.0)
         b_v += tl.load(p_values + o_token[:, None] * Vs + o_v, mask=m_c & (o_v < Vs), other=0.0)
     while i_page < i_last:
-        i_end = tl.sum(tl.where(o_all == i_head, b_end, 0), 0)
-        i_first = i_end - tl.sum(tl.where(o_all == i_head, b_pages, 0), 0)
         i_stop = tl.minimum(i_last, i_end)
-        i_row = i_head // G
-        i_slot = (tl.load(p_read + i_row // R) % C).to(tl.int32)
         b_q = tl.load(p_query + i_head.to(tl.int64) * Ks + o_k, mask=o_k < Ks, other=0.0) * scale
-        # the page after the last one of this head is the first one of the next
-        i_next_head = tl.minimum(i_head + 1, n_heads - 1)
-        i_next_row = i_next_head // G
-        n_next_slots = (tl.load(p_read + i_next_row // R) % C).to(tl.int32) + 1
-        n_next_slots = tl.where(tl.load(p_kept + i_next_row) > 0, C, n_next_slots)
         # a running softmax in every place of the chunk by itself: nothing has to be joined before the last page
         b_peak = tl.full((C,), LOWEST, tl.float32)
         b_total = tl.zeros((C,), tl.float32)
         b_sum = tl.zeros((C, BLOCK_V), tl.float32)
+        n_page = tl.load(p_list + i_page + 1, mask=i_page + 1 < i_stop, other=0)
         for i in range(i_page, i_stop):
-            goes_on = i + 1 < i_stop
-            p_next = p_table + tl.where(goes_on, i_row.to(tl.int64) * M + i + 1 - i_first, i_next_row.to(tl.int64) * M)
-            n_slots = tl.where(goes_on, tl.where(i + 2 == i_end, i_slot + 1, C), n_next_slots)
-            n_slots = tl.where(i + 1 < i_last, n_slots, 0)
-            i_j = tl.where(goes_on, i_head, i_next_head) % G
-            n_page = tl.load(p_next)
-            b_k_next, b_v_next = _load_page(p_keys, p_values, n_page, i_j, n_slots, o_c, G, Ks, Vs, C, BLOCK_K, BLOCK_V)
+            n_slots = tl.where(i + 1 < i_stop, tl.where(i + 2 == i_end, i_slot + 1, C), 0)
+            b_k_next, b_v_next = _load_page(
+                p_keys, p_values, n_page, i_head % G, n_slots, o_c, G, Ks, Vs, C, BLOCK_K, BLOCK_V
+            )
+            n_page = tl.load(p_list + i + 2, mask=i + 2 < i_stop, other=0)
             m_c = o_c <= tl.where(i + 1 < i_end, C - 1, i_slot)  # the last one is open
             b_score = tl.where(m_c, tl.sum(b_k.to(tl.float32) * b_q[None, :], 1), float("-inf"))
             b_above = tl.maximum(b_peak, b_score)
@@ -326,6 +325,11 @@ def _attend(
         tl.store(p_sum + i_part * Vs + o_v, tl.sum(b_sum * b_share[:, None], 0), mask=o_v < Vs)
         i_page = i_stop
         i_head += 1
+        if i_page < i_last:
+            i_end, p_list, i_slot = _pages_of(p_table, p_read, o_all, b_end, b_pages, i_head, True, M, R, G, C)
+            n_page = tl.load(p_list + i_page)
+            n_slots = tl.where(i_page + 1 == i_end, i_slot + 1, C)
+            b_k, b_v = _load_page(p_keys, p_values, n_page, i_head % G, n_slots, o_c, G, Ks, Vs, C, BLOCK_K, BLOCK_V)
 
 
 @triton.jit
@@ -580,7 +584,7 @@ def launch(
         inputs.stride(0),
         **names, W=W, C=C, BLOCK_K=block_k, BLOCK_V=block_v, HEADS=triton.next_power_of_2(heads), PROGRAMS=programs,
         BLOCK_DK=triton.next_power_of_2(G * Ks), BLOCK_DV=32, TILES=tiles, BLOCK=1024,
-        PARTS=parts_of_row, **kinds, num_warps=8, maxnreg=min(255, 65536 // (256 * PER_MULTIPROCESSOR)),
+        PARTS=parts_of_row, **kinds, num_warps=WARPS, maxnreg=min(255, 65536 // (32 * WARPS * PER_MULTIPROCESSOR)),
     )  # fmt: skip
     decode_mix_kernel[(heads,)](
         inputs, end, peak, total, o_delta, logit, there(weights.delta_norm), there(weights.softmax_norm), route,

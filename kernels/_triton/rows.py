@@ -21,9 +21,6 @@ from torch import Tensor
 from natsl.kernels.launch.launcher import Launcher
 from natsl.kernels.launch.library import on_own_device
 
-MOST_COLUMNS = 4096  # of the inputs that a program reads at once
-TILE = 8192  # elements of the weight that it reads at once, one row
-
 
 @cache
 def dependent_launch(device: torch.device) -> bool:
@@ -169,13 +166,10 @@ def rows_linear_kernel(
 
 def blocks(M: int, K: int, N: int, gated: bool) -> tuple[int, int, int]:
     """Outputs and inputs that a program takes at once, and its warps."""
-    columns = max(16, min(triton.next_power_of_2(K), MOST_COLUMNS if M == 1 else 256))
     if M > 1:
-        return 16, columns, 4
-    rows = max(1, TILE // columns // (2 if gated else 1))
-    while rows > 2 and 4 * 132 * rows > N:  # enough programs for all multiprocessors
-        rows //= 2
-    return rows, columns, 4
+        return 16, max(16, min(triton.next_power_of_2(K), 256)), 4
+    columns = max(16, min(triton.next_power_of_2(K), 2048))
+    return 8, columns, 8 if columns * (2 if gated else 1) > 1024 else 4
 
 
 @on_own_device
