@@ -172,8 +172,8 @@ def _expected_state(sizes: _Sizes, state: DecodeState, dtype: torch.dtype) -> _E
     if state.pages is not None:
         pages = state.pages
         P, M = pages.keys.shape[0], pages.table.shape[-1]
-        expected["state.pages.keys"] = (pages.keys, (P, C, G, K // G), dtype)
-        expected["state.pages.values"] = (pages.values, (P, C, G, V // G), dtype)
+        expected["state.pages.keys"] = (pages.keys, (P, G, C, K // G), dtype)
+        expected["state.pages.values"] = (pages.values, (P, G, C, V // G), dtype)
         expected["state.pages.table"] = (pages.table, (B, R, M), torch.int64)
         expected["state.pages.kept"] = (pages.kept, (B, R), torch.int64)
     if state.delta is not None and state.pages is not None:

@@ -38,8 +38,8 @@ class KeyPages(NamedTuple):
     slots of an open one are in no result, whatever they hold, NaN included.
     """
 
-    keys: Tensor  # [P,C,G,Ks]
-    values: Tensor  # [P,C,G,Vs]
+    keys: Tensor  # [P,G,C,Ks], so that what a softmax head reads of a page is contiguous
+    values: Tensor  # [P,G,C,Vs]
     table: Tensor  # [B,R,M] int64, pages
     kept: Tensor  # [B,R] int64, complete chunks that are kept
 
@@ -50,7 +50,7 @@ class KeyPages(NamedTuple):
         R = ``heads`` routing heads.
         """
         B, _, Hs, _ = k.shape
-        shape = (1 + B * heads, chunk_size, Hs // heads)
+        shape = (1 + B * heads, Hs // heads, chunk_size)
         table = 1 + torch.arange(B * heads, device=k.device).view(B, heads, 1)
         kept = k.new_zeros(B, heads, dtype=torch.int64)
         return cls(k.new_zeros(*shape, k.shape[3]), v.new_zeros(*shape, v.shape[3]), table, kept)
@@ -152,7 +152,7 @@ def _attend(
 ) -> Tensor:
     """The output of ``paged_softmax`` on torch."""
     B, T = q.shape[:2]
-    R, G, Vs = pages.table.shape[1], *pages.values.shape[2:]
+    R, (G, _, Vs) = pages.table.shape[1], pages.values.shape[1:]
     if B == 0:
         return q.new_empty(0, T, R * G, Vs)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -174,9 +174,9 @@ def _attend(
     rows = max(1, reference.SCORE_BLOCK // (columns * chunk_size)) * chunk_size
     place = torch.arange(T, device=q.device)
     for j in range(G):
-        keys = pages.keys[:, :, j].to(dtype).transpose(1, 2)
+        keys = pages.keys[:, j].to(dtype).transpose(1, 2)
         # what is free may be NaN, and 0 · NaN is NaN
-        values = pages.values[:, :, j].to(dtype, copy=True).masked_fill_(~used[..., None], 0.0)
+        values = pages.values[:, j].to(dtype, copy=True).masked_fill_(~used[..., None], 0.0)
         for lo in range(0, T, rows):
             hi = min(lo + rows, T)
             sees_page = torch.where(of_open[row_of, lo:hi, None], used[:, None], later[:, None])  # [P,hi − lo,C]
@@ -242,16 +242,16 @@ def write_chunks(
     check_heads(op, {"k": k, "v": v}, chunk_size)
     _check_pages(op, k, v, route, pages, start, chunk_size, lengths)
     B, T = k.shape[:2]
-    R, G, N = pages.table.shape[1], pages.keys.shape[2], touched_chunks(T, chunk_size)
+    R, G, N = pages.table.shape[1], pages.keys.shape[1], touched_chunks(T, chunk_size)
     after = _kept_chunks(pages, route, start, T, chunk_size, lengths)
     token = after.source[..., None] * chunk_size + torch.arange(chunk_size, device=k.device)
     token = token - start[:, None, None, None]
     new = (token >= 0) & (token < (T if lengths is None else lengths[:, None, None, None]))
-    new = (new & (after.source < N)[..., None])[..., None, None]  # [B,R,i,C,1,1]
+    new = (new & (after.source < N)[..., None])[..., None, :, None]  # [B,R,i,1,C,1]
     token = token.clamp(0, T - 1)
     row, head = torch.arange(B, device=k.device)[:, None, None, None], torch.arange(R, device=k.device)[:, None, None]
     for memory, x in ((pages.keys, k), (pages.values, v)):
-        tokens = x.unflatten(2, (R, G))[row, token, head]
+        tokens = x.unflatten(2, (R, G))[row, token, head].transpose(3, 4)  # [B,R,i,G,C,·]
         memory[after.page] = torch.where(new, tokens, memory[after.page])
     return pages._replace(table=after.table, kept=after.kept)
 
@@ -310,8 +310,8 @@ def _check_pages(
     R = route.shape[2]
     check_shape(op, "route", route, (B, touched_chunks(T, chunk_size), R))
     P = pages.keys.shape[0] if pages.keys.dim() == 4 else 0
-    check_shape(op, "pages.keys", pages.keys, (P, chunk_size, Hs // R, Ks))
-    check_shape(op, "pages.values", pages.values, (P, chunk_size, Hs // R, v.shape[3]))
+    check_shape(op, "pages.keys", pages.keys, (P, Hs // R, chunk_size, Ks))
+    check_shape(op, "pages.values", pages.values, (P, Hs // R, chunk_size, v.shape[3]))
     for name, memory in (("pages.keys", pages.keys), ("pages.values", pages.values)):
         if memory.dtype != k.dtype:
             raise ValueError(f"{op}: {name} is {memory.dtype}, but k is {k.dtype}")

@@ -33,7 +33,7 @@ from natsl.space.policy import Op
 if TYPE_CHECKING:
     from natsl.model import RoutedLM
 
-FORMAT = 1  # of a stored cache
+FORMAT = 2  # of a stored cache; in 1 the pages were [P,C,G,·]
 _HEADER = "natsl_state"  # its entry in the metadata of the file
 
 
@@ -289,6 +289,8 @@ class Cache:
         expected = {f"{i}.{name}" for i, layer in enumerate(cache.layers) for name in layer.tensors()}
         if tensors.keys() != expected:
             raise UserError(f"state: {file} has other tensors than this natsl reads: use natsl {header['natsl']}")
+        if header["format"] == 1:
+            tensors = {name: x.transpose(1, 2) if name.endswith(_POOLS) else x for name, x in tensors.items()}
         for i, layer in enumerate(cache.layers):
             for name, x in layer.tensors().items():
                 found = tensors[f"{i}.{name}"]
@@ -300,7 +302,7 @@ class Cache:
             cache.lengths = torch.tensor(header["lengths"], device=device)
             cache.unread = header["unread"]
             for i, layer in enumerate(cache.layers):
-                parts = {name: tensors[f"{i}.{name}"].to(device, copy=True) for name in layer.tensors()}
+                parts = {name: tensors[f"{i}.{name}"].to(device, copy=True).contiguous() for name in layer.tensors()}
                 cache.layers[i] = layer.replaced(parts)
         return cache
 
@@ -321,7 +323,8 @@ class Cache:
         self._usable = True
 
 
-_FREE = {"pages.keys": 0, "pages.values": 0, "pages.table": 2}  # dimensions that grow with what is kept
+_POOLS = ("pages.keys", "pages.values")
+_FREE = {**dict.fromkeys(_POOLS, 0), "pages.table": 2}  # dimensions that grow with what is kept
 
 
 def _fits(name: str, x: Tensor, new: Tensor) -> bool:

@@ -149,7 +149,7 @@ def test_the_file_holds_what_is_used_and_has_the_modes_of_any_other(tmp_path: Pa
     assert (tmp_path / "s").stat().st_size < cache.nbytes + 10_000
     assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o666 & ~umask
     header = json.loads(read_header(tmp_path / "s")["natsl_state"])
-    assert (header["format"], header["dtype"], header["lengths"]) == (1, "float64", [45] * 3)
+    assert (header["format"], header["dtype"], header["lengths"]) == (2, "float64", [45] * 3)
 
 
 def test_a_full_disk_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,8 +201,8 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "other tensors": (lambda _: safetensors.torch.save({"x": torch.ones(3)}), "is not a state written by natsl"),
     "no list": (lambda _: safetensors.torch.save({}, {"natsl_state": "[1]"}), "is not a state written by natsl"),
     "newer": (
-        lambda data: rewritten(data, lambda header: header.update(format=2, natsl="9.1")),
-        "has the format 2, this natsl reads 1: use natsl 9.1",
+        lambda data: rewritten(data, lambda header: header.update(format=3, natsl="9.1")),
+        "has the format 3, this natsl reads 2: use natsl 9.1",
     ),
 }
 

@@ -61,7 +61,7 @@ def used(pages: KeyPages) -> list[list[Tensor]]:
     """Keys and values of every head's pages in order, and its table."""
     places = torch.arange(pages.table.shape[2], device=pages.table.device) <= pages.kept[..., None]
     table = pages.table[places]
-    return [[table], [pages.keys[table]], [pages.values[table]]]
+    return [[table], [pages.keys[table].transpose(1, 2)], [pages.values[table].transpose(1, 2)]]
 
 
 def check_steps(
@@ -193,9 +193,9 @@ def test_what_is_free_is_never_read() -> None:
         open_ = pages.table.gather(2, pages.kept[..., None]).flatten()
         places = torch.arange(20, device=DEVICE) < pages.kept[..., None]
         for memory in pages[:2]:
-            open_kept, kept = memory[open_, :13].clone(), memory[pages.table[places]].clone()
+            open_kept, kept = memory[open_, :, :13].clone(), memory[pages.table[places]].clone()
             memory.fill_(torch.nan)
-            memory[open_, :13], memory[pages.table[places]] = open_kept, kept
+            memory[open_, :, :13], memory[pages.table[places]] = open_kept, kept
     decoders = [Decoder(model, policy, cache) for cache in caches]
     for t in range(29, 34):
         a, b = (decoder.step(x[:, t]) for decoder in decoders)

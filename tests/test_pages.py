@@ -29,7 +29,7 @@ def nan_pages(inputs: list[Tensor], pages: int, places: int = 9) -> KeyPages:
 
 def free_slots(pages: KeyPages, start: Tensor) -> Tensor:
     """Slots that hold nothing: bool [P,C]."""
-    free = torch.ones(pages.keys.shape[:2], dtype=torch.bool)
+    free = torch.ones(pages.keys.shape[0], C, dtype=torch.bool)
     for b, rows in enumerate(pages.table.tolist()):
         for r, places in enumerate(rows):
             kept = int(pages.kept[b, r])
@@ -47,7 +47,7 @@ def run_piece(inputs: list[Tensor], piece: Piece, pages: KeyPages) -> tuple[Tens
     o, pages = paged_softmax(q, k, v, route, pages, start, chunk_size=C, lengths=piece.lengths)
     free = free_slots(pages, (piece.done + piece.lengths) % C)
     for memory in pages[:2]:
-        memory[free] = NAN
+        memory.transpose(1, 2)[free] = NAN
     return o, pages
 
 
@@ -98,7 +98,7 @@ def assert_pages_hold(pages: KeyPages, inputs: list[Tensor], totals: list[int]) 
             assert pages.kept[b, r] == len(chunks)
             tokens = [C * c + i for c in chunks for i in range(C)] + list(range(n // C * C, n))
             for memory, x in ((pages.keys, k), (pages.values, v)):
-                flat = memory[pages.table[b, r, : len(chunks) + 1]].flatten(0, 1)
+                flat = memory[pages.table[b, r, : len(chunks) + 1]].transpose(1, 2).flatten(0, 1)
                 assert torch.equal(flat[: len(tokens)], x[b, tokens].unflatten(1, (R, -1))[:, r])
                 assert flat[len(tokens) :].isnan().all()
 
@@ -208,8 +208,8 @@ def test_growing_keeps_what_is_there() -> None:
     same = pages.grow(9, 2)
     assert all(x is y for x, y in zip(same, pages, strict=True))
     more = pages.grow(33, 8)
-    assert more.keys.shape == (33, C, 1, 4)
-    assert more.values.shape == (33, C, 1, 3)
+    assert more.keys.shape == (33, 1, C, 4)
+    assert more.values.shape == (33, 1, C, 3)
     assert more.table.shape == (2, 2, 8)
     assert torch.equal(more.keys[:9].nan_to_num(), pages.keys.nan_to_num())
     assert torch.equal(more.table[..., :2], pages.table)

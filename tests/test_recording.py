@@ -49,7 +49,7 @@ def same_state(a: Cache, b: Cache) -> None:
                 open_page = one.pages.table.gather(2, one.pages.kept[..., None])[..., 0]
                 for x in (tensors[name], others[name]):
                     for row, pages in enumerate(open_page):
-                        x[pages, start[row] :] = 0.0  # nobody reads what is there
+                        x[pages, :, start[row] :] = 0.0  # nobody reads what is there
                     x[0] = 0.0
         for name, x in tensors.items():
             if name != "pages.table":  # as wide as it has become

@@ -5,7 +5,7 @@ Shapes: B batch, C chunk size, R routing heads, G softmax heads per routing head
 width of a softmax head, K = G·Ks, V = G·Vs, W width of the convolution, M places of a head in the table of pages.
 Names: p_ pointer, s_ stride, i_ index or bound, n_ count, o_ offsets, b_ block in registers, m_ mask.
 
-*prepare*, two programs per row and routing head: convolution, norms, rotation, gates, weights of the mix, the new key
+*prepare*, four programs per row and routing head: convolution, norms, rotation, gates, weights of the mix, the new key
 and value in their page, and at the end of a chunk its route. *memories*: the pages of all heads of all rows as one
 list, which PROGRAMS programs share out in equal consecutive parts, so that the time depends on how many are kept and
 not on which head keeps them; further programs take tiles of the delta rule's states and shift what the next token
@@ -88,10 +88,10 @@ def decode_prepare_kernel(
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
     SOFTMAX: tl.constexpr, DELTA: tl.constexpr, ROPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Everything of the new token before the memories; two programs per row and routing head, one of them the router's.
+    """Everything of the new token before the memories; programs for q, k, v and the router of each routing head.
 
     inputs [B,·]: q, k, v before the convolution, the output's gate, and what the delta rule's two gates are made of.
-    x [B,width], tail [B,W−1,·], total [B,width], decay [B,R], keys [P,C,G,Ks], values [P,C,G,Vs], table [B,R,M], kept
+    x [B,width], tail [B,W−1,·], total [B,width], decay [B,R], keys [P,G,C,Ks], values [P,G,C,Vs], table [B,R,M], kept
     [B,R], read and live [B], conv [·,W], norms [Ks], rate [R], gate_bias [2,R], mix [Hs·2,R·K] and its biases, router
     [R,width] and its bias [R] (of a margin), policy [B,R] and [B]. Writes active [B,·] (q, k, v after the convolution),
     query [B,Hs,Ks] float32, gate [B,R,3] (log decay, write strength, decay since the border), logit [B,Hs,2], route
@@ -103,9 +103,9 @@ def decode_prepare_kernel(
     i_part = tl.program_id(1)
     KEYS: tl.constexpr = R * G * Ks
     CHANNELS: tl.constexpr = 2 * KEYS + R * G * Vs
-    if i_part == 0:
-        prefetch(p_conv + i_r * G * Ks * W, G * Ks * W, PDL)
-        prefetch(p_conv + (KEYS + i_r * G * Ks) * W, G * Ks * W, PDL)
+    if i_part < 2:
+        prefetch(p_conv + (i_part * KEYS + i_r * G * Ks) * W, G * Ks * W, PDL)
+    elif i_part == 2:
         prefetch(p_conv + (2 * KEYS + i_r * G * Vs) * W, G * Vs * W, PDL)
     elif SOFTMAX and DELTA:
         prefetch(p_conv, KEYS * W, PDL)
@@ -125,58 +125,41 @@ def decode_prepare_kernel(
     m_k = (o_g < G) & (o_k < Ks)
     m_v = (o_g < G) & (o_v < Vs)
 
-    if i_part == 0:
-        b_v = _convolved(p_inputs, p_tail, p_conv, 2 * KEYS + o_head * Vs + o_v, m_v, CHANNELS, W)
+    dtype = p_inputs.dtype.element_ty
+    o_row = i_row.to(tl.int64)
+    m_live = o_g < tl.where(live, G, 0)
+    if i_part == 0:  # queries
         if SOFTMAX:
-            n_kept = tl.load(p_kept + i_row)
             b_query, b_q = _softmax_head(
-                p_inputs,
-                p_tail,
-                p_conv,
-                p_query_norm,
-                p_rotation,
-                o_head,
-                o_k,
-                m_k,
-                0,
-                n_read,
-                eps,
-                CHANNELS,
-                Ks,
-                W,
-                ROPE,
-            )
-            b_key, b_k = _softmax_head(
-                p_inputs,
-                p_tail,
-                p_conv,
-                p_key_norm,
-                p_rotation,
-                o_head,
-                o_k,
-                m_k,
-                KEYS,
-                n_read,
-                eps,
-                CHANNELS,
-                Ks,
-                W,
-                ROPE,
-            )
+                p_inputs, p_tail, p_conv, p_query_norm, p_rotation, o_head, o_k, m_k, 0, n_read, eps,
+                CHANNELS, Ks, W, ROPE,
+            )  # fmt: skip
             tl.store(p_query + (i_b.to(tl.int64) * R * G + o_head) * Ks + o_k, b_query, mask=m_k)
-            i_page = tl.load(p_table + i_row.to(tl.int64) * M + n_kept)
-            o_place = (i_page * C + i_slot) * G + o_g
-            m_live = o_g < tl.where(live, G, 0)
-            tl.store(p_keys + o_place * Ks + o_k, b_key.to(p_keys.dtype.element_ty), mask=m_k & m_live)
-            tl.store(p_values + o_place * Vs + o_v, b_v.to(p_values.dtype.element_ty), mask=m_v & m_live)
         else:
             b_q = _convolved(p_inputs, p_tail, p_conv, o_head * Ks + o_k, m_k, CHANNELS, W)
-            b_k = _convolved(p_inputs, p_tail, p_conv, KEYS + o_head * Ks + o_k, m_k, CHANNELS, W)
-
         if DELTA:
-            dtype = p_active.dtype.element_ty
             tl.store(p_active + o_head * Ks + o_k, b_q.to(dtype), mask=m_k)
+    elif i_part == 1:  # keys
+        if SOFTMAX:
+            n_kept = tl.load(p_kept + i_row)
+            b_key, b_k = _softmax_head(
+                p_inputs, p_tail, p_conv, p_key_norm, p_rotation, o_head, o_k, m_k, KEYS, n_read, eps,
+                CHANNELS, Ks, W, ROPE,
+            )  # fmt: skip
+            o_place = (tl.load(p_table + o_row * M + n_kept) * G + o_g) * C + i_slot
+            tl.store(p_keys + o_place * Ks + o_k, b_key.to(p_keys.dtype.element_ty), mask=m_k & m_live)
+        else:
+            b_k = _convolved(p_inputs, p_tail, p_conv, KEYS + o_head * Ks + o_k, m_k, CHANNELS, W)
+        if DELTA:
             tl.store(p_active + KEYS + o_head * Ks + o_k, b_k.to(dtype), mask=m_k)
+    elif i_part == 2:  # values, and the delta rule's gates
+        if SOFTMAX:
+            n_kept = tl.load(p_kept + i_row)
+        b_v = _convolved(p_inputs, p_tail, p_conv, 2 * KEYS + o_head * Vs + o_v, m_v, CHANNELS, W)
+        if SOFTMAX:
+            o_place = (tl.load(p_table + o_row * M + n_kept) * G + o_g) * C + i_slot
+            tl.store(p_values + o_place * Vs + o_v, b_v.to(p_values.dtype.element_ty), mask=m_v & m_live)
+        if DELTA:
             tl.store(p_active + 2 * KEYS + o_head * Vs + o_v, b_v.to(dtype), mask=m_v)
             p_raw = p_inputs + CHANNELS + R * G * Vs + i_r
             a = tl.load(p_raw).to(tl.float32) + tl.load(p_gate_bias + i_r)
@@ -192,7 +175,7 @@ def decode_prepare_kernel(
             tl.store(p_gate + i_row * 3 + 2, decay)
             if live:
                 tl.store(p_decay + i_row, tl.where(ends, 0.0, decay))
-    elif SOFTMAX:
+    elif SOFTMAX:  # weights of the mix, and the route
         n_kept = tl.load(p_kept + i_row)
         keeps = ends
         if DELTA:
@@ -214,7 +197,6 @@ def decode_prepare_kernel(
             b_logit = tl.where((o_weight % 2 == 1) & only_delta, float("-inf"), b_logit)
             tl.store(p_logit + i_b.to(tl.int64) * (2 * R * G) + o_weight, b_logit, mask=m_weight)
             if ends:
-                dtype = p_x.dtype.element_ty
                 margin = tl.load(p_router_bias + i_r).to(tl.float32)
                 for i_block in range(0, width, BLOCK):
                     o_d = i_block + tl.arange(0, BLOCK)
@@ -238,7 +220,7 @@ def _load_page(
     """Keys [C,BLOCK_K] and values [C,BLOCK_V] of the j-th softmax head in the first ``n_slots`` slots of a page."""
     o_k = tl.arange(0, BLOCK_K)
     o_v = tl.arange(0, BLOCK_V)
-    o_token = ((i_page * C + o_c) * G + i_j)[:, None]
+    o_token = ((i_page * G + i_j) * C + o_c)[:, None]
     m_c = (o_c < n_slots)[:, None]
     b_k = tl.load(p_keys + o_token * Ks + o_k, mask=m_c & (o_k < Ks), other=0.0)
     b_v = tl.load(p_values + o_token * Vs + o_v, mask=m_c & (o_v < Vs), other=0.0)
@@ -289,7 +271,7 @@ def _attend(
     if i_program == 0:
         tl.store(p_end + o_all, b_end, mask=m_all)
     if is_open & (i_page < i_last):  # the new token itself
-        o_token = ((n_page * C + i_slot) * G + i_head % G) + tl.zeros((C,), tl.int64)
+        o_token = (n_page * G + i_head % G) * C + o_c
         m_c = (o_c == i_slot)[:, None]
         b_k += tl.load(p_keys + o_token[:, None] * Ks + o_k, mask=m_c & (o_k < Ks), other=0.0)
         b_v += tl.load(p_values + o_token[:, None] * Vs + o_v, mask=m_c & (o_v < Vs), other=0.0)
@@ -302,11 +284,6 @@ def _attend(
         b_sum = tl.zeros((C, BLOCK_V), tl.float32)
         n_page = tl.load(p_list + i_page + 1, mask=i_page + 1 < i_stop, other=0)
         for i in range(i_page, i_stop):
-            n_slots = tl.where(i + 1 < i_stop, tl.where(i + 2 == i_end, i_slot + 1, C), 0)
-            b_k_next, b_v_next = _load_page(
-                p_keys, p_values, n_page, i_head % G, n_slots, o_c, G, Ks, Vs, C, BLOCK_K, BLOCK_V
-            )
-            n_page = tl.load(p_list + i + 2, mask=i + 2 < i_stop, other=0)
             m_c = o_c <= tl.where(i + 1 < i_end, C - 1, i_slot)  # the last one is open
             b_score = tl.where(m_c, tl.sum(b_k.to(tl.float32) * b_q[None, :], 1), float("-inf"))
             b_above = tl.maximum(b_peak, b_score)
@@ -315,8 +292,9 @@ def _attend(
             b_total = b_total * b_rest + b_weight
             b_sum = b_sum * b_rest[:, None] + b_weight[:, None] * b_v.to(tl.float32)
             b_peak = b_above
-            b_k = b_k_next
-            b_v = b_v_next
+            n_slots = tl.where(i + 1 < i_stop, tl.where(i + 2 == i_end, i_slot + 1, C), 0)
+            b_k, b_v = _load_page(p_keys, p_values, n_page, i_head % G, n_slots, o_c, G, Ks, Vs, C, BLOCK_K, BLOCK_V)
+            n_page = tl.load(p_list + i + 2, mask=i + 2 < i_stop, other=0)
         peak = tl.max(b_peak, 0)
         b_share = tl.exp(b_peak - peak)
         i_part = (i_program + i_head).to(tl.int64)
@@ -563,7 +541,7 @@ def launch(
     pdl = dependent_launch(x.device)
     kinds = {"SOFTMAX": softmax, "DELTA": delta is not None, "PDL": pdl, "launch_pdl": pdl}
     block_k, block_v = triton.next_power_of_2(Ks), triton.next_power_of_2(Vs)
-    decode_prepare_kernel[(rows, 2 if softmax else 1)](
+    decode_prepare_kernel[(rows, 4 if softmax else 3)](
         x, inputs, state.tail, there(state.total), decay, *memory, state.read, state.live,
         weights.conv, there(weights.query_norm), there(weights.key_norm), there(weights.rotation), there(weights.rate),
         there(weights.gate_bias), there(weights.mix), there(weights.mix_bias), there(weights.count_bias),
@@ -573,7 +551,7 @@ def launch(
         eps, M, width,
         inputs.stride(0),
         **names, W=W, C=C, BLOCK_G=triton.next_power_of_2(G), BLOCK_K=block_k, BLOCK_V=block_v, BLOCK=1024,
-        **kinds, ROPE=weights.rotation is not None, num_warps=8,
+        **kinds, ROPE=weights.rotation is not None, num_warps=4,
     )  # fmt: skip
     tiles, parts_of_row = triton.cdiv(G * Vs, 32) if delta is not None else 0, triton.cdiv(max(channels, width), 1024)
     decode_memories_kernel[(programs + rows * tiles + B * parts_of_row,)](

@@ -42,20 +42,19 @@ def _stream_pages(p_list, i_s, i_total, C: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_own(
-    p_new, p_open, o_s, i_s, i_first, i_length, s_t, s_open, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    p_new, p_open, o_s, i_s, i_first, i_length, s_t, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Keys or values of slots i_s … i_s + BLOCK_N: those from ``i_first`` on are new, earlier ones in the open page."""
     o_n = tl.arange(0, BLOCK_N)
     p_tile = p_new + (i_s - i_first).to(tl.int64) * s_t
     b_x = _load_tile(p_tile, o_n, s_t, (o_s >= i_first) & (o_s < i_length), WIDTH, BLOCK, True)
-    return b_x + _load_tile(p_open, o_s, s_open, o_s < i_first, WIDTH, BLOCK, True)  # one of the two is 0
+    return b_x + _load_tile(p_open, o_s, WIDTH, o_s < i_first, WIDTH, BLOCK, True)  # one of the two is 0
 
 
 @triton.jit
 def _attend_pages(
     b_q, p_k, p_v, p_open_k, p_open_v, p_page_k, p_page_v, p_list, p_route, i_total, o_t, i_own, i_end, i_first,
-    i_length, b_max, R, G, scale, s_k_t, s_v_t,
+    i_length, b_max, R, G, i_j, scale, s_k_t, s_v_t,
     Ks: tl.constexpr, Vs: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -67,23 +66,23 @@ def _attend_pages(
     for i_s in range(0, i_total, BLOCK_N):
         m_inside = i_s + o_n < i_total
         if BLOCK_N <= C:
-            i_base = i_page.to(tl.int64) * C + i_s % C
+            i_base = (i_page.to(tl.int64) * G + i_j) * C + i_s % C
             o_row = o_n
         else:
             i_base = 0
-            o_row = i_page.to(tl.int64) * C + o_n % C
+            o_row = (i_page.to(tl.int64) * G + i_j) * C + o_n % C
         # the next step's pages are read a step ahead, so that no load of keys waits for them
         i_page = _stream_pages(p_list, i_s + BLOCK_N, i_total, C, BLOCK_N)
-        b_k = _load_tile(p_page_k + i_base * (G * Ks), o_row, G * Ks, m_inside, Ks, BLOCK_K, BLOCK_N > C)
-        b_v = _load_tile(p_page_v + i_base * (G * Vs), o_row, G * Vs, m_inside, Vs, BLOCK_V, BLOCK_N > C)
+        b_k = _load_tile(p_page_k + i_base * Ks, o_row, Ks, m_inside, Ks, BLOCK_K, BLOCK_N > C)
+        b_v = _load_tile(p_page_v + i_base * Vs, o_row, Vs, m_inside, Vs, BLOCK_V, BLOCK_N > C)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_acc, b_max, b_sum = _attend(
             b_s, b_v, b_acc, b_max, b_sum, scale, m_inside[None, :], BLOCK_N > C, FIXED, PRECISION
         )
     for i_s in tl.range(i_own, i_end, BLOCK_N, num_stages=1):  # a few steps, not worth shared memory
         o_s = i_s + o_n
-        b_k = _load_own(p_k, p_open_k, o_s, i_s, i_first, i_length, s_k_t, G * Ks, Ks, BLOCK_K, BLOCK_N)
-        b_v = _load_own(p_v, p_open_v, o_s, i_s, i_first, i_length, s_v_t, G * Vs, Vs, BLOCK_V, BLOCK_N)
+        b_k = _load_own(p_k, p_open_k, o_s, i_s, i_first, i_length, s_k_t, Ks, BLOCK_K, BLOCK_N)
+        b_v = _load_own(p_v, p_open_v, o_s, i_s, i_first, i_length, s_v_t, Vs, BLOCK_V, BLOCK_N)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         m_visible = _own_chunk_mask(o_t, i_s, p_route, R, i_length, C, BLOCK_M, BLOCK_N)
         b_acc, b_max, b_sum = _attend(b_s, b_v, b_acc, b_max, b_sum, scale, m_visible, True, FIXED, PRECISION)
@@ -102,8 +101,8 @@ def pages_softmax_kernel(
     """One tile of BLOCK_M slots of one head.
 
     q, k [B,T,Hs,Ks], v [B,T,Hs,Vs], route [B,N,R] of 0 and 1 (0 for a chunk that does not end), before [B,N,R] int32,
-    pages of the head before each chunk, start and count [B] int64, table [B,R,M], keys [P,C,G,Ks], values [P,C,G,Vs],
-    open_keys [B,R,C,G,Ks], open_values [B,R,C,G,Vs]. Writes o [B,T,Hs,Vs], contiguous, where there are tokens. What is
+    pages of the head before each chunk, start and count [B] int64, table [B,R,M], keys [P,G,C,Ks], values [P,G,C,Vs],
+    open_keys [B,R,G,C,Ks], open_values [B,R,G,C,Vs]. Writes o [B,T,Hs,Vs], contiguous, where there are tokens. What is
     subtracted from a query's logits: as in ``softmax_forward_kernel``.
     """
     i_hs = tl.program_id(1)
@@ -123,10 +122,8 @@ def pages_softmax_kernel(
     p_k = p_k + i_b * s_k_b + i_hs.to(tl.int64) * s_k_h
     p_v = p_v + i_b * s_v_b + i_hs.to(tl.int64) * s_v_h
     p_q = p_q + i_b * s_q_b + i_hs.to(tl.int64) * s_q_h + i_row * s_q_t
-    p_open_keys += ((i_b * R + i_r) * C * G + i_hs % G) * Ks
-    p_open_values += ((i_b * R + i_r) * C * G + i_hs % G) * Vs
-    p_keys += (i_hs % G) * Ks
-    p_values += (i_hs % G) * Vs
+    p_open_keys += (i_b * Hs + i_hs) * C * Ks
+    p_open_values += (i_b * Hs + i_hs) * C * Vs
     p_list = p_table + (i_b * R + i_r) * M
     p_route = p_route + i_b * N * R + i_r
     i_total = tl.load(p_before + (i_b * N + i_chunk) * R + i_r) * C
@@ -141,7 +138,7 @@ def pages_softmax_kernel(
         b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_acc, b_max, b_sum = _attend_pages(
         b_q, p_k, p_v, p_open_keys, p_open_values, p_keys, p_values, p_list, p_route, i_total, o_t, i_own, i_end,
-        i_first, i_length, b_max, R, G, scale, s_k_t, s_v_t,
+        i_first, i_length, b_max, R, G, i_hs % G, scale, s_k_t, s_v_t,
         Ks, Vs, BLOCK_K, BLOCK_V, C, BLOCK_M, BLOCK_N, FIXED, PRECISION,
     )  # fmt: skip
     if FIXED:
@@ -154,7 +151,7 @@ def pages_softmax_kernel(
             b_acc, b_max, b_sum = _attend_pages(
                 b_q, p_k + i_zero, p_v + i_zero, p_open_keys + i_zero, p_open_values + i_zero, p_keys + i_zero,
                 p_values + i_zero, p_list + i_zero, p_route + i_zero, i_total, o_t + i_zero, i_own, i_end,
-                i_first, i_length, b_max, R, G, scale, s_k_t, s_v_t,
+                i_first, i_length, b_max, R, G, i_hs % G, scale, s_k_t, s_v_t,
                 Ks, Vs, BLOCK_K, BLOCK_V, C, BLOCK_M, BLOCK_N, False, PRECISION,
             )  # fmt: skip
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # slots without a token may have seen nothing
@@ -181,13 +178,14 @@ def pages_write_kernel(
     o_c = tl.arange(0, C)
     o_token = i_source * C + o_c - tl.load(p_start + i_b)
     m_c = (o_token >= 0) & (o_token < tl.load(p_count + i_b))
-    o_slot = tl.load(p_page + i_entry) * C + o_c
+    i_page = tl.load(p_page + i_entry)
     for j in tl.static_range(G):
         i_hs = ((i_row % R) * G + j).to(tl.int64)
+        o_slot = (i_page * G + j) * C + o_c
         b_k = _load_tile(p_k + i_b * s_k_b + i_hs * s_k_h, o_token, s_k_t, m_c, Ks, BLOCK_K, True)
-        _store_tile(p_keys + j * Ks, o_slot, G * Ks, m_c, b_k, Ks, BLOCK_K)
+        _store_tile(p_keys, o_slot, Ks, m_c, b_k, Ks, BLOCK_K)
         b_v = _load_tile(p_v + i_b * s_v_b + i_hs * s_v_h, o_token, s_v_t, m_c, Vs, BLOCK_V, True)
-        _store_tile(p_values + j * Vs, o_slot, G * Vs, m_c, b_v, Vs, BLOCK_V)
+        _store_tile(p_values, o_slot, Vs, m_c, b_v, Vs, BLOCK_V)
 
 
 class NewTokens(NamedTuple):
@@ -208,7 +206,7 @@ def write(
 ) -> None:
     """Write what chunks of new tokens k, v [B,T,Hs,·] hold into pages, in place; the rest as in the kernel."""
     B, T, _, Ks = k.shape
-    R, places, G, Vs = *source.shape[1:], *pages.values.shape[2:]
+    (R, places), G, Vs = source.shape[1:], pages.values.shape[1], pages.values.shape[3]
     constants = shape_constants(k.dtype, Ks, Vs, chunk_size)
     pages_write_kernel[(places, B * R)](
         k, v, source, page, start, count, pages.keys, pages.values,

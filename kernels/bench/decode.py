@@ -181,8 +181,8 @@ def layer_state(shape: Shape, batch: int, tokens: int, fraction: float, seed: in
     places = torch.arange(int(kept.max()) + 2, device=device) <= kept[..., None]
     table = places.long().masked_scatter(places, 1 + torch.randperm(used, device=device))
     pages = KeyPages(
-        random(1 + used, C, G, shape.softmax_key_dim).bfloat16(),
-        random(1 + used, C, G, shape.softmax_value_dim).bfloat16(),
+        random(1 + used, G, C, shape.softmax_key_dim).bfloat16(),
+        random(1 + used, G, C, shape.softmax_value_dim).bfloat16(),
         table,
         kept,
     )
