@@ -1,4 +1,4 @@
-"""What a routing policy costs, by arithmetic: memory held and moved, operations done.
+"""What a routing policy costs, by arithmetic: memory held and moved, operations done. Times: ``natsl.space.latency``.
 
 Shapes per layer (``LayerShape``): D model width, R heads, K and V key and value width per head, G softmax heads per
 head (so Hs = R·G), M width of the SwiGLU, W taps of the convolution. C tokens per chunk, L context in tokens, f the
@@ -18,6 +18,7 @@ from natsl.space.check import check, check_choice, check_count, check_number
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 
 STATE_BYTES = 4  # the state of the delta rule is float32, whatever the model's dtype
+COUNT_BYTES = 8  # lengths, counts and the numbers of pages are int64
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,9 @@ def kv_bytes(
     """Bytes of KV cache: Σ over layers of b·R·(K + V)·(f·L + C/2); nothing for op delta.
 
     L = ``context`` counts the tokens in complete earlier chunks; the own chunk is always visible and on average half
-    full, C/2 tokens. This is what a cache holds that frees the pages of dropped chunks for others, and what one decoded
-    token reads; ``natsl.cache`` has as many pages for every head as for the one that keeps most.
+    full, C/2 tokens. This is what one decoded token reads; what a cache holds besides is in ``cache_bytes``.
     """
-    layers = _layers(shapes, policy, kept, context, bytes_per_element)
+    layers = layers_of(shapes, policy, kept, context, bytes_per_element)
     half = policy.chunk_size / 2
     return sum(
         (kv_token_bytes(shape, bytes_per_element) * (f * context + half))
@@ -104,6 +104,40 @@ def decode_bytes(
     return kv_bytes(shapes, policy, kept, context, bytes_per_element) + state
 
 
+def cache_bytes(
+    shapes: Sequence[LayerShape],
+    policy: RoutingPolicy,
+    kept: Sequence[float],
+    context: int,
+    bytes_per_element: int = 2,
+) -> float:
+    """Bytes of what ``natsl.cache`` holds of a sequence after ``context`` tokens under an exported policy.
+
+    8 for its length, and per layer the sum of
+        convolution  b·(W − 1)·R·(2K + V)
+        delta rule   R·(2·4·K·V + 4) + 8                  the states at the last border and now, the decay between them,
+                                                          the tokens since; unless of kind softmax
+        softmax      R·((f·N + 1)·(b·C·(K + V) + 8) + 8)  unless op delta: pages of the N = ⌊L/C⌋ complete chunks that
+                                                          are kept and of the open one, their numbers, their count
+        router       4·D                                  kind routed, unless op delta: sum over the open chunk
+    A layer of op delta is of kind delta in an export, which has no use for pages and router. Left out: free pages and
+    places of the table, of which a cache has up to a fourth more, and the one page that a whole batch shares.
+    """
+    chunks = context // policy.chunk_size
+    total = float(COUNT_BYTES)
+    for shape, layer, f in layers_of(shapes, policy, kept, context, bytes_per_element):
+        R, K, V, b = shape.heads, shape.key_dim, shape.value_dim, bytes_per_element
+        total += b * (shape.conv_width - 1) * R * (2 * K + V)
+        if shape.kind is not Op.softmax:
+            total += 2 * state_bytes(shape) + STATE_BYTES * R + COUNT_BYTES
+        if layer.op is not Op.delta:
+            page = b * policy.chunk_size * (K + V) + COUNT_BYTES
+            total += R * ((f * chunks + 1) * page + COUNT_BYTES)
+            if shape.kind is Op.routed:
+                total += STATE_BYTES * shape.width
+    return total
+
+
 def visible_keys(kept: float, tokens: int, chunk_size: int) -> float:
     """Number of (query, key) pairs that softmax computes over ``tokens`` tokens, kept chunks spread evenly.
 
@@ -133,7 +167,7 @@ def prefill_flops(shapes: Sequence[LayerShape], policy: RoutingPolicy, kept: Seq
     """
     C, T = policy.chunk_size, context
     total = 0.0
-    for shape, layer, f in _layers(shapes, policy, kept, context, 1):
+    for shape, layer, f in layers_of(shapes, policy, kept, context, 1):
         D, R, K, V = shape.width, shape.heads, shape.key_dim, shape.value_dim
         total += T * (2 * D * R * (2 * K + 3 * V) + 2 * shape.conv_width * R * (2 * K + V) + 6 * D * shape.mlp_width)
         if shape.kind is not Op.softmax:
@@ -147,14 +181,14 @@ def prefill_flops(shapes: Sequence[LayerShape], policy: RoutingPolicy, kept: Seq
     return total
 
 
-def _layers(
+def layers_of(
     shapes: Sequence[LayerShape],
     policy: RoutingPolicy,
     kept: Sequence[float],
     context: int,
     bytes_per_element: int,
 ) -> list[tuple[LayerShape, LayerPolicy, float]]:
-    """Shape, policy and kept fraction of each layer, all checked."""
+    """Shape, policy and kept fraction of each layer, all checked; the fraction of op softmax is 1, of delta 0."""
     policy.check([shape.kind for shape in shapes], policy.chunk_size)
     check(len(kept) == len(shapes), "number of kept fractions", len(kept), f"the model has {len(shapes)} layers")
     check_count("context", context, 1)
