@@ -125,7 +125,7 @@ def _time(
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(WARM_UP):
         step()
-    seconds = _median_seconds(step, config.steps, device)
+    seconds = median_seconds(step, config.steps, device)
     matrices = [module.weight for module in net.modules() if isinstance(module, torch.nn.Linear)]
     matrices += [net.embed.weight] if net.head is None else []
     weights = sum(matrix.numel() for matrix in matrices)
@@ -143,8 +143,8 @@ def _time(
     )
 
 
-def _median_seconds(step: Callable[[], None], count: int, device: torch.device) -> float:
-    """Median over ``count`` steps, one after another as in training."""
+def median_seconds(step: Callable[[], object], count: int, device: torch.device) -> float:
+    """Median over ``count`` calls of ``step``, one after another as in training, by the device's clock."""
     import torch
 
     if device.type != "cuda":

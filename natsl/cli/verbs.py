@@ -78,6 +78,12 @@ VERBS = {
             "natsl.throughput:ThroughputConfig",
         ),
         Verb(
+            "latency",
+            "time the layers of a model, which decode_ms and prefill_ms are made of",
+            "natsl.cli.latency:run_latency",
+            "natsl.cli.latency:LatencyConfig",
+        ),
+        Verb(
             "ablation",
             "train variants of a supernet and compare their routers",
             "natsl.search.ablation.command:run_ablation",
