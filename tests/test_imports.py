@@ -179,6 +179,7 @@ LIGHT = [
     ("natsl.tracking", ["torch", "optuna", "wandb"]),
     ("natsl.throughput", ["torch", "optuna", "wandb"]),
     ("natsl.cli.latency", ["torch", "optuna", "wandb"]),
+    ("natsl.cli.plan", ["torch", "optuna", "wandb"]),
     ("natsl.conf", ["torch", "optuna", "wandb"]),
 ]
 

@@ -31,6 +31,12 @@ VERBS = {
             "natsl.search.config:SearchRunConfig",
         ),
         Verb(
+            "plan",
+            "what a search will take: time, memory, disk",
+            "natsl.cli.plan:run_plan",
+            "natsl.cli.plan:PlanConfig",
+        ),
+        Verb(
             "train",
             "train a supernet only",
             "natsl.cli.commands:run_training",
