@@ -49,9 +49,9 @@ FRONT_POINTS = 16  # at most one for each trial
 FAMILY_MEMBERS = 8  # of a family, that nothing in it dominates
 # Of the default search on a CPU: what a trial takes beside its scores, and what it leaves.
 TRIAL_SECONDS, TRIAL_BYTES, STUDY_BYTES = 0.05, 1_500, 110_000
-REPORT_SECONDS, REPORT_BYTES = 3.0, 600_000
+REPORT_SECONDS, REPORT_BYTES = 2.0, 600_000
 CONTROL_ROWS = 20  # of a point, in scores.jsonl
-EXPORT_SECONDS = 10.0  # fresh processes that load torch and transformers
+EXPORT_LOADS = 2.5  # fresh processes that load torch and transformers, in units of loading torch here
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,14 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Seconds until a search begins: to load torch, and to read the text."""
+
+    load: float
+    text: float
+
+
+@dataclass(frozen=True)
 class Probe:
     """Seconds of single things: a training step and the first one, the calibration, a score.
 
@@ -110,8 +118,8 @@ class Probe:
     test: float
 
 
-def make_plan(config: SearchRunConfig, problem: Problem, data: TaskData, device: torch.device, start: float) -> Plan:
-    """The plan of a search, of whose parts ``prepare`` has made ``problem`` and ``data``; ``start``: seconds till then.
+def make_plan(config: SearchRunConfig, problem: Problem, data: TaskData, device: torch.device, start: Start) -> Plan:
+    """The plan of a search, of whose parts ``prepare`` has made ``problem`` and ``data``.
 
     Trains a model of its own for some steps. ``torch.OutOfMemoryError`` where the search would have it too.
     """
@@ -217,10 +225,10 @@ def _families(config: SearchRunConfig, problem: Problem) -> list[tuple[object, l
 
 
 def _stages(
-    config: SearchRunConfig, problem: Problem, probe: Probe, data: TaskData, device: torch.device, start: float
+    config: SearchRunConfig, problem: Problem, probe: Probe, data: TaskData, device: torch.device, start: Start
 ) -> list[Stage]:
     settings, train = config.search, config.train
-    stages = [Stage("start", "torch and the text", once=start)]
+    stages = [Stage("start", "loading torch, reading the text", once=start.load + start.text)]
     if _timed_names(config):
         stages.append(_latency_stage(config, problem, device))
     if config.supernet_from is None:
@@ -250,7 +258,7 @@ def _stages(
     stages += _length_stages(config, problem, probe, data, device, len(seen))
     stages.append(Stage("report", "drawn and written", once=REPORT_SECONDS))
     if config.export:
-        stages.append(Stage("export", "the knee, verified in fresh processes", once=EXPORT_SECONDS))
+        stages.append(Stage("export", "the knee, verified in fresh processes", once=EXPORT_LOADS * start.load))
     return stages
 
 

@@ -16,11 +16,13 @@ from natsl.files import write_json
 from natsl.latency import Setting, table_path
 from natsl.run import Run
 from natsl.search import plan
+from natsl.search.baseline import baselines
 from natsl.search.config import SearchRunConfig
 from natsl.search.front import Front
 from natsl.search.pipeline import prepare, run_search
-from natsl.search.plan import Plan, Probe, make_plan
+from natsl.search.plan import Plan, Probe, Start, make_plan
 from natsl.search.rungs import useful
+from natsl.space.policy import Op
 from tests.latency_helpers import made_table
 from tests.test_pipeline import tiny
 
@@ -45,7 +47,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, text: str) -> tuple[Run, Fron
 
 def planned(config: SearchRunConfig) -> Plan:
     config, problem, data, _ = prepare(config)
-    return make_plan(config, problem, data, CPU, 1.5)
+    return make_plan(config, problem, data, CPU, Start(1.0, 0.5))
 
 
 def files(folder: Path) -> list[Path]:
@@ -86,6 +88,9 @@ def test_times_are_counts_by_what_was_timed(text: str, tmp_path: Path, monkeypat
     assert seconds["search"] == pytest.approx(4 * (0.25 + 0.75 * plan.GOES_ON) * 0.5 + 7 * plan.TRIAL_SECONDS)
     assert seconds["heads"] == 9 * 0.5
     assert found.seconds == pytest.approx(sum(seconds.values()))
+    # the front, baselines that need none, members of four families, random routing beside seven points and one baseline
+    fixed = baselines([Op.routed] * 2, 8, [0.25], config.search.space)
+    assert seconds["test"] == (7 + len(fixed) + 4 * plan.FAMILY_MEMBERS + (7 + 1) * 2) * 0.125
 
 
 @pytest.mark.parametrize(("rungs", "share"), [([1.0], 1.0), ([0.25, 1.0], 0.625), ([0.25, 0.5, 1.0], 0.5)], ids=str)

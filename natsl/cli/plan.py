@@ -29,7 +29,9 @@ def run_plan(config: PlanConfig) -> None:
     began = time.monotonic()
     device = resolve_device(config.device)
     from natsl.search.pipeline import prepare
-    from natsl.search.plan import make_plan
+    from natsl.search.plan import Start, make_plan
+
+    loaded = time.monotonic()
 
     folder = None if config.out is None else user_path(config.out, "out")
     try:
@@ -40,7 +42,7 @@ def run_plan(config: PlanConfig) -> None:
     search, problem, data, _ = prepare(
         SearchRunConfig(**{f.name: getattr(config, f.name) for f in fields(SearchRunConfig)})
     )
-    plan = make_plan(search, problem, data, device, time.monotonic() - began)
+    plan = make_plan(search, problem, data, device, Start(loaded - began, time.monotonic() - loaded))
     print(f"{'stage':<12} {'time':>8} {'number':>7} {'s each':>8}  of what")
     for stage in plan.stages:
         each = f"{stage.count:>7,.0f} {stage.each:>8.3g}" if stage.count else " " * 16
