@@ -123,7 +123,6 @@ def make_plan(config: SearchRunConfig, problem: Problem, data: TaskData, device:
 
     Trains a model of its own for some steps. ``torch.OutOfMemoryError`` where the search would have it too.
     """
-    before = _peak(device)
     torch.manual_seed(config.seed)
     model = RoutedLM(config.model, config.supernet.calibration_points, config.train.precision).to(device)
     trains = config.supernet_from is None
@@ -131,6 +130,7 @@ def make_plan(config: SearchRunConfig, problem: Problem, data: TaskData, device:
     recipe = TrainRecipe(config.train, config.supernet, config.seed)
     if trains:
         trainer = Trainer(model, data, recipe)
+        before = _peak(device)
         if device.type == "cuda":
             first_step = _seconds(partial(compile_kernels, config.model, data.config.seq_len, recipe, device))
         first, step = _step_seconds(trainer)
@@ -147,7 +147,7 @@ def make_plan(config: SearchRunConfig, problem: Problem, data: TaskData, device:
     memory = [Amount("parameters", weights, f"exact, {count_parameters(model):,}")]
     if trains:
         memory.append(Amount("gradients and optimiser", weights + optimizer, "exact"))
-        rest = max(0.0, trained - before - 2 * weights - optimizer)
+        rest = max(0.0, trained - before - weights - optimizer)
         of = "" if device.type == "cuda" else ": what the process grew by"
         memory.append(Amount(f"a training step of {config.train.batch_size} sequences", rest, f"measured{of}"))
     where = "on the device" if device.type == "cuda" else "of the process, libraries and text included"
