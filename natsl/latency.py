@@ -81,15 +81,13 @@ def table_path(setting: Setting) -> Path:
     return stored_path().parent / "latency" / f"{name}.json"
 
 
-def obtain_table(
-    setting: Setting, wanted: Sequence[int], path: Path | None = None, fresh: bool = False
-) -> LatencyTable:
-    """The table of a setting that covers these lengths in tokens: stored at ``path``, or measured and stored there.
+def obtain_table(setting: Setting, wanted: Sequence[int], fresh: bool = False) -> LatencyTable:
+    """The table of a setting that covers these lengths in tokens: the stored one, or measured and stored.
 
-    ``path``: null for ``table_path``. A file that is damaged is measured anew, and so is one that is too short, or any
-    with ``fresh``. ``UserError`` if the device has not enough memory.
+    One that is damaged or too short is measured anew, and with ``fresh`` any. ``UserError`` if the device has not
+    enough memory.
     """
-    path = table_path(setting) if path is None else path
+    path = table_path(setting)
     table = None if fresh else read_table(path)
     if table is not None and dict(table.made_from) == setting.to_dict() and all(map(table.covers, wanted)):
         return table

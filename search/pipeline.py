@@ -144,11 +144,11 @@ def with_times(problem: Problem, config: SearchRunConfig, run: Run, device: torc
 
     A run keeps the table that it began with, on whatever device it is resumed.
     """
-    from natsl.latency import Setting, obtain_table, read_table
-
     search = config.search
     if not any(OBJECTIVES[name].timed for name in (*search.objectives, *search.constraints)):
         return problem
+    from natsl.latency import Setting, obtain_table, read_table
+
     table = read_table(run.latency)
     if table is None:
         setting = Setting(config.model, config.train.precision, device, search.cost_batch_size)
