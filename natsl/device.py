@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import platform
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from natsl.errors import UserError
@@ -35,6 +38,19 @@ def resolve_device(name: str) -> torch.device:
     if index:
         torch.cuda.set_device(int(index))  # what names no device, such as an event, is on it
     return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called: the name of a GPU, or of the processor as far as the system tells."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine() or "CPU"
 
 
 def probe_device(device: torch.device) -> None:

@@ -39,6 +39,7 @@ class Run:
         self.supernet = path / "supernet"
         self.calibration = path / "calibration.json"
         self.specialised = path / "specialise.json"
+        self.latency = path / "latency.json"
         self.study_db = path / "study.db"
         self.scores = path / "scores.jsonl"
         self.front_json = path / "front.json"

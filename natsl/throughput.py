@@ -175,7 +175,7 @@ def _time(
 
 
 def median_seconds(step: Callable[[], object], count: int, device: torch.device) -> float:
-    """Median over ``count`` steps, one after another as in training."""
+    """Median over ``count`` calls of ``step``, one after another as in training, by the device's clock."""
     import torch
 
     if device.type != "cuda":

@@ -28,6 +28,7 @@ class SearchConfig:
     constraints: upper bounds by objective name; what breaks one is no candidate for the front.
     context: tokens, the length at which memory and compute are counted (null: ``data.seq_len``, where the fractions
         that they are counted from are measured).
+    cost_batch_size: sequences at once, for the objectives decode_ms and prefill_ms.
     lengths: multiples of ``data.seq_len`` at which some points are measured again after the search, such as [1, 2, 4],
         with more to recall in proportion; on a GPU also at ``context``.
     policies: JSON files of policies that are tried first (with a list per layer where
@@ -48,6 +49,7 @@ class SearchConfig:
     constraints: dict[str, float] = field(default_factory=dict)
     space: SearchSpace = field(default_factory=SearchSpace)
     context: int | None = None
+    cost_batch_size: int = 1
     lengths: list[int] = field(default_factory=list)
     policies: list[str] = field(default_factory=list)
     rungs: list[float] = field(default_factory=lambda: [0.25, 1.0])
@@ -60,7 +62,9 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         p = "search."
-        check_counts(1, {p + k: getattr(self, k) for k in ("n_trials", "batch_size", "min_failures")})
+        check_counts(
+            1, {p + k: getattr(self, k) for k in ("n_trials", "batch_size", "cost_batch_size", "min_failures")}
+        )
         check_counts(1, {p + "context": 1 if self.context is None else self.context})
         check(len(set(self.lengths)) == len(self.lengths), p + "lengths", self.lengths, "each may come once")
         check_counts(1, {f"{p}lengths[{i}]": factor for i, factor in enumerate(self.lengths)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from natsl.search.objective import OBJECTIVES, CostContext, Role
@@ -123,7 +123,7 @@ class LengthRunner:
             except (ArithmeticError, ValueError, MemoryError, RuntimeError) as error:  # the report goes without it
                 left_out[name] = describe(error)
             on_step(f"{name} at {tokens} tokens")
-        at = CostContext(self._costs.shapes, tokens)
+        at = replace(self._costs, context=tokens)
         costs = {name: _costs(evaluation, policies[name], at) for name, evaluation in found.items()}
         planted = {task: Planted(*self._data.config.build(task).planted(tokens)) for task in sets}
         return AtLength(

@@ -1,9 +1,9 @@
 """What a search can be asked to minimise: a registry of objectives by name. Imports no torch.
 
 Every objective is a number of one evaluated policy, smaller is better. Quality comes from the evaluation on held-out
-data; costs are analytic (``natsl.space.cost``), from the fractions of chunks that were measured to be kept. An
-objective also says how it is shown, so an entry of ``OBJECTIVES`` is all that files, charts and report need. The error
-of every task of ``natsl.tasks.TASKS`` is one of them.
+data; costs are analytic (``natsl.space.cost``) or come from a table of times (``natsl.space.latency``), both from the
+fractions of chunks that were measured to be kept. An objective also says how it is shown, so an entry of ``OBJECTIVES``
+is all that files, charts and report need. The error of every task of ``natsl.tasks.TASKS`` is one of them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from natsl.errors import UserError
 from natsl.space import cost
 from natsl.space.cost import LayerShape
+from natsl.space.latency import LatencyTable, Step
 from natsl.space.policy import RoutingPolicy
 from natsl.tasks import metrics
 
@@ -29,10 +30,16 @@ Direction = Literal["minimize", "maximize"]  # Optuna's words
 
 @dataclass(frozen=True)
 class CostContext:
-    """For whom a cost is counted: the shapes of the layers and the length of the text in tokens."""
+    """For whom a cost is counted: the shapes of the layers and the length of the text in tokens.
+
+    ``bytes_per_element``: of what the model computes in, for what its cache really holds. ``latency``: times of the
+    layers (null: there is no such objective).
+    """
 
     shapes: tuple[LayerShape, ...]
     context: int
+    bytes_per_element: int = 2
+    latency: LatencyTable | None = None
 
 
 class Role(Enum):
@@ -68,6 +75,7 @@ NUMBER = Format(lambda value: f"{value:.3f}", lambda value: f"{value:.4g}", bare
 PERCENT = Format(lambda value: f"{100 * value:.1f}\N{NO-BREAK SPACE}%", lambda value: f"{100 * value:.3g} %")
 BYTES = _prefixed("B")
 FLOP = _prefixed("FLOP")
+MILLISECONDS = Format(lambda value: f"{value:.4g}\N{NO-BREAK SPACE}ms", lambda value: f"{value:.4g}", bare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +83,8 @@ class Objective:
     """One number to minimise, and how it is shown.
 
     ``task``: the task that must be part of the data for it to exist (null: any). ``of_bytes``: it exists only where the
-    text is bytes, not token ids. On an axis, ``zero`` is always in sight, and with ``root`` the square root of the
-    value is what is linear, which spreads small fractions.
+    text is bytes, not token ids. ``timed``: it is read from a table of times. On an axis, ``zero`` is always in sight,
+    and with ``root`` the square root of the value is what is linear, which spreads small fractions.
     """
 
     name: str
@@ -89,6 +97,7 @@ class Objective:
     root: bool = False
     task: str | None = None
     of_bytes: bool = False
+    timed: bool = False
     direction: Direction = "minimize"
 
     def show(self, value: float | None) -> str:
@@ -111,6 +120,22 @@ def _decode_bytes(evaluation: Evaluation, policy: RoutingPolicy, at: CostContext
 
 def _prefill_flops(evaluation: Evaluation, policy: RoutingPolicy, at: CostContext) -> float:
     return float(cost.prefill_flops(at.shapes, policy, evaluation.kept_by_layer, at.context))
+
+
+def _cache_bytes(evaluation: Evaluation, policy: RoutingPolicy, at: CostContext) -> float:
+    shapes = cost.exported(at.shapes, policy)
+    return cost.cache_bytes(shapes, policy, evaluation.kept_by_layer, at.context, at.bytes_per_element)
+
+
+def _time(step: Step) -> Callable[[Evaluation, RoutingPolicy, CostContext], float | None]:
+    """The time of a step; None without a table, and for a length that it does not cover."""
+
+    def milliseconds(evaluation: Evaluation, policy: RoutingPolicy, at: CostContext) -> float | None:
+        if at.latency is None or not at.latency.covers(at.context):
+            return None
+        return at.latency.milliseconds(step, at.shapes, policy, evaluation.kept_by_layer, at.context)
+
+    return milliseconds
 
 
 def _task_error(task: str, metric: str) -> Objective:
@@ -179,6 +204,32 @@ OBJECTIVES: dict[str, Objective] = {
             role=Role.cost,
             value=_prefill_flops,
             format=FLOP,
+        ),
+        Objective(
+            name="cache_bytes",
+            label="cache of a sequence",
+            unit="bytes",
+            role=Role.cost,
+            value=_cache_bytes,
+            format=BYTES,
+        ),
+        Objective(
+            name="decode_ms",
+            label="time of a decoding step",
+            unit="ms",
+            role=Role.cost,
+            value=_time(Step.decode),
+            format=MILLISECONDS,
+            timed=True,
+        ),
+        Objective(
+            name="prefill_ms",
+            label="time of a prefill",
+            unit="ms",
+            role=Role.cost,
+            value=_time(Step.prefill),
+            format=MILLISECONDS,
+            timed=True,
         ),
     )
 }

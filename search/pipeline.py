@@ -14,7 +14,7 @@ import torch
 
 from natsl import __version__, checkpoint
 from natsl.command import command, option_text, run_options
-from natsl.config import check_batch, check_chunks
+from natsl.config import Precision, check_batch, check_chunks
 from natsl.data import Split, TaskData, load_text
 from natsl.device import probe_device, resolve_device
 from natsl.errors import UserError
@@ -64,15 +64,7 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
     fix, before anything is trained wherever it can be known.
     """
     device = resolve_device(config.device)
-    config = take_settings(config)
-    rungs = useful(config.search.rungs, config.data.search_sequences)
-    config = replace(config, search=replace(config.search, rungs=rungs))
-    if config.supernet_from is None:
-        check_batch(config.model.layers, config.train, config.supernet)
-    check_chunks(config.model.chunk_size, config.data.seq_len)
-    problem = make_problem(config)
-    data, trained = held_out_data(config)
-    check_text(config, data)
+    config, problem, data, trained = prepare(config)
     if config.search.storage is not None:
         connect(config.search.storage)
     run = Run.open(config.name, config.root)
@@ -83,9 +75,27 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
         untrained = config.untrained_budgets()
         if untrained and not finished:
             _LOG.info("%s", untrained)
+        problem = with_times(problem, config, run, device)
         with Tracker() if finished else start_tracker(config.tracking, run, to_plain(config)) as tracker:
             search = _Search(config, run, data, problem, tracker, device, others, arguments)
             return search.run(finished, outdated)
+
+
+def prepare(config: SearchRunConfig) -> tuple[SearchRunConfig, Problem, TaskData, TrainedText | None]:
+    """What a search is made of, and the configuration with what it takes from elsewhere; errors as ``run_search``.
+
+    The last one as ``held_out_data``. Writes nothing.
+    """
+    config = take_settings(config)
+    rungs = useful(config.search.rungs, config.data.search_sequences)
+    config = replace(config, search=replace(config.search, rungs=rungs))
+    if config.supernet_from is None:
+        check_batch(config.model.layers, config.train, config.supernet)
+    check_chunks(config.model.chunk_size, config.data.seq_len)
+    problem = make_problem(config)
+    data, trained = held_out_data(config)
+    check_text(config, data)
+    return config, problem, data, trained
 
 
 def held_out_data(config: SearchRunConfig) -> tuple[TaskData, TrainedText | None]:
@@ -123,9 +133,29 @@ def make_problem(config: SearchRunConfig) -> Problem:
     given = [_read_first_policy(path, config) for path in config.search.policies]
     first = first_policies(config.search, model.layer_shapes(), model.chunk_size, given)
     context = config.data.seq_len if config.search.context is None else config.search.context
-    costs = CostContext(model.layer_shapes(), context)
+    size = 2 if config.train.precision is Precision.bfloat16 else 4
+    costs = CostContext(model.layer_shapes(), context, size)
     own = len(dict.fromkeys(policy.digest() for policy in given))
     return Problem(kinds, model.chunk_size, costs, objectives, first, own)
+
+
+def with_times(problem: Problem, config: SearchRunConfig, run: Run, device: torch.device) -> Problem:
+    """The problem with the table that its timed objectives and constraints are read from, if it has any.
+
+    A run keeps the table that it began with, on whatever device it is resumed.
+    """
+    search = config.search
+    if not any(OBJECTIVES[name].timed for name in (*search.objectives, *search.constraints)):
+        return problem
+    from natsl.latency import Setting, obtain_table, read_table
+
+    table = read_table(run.latency)
+    if table is None:
+        setting = Setting(config.model, config.train.precision, device, search.cost_batch_size)
+        lengths = {problem.costs.context, *(factor * config.data.seq_len for factor in search.lengths)}
+        table = obtain_table(setting, sorted(lengths))
+        write_json(run.latency, table.to_dict())
+    return replace(problem, costs=replace(problem.costs, latency=table))
 
 
 def _read_first_policy(path: str, config: SearchRunConfig) -> RoutingPolicy:
@@ -374,7 +404,9 @@ class _Search:
             return runner.measure(policies, scorer.on_test, lambda name: progress.update(progress.done + 1, name))
 
     def _setting(self, sampler: Sampler) -> dict[str, Any]:
-        data, settings = self.config.data, self.config.search
+        data, settings, table = self.config.data, self.config.search, self.problem.costs.latency
+        made = {} if table is None else table.made_from
+        timed = {"times of": f"{made['device']}, batch size {made['batch_size']}"} if made else {}
         return {
             "seed": self.config.seed,
             "sampler": sampler.value,
@@ -384,6 +416,7 @@ class _Search:
             "tokens per sequence": data.seq_len,
             "device": str(self.device),
             "torch": torch.__version__,
+            **timed,
         }
 
     def _commands(self) -> list[str]:

@@ -350,7 +350,7 @@ def open_policy_study(
 
     def fingerprint(stored: Mapping[str, Any]) -> dict[str, Any]:
         """The number of anchors, if it is left to us, is chosen once, when the study is made."""
-        count = problem.given + (config.n_trials // 4 if config.anchors is None else config.anchors)
+        count = first_count(config, problem.given)
         if stored and config.anchors is None:
             count = len(stored.get("first", ()))
         return {
@@ -362,6 +362,7 @@ def open_policy_study(
             "seed": seed,
             "sampler": config.sampler.value,
             "local_share": config.local_share,
+            **({} if problem.costs.latency is None else {"latency": problem.costs.latency.digest()}),
             **({} if config.rungs == [1.0] else {"rungs": config.rungs}),  # a study from before there were any
             **made_from,
         }
@@ -374,6 +375,11 @@ def open_policy_study(
     except BaseException:
         opened.close()
         raise
+
+
+def first_count(config: SearchConfig, given: int) -> int:
+    """How many of the first policies of a new study are tried, of which ``given`` are the user's."""
+    return given + (config.n_trials // 4 if config.anchors is None else config.anchors)
 
 
 def first_policies(

@@ -1,4 +1,4 @@
-"""What a routing policy costs, by arithmetic: memory held and moved, operations done.
+"""What a routing policy costs, by arithmetic: memory held and moved, operations done. Times: ``natsl.space.latency``.
 
 Shapes per layer (``LayerShape``): D model width, R heads, K and V key and value width per head, G softmax heads per
 head (so Hs = R·G), M width of the SwiGLU, W taps of the convolution. C tokens per chunk, L context in tokens, f the
@@ -12,12 +12,13 @@ where the policy's op is ``routed``: ``softmax`` keeps 1, ``delta`` 0. All count
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from natsl.space.check import check, check_choice, check_count, check_number
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 
 STATE_BYTES = 4  # the state of the delta rule is float32, whatever the model's dtype
+COUNT_BYTES = 8  # lengths, counts and the numbers of pages are int64
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ def kv_bytes(
     """Bytes of KV cache: Σ over layers of b·R·(K + V)·(f·L + C/2); nothing for op delta.
 
     L = ``context`` counts the tokens in complete earlier chunks; the own chunk is always visible and on average half
-    full, C/2 tokens. This is what one decoded token reads; a cache also holds the empty half (``cache_bytes``).
+    full, C/2 tokens. This is what one decoded token reads; what a cache holds besides is in ``cache_bytes``.
     """
-    layers = _layers(shapes, policy, kept, context, bytes_per_element)
+    layers = layers_of(shapes, policy, kept, context, bytes_per_element)
     half = policy.chunk_size / 2
     return sum(
         (kv_token_bytes(shape, bytes_per_element) * (f * context + half))
@@ -86,37 +87,6 @@ def kv_bytes_per_token(
     return total / (context + policy.chunk_size / 2)
 
 
-def cache_bytes(
-    shapes: Sequence[LayerShape],
-    policy: RoutingPolicy,
-    kept: Sequence[float],
-    context: int,
-    bytes_per_element: int = 2,
-) -> float:
-    """Bytes that the cache of one sequence of T = ``context`` tokens holds, the pages that it has in reserve left out.
-
-    8, the sequence's length, and per layer the sum of
-        convolution  b·(W − 1)·R·(2K + V)                       the last inputs
-        router       max(b, 4)·D                                kind routed: the sum over the open chunk
-        delta rule   2 · 4·R·K·V + 4·R + 8                      unless of kind softmax: two states, decay, place
-        pages        (n + 1) · b·C·(K + V) + 8·(n + R)          unless of kind delta
-    A page holds a chunk of a head. There are n = R·(f·⌊T/C⌋ + 1), those that are kept and the open ones, with an entry
-    of the table each, one that is nobody's, and R numbers kept. Under op delta f = 0, and the open ones are there.
-    """
-    C, total = policy.chunk_size, 8.0
-    for shape, _, f in _layers(shapes, policy, kept, context, bytes_per_element):
-        R, K, V = shape.heads, shape.key_dim, shape.value_dim
-        total += bytes_per_element * (shape.conv_width - 1) * R * (2 * K + V)
-        if shape.kind is Op.routed:
-            total += max(bytes_per_element, STATE_BYTES) * shape.width
-        if shape.kind is not Op.softmax:
-            total += 2 * state_bytes(shape) + STATE_BYTES * R + 8
-        if shape.kind is not Op.delta:
-            pages = R * (f * (context // C) + 1)
-            total += (pages + 1) * C * bytes_per_element * (K + V) + 8 * (pages + R)
-    return total
-
-
 def decode_bytes(
     shapes: Sequence[LayerShape],
     policy: RoutingPolicy,
@@ -132,6 +102,44 @@ def decode_bytes(
     """
     state = sum(2 * state_bytes(shape) for shape in shapes)
     return kv_bytes(shapes, policy, kept, context, bytes_per_element) + state
+
+
+def cache_bytes(
+    shapes: Sequence[LayerShape],
+    policy: RoutingPolicy,
+    kept: Sequence[float],
+    context: int,
+    bytes_per_element: int = 2,
+) -> float:
+    """Bytes that the cache of one sequence of T = ``context`` tokens holds, the pages that it has in reserve left out.
+
+    8, the sequence's length, and per layer the sum of
+        convolution  b·(W − 1)·R·(2K + V)                       the last inputs
+        router       max(b, 4)·D                                kind routed: the sum over the open chunk
+        delta rule   2 · 4·R·K·V + 4·R + 8                      unless of kind softmax: two states, decay, place
+        pages        (n + 1) · b·C·(K + V) + 8·(n + R)          unless of kind delta
+    A page holds a chunk of a head. There are n = R·(f·⌊T/C⌋ + 1), those that are kept and the open ones, with an entry
+    of the table each, one that is nobody's, and R numbers kept. Under op delta f = 0, and the open ones are there, but
+    not in an export (``exported``).
+    """
+    C, total = policy.chunk_size, float(COUNT_BYTES)
+    for shape, _, f in layers_of(shapes, policy, kept, context, bytes_per_element):
+        R, K, V = shape.heads, shape.key_dim, shape.value_dim
+        total += bytes_per_element * (shape.conv_width - 1) * R * (2 * K + V)
+        if shape.kind is Op.routed:
+            total += max(bytes_per_element, STATE_BYTES) * shape.width
+        if shape.kind is not Op.softmax:
+            total += 2 * state_bytes(shape) + STATE_BYTES * R + COUNT_BYTES
+        if shape.kind is not Op.delta:
+            pages = R * (f * (context // C) + 1)
+            total += (pages + 1) * C * bytes_per_element * (K + V) + COUNT_BYTES * (pages + R)
+    return total
+
+
+def exported(shapes: Sequence[LayerShape], policy: RoutingPolicy) -> list[LayerShape]:
+    """The shapes of an export: a layer of op delta is of kind delta there, without router and pages."""
+    pairs = zip(shapes, policy.layers, strict=True)
+    return [replace(shape, kind=Op.delta) if layer.op is Op.delta else shape for shape, layer in pairs]
 
 
 def visible_keys(kept: float, tokens: int, chunk_size: int) -> float:
@@ -163,7 +171,7 @@ def prefill_flops(shapes: Sequence[LayerShape], policy: RoutingPolicy, kept: Seq
     """
     C, T = policy.chunk_size, context
     total = 0.0
-    for shape, layer, f in _layers(shapes, policy, kept, context, 1):
+    for shape, layer, f in layers_of(shapes, policy, kept, context, 1):
         D, R, K, V = shape.width, shape.heads, shape.key_dim, shape.value_dim
         total += T * (2 * D * R * (2 * K + 3 * V) + 2 * shape.conv_width * R * (2 * K + V) + 6 * D * shape.mlp_width)
         if shape.kind is not Op.softmax:
@@ -177,14 +185,14 @@ def prefill_flops(shapes: Sequence[LayerShape], policy: RoutingPolicy, kept: Seq
     return total
 
 
-def _layers(
+def layers_of(
     shapes: Sequence[LayerShape],
     policy: RoutingPolicy,
     kept: Sequence[float],
     context: int,
     bytes_per_element: int,
 ) -> list[tuple[LayerShape, LayerPolicy, float]]:
-    """Shape, policy and kept fraction of each layer, all checked."""
+    """Shape, policy and kept fraction of each layer, all checked; the fraction of op softmax is 1, of delta 0."""
     policy.check([shape.kind for shape in shapes], policy.chunk_size)
     check(len(kept) == len(shapes), "number of kept fractions", len(kept), f"the model has {len(shapes)} layers")
     check_count("context", context, 1)

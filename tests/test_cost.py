@@ -8,10 +8,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 
+from natsl.config import ModelConfig, Precision
+from natsl.model import RoutedLM
 from natsl.space.cost import (
     LayerShape,
+    cache_bytes,
     decode_bytes,
+    exported,
     kv_bytes,
     kv_bytes_per_token,
     kv_token_bytes,
@@ -120,6 +125,38 @@ def test_prefill_flops_by_hand() -> None:
     assert prefill_flops([TINY], policy, [0.5], 10) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("tokens", [7, 64, 100])
+@pytest.mark.parametrize("precision", Precision, ids=lambda precision: precision.value)
+def test_cache_bytes_are_what_a_cache_holds(tokens: int, precision: Precision) -> None:
+    """Of sequences that were read, without free pages; each by itself has a null page that here they share."""
+    kinds = [Op.routed, Op.softmax, Op.delta, Op.routed]
+    config = ModelConfig(layers=kinds, width=24, key_dim=8, value_dim=12, softmax_per_head=2, chunk_size=8)
+    model = RoutedLM(config, precision=precision).eval()
+    threshold = LayerPolicy(threshold=0.0)
+    policy = RoutingPolicy((threshold, LayerPolicy(Op.softmax), LayerPolicy(Op.delta), threshold), 8)
+    cache = model.new_cache(3)
+    layers = model(torch.randint(384, (3, tokens)), policy, cache=cache).layers
+    chunks = tokens // 8
+    kept = [float(layer.route[:, :chunks].mean()) if chunks else 0.0 for layer in layers]
+    assert 0 < kept[0] < 1 or tokens == 7
+    held = cache.select(range(3))
+    null = free = 0
+    for layer in held.layers:
+        if layer.pages is not None:
+            null += sum(x[0].numel() * x.element_size() for x in (layer.pages.keys, layer.pages.values))
+            free += 8 * int((layer.pages.table == 0).sum())  # places beyond those that are used
+    expected = 3 * cache_bytes(config.layer_shapes(), policy, kept, tokens, 2 if precision is Precision.bfloat16 else 4)
+    assert held.nbytes - free == pytest.approx(expected - 2 * null, rel=1e-6)
+
+
+def test_cache_bytes_of_a_layer_that_is_all_delta() -> None:
+    """What an export has of it: no pages and no router."""
+    (shape,) = exported([ROUTED], only(Op.delta))
+    one, other = (cache_bytes([shape], only(Op.delta), [0.0], 4096) for shape in (shape, DELTA))
+    assert one == other == 8 + 2 * 3 * 6 * (2 * 128 + 256) + 2 * 786432 + 4 * 6 + 8
+    assert cache_bytes([ROUTED], routed(0.0), [0.0], 4096) - one == 7 * 2 * 64 * 384 + 6 * (8 + 8) + 4 * 1024
+
+
 def test_ops_leave_out_what_they_do_not_compute() -> None:
     def flops(shape: LayerShape, policy: RoutingPolicy, f: float) -> float:
         return prefill_flops([shape], policy, [f], 4096)
@@ -131,14 +168,14 @@ def test_ops_leave_out_what_they_do_not_compute() -> None:
 
 
 def test_only_routed_layers_read_the_kept_fraction() -> None:
-    for function in (kv_bytes, kv_bytes_per_token, decode_bytes, prefill_flops):
+    for function in (kv_bytes, kv_bytes_per_token, decode_bytes, prefill_flops, cache_bytes):
         for op, f in ((Op.softmax, 1.0), (Op.delta, 0.0)):
             assert function([ROUTED], only(op), [math.nan], 4096) == function([ROUTED], only(op), [f], 4096)
 
 
 def test_costs_grow_with_what_is_kept_and_add_up_over_layers() -> None:
     rng = random.Random(0)
-    functions: list[Callable[..., float]] = [kv_bytes, kv_bytes_per_token, decode_bytes, prefill_flops]
+    functions: list[Callable[..., float]] = [kv_bytes, kv_bytes_per_token, decode_bytes, prefill_flops, cache_bytes]
     for _ in range(200):
         kinds = [rng.choice(list(Op)) for _ in range(rng.randint(1, 5))]
         shapes = [replace(rng.choice([ROUTED, TINY]), kind=kind) for kind in kinds]
@@ -154,12 +191,13 @@ def test_costs_grow_with_what_is_kept_and_add_up_over_layers() -> None:
                 function([shape], RoutingPolicy((layer,), policy.chunk_size), [f], length)
                 for shape, layer, f in zip(shapes, policy.layers, kept, strict=True)
             ]
-            assert cost == pytest.approx(sum(layers))
+            once = 8 if function is cache_bytes else 0  # the length of the sequence
+            assert cost - once == pytest.approx(sum(layer - once for layer in layers))
             low = function(shapes, RoutingPolicy.all_delta(kinds, policy.chunk_size), kept, length)
             assert low <= cost * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("function", [kv_bytes, kv_bytes_per_token, decode_bytes, prefill_flops])
+@pytest.mark.parametrize("function", [kv_bytes, kv_bytes_per_token, decode_bytes, prefill_flops, cache_bytes])
 def test_bad_arguments_are_refused(function: Callable[..., float]) -> None:
     good = routed(0.5)
     with pytest.raises(ValueError, match=r"kept\[0\] = 1.5 .* \[0, 1\]"):

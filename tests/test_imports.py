@@ -118,7 +118,7 @@ def test_libraries_that_are_commands_only_call_their_verb() -> None:
                     assert source == "from natsl.cli.main import run_verb"
                     assert call in {f"run_verb({verb!r})" for verb in VERBS}
                     seen.add(module_name(path))
-    commands = ("train", "evaluate", "export", "generate", "throughput")
+    commands = ("train", "evaluate", "export", "generate", "throughput", "latency")
     assert seen == {f"natsl.{name}" for name in commands}
 
 
@@ -179,6 +179,8 @@ LIGHT = [
     ("natsl.load", ["torch", "optuna", "wandb"]),
     ("natsl.tracking", ["torch", "optuna", "wandb"]),
     ("natsl.throughput", ["torch", "optuna", "wandb"]),
+    ("natsl.cli.latency", ["torch", "optuna", "wandb"]),
+    ("natsl.cli.plan", ["torch", "optuna", "wandb"]),
     ("natsl.conf", ["torch", "optuna", "wandb"]),
 ]
 

@@ -33,9 +33,10 @@ from natsl.space import cost
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace
 from natsl.tasks import TASKS, metrics
+from tests.latency_helpers import made_table
 from tests.search_helpers import CHUNK, HEADS, ROUTED, is_png, shapes, synthetic, synthetic_judge
 
-AT = CostContext(shapes(ROUTED), 4096)
+AT = CostContext(shapes(ROUTED), 4096, latency=made_table())
 MIXED = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(Op.softmax), LayerPolicy(budget=0.25)), CHUNK)
 LESS = RoutingPolicy((LayerPolicy(Op.delta), LayerPolicy(budget=0.1), LayerPolicy(Op.delta)), CHUNK)
 
@@ -94,7 +95,7 @@ def test_an_objective_is_missing_exactly_where_its_task_is(name: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_what_is_shown_can_be_read_back(name: str, value: float) -> None:
     text = OBJECTIVES[name].show(value)
-    number = re.fullmatch(r"([-\d.e+]+)(?:\N{NO-BREAK SPACE}([kMGTP]?)(%|B|FLOP))?", text)
+    number = re.fullmatch(r"([-\d.e+]+)(?:\N{NO-BREAK SPACE}([kMGTP]?)(%|B|FLOP|ms))?", text)
     assert number is not None
     factor = {None: 1.0, "": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}[number[2]]
     factor = 0.01 if number[3] == "%" else factor
@@ -163,7 +164,18 @@ def test_an_entry_is_all_that_a_new_objective_needs(monkeypatch: pytest.MonkeyPa
     assert is_png(front_png(front))
 
 
-@pytest.mark.parametrize("name", ["kept_fraction", "kv_bytes_per_token", "decode_bytes", "prefill_flops"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kept_fraction",
+        "kv_bytes_per_token",
+        "decode_bytes",
+        "prefill_flops",
+        "cache_bytes",
+        "decode_ms",
+        "prefill_ms",
+    ],
+)
 def test_costs_grow_with_what_is_kept(name: str) -> None:
     policies = [RoutingPolicy.uniform(ROUTED, CHUNK, budget) for budget in (0.0, 0.1, 0.4, 1.0)]
     values = [measure([name], synthetic(policy), policy, AT)[name] for policy in policies]
@@ -175,6 +187,22 @@ def test_costs_come_from_measured_fractions() -> None:
     evaluation = replace(synthetic(MIXED), kept_by_layer=(0.0, 1.0, 0.125))
     value = measure(["decode_bytes"], evaluation, MIXED, AT)["decode_bytes"]
     assert value == cost.decode_bytes(AT.shapes, MIXED, (0.0, 1.0, 0.125), AT.context)
+
+
+def test_times_need_a_table_that_covers_the_context() -> None:
+    evaluation = synthetic(MIXED)
+    for name in ("decode_ms", "prefill_ms"):
+        for at in (replace(AT, latency=None), replace(AT, context=4097), replace(AT, context=7)):
+            assert OBJECTIVES[name].value(evaluation, MIXED, at) is None
+        assert OBJECTIVES[name].axis_label.endswith(" (ms)")
+    value = measure(["decode_ms"], replace(evaluation, kept_by_layer=(0.3, 0.3, 0.125)), MIXED, AT)["decode_ms"]
+    softmax, routed = 0.2 + 0.001 * 4096, 0.2 + 0.001 * 0.125 * 4096
+    assert value == pytest.approx(0.5 + 0.1 + softmax + routed)  # the rest, delta, softmax, routed
+
+
+def test_a_cache_is_counted_in_what_the_model_computes_in() -> None:
+    values = [measure(["cache_bytes"], synthetic(MIXED), MIXED, replace(AT, bytes_per_element=b)) for b in (2, 4)]
+    assert 1.9 < values[1]["cache_bytes"] / values[0]["cache_bytes"] < 2
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None], ids=["nan", "inf", "-inf", "missing"])

@@ -150,6 +150,7 @@ SPELLINGS = [
     "natsl.generate",
     "natsl.evaluate",
     "natsl.throughput",
+    "natsl.latency",
     "natsl.search.ablation",
     "search.ablation",
     "natsl.kernels.bench",

@@ -31,6 +31,12 @@ VERBS = {
             "natsl.search.config:SearchRunConfig",
         ),
         Verb(
+            "plan",
+            "what a search will take: time, memory, disk",
+            "natsl.cli.plan:run_plan",
+            "natsl.cli.plan:PlanConfig",
+        ),
+        Verb(
             "train",
             "train a supernet only",
             "natsl.cli.commands:run_training",
@@ -76,6 +82,12 @@ VERBS = {
             "time training steps against a model with dense attention",
             "natsl.cli.commands:run_throughput",
             "natsl.throughput:ThroughputConfig",
+        ),
+        Verb(
+            "latency",
+            "time the layers of a model, which decode_ms and prefill_ms are made of",
+            "natsl.cli.latency:run_latency",
+            "natsl.cli.latency:LatencyConfig",
         ),
         Verb(
             "ablation",

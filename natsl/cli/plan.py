@@ -1,0 +1,59 @@
+"""``natsl plan``: what a search will take, before it starts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, fields
+
+from natsl.device import resolve_device
+from natsl.errors import UserError
+from natsl.files import to_plain, user_path, write_json
+from natsl.progress import duration
+from natsl.search.config import SearchRunConfig
+
+
+@dataclass
+class PlanConfig(SearchRunConfig):
+    """What a search with these options will take: time, memory and disk, by stage.
+
+    A few steps of the training and a few scores are made and timed on the device, which takes seconds; a step and a
+    score of the search take as long whatever the weights are. Nothing is written unless ``out`` names a folder, for
+    plan.json.
+    """
+
+    out: str | None = None
+
+
+def run_plan(config: PlanConfig) -> None:
+    """Print the plan of a search, and write it into the folder ``out`` if there is one."""
+    began = time.monotonic()
+    device = resolve_device(config.device)
+    from natsl.search.pipeline import prepare
+    from natsl.search.plan import Start, make_plan
+
+    loaded = time.monotonic()
+
+    folder = None if config.out is None else user_path(config.out, "out")
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: {folder} cannot be written: {error.strerror or error}") from None
+    search, problem, data, _ = prepare(
+        SearchRunConfig(**{f.name: getattr(config, f.name) for f in fields(SearchRunConfig)})
+    )
+    plan = make_plan(search, problem, data, device, Start(loaded - began, time.monotonic() - loaded))
+    print(f"{'stage':<12} {'time':>8} {'number':>7} {'s each':>8}  of what")
+    for stage in plan.stages:
+        each = f"{stage.count:>7,.0f} {stage.each:>8.3g}" if stage.count else " " * 16
+        print(f"{stage.name:<12} {duration(stage.seconds):>8} {each}  {stage.work}")
+    print(f"{'in all':<12} {duration(plan.seconds):>8} {'':16}  on {plan.device}, as busy as it is now")
+    for title, amounts in (("memory", plan.memory), ("disk", plan.disk)):
+        print(f"\n{title:<40} {'MB':>9}")
+        for amount in amounts:
+            print(f"{amount.name:<40} {amount.bytes / 1e6:>9,.1f}  {amount.source}".rstrip())
+    for note in plan.notes:
+        print(f"note: {note}")
+    if folder is not None:
+        write_json(folder / "plan.json", {"config": to_plain(search), **to_plain(plan), "seconds": plan.seconds})
+        print(f"Written: {folder / 'plan.json'}")
