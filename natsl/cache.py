@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from natsl import __version__
+from natsl.compiled import CompiledPolicy, most_kept
 from natsl.config import ModelConfig
 from natsl.errors import UserError
 from natsl.files import to_plain, user_path, write_bytes
@@ -28,7 +29,7 @@ from natsl.kernels.delta import DeltaState
 from natsl.kernels.pages import KeyPages
 from natsl.kernels.segment import closed_chunks
 from natsl.recording import Recording
-from natsl.space.policy import Op
+from natsl.space.policy import LayerPolicy, Op
 
 if TYPE_CHECKING:
     from natsl.model import RoutedLM
@@ -55,6 +56,7 @@ class LayerCache:
     pages: KeyPages | None
     _free: int = 0  # chunks that can be completed before pages may run out
     _tokens: int = 0  # read one at a time since that was counted
+    _reserved: bool = False  # whether there are pages enough for all that is to come
 
     def make_room(self, route: Tensor, start: Tensor, tokens: int, chunk_size: int, lengths: Tensor | None) -> None:
         """Make sure that ``pages`` have room for what a call of so many tokens is to keep, routes [B,N,R].
@@ -72,12 +74,25 @@ class LayerCache:
         if self.pages is not None:
             self._make_room(1, 1, chunk_size)
 
+    def set_aside(self, most: Sequence[Sequence[int]]) -> None:
+        """Give ``pages`` room for so many kept chunks of each row and head, [B][R], which no later call exceeds."""
+        if self.pages is not None:
+            heads = [count for row in most for count in row]
+            self.pages = self.pages.grow(1 + len(heads) + sum(heads), max(heads) + 1)
+            self._reserved = True
+
+    def release(self) -> None:
+        """Take pages as they are needed from now on."""
+        self._reserved, self._free = False, 0
+
     def _make_room(self, more: Tensor | int, tokens: int, chunk_size: int) -> None:
         """Give ``pages`` what it needs to keep ``more`` chunks, [B,R] or of each head, after a call of ``tokens``.
 
         Waits for the device, for single tokens at most once in a chunk.
         """
         assert self.pages is not None
+        if self._reserved:
+            return
         self._tokens += tokens
         if tokens == 1 and -(-self._tokens // chunk_size) <= self._free:
             return
@@ -134,8 +149,8 @@ class Cache:
     first, and after any other call of ``forward`` there is none. Keys and values are in pages of a chunk: each head of
     a row has those that it keeps and one for the open chunk, and a layer up to one more for each and a fourth more in
     all. They are written in place: ``select`` and ``copy.deepcopy`` make a cache that goes its own way. A call that
-    fails leaves a cache that no call takes. ``recording``: what ``crop`` needs to take tokens back, None before
-    ``record``, and again if set so.
+    fails leaves a cache that no call takes. After ``reserve`` all tensors keep their shapes. ``recording``: what
+    ``crop`` needs to take tokens back, None before ``record``, and again if set so.
     """
 
     def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -170,6 +185,8 @@ class Cache:
         ]
         self.recording: Recording | None = None
         self._usable = True
+        self._read = 0  # at most, of any row
+        self._reserved: tuple[list[tuple[LayerPolicy, ...]], int] | None = None
 
     def check(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
         """Raise ``ValueError`` unless it can go on with a batch of this size on this device."""
@@ -182,6 +199,31 @@ class Cache:
             raise ValueError(f"the cache holds {len(self.lengths)} sequences, not {batch}")
         if self.lengths.device != device:
             raise ValueError(f"the cache is on {self.lengths.device}, but tokens are on {device}")
+
+    def reserve(self, policy: CompiledPolicy, max_tokens: int) -> None:
+        """Take all the memory that ``max_tokens`` tokens of every row may need under a policy, whatever they are.
+
+        Until then no tensor changes its shape and no call waits for the device because of pages. A call beyond, under
+        another policy or under fixed routes ends that: pages are then taken as needed, as in any other cache.
+        ``ValueError`` for a cache that has read tokens.
+        """
+        if self._read > 0:
+            raise ValueError("memory can be reserved only for a cache that has not read anything")
+        chunks = max_tokens // policy.fit.chunk_size
+        for i, layer in enumerate(self.layers):
+            kind, heads = policy.fit.kinds[i], policy.fit.heads
+            layer.set_aside(most_kept(policy.plans[i], kind, heads, policy.batch, chunks))
+        self._reserved = ([plan.policies for plan in policy.plans], max_tokens)
+
+    def expect(self, policy: CompiledPolicy, tokens: int, fixed: bool = False) -> None:
+        """Note that at most ``tokens`` tokens of each row are to be read under a policy, or ``fixed`` routes."""
+        self._read += tokens
+        if self._reserved is not None:
+            policies, most = self._reserved
+            if fixed or self._read > most or policies != [plan.policies for plan in policy.plans]:
+                self._reserved = None
+                for layer in self.layers:
+                    layer.release()
 
     @property
     def nbytes(self) -> int:
@@ -209,6 +251,7 @@ class Cache:
             chosen.lengths = self.lengths[index]
             chosen.layers = [layer.select(index) for layer in self.layers]
             chosen.unread = [self.unread[row] for row in rows]
+            chosen._reserved = None
             chosen.recording = None
         return chosen
 

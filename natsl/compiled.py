@@ -212,6 +212,20 @@ def layer_plan(
     return LayerPlan(tuple(policies), tuple(spans), capped, calibrated)
 
 
+def most_kept(plan: LayerPlan, kind: Op, heads: int, batch: int, chunks: int) -> list[list[int]]:
+    """Most of the first ``chunks`` chunks that each head of each row can keep, whatever the input: [B][R]."""
+    rows = []
+    for policy in plan.policies:
+        numbers = _numbers(policy, heads)
+        cap, burst = numbers[2 * heads : 2 * heads + 2]
+        most = min(chunks, math.ceil(cap * chunks - 1e-9) + int(burst)) if policy.cap is not None else chunks
+        never = [b == 0 or t == math.inf for b, t in zip(numbers[:heads], numbers[heads : 2 * heads], strict=True)]
+        if kind is Op.softmax:
+            never = [False] * heads
+        rows.append([0 if is_never else most for is_never in never])
+    return [row for row in rows for _ in range(batch // len(rows))]
+
+
 def _learns(policy: LayerPolicy) -> bool:
     """Whether the router decides something: a budget strictly between 0 and 1, or a finite threshold."""
     if policy.budget is not None:

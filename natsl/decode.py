@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from natsl.cache import Cache, LayerCache
+from natsl.compiled import CompiledPolicy
 from natsl.kernels.decode import LIMITS, DecodePolicy, DecodeState, DecodeWeights, decode_step
 from natsl.kernels.dispatch import resolve
 from natsl.kernels.rows import rows_linear
@@ -37,38 +38,67 @@ class _Layer(NamedTuple):
     mlp_out: Tensor
 
 
+class StepWeights:
+    """Copies of a model's weights as ``Decoder`` reads them, which several decoders may share.
+
+    What changes in the model later is not seen.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: RoutedLM) -> None:
+        weight = model.embed.weight
+        self.embedding = _copy(weight)
+        self.layers = [_prepared(cast(Block, block), model.dtype) for block in model.blocks]
+        self.norm = _copy(model.norm.weight)
+        self.head = _copy(weight if model.head is None else model.head.weight, model.dtype)
+
+
 class Decoder:
     """A model that goes on from a cache token by token, under one policy for all rows or several for equal slices.
 
     ``step`` gives what ``RoutedLM.forward`` gives for one token of every row, but for rounding; both may go on from the
-    same cache in turn. The weights are copied when it is made: what changes in the model later is not seen. On CUDA
-    (``graph``, None: there) the steps are replayed as a graph, which is recorded anew after another call has used the
-    cache and where the cache needs larger tensors: its pages then grow by a fourth. ``ValueError`` for a model that
-    ``decode_step`` does not take, and for a policy or a cache that does not fit.
+    same cache in turn. ``weights``: copies to share (None: new ones). On CUDA (``graph``, None: there) the steps are
+    replayed as a graph, which is recorded anew after another call has used the cache and where the cache needs larger
+    tensors: its pages then grow by a fourth. ``ValueError`` for a model that ``decode_step`` does not take
+    (``step_limit``), and for a policy or a cache that does not fit.
     """
 
-    def __init__(self, model: RoutedLM, policy: Policies, cache: Cache, graph: bool | None = None) -> None:
-        batch, c, weight = len(cache.lengths), model.config, model.embed.weight
-        cache.check(c, batch, weight.device, model.dtype)
-        sizes = {"K": c.key_dim, "V": c.value_dim, "sequences · softmax heads": batch * c.softmax_heads}
-        reason = LIMITS.reason(model.dtype, c.chunk_size, sizes)
+    def __init__(
+        self,
+        model: RoutedLM,
+        policy: Policies,
+        cache: Cache,
+        graph: bool | None = None,
+        weights: StepWeights | None = None,
+    ) -> None:
+        batch, c, device = len(cache.lengths), model.config, model.embed.weight.device
+        cache.check(c, batch, device, model.dtype)
+        reason = step_limit(model, batch)
         if reason is not None:
             raise ValueError(f"decode_step: {reason}")
-        resolve("triton", "decode_step", weight.device)
+        resolve("triton", "decode_step", device)
         self._model, self._cache = model, cache
         with self._inference():
-            self._embedding = _copy(weight)
-            self._layers = [_prepared(cast(Block, block), model.dtype) for block in model.blocks]
-            self._norm = _copy(model.norm.weight)
-            self._head = _copy(weight if model.head is None else model.head.weight, model.dtype)
-            self._tokens = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-            self._live = torch.ones(batch, dtype=torch.bool, device=weight.device)
-            self._policies = [_copied(policy) for policy in self._compile(policy)]
+            self._weights = StepWeights(model) if weights is None else weights
+            self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+            self._live = torch.ones(batch, dtype=torch.bool, device=device)
+            self._compiled = self._compile(policy)
+            self._policies = [_copied(part) for part in self._parts()]
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._uses_graph = weight.is_cuda if graph is None else graph
+        self._uses_graph = device.type == "cuda" if graph is None else graph
         self._recorded: list[object] = []  # the parts of the cache that the graph reads
         self._steps = 0
+
+    @property
+    def cache(self) -> Cache:
+        """The one that it goes on from."""
+        return self._cache
+
+    @property
+    def weights(self) -> StepWeights:
+        """The copies that it reads."""
+        return self._weights
 
     def set_policy(self, policy: Policies) -> None:
         """Take another policy, for the chunks that end in the steps to come; those that are decided stay as they are.
@@ -76,7 +106,8 @@ class Decoder:
         ``ValueError`` for one that does not fit.
         """
         with self._inference():
-            for own, other in zip(self._policies, self._compile(policy), strict=True):
+            self._compiled = self._compile(policy)
+            for own, other in zip(self._policies, self._parts(), strict=True):
                 for x, y in zip(own, other, strict=True):
                     x.copy_(y)  # a graph reads it where it is
 
@@ -98,6 +129,7 @@ class Decoder:
         with self._inference():
             self._tokens.copy_(tokens)
             self._live.fill_(True) if live is None else self._live.copy_(live)
+            cache.expect(self._compiled, 1)
             with cache.advancing(None):
                 for layer in cache.layers:
                     layer.reserve(c.chunk_size)
@@ -141,8 +173,8 @@ class Decoder:
 
     def _compute(self) -> Tensor:
         c, cache, dtype = self._model.config, self._cache, self._model.dtype
-        x = (F.embedding(self._tokens, self._embedding) * math.sqrt(c.width)).to(dtype)
-        for layer, state, policy in zip(self._layers, cache.layers, self._policies, strict=True):
+        x = (F.embedding(self._tokens, self._weights.embedding) * math.sqrt(c.width)).to(dtype)
+        for layer, state, policy in zip(self._weights.layers, cache.layers, self._policies, strict=True):
             inputs, h = rows_linear(x, layer.inputs, norm=layer.mixer_norm, eps=c.norm_eps, want_normed=True)
             y = decode_step(
                 h,
@@ -159,12 +191,26 @@ class Decoder:
             z, _ = rows_linear(x, layer.mlp_in, norm=layer.mlp_norm, eps=c.norm_eps, gated=True)
             x, _ = rows_linear(z, layer.mlp_out, residual=x)
         cache.lengths += self._live
-        return rows_linear(x, self._head, norm=self._norm, eps=c.norm_eps)[0]
+        return rows_linear(x, self._weights.head, norm=self._weights.norm, eps=c.norm_eps)[0]
 
-    def _compile(self, policy: Policies) -> list[DecodePolicy]:
-        compiled = self._model.compile_policy(policy, len(self._tokens), per_kind=False)
-        layers = (compiled.layer(i) for i in range(len(self._layers)))
+    def _compile(self, policy: Policies) -> CompiledPolicy:
+        return self._model.compile_policy(policy, len(self._tokens), per_kind=False)
+
+    def _parts(self) -> list[DecodePolicy]:
+        layers = (self._compiled.layer(i) for i in range(len(self._weights.layers)))
         return [DecodePolicy(x.threshold, x.cap, x.burst, x.temperature, x.delta_only) for x in layers]
+
+
+def steps_on(device: torch.device) -> bool:
+    """Whether ``Decoder`` is the way to decode there: on a GPU."""
+    return device.type == "cuda"
+
+
+def step_limit(model: RoutedLM, batch: int) -> str | None:
+    """Why ``Decoder`` cannot decode so many sequences of a model, None if it can."""
+    c = model.config
+    sizes = {"K": c.key_dim, "V": c.value_dim, "sequences · softmax heads": batch * c.softmax_heads}
+    return LIMITS.reason(model.dtype, c.chunk_size, sizes)
 
 
 def _state(layer: LayerCache, read: Tensor, live: Tensor) -> DecodeState:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fa
     from torch import Tensor
 
     from natsl.cache import Cache
-    from natsl.compiled import CompiledPolicy
     from natsl.model import Policies, RoutedLM
     from natsl.space.policy import RoutingPolicy
 
@@ -216,18 +215,18 @@ def generate_batch(
         ids = [min(prompt, default=0), max(prompt, default=0)]
         check(ids[0] >= 0 and ids[1] < size, "prompt", ids, f"ids must lie in 0–{size - 1}")
     check_counts(1, {"max_new_tokens": max_new_tokens})
-    compiled = model.compile_policy(policy, batch)
+    model.compile_policy(policy, batch)  # its errors before the first step
     cache = model.new_cache(batch) if cache is None else cache
     if len(cache.unread) != batch:
         raise ValueError(f"the cache holds {len(cache.unread)} sequences, not {batch}")
     unread = [[*([] if last is None else [last]), *prompt] for last, prompt in zip(cache.unread, prompts, strict=True)]
     check(min(map(len, unread)) > 0, "prompt", [], "it must have at least one token")
-    return _steps(model.eval(), compiled, unread, max_new_tokens, sampling, cache, ends)
+    return _steps(model.eval(), policy, unread, max_new_tokens, sampling, cache, ends)
 
 
 def _steps(
     model: RoutedLM,
-    policy: CompiledPolicy,
+    policy: Policies,
     unread: list[list[int]],
     max_new_tokens: int,
     sampling: Sampling,
@@ -236,16 +235,26 @@ def _steps(
 ) -> Iterator[list[int | None]]:
     import torch
 
+    from natsl.decode import Decoder, step_limit, steps_on
     from natsl.layout import Layout
 
     device = model.embed.weight.device
     generator = torch.Generator()  # on the CPU: the same draws on every device
     read, last = cache.lengths.tolist(), cache.unread
-    for _ in range(max_new_tokens):
+    compiled = model.compile_policy(policy, len(unread))
+    decoder: Decoder | None = None  # on a GPU, once the prompts are read
+    decodes = steps_on(device) and cache.recording is None and step_limit(model, len(unread)) is None
+    for step in range(max_new_tokens):
         lengths = [len(row) for row in unread]
         tokens = torch.tensor([row + [0] * (max(lengths) - len(row)) for row in unread], device=device)
-        layout = None if min(lengths) == max(lengths) else Layout(torch.tensor(lengths, device=device))
-        logits = model(tokens, policy, layout=layout, cache=cache, logits_to_keep=1).logits[:, -1].double().cpu()
+        if decodes and step > 0:
+            decoder = Decoder(model, policy, cache) if decoder is None else decoder
+            live = torch.tensor(lengths, device=device) > 0
+            logits = decoder.step(tokens[:, 0], None if min(lengths) else live).double().cpu()
+        else:
+            layout = None if min(lengths) == max(lengths) else Layout(torch.tensor(lengths, device=device))
+            output = model(tokens, compiled, layout=layout, cache=cache, logits_to_keep=1).logits
+            logits = output[:, -1].double().cpu()
         read = [before + new for before, new in zip(read, lengths, strict=True)]
         drawn: list[int | None] = [None] * len(unread)
         for row in (row for row, length in enumerate(lengths) if length):

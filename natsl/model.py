@@ -180,6 +180,8 @@ class RoutedLM(nn.Module):
                 if layout.packing is not None:
                     raise ValueError("a cache goes on with rows, not with packed sequences: give them as padded rows")
                 cache.check(self.config, sequences, tokens.device, self.dtype)
+                assert isinstance(compiled, CompiledPolicy)
+                cache.expect(compiled, tokens.shape[1], fixed=routes is not None)
                 layout = replace(layout, read=cache.lengths, parts=self._parts(tokens, layout, cache))
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
@@ -213,10 +215,20 @@ class RoutedLM(nn.Module):
             for parameter in block.mixer.unused(layer_plan([layer], kind, 1).spans, layer.needs_calibration()):
                 parameter.requires_grad_(False)
 
-    def new_cache(self, batch: int) -> Cache:
-        """A cache for ``forward`` of ``batch`` sequences that have no tokens yet."""
+    def new_cache(self, batch: int, policy: Policies | None = None, max_tokens: int | None = None) -> Cache:
+        """A cache for ``forward`` of ``batch`` sequences that have no tokens yet.
+
+        With a ``policy`` and ``max_tokens`` it takes at once the memory that so many tokens of each may need under this
+        policy (``Cache.reserve``): with caps or thresholds that keep nothing that is a hard bound, for any input.
+        ``ValueError`` for one without the other.
+        """
+        if (policy is None) != (max_tokens is None):
+            raise ValueError(f"policy and max_tokens = {max_tokens} belong together: give both or none")
         with torch.inference_mode(False):  # else no call outside it could use the cache
-            return Cache(self.config, batch, self.embed.weight.device, self.dtype)
+            cache = Cache(self.config, batch, self.embed.weight.device, self.dtype)
+            if policy is not None and max_tokens is not None:
+                cache.reserve(self.compile_policy(policy, batch), max_tokens)
+        return cache
 
     @property
     def dtype(self) -> torch.dtype:

@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 
+from natsl.answers import sequences_at
 from natsl.calibrate import calibrate
 from natsl.command import command
 from natsl.data import Split, TaskData
@@ -30,7 +31,6 @@ from natsl.search.controls.comparer import Comparer, Rules
 from natsl.search.controls.static import most_evaluations
 from natsl.search.families import Sweep, listed
 from natsl.search.front import Kind
-from natsl.search.lengths import sequences_at
 from natsl.search.objective import OBJECTIVES
 from natsl.search.pipeline import COMPARED, IN_HINDSIGHT
 from natsl.search.rungs import Parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from natsl.layout import Layout
 from natsl.model import RoutedLM
 from natsl.router import Router
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
-from tests.oracles import TOLERANCE, fill_calibration, tiny_model
+from tests.oracles import TOLERANCE, assert_near, fill_calibration, tiny_model
 
 C = 8
 D, S = LayerPolicy(Op.delta), LayerPolicy(Op.softmax)
@@ -299,3 +300,73 @@ def test_caches_that_do_not_fit_are_refused() -> None:
         model(x[:1], p, cache=model.new_cache(1), layout=Layout.packed([4, 5], C))
     with pytest.raises(ValueError, match="batch = 0 is not allowed"):
         model.new_cache(0)
+
+
+WORST = LayerPolicy(threshold=-9e9, cap=0.2, burst=1)  # wants every chunk
+
+
+@pytest.mark.parametrize("layer", [WORST, LayerPolicy(threshold=(math.inf, -9e9)), LayerPolicy(Op.delta)], ids=str)
+def test_reserved_tensors_keep_their_shapes(layer: LayerPolicy) -> None:
+    """Whatever the input keeps: as many pages as the policy allows, and no more."""
+    model, tokens = tiny_model("rs"), 150
+    policy = RoutingPolicy((layer, LayerPolicy(Op.softmax)), 8)
+    cache, other = model.new_cache(3, policy, tokens), model.new_cache(3)
+    shapes, size = [{k: x.shape for k, x in part.tensors().items()} for part in cache.layers], cache.nbytes
+    x = torch.randint(384, (3, tokens))
+    for a, b in ((0, 1), (1, 70), (70, 71), *((t, t + 1) for t in range(71, tokens))):
+        for one in (cache, other):
+            logits = model(x[:, a:b], policy, cache=one).logits
+        assert [{k: x.shape for k, x in part.tensors().items()} for part in cache.layers] == shapes
+    assert cache.nbytes == size
+    assert_near(logits, model(x, policy).logits[:, -1:])
+    pages = cache.layers[0].pages
+    assert pages is not None
+    kept = {WORST: [5, 5], LayerPolicy(threshold=(math.inf, -9e9)): [0, 18], LayerPolicy(Op.delta): [0, 0]}[layer]
+    assert pages.kept.tolist() == [kept] * 3
+    assert len(pages.keys) == 1 + 3 * (2 + sum(kept))  # the null page, the open ones and all that were kept
+
+
+def test_what_ends_a_reservation() -> None:
+    """More tokens than were reserved, another policy, fixed routes: pages are then taken as they are needed."""
+    model, x = tiny_model("r"), torch.randint(384, (2, 60))
+    capped, everything = (RoutingPolicy((layer,), 8) for layer in (WORST, LayerPolicy(threshold=-9e9)))
+    routes = [torch.ones(2, 8, 2)]
+    for policy, tokens, options in ((capped, 24, {}), (everything, 60, {}), (capped, 60, {"routes": routes})):
+        cache, other = model.new_cache(2, capped, tokens), model.new_cache(2)
+        for one in (cache, other):
+            for a, b in ((0, 8), (8, 59), (59, 60)):
+                given = {"routes": [routes[0][:, : (b - a + 6) // 8 + 1]]} if options else {}
+                out = model(x[:, a:b], policy, cache=one, **given).logits
+        pages, wanted = cache.layers[0].pages, other.layers[0].pages
+        assert pages is not None
+        assert wanted is not None
+        assert pages.kept.tolist() == wanted.kept.tolist()
+        assert len(pages.keys) >= 1 + 4 + int(pages.kept.sum())
+        assert out.isfinite().all()
+    with pytest.raises(ValueError, match="give both or none"):
+        model.new_cache(2, max_tokens=8)
+    with pytest.raises(ValueError, match="has not read anything"):
+        cache.reserve(model.compile_policy(capped, 2), 60)
+
+
+def test_pages_of_a_long_text_stay_below_the_bound_and_are_used_again() -> None:
+    """100,000 tokens, each head wanting every chunk: never more than ceil(cap · N) + burst + 1 pages."""
+    model = tiny_model("r", width=8, mlp_width=8)
+    policy = RoutingPolicy((LayerPolicy(threshold=-9e9, cap=0.01, burst=2),), 8)
+    cache, read, total = model.new_cache(1, policy, 100_000), 0, 100_000
+    pages = cache.layers[0].pages
+    assert pages is not None
+    storage = pages.keys.data_ptr()
+    x = torch.randint(384, (1, total))
+    while read < total:
+        piece = min(total - read, 4093 if read % 3 else 1)
+        model(x[:, read : read + piece], policy, cache=cache, logits_to_keep=1)
+        read += piece
+        pages = cache.layers[0].pages
+        assert pages is not None
+        assert int(pages.kept.max()) <= math.ceil(0.01 * (read // 8)) + 2
+        used = pages.table[0, :, : int(pages.kept.max()) + 1]
+        assert len(used.unique()) == used.numel()
+    assert pages.kept.tolist() == [[127, 127]]
+    assert pages.keys.data_ptr() == storage
+    assert len(pages.keys) == 1 + 2 * (127 + 1)

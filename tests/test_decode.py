@@ -240,7 +240,7 @@ def test_a_step_waits_for_the_device_once_in_a_chunk(monkeypatch: pytest.MonkeyP
 def arguments(model: RoutedLM, cache: Cache) -> dict[str, Any]:
     """What a decoder passes to ``decode_step`` for its first layer."""
     decoder = Decoder(model, RoutingPolicy((HEADS,), C), cache, graph=False)
-    layer, c, own = cache.layers[0], model.config, decoder._layers[0]
+    layer, c, own = cache.layers[0], model.config, decoder._weights.layers[0]
     x, live = torch.randn(len(cache.lengths), c.width, device=DEVICE), torch.ones(2, dtype=torch.bool, device=DEVICE)
     return {
         "x": x,

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from natsl import cache as states
+from natsl.decode import Decoder, StepWeights, step_limit, steps_on
 from natsl.errors import UserError
 from natsl.hf.config import NatslConfig
 from natsl.layout import Layout
@@ -50,6 +51,8 @@ class NatslLayer(CacheLayerMixin):
         self.record_past = False
         self.recorded: list[Tensor] = []
         self._model: RoutedLM | None = None
+        self._decoder: Decoder | None = None
+        self._policy: RoutingPolicy | None = None  # of its last step
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NatslLayer:
         copied = copy.copy(self)
@@ -57,7 +60,7 @@ class NatslLayer(CacheLayerMixin):
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_model": None}  # which the next call gives it again
+        return {**vars(self), "_model": None, "_decoder": None}  # which the next call gives it again
 
     def begin(self, model: RoutedLM, batch: int) -> states.Cache:
         """The state that a call of ``model`` goes on from, of ``batch`` rows where there is none yet."""
@@ -69,6 +72,24 @@ class NatslLayer(CacheLayerMixin):
         elif self.state.recording is None:
             self._record()
         return self.state
+
+    def decodes(self, input_ids: Tensor) -> bool:
+        """Whether a call with these tokens, all real, is a step of ``Decoder``."""
+        state, model = self.state, self._model
+        if state is None or model is None or input_ids.shape[1] != 1 or not self.columns or state.recording is not None:
+            return False
+        return steps_on(input_ids.device) and step_limit(model, len(input_ids)) is None
+
+    def step(self, model: RoutedLM, weights: StepWeights, input_ids: Tensor, policy: RoutingPolicy) -> Tensor:
+        """Logits [B,1,V] after a token of every row [B,1]."""
+        assert self.state is not None
+        last = self._decoder
+        if last is None or last.cache is not self.state or last.weights is not weights:
+            self._decoder = last = Decoder(model, policy, self.state, weights=weights)
+        elif policy != self._policy:
+            last.set_policy(policy)
+        self._policy = policy
+        return last.step(input_ids[:, 0]).clone()[:, None]
 
     def end(self, real: Tensor) -> None:
         """The call has read these columns, ``real`` bool [B,T] where they are no padding."""
@@ -110,7 +131,7 @@ class NatslLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all that was read."""
-        self.state, self.columns, self.recorded = None, 0, []
+        self.state, self.columns, self.recorded, self._decoder = None, 0, [], None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Go on with these rows; what they have read cannot be taken back."""
@@ -188,6 +209,7 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = RoutedLM(config.shape, config.calibration_points, config.precision)
         self.model.supernet_kinds = config.supernet_kinds
+        self._steps: tuple[list[tuple[int, int]], StepWeights] | None = None
         self._freeze()
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -282,13 +304,17 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
         # natsl counts the last tokens from each row's last real one
         last = isinstance(logits_to_keep, int) and logits_to_keep > 0 and labels is None
         last = last and (real is None or bool(real[:, -1].all()))
-        logits = self.model(
-            input_ids,
-            self.config.policy if policy is None else policy,
-            layout=layout,
-            cache=state,
-            logits_to_keep=min(logits_to_keep, input_ids.shape[1]) if last else None,
-        ).logits
+        policy = self.config.policy if policy is None else policy
+        if layer is not None and labels is None and real is None and layer.decodes(input_ids):
+            logits = layer.step(self.model, self._step_weights(), input_ids, policy)
+        else:
+            logits = self.model(
+                input_ids,
+                policy,
+                layout=layout,
+                cache=state,
+                logits_to_keep=min(logits_to_keep, input_ids.shape[1]) if last else None,
+            ).logits
         if layer is not None:
             layer.end(torch.ones_like(input_ids, dtype=torch.bool) if real is None else real)
         loss = None if labels is None else _loss(logits, labels, real)
@@ -358,6 +384,13 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(cache, Cache) and cache.get_seq_length() == 0:
             return self.new_cache()
         raise ValueError(f"the cache is a {type(cache).__name__} of another model: make one with model.new_cache()")
+
+    def _step_weights(self) -> StepWeights:
+        """Copies of the weights for steps of decoding, new ones where a weight has changed."""
+        key = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in self.model.parameters()]
+        if self._steps is None or self._steps[0] != key:
+            self._steps = key, StepWeights(self.model)
+        return self._steps[1]
 
     def _real(self, input_ids: Tensor, attention_mask: Tensor | None, columns: int) -> Tensor | None:
         """Which tokens are no padding, bool [B,T]; None: all are. Waits for the device."""
