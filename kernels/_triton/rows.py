@@ -21,6 +21,8 @@ from torch import Tensor
 from natsl.kernels.launch.launcher import Launcher
 from natsl.kernels.launch.library import on_own_device
 
+LARGE_MEMORY, SMALL_MEMORY = 160 << 10, 80 << 10  # bytes of shared memory, on devices of capability 9 and others
+
 
 @cache
 def dependent_launch(device: torch.device) -> bool:
@@ -164,12 +166,21 @@ def rows_linear_kernel(
         tl.store(p_y + o_m[:, None] * N + o_n[None, :], b_y.to(dtype), mask=m_y)
 
 
-def blocks(M: int, K: int, N: int, gated: bool) -> tuple[int, int, int]:
-    """Outputs and inputs that a program takes at once, and its warps."""
-    if M > 1:
-        return 16, max(16, min(triton.next_power_of_2(K), 256)), 4
-    columns = max(16, min(triton.next_power_of_2(K), 2048))
-    return 8, columns, 8 if columns * (2 if gated else 1) > 1024 else 4
+def blocks(M: int, K: int, N: int, gated: bool, size: int, memory: int) -> tuple[int, int, int]:
+    """Outputs and inputs that a program takes at once, and its warps: the fastest on an H100.
+
+    ``size``: bytes of an element; ``memory``: of shared memory that products of several rows may take.
+    """
+    most, parts = triton.next_power_of_2(K), 2 if gated else 1
+    if M == 1:
+        columns = max(16, min(most, 2048))
+        return 8, columns, 8 if columns * parts > 1024 else 4
+    wide = N >= 2048
+    rows, columns = (32 if wide else 16), (2048 if not wide else 256 if gated else 512)
+    columns = max(16, min(most, columns))
+    while columns > 16 and (max(16, triton.next_power_of_2(M)) + rows * parts) * columns * size > memory:
+        columns //= 2
+    return rows, columns, 4 if wide and not gated else 8
 
 
 @on_own_device
@@ -181,7 +192,8 @@ def rows_linear(
     y = x.new_empty(M, N)
     normed = x.new_empty(M, K) if want_normed else x
     block_m = 1 if M == 1 else max(16, triton.next_power_of_2(M))
-    rows, columns, warps = blocks(M, K, N, gated)
+    pdl = dependent_launch(x.device)
+    rows, columns, warps = blocks(M, K, N, gated, x.element_size(), LARGE_MEMORY if pdl else SMALL_MEMORY)
     writers = M if want_normed else 0
     rows_linear_kernel[(triton.cdiv(N, rows) + writers,)](
         x, weight, x if norm is None else norm, x if residual is None else residual, y, normed,
@@ -189,7 +201,7 @@ def rows_linear(
         x.stride(0), 0 if residual is None else residual.stride(0),
         BLOCK_M=block_m, BLOCK_N=rows, BLOCK_K=columns, BLOCKS=triton.cdiv(K, columns), EVEN=K % columns == 0,
         NORM=norm is not None, GATED=gated, ADD=residual is not None, WRITE=want_normed,
-        PRECISION="tf32x3" if x.dtype == torch.float32 else "ieee", PDL=dependent_launch(x.device),
-        num_warps=warps, launch_pdl=dependent_launch(x.device),
+        PRECISION="tf32x3" if x.dtype == torch.float32 else "ieee", PDL=pdl,
+        num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return y, normed
