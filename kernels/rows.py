@@ -32,8 +32,8 @@ def rows_linear(
 
     x [M,K]; weight [N,K], contiguous, of the same dtype. ``norm`` [K], any floating dtype: weight of the norm (None: h
     = x). ``gated``: weight is [2N,K] and the result SiLU(a) · b of the products a with its first half and b with its
-    second. ``residual`` [M,N]: is added. On Triton: float32, float16 or bfloat16, at most 64 rows; beyond ``auto``
-    takes torch.
+    second. ``residual`` [M,N]: is added. On Triton: float32, float16 or bfloat16, at most 64 rows; ``auto`` takes torch
+    beyond, and for several rows without norm or gate.
 
     Returns y [M,N] in x's dtype, rounded once, and h [M,K] if ``want_normed``, else x. Raises ``ValueError`` naming the
     argument.
@@ -53,7 +53,9 @@ def rows_linear(
         check_shape(op, "norm", norm, (K,))
     if residual is not None:
         check_shape(op, "residual", residual, (M, rows // 2 if gated else rows))
-    if M and use_kernels(op, backend, x.device, LIMITS.reason(x.dtype, None, {"rows": M, "K": K})):
+    # of several rows, a library's product is faster where nothing comes before it
+    plain = backend == "auto" and M > 1 and norm is None and not gated
+    if M and not plain and use_kernels(op, backend, x.device, LIMITS.reason(x.dtype, None, {"rows": M, "K": K})):
         from natsl.kernels._triton import rows as on_triton
 
         residual = None if residual is None else last_contiguous(residual)
@@ -65,6 +67,8 @@ def rows_linear(
     if norm is not None:
         dtype = torch.promote_types(x.dtype, torch.float32)
         h = (rms_normalise(x.to(dtype), eps) * norm.to(dtype)).to(x.dtype)
+    if residual is not None and not gated:
+        return torch.addmm(residual, h, weight.T), h if want_normed else x
     y = F.linear(h, weight)
     if gated:
         a, b = y.chunk(2, -1)

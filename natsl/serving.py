@@ -1,7 +1,6 @@
 """Speed of inference with a whole model: reading a prompt into a cache, and decoding one token after another from it.
 
-The rival is the same model with softmax attention in every layer and dense keys and values. Chunks that are kept are
-drawn at random: which ones makes no difference to the time. Shapes: B batch, T tokens, C chunk size, R routing heads,
+The rival is the same model with softmax attention in every layer and dense keys and values. Shapes: B batch, T tokens, C chunk size, R routing heads,
 Hs softmax heads, Ks and Vs their key and value width.
 """
 
@@ -21,10 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from natsl.cache import Cache
 from natsl.decode import Decoder
 from natsl.kernels.rows import rows_linear
-from natsl.kernels.segment import touched_chunks
 from natsl.layout import Layout
 from natsl.mixer import RoutedMixer
-from natsl.model import Block, RoutedLM, Routes, count_parameters
+from natsl.model import Block, RoutedLM, count_parameters
 from natsl.modules import rms_norm
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.throughput import ThroughputConfig, median_seconds
@@ -80,12 +78,11 @@ def measure_prefill(config: ThroughputConfig, device: torch.device) -> Iterator[
 def _prefill_speed(
     name: str, net: RoutedLM, cached: bool, config: ThroughputConfig, device: torch.device
 ) -> ServingSpeed:
-    policy, tokens = _policy(net.config), _tokens(config, device)
-    routes = _routes(net, config, tokens, cached)
+    policy, tokens = _policy(net.config, config.budget), _tokens(config, device)
 
     def read() -> Cache | None:
         cache = net.new_cache(config.batch_size) if cached else None
-        net(tokens, policy, cache=cache, routes=routes, logits_to_keep=1)
+        net(tokens, policy, cache=cache, logits_to_keep=1)
         return cache
 
     with torch.no_grad():
@@ -160,10 +157,11 @@ def _dense_steps(
 def _decoder(
     net: RoutedLM, config: ThroughputConfig, device: torch.device
 ) -> tuple[Callable[[Tensor], Tensor], int, int | None]:
-    cache, policy, C = net.new_cache(config.batch_size), _policy(net.config), net.config.chunk_size
+    policy, C = _policy(net.config, config.budget), net.config.chunk_size
+    cache = net.new_cache(config.batch_size, policy, config.tokens + WARM_UP + config.steps)
     size = max(1, TOKENS_AT_ONCE // config.batch_size // C) * C
     for piece in _tokens(config, device).split(size, 1):
-        net(piece, policy, cache=cache, routes=_routes(net, config, piece, True), logits_to_keep=1)
+        net(piece, policy, cache=cache, logits_to_keep=1)
     bytes_, allocated = cache.nbytes, _allocated(device)
     if device.type == "cuda":
         return Decoder(net, policy, cache).step, bytes_, allocated
@@ -268,28 +266,16 @@ def _build(model: ModelConfig, config: ThroughputConfig, device: torch.device) -
         return RoutedLM(model, precision=config.precision).eval()
 
 
-def _policy(model: ModelConfig) -> RoutingPolicy:
-    """Random margins are about as often above as below."""
-    return RoutingPolicy.fill(model.layers, model.chunk_size, LayerPolicy(Op.routed, threshold=0.0))
+def _policy(model: ModelConfig, budget: float) -> RoutingPolicy:
+    """Every head of every routed layer keeps this share of its chunks, spread evenly: it wants all and has a cap."""
+    layer = LayerPolicy(Op.routed, threshold=-1e9, cap=budget)
+    return RoutingPolicy.fill(model.layers, model.chunk_size, layer)
 
 
 def _tokens(config: ThroughputConfig, device: torch.device) -> Tensor:
     random = torch.Generator(device).manual_seed(1)
     shape = (config.batch_size, config.tokens)
     return torch.randint(config.model.vocab_size, shape, device=device, generator=random)
-
-
-def _routes(net: RoutedLM, config: ThroughputConfig, tokens: Tensor, cached: bool) -> Routes:
-    """The share ``budget`` of the chunks of routed layers, at random."""
-    (B, T), C = tokens.shape, net.config.chunk_size
-    N = touched_chunks(T, C) if cached else -(-T // C)
-    random = torch.Generator(tokens.device).manual_seed(2)
-
-    def kept() -> Tensor:
-        drawn = torch.rand(B, N, net.config.heads, device=tokens.device, generator=random)
-        return (drawn < config.budget).float()
-
-    return [kept() if kind is Op.routed else None for kind in net.kinds]
 
 
 def _allocated(device: torch.device) -> int | None:
