@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def continued_branches(
     beta: Tensor,
     route: Tensor,
     state: DeltaState,
-    pages: KeyPages,
+    pages: Callable[[], KeyPages],
     *,
     chunk_size: int,
     delta_route: Tensor | None = None,
@@ -132,7 +133,8 @@ def continued_branches(
 
     q, k, v, q_softmax, k_softmax, g and beta as in ``routed_branches``; route and delta_route [B,N,R] as there, but of
     the N = ``touched_chunks(T, chunk_size)`` chunks from each row's open one on. lengths [B] int64: real tokens of each
-    row, right-padded (default T). ``parts``: see ``routed_delta_rule``.
+    row, right-padded (default T). ``parts``: see ``routed_delta_rule``. ``pages`` gives those of ``paged_softmax``: it
+    is called once the delta rule's kernels run, as it may wait for the device.
 
     Returns o_delta [B,T,R,V], the state, o_softmax [B,T,Hs,V/G] and the pages after the call. Raises ``ValueError``
     naming the argument. Source: arXiv 2602.03681, section 3.
@@ -157,7 +159,9 @@ def continued_branches(
 
     def softmax(*_: object) -> tuple[Tensor, KeyPages]:
         values, start = split_values(v, q_softmax.shape[2]), state.start
-        return paged_softmax(q_softmax, k_softmax, values, route, pages, start, chunk_size=chunk_size, lengths=lengths)
+        return paged_softmax(
+            q_softmax, k_softmax, values, route, pages(), start, chunk_size=chunk_size, lengths=lengths
+        )
 
     if not q.is_cuda or q.shape[1] == 1 or parts is None:
         return *delta(), *softmax()

@@ -22,7 +22,7 @@ from natsl.kernels.dispatch import (
     last_contiguous,
     use_kernels,
 )
-from natsl.kernels.segment import check_counts, closed_chunks, ends, real_tokens, slots, touched_chunks
+from natsl.kernels.segment import check_counts, closed_chunks, ends, real_tokens, running_sum, slots, touched_chunks
 from natsl.kernels.shape import LARGEST_GRID, LARGEST_KEY_DIM, LARGEST_VALUE_DIM
 
 LIMITS = Limits({"Ks": LARGEST_KEY_DIM, "Vs": LARGEST_VALUE_DIM, "sequences · heads": LARGEST_GRID})
@@ -131,8 +131,7 @@ def paged_softmax(
     count = torch.full_like(start, T) if lengths is None else lengths
     k, v = last_contiguous(k), last_contiguous(v)
     on_triton.write(k, v, after.source, after.page, start, count, pages, chunk_size)
-    routed = after.routed.to(torch.int64)
-    before = (pages.kept[:, None] + routed.cumsum(1) - routed).to(torch.int32)  # pages of a head before each chunk
+    before = (pages.kept[:, None] + after.before).to(torch.int32).contiguous()  # pages of a head before each chunk
     pages = pages._replace(table=after.table, kept=after.kept)
     new = on_triton.NewTokens(last_contiguous(q), k, v, after.routed.float(), before, start, count)
     o: Tensor = on_triton.attend(new, pages, opened_keys, opened_values, scale, chunk_size, lengths is not None)
@@ -260,6 +259,7 @@ class _KeptChunks(NamedTuple):
     """What the chunks of a call do to the pages of the heads; i: one of the places from the open chunk's on."""
 
     routed: Tensor  # [B,N,R] bool, chunks that end and are kept
+    before: Tensor  # [B,N,R] int64, how many of them come before each chunk
     source: Tensor  # [B,R,i] int64, the chunk that is written to the place, N for none
     page: Tensor  # [B,R,i] int64, its page, NULL for none
     table: Tensor  # [B,R,M] int64, afterwards
@@ -275,7 +275,8 @@ def _kept_chunks(
     routed = (route > 0.5) & closed_chunks(start, tokens, chunk_size, lengths)[..., None]  # [B,N,R]
     stays_open = n == (ends(start, tokens, lengths) // chunk_size)[:, None]
     # which chunk each of the places from ``kept`` on is written from, N if from none
-    after = torch.where(routed | stays_open[..., None], routed.cumsum(1) - routed.long(), N + 1)
+    before = running_sum(routed) - routed.long()
+    after = torch.where(routed | stays_open[..., None], before, N + 1)
     source = after.new_full((B, N + 2, R), N).scatter_(1, after, n[:, None].expand(B, N, R))[:, : len(i)]
     source = source.transpose(1, 2).contiguous()  # [B,R,i]
     # the first is on the page of the open chunk, the others take new ones
@@ -286,7 +287,7 @@ def _kept_chunks(
     there = (i <= more[..., None]) & (place < M)
     page, place = torch.where(there, page, NULL), place % M  # so many places that no two are the same
     table = pages.table.scatter(2, place, torch.where(there, page, pages.table.gather(2, place)))
-    return _KeptChunks(routed, torch.where(there, source, N), page, table, pages.kept + more)
+    return _KeptChunks(routed, before, torch.where(there, source, N), page, table, pages.kept + more)
 
 
 def _check_pages(

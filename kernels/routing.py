@@ -33,15 +33,22 @@ def chunk_means(x: Tensor, chunk_size: int, lengths: Tensor | None = None) -> Te
 
 
 def continued_means(
-    x: Tensor, start: Tensor, total: Tensor, chunk_size: int, lengths: Tensor | None = None
+    x: Tensor,
+    start: Tensor,
+    total: Tensor,
+    chunk_size: int,
+    lengths: Tensor | None = None,
+    *,
+    at_border: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mean of x over each touched chunk, and the sum over the chunk that is then open: ``chunk_means`` in pieces.
 
     x [B,T,D], the new tokens; start [B] int64, tokens of the open chunk before them, and total [B,D] their sum, float32
     (float64 for float64 x; zeros before the first token); lengths [B] int64, new tokens of each row that are real
     (right-padded; default all). Returns the means [B,N,D] in x's dtype for N = ``touched_chunks(T, chunk_size)``, a
-    partial chunk divided by its true count and 0 for a chunk without tokens, and the new total [B,D]. Raises
-    ``ValueError`` naming the argument.
+    partial chunk divided by its true count and 0 for a chunk without tokens, and the new total [B,D]. ``at_border``:
+    the caller knows that start is 0 everywhere and all tokens are real, which saves a copy of x. Raises ``ValueError``
+    naming the argument.
     """
     op = "continued_means"
     check_tensors(op, {"x": x, "total": total})
@@ -50,9 +57,14 @@ def continued_means(
     check_counts(op, {"start": start, "lengths": lengths}, x.device, (B,))
     N = touched_chunks(T, chunk_size)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # a single token needs no slots around it
-    chunks = align(x, start, chunk_size, lengths) if T > 1 else align(x, torch.zeros_like(start), 1, lengths)
-    sums = chunks.sum(2, dtype=dtype)
+    if at_border:
+        full = T // chunk_size * chunk_size
+        sums = x[:, :full].unflatten(1, (-1, chunk_size)).sum(2, dtype=dtype)
+        rest = x[:, full:].sum(1, dtype=dtype)[:, None]
+        sums = torch.nn.functional.pad(torch.cat((sums, rest), 1), (0, 0, 0, N))[:, :N]
+    else:  # a single token needs no slots around it
+        chunks = align(x, start, chunk_size, lengths) if T > 1 else align(x, torch.zeros_like(start), 1, lengths)
+        sums = chunks.sum(2, dtype=dtype)
     sums = torch.cat((sums[:, :1] + total[:, None].to(dtype), sums[:, 1:]), 1)
     end = ends(start, T, lengths)
     count = (end[:, None] - chunk_size * torch.arange(N, device=x.device)).clamp(1, chunk_size)

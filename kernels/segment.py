@@ -37,6 +37,12 @@ def closed_chunks(start: Tensor, tokens: int, chunk_size: int, lengths: Tensor |
     return n < (ends(start, tokens, lengths) // chunk_size)[:, None]
 
 
+def running_sum(x: Tensor) -> Tensor:
+    """Sum of the chunks up to each one, int64 [B,N,R]: a scan along neighbouring numbers, which is far faster."""
+    total: Tensor = x.transpose(1, 2).contiguous().cumsum(2).transpose(1, 2)
+    return total
+
+
 def real_tokens(tokens: int, lengths: Tensor) -> Tensor:
     """Which tokens are no padding: lengths [B] int64 → bool [B,T]."""
     return torch.arange(tokens, device=lengths.device) < lengths[:, None]
@@ -121,6 +127,12 @@ class Split:
     completes: Tensor | None
     body: Part | None
     tail: Part | None
+
+    @property
+    def at_border(self) -> bool:
+        """Whether all rows begin at a border and bring as many tokens."""
+        parts = (self.body, self.tail)
+        return self.head is None and all(part is None or part.cu_seqlens is None for part in parts)
 
 
 def split(start: Sequence[int], lengths: Sequence[int], tokens: int, chunk_size: int, device: torch.device) -> Split:

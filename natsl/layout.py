@@ -126,10 +126,15 @@ class Layout:
         """A value of every chunk for each of ``tokens`` columns: [B,N,…] → [B,T,…]."""
         if self.packing is not None:
             return x[:, self.packing.chunk]
-        if self.read is None:
+        if self.read is None or self.at_border:
             return x.repeat_interleave(chunk_size, 1)[:, :tokens]
         chunk = slots(self.read % chunk_size, tokens) // chunk_size
         return x[torch.arange(len(x), device=x.device)[:, None], chunk]
+
+    @property
+    def at_border(self) -> bool:
+        """Whether it is known that all rows begin at a border of chunks and bring as many tokens."""
+        return self.parts is not None and self.lengths is None and self.parts.at_border
 
     def to_right(self, x: Tensor) -> Tensor:
         """x [B,T] with its padding on the right."""

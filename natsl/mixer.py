@@ -20,7 +20,7 @@ from natsl.config import ModelConfig
 from natsl.kernels.branches import continued_branches, routed_branches
 from natsl.kernels.delta import DeltaState, routed_delta_rule
 from natsl.kernels.mix import gated_norm, routed_mix
-from natsl.kernels.pages import paged_softmax
+from natsl.kernels.pages import KeyPages, paged_softmax
 from natsl.kernels.softmax import routed_softmax
 from natsl.layout import Layout
 from natsl.modules import RMSNorm, causal_attention, precise, short_convolution, visible_attention, with_zero_gradients
@@ -195,7 +195,10 @@ class RoutedMixer(nn.Module):
         y = x if n >= T else short_convolution(x, self.conv)
         if n > 0:  # only the first outputs see the tail: no copy of all inputs
             first = short_convolution(torch.cat((cache.tail, x[:, :n]), 1), self.conv)[:, n:]
-            y = first if n >= T else y.index_copy_(1, torch.arange(n, device=x.device), first)
+            if n >= T:
+                y = first
+            else:
+                y[:, :n] = first
         if layout.lengths is None and n <= T:
             cache.tail = x[:, T - n :].clone()
         else:
@@ -305,12 +308,16 @@ class RoutedMixer(nn.Module):
         assert layout.read is not None
         tokens, start, keep, skip = rows.gate.shape[1], layout.read % chunk_size, rows.routes.keep, rows.routes.skip
         options: dict[str, Any] = {"chunk_size": chunk_size, "lengths": layout.lengths}
-        if cache.pages is not None:
+
+        def pages() -> KeyPages:
             cache.make_room(keep, start, tokens, chunk_size, layout.lengths)
+            assert cache.pages is not None
+            return cache.pages
+
+        if cache.pages is not None:
             q, k, v = self.softmax_heads(*rows.qkv, layout)
         if cache.delta is None:
-            assert cache.pages is not None
-            o_softmax, cache.pages = paged_softmax(q, k, v, keep, cache.pages, start, **options)
+            o_softmax, cache.pages = paged_softmax(q, k, v, keep, pages(), start, **options)
             return None, o_softmax
         assert rows.gates is not None
         options["parts"] = layout.parts
@@ -323,6 +330,6 @@ class RoutedMixer(nn.Module):
             cache.delta = state
             return o_delta, None
         o_delta, cache.delta, o_softmax, cache.pages = continued_branches(
-            *inputs, q, k, *rows.gates, keep, cache.delta, cache.pages, delta_route=skip, **options
+            *inputs, q, k, *rows.gates, keep, cache.delta, pages, delta_route=skip, **options
         )
         return o_delta, o_softmax

@@ -18,7 +18,7 @@ from natsl.cache import LayerCache
 from natsl.compiled import CompiledLayer, Span
 from natsl.config import CalibrationScope, RouteGradient
 from natsl.kernels.routing import cap_limits, chunk_means, complete_chunks, continued_means, route_margins
-from natsl.kernels.segment import touched_chunks
+from natsl.kernels.segment import running_sum, touched_chunks
 from natsl.layout import Layout
 from natsl.modules import precise
 
@@ -161,7 +161,8 @@ def route_chunks(router: Router | None, x: Tensor, heads: int, chunk_size: int, 
         if cache is not None:
             assert read is not None
             assert cache.total is not None
-            means, cache.total = continued_means(source, read % chunk_size, cache.total, chunk_size, lengths)
+            start, at_border = read % chunk_size, context.layout.at_border
+            means, cache.total = continued_means(source, start, cache.total, chunk_size, lengths, at_border=at_border)
         else:
             means = chunk_means(source, chunk_size, lengths) if packing is None else packing.chunk_means(source)
         learns = router.training and router.weight.requires_grad
@@ -200,7 +201,7 @@ def kept_before(route: Tensor, context: LayerContext) -> Tensor:
     """How many chunks of its sequence each head has kept before each chunk: routes [B,N,R] → int64 [B,N,R]."""
     packing, cache = context.layout.packing, context.cache
     kept = route.long()  # sums of integers are deterministic on a GPU too
-    before = kept.cumsum(1) - kept
+    before = running_sum(kept) - kept
     if packing is not None:
         first = torch.arange(route.shape[1], device=route.device) - packing.chunk_index
         before = before - before[:, first]

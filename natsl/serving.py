@@ -1,7 +1,7 @@
 """Speed of inference with a whole model: reading a prompt into a cache, and decoding one token after another from it.
 
-The rival is the same model with softmax attention in every layer and dense keys and values. Shapes: B batch, T tokens, C chunk size, R routing heads,
-Hs softmax heads, Ks and Vs their key and value width.
+The rival is the same model with softmax attention in every layer and dense keys and values. Shapes: B batch, T tokens,
+C chunk size, R routing heads, Hs softmax heads, Ks and Vs their key and value width.
 """
 
 from __future__ import annotations

@@ -401,3 +401,12 @@ def test_poisoned_memory_shows() -> None:
     """The suite runs with uninitialised memory set to NaN, so that any op that reads it would fail its test."""
     poisoned: Tensor = torch.empty(4)
     assert poisoned.isnan().all()
+
+
+@pytest.mark.parametrize("T", [1, 7, 8, 9, 32, 37])
+def test_means_at_a_border_need_no_slots(T: int) -> None:
+    x, start, total = torch.randn(2, T, 5).double(), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 5).double()
+    for one, other in zip(
+        continued_means(x, start, total, 8, at_border=True), continued_means(x, start, total, 8), strict=True
+    ):
+        assert_near(one, other)
