@@ -236,6 +236,32 @@ def test_pieces_in_the_precision_of_the_model(precision: Precision) -> None:
     assert layer.delta.border.dtype is torch.float32
 
 
+def test_routes_differ_only_where_a_margin_is_near_its_threshold() -> None:
+    """In half precision, in pieces and at once: within the tolerance of the dtype, of the largest margin."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = tiny_model("dr", Precision.bfloat16, chunk_size=16, key_dim=32, value_dim=32).to(device)
+    x = torch.randint(384, (4, 1600), device=device)
+    with torch.no_grad():
+        margins = model(x, RoutingPolicy((D, LayerPolicy(threshold=0.0)), 16)).layers[1].margins
+    assert margins is not None
+    theta = float(margins.median())  # as many on either side
+    policy = RoutingPolicy((D, LayerPolicy(threshold=theta)), 16)
+    cache, read, parts = model.new_cache(4), 0, []
+    for size in (21, 10, 1, 1, 447, 120, 1000):
+        routing = model(x[:, read : read + size], policy, cache=cache).layers[1]
+        closed = (read + size) // 16 - read // 16
+        assert routing.margins is not None
+        parts.append(torch.stack((routing.margins[:, :closed], routing.route[:, :closed])))
+        read += size
+    found, route = torch.cat(parts, 2)
+    bound = TOLERANCE[torch.bfloat16] * float(margins.abs().max())
+    assert not torch.equal(found, margins), "both ways round alike: nothing is tested"
+    torch.testing.assert_close(found, margins, rtol=0, atol=bound)
+    differ = route != (margins > theta).float()
+    assert ((margins - theta).abs()[differ] <= bound).all()
+    assert differ.float().mean() < 0.05
+
+
 def test_losses_and_last_logits_from_a_cache() -> None:
     model, x = double(), torch.randint(384, (2, 30))
     targets = torch.roll(x, -1, 1)
