@@ -79,7 +79,7 @@ VERBS = {
         ),
         Verb(
             "throughput",
-            "time training steps against a model with dense attention",
+            "time training, prefill and decoding against a model with dense attention",
             "natsl.cli.commands:run_throughput",
             "natsl.throughput:ThroughputConfig",
         ),
