@@ -83,8 +83,8 @@ def routed_delta_rule(
     With a ``DeltaState`` as initial state the call continues inside the open chunk of each sequence, and the final
     state is one too. ``route`` is then [B,N,R] for the N = ``touched_chunks(T, chunk_size)`` chunks from the open one
     on; that of a chunk that is not complete after the call is not read. ``lengths`` [B] int64: real tokens of each row,
-    right-padded (default T); outputs of padding are finite. Without ``cu_seqlens`` and a gradient, with counterfactual
-    none; T = 1 takes the token form. The Triton backend must know on the host where the tokens are in their chunks:
+    right-padded (default T); outputs of padding are finite. Without ``cu_seqlens``, with counterfactual none; one token
+    and what has a gradient run on torch. The Triton backend must know on the host where the tokens are in their chunks:
     ``parts``, what ``split`` makes of the starts and lengths (None: it reads them, which waits for the device).
 
     On Triton: float32, float16 or bfloat16, chunk_size 16, 32, 64 or 128, K ≤ 256, V ≤ 512, chunk_size · K ≤ 16384
@@ -116,7 +116,9 @@ def routed_delta_rule(
         check_counts(op, {"lengths": lengths}, q.device, (B,))
         check_shape(op, "route", route, (B, touched_chunks(T, chunk_size), R))
         limit = LIMITS.reason(q.dtype, chunk_size, {"K": K, "V": V, "sequences · heads": max(1, B * R)})
-        if use_kernels(op, backend if T > 1 or backend == "triton" else "torch", q.device, limit) and B:
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, beta, route))
+        wanted = "torch" if backend == "auto" and (T == 1 or learns) else backend
+        if use_kernels(op, wanted, q.device, limit) and B:
             if parts is None:
                 count = [T] * B if lengths is None else lengths.tolist()
                 parts = split(initial_state.start.tolist(), count, T, chunk_size, q.device)

@@ -128,12 +128,13 @@ def paged_softmax(
     opened = pages.table.gather(2, pages.kept[..., None])[..., 0]  # [B,R]; a chunk that ends may give its page back
     opened_keys, opened_values = pages.keys[opened], pages.values[opened]
     after = _kept_chunks(pages, route, start, T, chunk_size, lengths)
-    count = torch.full_like(start, T) if lengths is None else lengths
+    start, count = start.contiguous(), torch.full_like(start, T) if lengths is None else lengths.contiguous()
     k, v = last_contiguous(k), last_contiguous(v)
     on_triton.write(k, v, after.source, after.page, start, count, pages, chunk_size)
     before = (pages.kept[:, None] + after.before).to(torch.int32).contiguous()  # pages of a head before each chunk
     pages = pages._replace(table=after.table, kept=after.kept)
-    new = on_triton.NewTokens(last_contiguous(q), k, v, after.routed.float(), before, start, count)
+    route = after.routed.float().contiguous()
+    new = on_triton.NewTokens(last_contiguous(q), k, v, route, before, start, count)
     o: Tensor = on_triton.attend(new, pages, opened_keys, opened_values, scale, chunk_size, lengths is not None)
     return o, pages
 
@@ -284,7 +285,7 @@ def _kept_chunks(
     first = 1 + B * R + pages.kept.sum() + more.flatten().cumsum(0).view(B, R) - more
     place = pages.kept[..., None] + i
     page = torch.where(i == 0, pages.table.gather(2, pages.kept[..., None]), first[..., None] + i - 1)
-    there = (i <= more[..., None]) & (place < M)
+    there = (i <= more[..., None]) & (place < M) & (page < pages.keys.shape[0])  # the caller sees to it
     page, place = torch.where(there, page, NULL), place % M  # so many places that no two are the same
     table = pages.table.scatter(2, place, torch.where(there, page, pages.table.gather(2, place)))
     return _KeptChunks(routed, before, torch.where(there, source, N), page, table, pages.kept + more)

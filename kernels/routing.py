@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from natsl.kernels.dispatch import check_shape, check_tensors, resolve
-from natsl.kernels.segment import align, check_counts, ends, touched_chunks
+from natsl.kernels.segment import align, check_counts, ends, running_sum, touched_chunks
 
 
 def chunk_means(x: Tensor, chunk_size: int, lengths: Tensor | None = None) -> Tensor:
@@ -125,11 +125,12 @@ def limit_routes(route: Tensor, limits: Tensor, kept: Tensor | None = None) -> T
     lowered takes back nothing.
     """
     wanted = (route > 0.5).to(torch.int64)
-    total = wanted.cumsum(1)
+    total = running_sum(wanted)
     limits = limits.expand(route.shape[:2])[:, :, None]
     if kept is not None:
         limits = (limits - kept[:, None]).clamp(min=0)
-    count = total + (limits - total).cummin(1).values.clamp(max=0)
+    slack = (limits - total).transpose(1, 2).contiguous().cummin(2).values.transpose(1, 2)
+    count = total + slack.clamp(max=0)
     return count.diff(dim=1, prepend=torch.zeros_like(count[:, :1])).to(route.dtype)
 
 

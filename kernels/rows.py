@@ -30,12 +30,13 @@ def rows_linear(
 ) -> tuple[Tensor, Tensor]:
     """h weightᵀ for the rows h = RMS-normed x, without a gradient.
 
-    x [M,K]; weight [N,K], contiguous, of the same dtype. ``norm`` [K], any floating dtype: weight of the norm (None: h
+    x [M,K]; weight [N,K], contiguous, of the same dtype, complete before the kernel that comes before this call: it is
+    read while that one still runs. ``norm`` [K], any floating dtype: weight of the norm (None: h
     = x). ``gated``: weight is [2N,K] and the result SiLU(a) · b of the products a with its first half and b with its
     second. ``residual`` [M,N]: is added. On Triton: float32, float16 or bfloat16, at most 64 rows; ``auto`` takes torch
     beyond, and for several rows without norm or gate.
 
-    Returns y [M,N] in x's dtype, rounded once, and h [M,K] if ``want_normed``, else x. Raises ``ValueError`` naming the
+    Returns y [M,N] in x's dtype and h [M,K] if ``want_normed``, else x. Raises ``ValueError`` naming the
     argument.
     """
     op = "rows_linear"

@@ -81,6 +81,7 @@ class Part:
     chunks: slice | Tensor
     rows: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    most: int = 0  # tokens of one of the rows
 
     @property
     def of_rows(self) -> slice | Tensor:
@@ -103,12 +104,14 @@ class Part:
             x.flatten(0, 1)[self.tokens] = y[0]
 
     def sums(self, x: Tensor) -> Tensor:
-        """Sums over its tokens of x [B,T,…], deterministic: [S,…]."""
+        """Sums over its tokens of x [B,T,R], each row by itself: [S,R]. For few tokens of each."""
         y = self.take(x)
         if self.cu_seqlens is None:
             return y.sum(1)
-        total = torch.nn.functional.pad(y[0].double().cumsum(0), (0, 0, 1, 0))[self.cu_seqlens.long()]
-        return total.diff(dim=0).to(x.dtype)
+        place = torch.arange(self.most, device=x.device)
+        real = place < self.cu_seqlens.diff()[:, None]  # [S,most]
+        index = (self.cu_seqlens[:-1, None] + place).clamp(max=y.shape[1] - 1)
+        return y[0, index.long()].masked_fill(~real[..., None], 0.0).sum(1)
 
 
 def _taken(x: Tensor, index: slice | Tensor) -> Tensor:
@@ -159,7 +162,7 @@ def split(start: Sequence[int], lengths: Sequence[int], tokens: int, chunk_size:
         sizes = [counts[row] for row in rows]
         borders = torch.tensor([0, *sizes]).cumsum(0).to(device, torch.int32)
         index = torch.tensor(rows).to(device)
-        return Part(spans(tokens, begins, sizes), spans(N, chunk, chunks), index, borders)
+        return Part(spans(tokens, begins, sizes), spans(N, chunk, chunks), index, borders, max(sizes))
 
     head = part([0] * len(start), heads, [0] * len(start))
     completes = [s + n == chunk_size for s, n in zip(start, heads, strict=True) if n]

@@ -203,9 +203,9 @@ class Cache:
     def reserve(self, policy: CompiledPolicy, max_tokens: int) -> None:
         """Take all the memory that ``max_tokens`` tokens of every row may need under a policy, whatever they are.
 
-        Until then no tensor changes its shape and no call waits for the device because of pages. A call beyond, under
-        another policy or under fixed routes ends that: pages are then taken as needed, as in any other cache.
-        ``ValueError`` for a cache that has read tokens.
+        Until then no tensor changes its shape and no call waits for the device because of pages. Columns count, padding
+        included. A call beyond, under another policy or with fixed routes, and ``crop``, end that: pages are then taken
+        as needed, as in any other cache. ``ValueError`` for a cache that has read tokens.
         """
         if self._read > 0:
             raise ValueError("memory can be reserved only for a cache that has not read anything")
@@ -340,7 +340,7 @@ class Cache:
                 if not _fits(name, found, x):
                     form = f"{found.dtype} {list(found.shape)}"
                     raise UserError(f"state: {file} has {i}.{name} as {form}, which does not fit the model")
-        device = cache.lengths.device
+        device, cache._read = cache.lengths.device, max(header["lengths"])
         with torch.inference_mode(False):  # else no call outside it could use the cache
             cache.lengths = torch.tensor(header["lengths"], device=device)
             cache.unread = header["unread"]

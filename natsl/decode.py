@@ -12,18 +12,24 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from natsl.cache import Cache, LayerCache
+from natsl.calibration import Calibration
 from natsl.compiled import CompiledPolicy
 from natsl.kernels.decode import LIMITS, DecodePolicy, DecodeState, DecodeWeights, decode_step
 from natsl.kernels.dispatch import resolve
 from natsl.kernels.rows import rows_linear
 from natsl.mixer import BIAS_GAIN, RoutedMixer, rotation_rates
 from natsl.model import Block, Policies, RoutedLM
+from natsl.modules import RMSNorm, SwiGLU
+from natsl.router import Router
 from natsl.space.policy import Op
 
 WARM_UP = 3  # steps before a graph is recorded: kernels are compiled and handles made in the first
+
+
+_MODULES = (RoutedLM, Block, RoutedMixer, Router, Calibration, RMSNorm, SwiGLU, nn.Linear, nn.Embedding, nn.ModuleList)
 
 
 class _Layer(NamedTuple):
@@ -202,12 +208,19 @@ class Decoder:
 
 
 def steps_on(device: torch.device) -> bool:
-    """Whether ``Decoder`` is the way to decode there: on a GPU."""
-    return device.type == "cuda"
+    """Whether ``Decoder`` is the way to decode there: on a GPU with triton."""
+    return device.type == "cuda" and resolve("auto", "decode_step", device) == "triton"
 
 
 def step_limit(model: RoutedLM, batch: int) -> str | None:
-    """Why ``Decoder`` cannot decode so many sequences of a model, None if it can."""
+    """Why ``Decoder`` cannot decode so many sequences of a model, None if it can.
+
+    It reads weights and calls no module: one that was replaced, or that has hooks, would not be seen.
+    """
+    for name, module in model.named_modules():
+        changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        if changed or type(module) not in _MODULES:
+            return f"{name or 'the model'} is a {type(module).__name__} that was replaced or has hooks"
     c = model.config
     sizes = {"K": c.key_dim, "V": c.value_dim, "sequences · softmax heads": batch * c.softmax_heads}
     return LIMITS.reason(model.dtype, c.chunk_size, sizes)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fa
     from torch import Tensor
 
     from natsl.cache import Cache
+    from natsl.compiled import CompiledPolicy
     from natsl.model import Policies, RoutedLM
     from natsl.space.policy import RoutingPolicy
 
@@ -215,18 +216,19 @@ def generate_batch(
         ids = [min(prompt, default=0), max(prompt, default=0)]
         check(ids[0] >= 0 and ids[1] < size, "prompt", ids, f"ids must lie in 0–{size - 1}")
     check_counts(1, {"max_new_tokens": max_new_tokens})
-    model.compile_policy(policy, batch)  # its errors before the first step
+    compiled = model.compile_policy(policy, batch)
     cache = model.new_cache(batch) if cache is None else cache
     if len(cache.unread) != batch:
         raise ValueError(f"the cache holds {len(cache.unread)} sequences, not {batch}")
     unread = [[*([] if last is None else [last]), *prompt] for last, prompt in zip(cache.unread, prompts, strict=True)]
     check(min(map(len, unread)) > 0, "prompt", [], "it must have at least one token")
-    return _steps(model.eval(), policy, unread, max_new_tokens, sampling, cache, ends)
+    return _steps(model.eval(), policy, compiled, unread, max_new_tokens, sampling, cache, ends)
 
 
 def _steps(
     model: RoutedLM,
     policy: Policies,
+    compiled: CompiledPolicy,
     unread: list[list[int]],
     max_new_tokens: int,
     sampling: Sampling,
@@ -241,7 +243,6 @@ def _steps(
     device = model.embed.weight.device
     generator = torch.Generator()  # on the CPU: the same draws on every device
     read, last = cache.lengths.tolist(), cache.unread
-    compiled = model.compile_policy(policy, len(unread))
     decoder: Decoder | None = None  # on a GPU, once the prompts are read
     decodes = steps_on(device) and cache.recording is None and step_limit(model, len(unread)) is None
     for step in range(max_new_tokens):

@@ -128,6 +128,8 @@ def measure_table(setting: Setting, wanted: Sequence[int]) -> LatencyTable:
         kinds.append(Op.delta)  # what a layer of op delta is
     columns = {kind: FRACTIONS if kind is Op.routed else (float(kind is Op.softmax),) for kind in kinds}
     count = _layers_at_once(setting, lengths[-1])
+    if len(setting.model.layers) > 1:
+        count = max(2, count)  # from one layer by itself the rest could not be told
     # Of fewer layers than the model has the rest is taken away, from a model of one; else it is left in the layers.
     cases = [_Case(kind, count, fraction) for kind, fractions in columns.items() for fraction in fractions]
     cases += [replace(cases[0], layers=1)] if 1 < count < len(setting.model.layers) else []

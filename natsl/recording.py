@@ -28,7 +28,7 @@ _POOL = ("pages.keys", "pages.values")  # kept pages stay where they are: only t
 
 
 class _Snapshot(NamedTuple):
-    """A layer's state without its pool of pages, of which it has the open ones: keys, values [B,R,C,G,·]."""
+    """A layer's state without its pool of pages, of which it has the open ones: keys, values [B,R,G,C,·]."""
 
     tensors: dict[str, Tensor]
     open_pages: tuple[Tensor, ...]

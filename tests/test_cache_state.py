@@ -315,3 +315,12 @@ def test_a_cap_bounds_the_pages_of_any_text(cap: float, burst: int) -> None:
         assert pages.keys.shape[0] <= (1 + 2 * (bound + 1) + 2) * 5 // 4, "free pages are used again"
         assert int(cache.lengths) == read
     assert most == math.ceil(cap * (length // C)) + burst + 1, "the bound is reached"
+
+
+def test_a_loaded_state_is_not_reserved_for(tmp_path: Path) -> None:
+    model, path = make_model(), tmp_path / "x.state"
+    filled(model).save(path, model)
+    cache = Cache.load(path, model)
+    policy = RoutingPolicy.uniform(model.kinds, model.config.chunk_size, 1.0)
+    with pytest.raises(ValueError, match="has not read anything"):
+        cache.reserve(model.compile_policy(policy, len(cache.lengths)), 1000)

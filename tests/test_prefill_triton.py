@@ -143,3 +143,16 @@ def test_split_covers_every_token_once() -> None:
     assert tokens.tolist() == [b * T + t for b, n in enumerate(lengths) for t in range(n)]
     assert found.completes is not None
     assert found.completes.tolist() == [True, True, False, True]  # rows 1, 2, 3 and 5
+
+
+def test_rows_do_not_reach_one_another() -> None:
+    """Sums of one row are of its tokens alone, whatever another has; routes of any strides."""
+    found = split([5, 7], [20, 6], 40, C, torch.device("cpu"))
+    assert found.head is not None
+    g = torch.randn(2, 40, 2)
+    g[0, :11] = -1e30
+    expected = torch.stack((g[0, :11].sum(0), g[1, :6].sum(0)))
+    torch.testing.assert_close(found.head.sums(g), expected, rtol=1e-6, atol=0)
+    turned = softmax_inputs(90, C=C, K=8, V=6)
+    turned[3] = turned[3].transpose(1, 2).contiguous().transpose(1, 2)
+    compare_pages(turned, uniform_pieces([(0, 20), (20, 90)], 2), torch.float32)

@@ -11,11 +11,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from natsl.decode import Decoder
+from natsl.decode import Decoder, step_limit
 from natsl.files import to_plain
 from natsl.generate import Sampling, generate_batch
 from natsl.model import RoutedLM
 from natsl.space.policy import LayerPolicy, RoutingPolicy
+from tests.oracles import mixer_of
 from tests.test_decode import CAPPED, DEVICE, HEADS, C, D, S, model_of
 
 POLICIES = [RoutingPolicy((HEADS, S, D), C), RoutingPolicy((CAPPED, S, D), C)]
@@ -123,3 +124,19 @@ def test_changed_weights_are_seen(steps: list[int], monkeypatch: pytest.MonkeyPa
         lm.model.norm.weight.neg_()
     expected = texts(lm, False, monkeypatch)
     assert texts(lm, True, monkeypatch) == expected != before
+
+
+def test_modules_that_were_replaced_or_have_hooks_are_called() -> None:
+    """Steps read weights only, so such models go through ``forward``."""
+    model = make_model()
+    assert step_limit(model, 2) is None
+    handle = model.blocks[1].register_forward_hook(lambda *_: None)
+    assert "has hooks" in str(step_limit(model, 2))
+    handle.remove()
+    assert step_limit(model, 2) is None
+
+    class Adapter(torch.nn.Linear):
+        pass
+
+    mixer_of(model).qkv_proj = Adapter(16, 1)
+    assert "blocks.0.mixer.qkv_proj is a Adapter" in str(step_limit(model, 2))

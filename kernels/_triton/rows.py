@@ -21,13 +21,20 @@ from torch import Tensor
 from natsl.kernels.launch.launcher import Launcher
 from natsl.kernels.launch.library import on_own_device
 
-LARGE_MEMORY, SMALL_MEMORY = 160 << 10, 80 << 10  # bytes of shared memory, on devices of capability 9 and others
-
 
 @cache
 def dependent_launch(device: torch.device) -> bool:
     """Whether kernels may start before the one before them has ended: from compute capability 9 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that tiles of a program may take."""
+    if device.type != "cuda":
+        return 80 << 10
+    most = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10)
+    return int(0.7 * most)
 
 
 @triton.jit
@@ -193,7 +200,7 @@ def rows_linear(
     normed = x.new_empty(M, K) if want_normed else x
     block_m = 1 if M == 1 else max(16, triton.next_power_of_2(M))
     pdl = dependent_launch(x.device)
-    rows, columns, warps = blocks(M, K, N, gated, x.element_size(), LARGE_MEMORY if pdl else SMALL_MEMORY)
+    rows, columns, warps = blocks(M, K, N, gated, x.element_size(), _shared_memory(x.device))
     writers = M if want_normed else 0
     rows_linear_kernel[(triton.cdiv(N, rows) + writers,)](
         x, weight, x if norm is None else norm, x if residual is None else residual, y, normed,

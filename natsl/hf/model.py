@@ -308,6 +308,7 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
         if layer is not None and labels is None and real is None and layer.decodes(input_ids):
             logits = layer.step(self.model, self._step_weights(), input_ids, policy)
         else:
+            self._steps = None  # whoever trains or reads a prompt comes through here
             logits = self.model(
                 input_ids,
                 policy,
@@ -385,9 +386,20 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
             return self.new_cache()
         raise ValueError(f"the cache is a {type(cache).__name__} of another model: make one with model.new_cache()")
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._steps = None  # else a copy would stay on a device that the model leaves
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_steps": None}
+
     def _step_weights(self) -> StepWeights:
-        """Copies of the weights for steps of decoding, new ones where a weight has changed."""
-        key = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in self.model.parameters()]
+        """Copies of the weights for steps of decoding, new ones after any call that is no step.
+
+        And after a change that torch counts, which fused optimisers and ``.data`` do not.
+        """
+        weights = (*self.model.parameters(), *self.model.buffers())
+        key = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in weights]
         if self._steps is None or self._steps[0] != key:
             self._steps = key, StepWeights(self.model)
         return self._steps[1]
