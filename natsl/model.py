@@ -112,7 +112,10 @@ class RoutedLM(nn.Module):
         ``policy`` and ``routes`` as in ``forward``, with its errors: a layer with fixed routes needs no calibration,
         nor does ``training``.
         """
-        policies = [policy] if isinstance(policy, RoutingPolicy) else list(policy)
+        policies = [policy] if isinstance(policy, RoutingPolicy | str) else list(policy)
+        for p in policies:
+            if not isinstance(p, RoutingPolicy):
+                raise ValueError(f"policy = {p!r} is a {type(p).__name__}: it must be a RoutingPolicy, or several")
         if not policies or batch % len(policies):
             raise ValueError(f"a batch of {batch} does not split into {len(policies)} equal policies")
         for p in policies:

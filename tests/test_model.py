@@ -484,3 +484,9 @@ def test_on_the_kernels_as_on_torch(kinds: str, compiled: bool, monkeypatch: pyt
         assert (x is None) == (y is None), name
         if x is not None and y is not None:
             assert_near(x, y)
+
+
+@pytest.mark.parametrize("policy", ["mine.json", {"layers": []}, [None]], ids=str)
+def test_what_is_no_policy_is_named(policy: Any) -> None:
+    with pytest.raises(ValueError, match="it must be a RoutingPolicy, or several"):
+        tiny_model("r").compile_policy(policy, 1)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from natsl.cli.commands import run_throughput
 from natsl.config import ModelConfig
+from natsl.errors import UserError
 from natsl.model import RoutedLM
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.throughput import ThroughputConfig, step_flops
@@ -64,3 +65,9 @@ def test_what_is_kept_costs() -> None:
 def test_mistakes_name_the_value(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} = {value}"):
         config(**{name: value})
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_anything_is_timed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="out: .*file cannot be written: File exists"):
+        run_throughput(config(out=str(tmp_path / "file")))

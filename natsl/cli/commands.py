@@ -487,6 +487,11 @@ def run_throughput(config: ThroughputConfig) -> None:
     from natsl.throughput import Phase, measure
 
     device = resolve_device(config.device)
+    path = user_path(config.out, "out") / "throughput.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: {path.parent} cannot be written: {error.strerror or error}") from None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     size = f"{config.batch_size} × {config.tokens} tokens, {config.precision.value}"
     print(f"{name}, torch {torch.__version__}; {config.phase.value}, {size}")
@@ -498,8 +503,6 @@ def run_throughput(config: ThroughputConfig) -> None:
             print(row.heading())
         rows.append(row)
         print(row.line(), flush=True)
-    path = user_path(config.out, "out") / "throughput.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "device": name,
         "torch": torch.__version__,

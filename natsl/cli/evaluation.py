@@ -38,6 +38,9 @@ AGREEMENT = 0.02  # of measured bytes and the cost model
 _LONGEST = 40  # characters of a policy in a title
 
 
+MOST_DEPTHS = 100  # at which answers are asked for: the rows of a picture
+
+
 @dataclass
 class EvaluateRunConfig(Choosing):
     """Score a point of a run's front, any other policy, or an exported model on held-out data.
@@ -77,6 +80,7 @@ class EvaluateRunConfig(Choosing):
         self.choice()
         check(self.split in ("search", "test"), "split", self.split, "it must be search or test")
         check_counts(1, {"batch_size": self.batch_size, "depths": self.depths})
+        check(self.depths <= MOST_DEPTHS, "depths", self.depths, f"it must be at most {MOST_DEPTHS}")
         check_counts(1, {f"lengths[{i}]": factor for i, factor in enumerate(self.lengths)})
         if self.sequences is not None:
             check_counts(1, {"sequences": self.sequences})
