@@ -69,5 +69,5 @@ def test_mistakes_name_the_value(name: str, value: float) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named_before_anything_is_timed(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="out: .*file cannot be written: File exists"):
+    with pytest.raises(UserError, match=r"out: .*file cannot be written: File exists"):
         run_throughput(config(out=str(tmp_path / "file")))
