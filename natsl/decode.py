@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, cast
 
 import torch
@@ -57,6 +57,12 @@ class StepWeights:
         self.layers = [_prepared(cast(Block, block), model.dtype) for block in model.blocks]
         self.norm = _copy(model.norm.weight)
         self.head = _copy(weight if model.head is None else model.head.weight, model.dtype)
+        self._sources = (*model.parameters(), *model.buffers())
+        self._versions = _versions(self._sources)
+
+    def are_current(self) -> bool:
+        """Whether torch has counted no change of the weights; fused optimisers and ``.data`` make some uncounted."""
+        return _versions(self._sources) == self._versions
 
 
 class Decoder:
@@ -224,6 +230,10 @@ def step_limit(model: RoutedLM, batch: int) -> str | None:
     c = model.config
     sizes = {"K": c.key_dim, "V": c.value_dim, "sequences · softmax heads": batch * c.softmax_heads}
     return LIMITS.reason(model.dtype, c.chunk_size, sizes)
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
 
 
 def _state(layer: LayerCache, read: Tensor, live: Tensor) -> DecodeState:

@@ -73,12 +73,16 @@ class NatslLayer(CacheLayerMixin):
             self._record()
         return self.state
 
-    def decodes(self, input_ids: Tensor) -> bool:
-        """Whether a call with these tokens, all real, is a step of ``Decoder``."""
+    def decodes(self, input_ids: Tensor, weights: StepWeights | None) -> bool:
+        """Whether a call with these tokens, all real, is a step of ``Decoder``; ``weights``: those of the last step."""
         state, model = self.state, self._model
         if state is None or model is None or input_ids.shape[1] != 1 or not self.columns or state.recording is not None:
             return False
-        return steps_on(input_ids.device) and step_limit(model, len(input_ids)) is None
+        if not steps_on(input_ids.device):
+            return False
+        last = self._decoder
+        goes_on = last is not None and last.cache is state and last.weights is weights  # looking at all modules is slow
+        return goes_on or step_limit(model, len(input_ids)) is None
 
     def step(self, model: RoutedLM, weights: StepWeights, input_ids: Tensor, policy: RoutingPolicy) -> Tensor:
         """Logits [B,1,V] after a token of every row [B,1]."""
@@ -209,7 +213,7 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = RoutedLM(config.shape, config.calibration_points, config.precision)
         self.model.supernet_kinds = config.supernet_kinds
-        self._steps: tuple[list[tuple[int, int]], StepWeights] | None = None
+        self._steps: StepWeights | None = None
         self._freeze()
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -305,7 +309,7 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
         last = isinstance(logits_to_keep, int) and logits_to_keep > 0 and labels is None
         last = last and (real is None or bool(real[:, -1].all()))
         policy = self.config.policy if policy is None else policy
-        if layer is not None and labels is None and real is None and layer.decodes(input_ids):
+        if layer is not None and labels is None and real is None and layer.decodes(input_ids, self._steps):
             logits = layer.step(self.model, self._step_weights(), input_ids, policy)
         else:
             self._steps = None  # whoever trains or reads a prompt comes through here
@@ -398,11 +402,9 @@ class NatslForCausalLM(PreTrainedModel, GenerationMixin):
 
         And after a change that torch counts, which fused optimisers and ``.data`` do not.
         """
-        weights = (*self.model.parameters(), *self.model.buffers())
-        key = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in weights]
-        if self._steps is None or self._steps[0] != key:
-            self._steps = key, StepWeights(self.model)
-        return self._steps[1]
+        if self._steps is None or not self._steps.are_current():
+            self._steps = StepWeights(self.model)
+        return self._steps
 
     def _real(self, input_ids: Tensor, attention_mask: Tensor | None, columns: int) -> Tensor | None:
         """Which tokens are no padding, bool [B,T]; None: all are. Waits for the device."""
