@@ -55,6 +55,11 @@ class KeyPages(NamedTuple):
         kept = k.new_zeros(B, heads, dtype=torch.int64)
         return cls(k.new_zeros(*shape, k.shape[3]), v.new_zeros(*shape, v.shape[3]), table, kept)
 
+    @property
+    def open(self) -> Tensor:
+        """The pages of the open chunks, int64 [B,R]."""
+        return self.table.gather(2, self.kept[..., None])[..., 0]
+
     def grow(self, pages: int, places: int) -> KeyPages:
         """The same with at least so many pages in the pool and places in the table; what has to grow is a copy."""
 
@@ -125,7 +130,7 @@ def paged_softmax(
         return v.new_empty(v.shape), pages
     from natsl.kernels._triton import pages as on_triton
 
-    opened = pages.table.gather(2, pages.kept[..., None])[..., 0]  # [B,R]; a chunk that ends may give its page back
+    opened = pages.open  # their tokens are copied, as a chunk that ends may give its page back
     opened_keys, opened_values = pages.keys[opened], pages.values[opened]
     after = _kept_chunks(pages, route, start, T, chunk_size, lengths)
     start, count = start.contiguous(), torch.full_like(start, T) if lengths is None else lengths.contiguous()
@@ -134,8 +139,10 @@ def paged_softmax(
     before = (pages.kept[:, None] + after.before).to(torch.int32).contiguous()  # pages of a head before each chunk
     pages = pages._replace(table=after.table, kept=after.kept)
     route = after.routed.float().contiguous()
-    new = on_triton.NewTokens(last_contiguous(q), k, v, route, before, start, count)
-    o: Tensor = on_triton.attend(new, pages, opened_keys, opened_values, scale, chunk_size, lengths is not None)
+    new = on_triton.NewTokens(k, v, route, before, start, count)
+    o: Tensor = on_triton.attend(
+        last_contiguous(q), new, pages, opened_keys, opened_values, scale, chunk_size, lengths is not None
+    )
     return o, pages
 
 
@@ -284,7 +291,7 @@ def _kept_chunks(
     more = routed.sum(1)  # [B,R]
     first = 1 + B * R + pages.kept.sum() + more.flatten().cumsum(0).view(B, R) - more
     place = pages.kept[..., None] + i
-    page = torch.where(i == 0, pages.table.gather(2, pages.kept[..., None]), first[..., None] + i - 1)
+    page = torch.where(i == 0, pages.open[..., None], first[..., None] + i - 1)
     there = (i <= more[..., None]) & (place < M) & (page < pages.keys.shape[0])  # the caller sees to it
     page, place = torch.where(there, page, NULL), place % M  # so many places that no two are the same
     table = pages.table.scatter(2, place, torch.where(there, page, pages.table.gather(2, place)))

@@ -68,6 +68,16 @@ def user_path(text: str | Path, what: str) -> Path:
     return path
 
 
+def output_folder(text: str | Path, option: str = "out") -> Path:
+    """The folder that a user has typed, made if it is not there; ``UserError`` where it cannot be."""
+    folder = user_path(text, option)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: {folder} cannot be written: {error.strerror or error}") from None
+    return folder
+
+
 def child_folder(parent: Path, name: str, what: str) -> Path:
     """Path of the folder ``name`` inside ``parent``; refuses names and links that lead out of ``parent``."""
     path = parent / check_name(name, what)

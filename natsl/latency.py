@@ -128,8 +128,6 @@ def measure_table(setting: Setting, wanted: Sequence[int]) -> LatencyTable:
         kinds.append(Op.delta)  # what a layer of op delta is
     columns = {kind: FRACTIONS if kind is Op.routed else (float(kind is Op.softmax),) for kind in kinds}
     count = _layers_at_once(setting, lengths[-1])
-    if len(setting.model.layers) > 1:
-        count = max(2, count)  # from one layer by itself the rest could not be told
     # Of fewer layers than the model has the rest is taken away, from a model of one; else it is left in the layers.
     cases = [_Case(kind, count, fraction) for kind, fractions in columns.items() for fraction in fractions]
     cases += [replace(cases[0], layers=1)] if 1 < count < len(setting.model.layers) else []
@@ -299,11 +297,14 @@ def _memory(setting: Setting) -> Iterator[None]:
 
 
 def _layers_at_once(setting: Setting, tokens: int) -> int:
-    """How many layers are timed together: those of the model, as far as there is memory for their caches."""
+    """How many layers are timed together: those of the model, as far as there is memory for their caches.
+
+    Two at least, if it has as many: the rest could not be told from one by itself.
+    """
     c = setting.model
     size = 2 if setting.precision is Precision.bfloat16 else 4
     layer = size * setting.batch_size * tokens * c.heads * (c.key_dim + c.value_dim)
-    return max(1, min(len(c.layers), LAYERS, int(MEMORY_SHARE * _memory_bytes(setting.device) / layer)))
+    return min(len(c.layers), max(2, min(LAYERS, int(MEMORY_SHARE * _memory_bytes(setting.device) / layer))))
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -103,7 +103,7 @@ def _snapshot(layer: LayerCache) -> _Snapshot:
     tensors = {name: x.clone() for name, x in layer.tensors().items() if name not in _POOL}
     if layer.pages is None:
         return _Snapshot(tensors, ())
-    page = _open_pages(layer)
+    page = layer.pages.open
     return _Snapshot(tensors, (layer.pages.keys[page], layer.pages.values[page]))
 
 
@@ -111,16 +111,10 @@ def _restored(layer: LayerCache, snapshot: _Snapshot) -> LayerCache:
     # pages are given out in the order of their numbers, so that those of the snapshot are the first ones still
     layer = layer.replaced(snapshot.tensors)
     if layer.pages is not None:
-        page = _open_pages(layer)
+        page = layer.pages.open
         for pool, x in zip((layer.pages.keys, layer.pages.values), snapshot.open_pages, strict=True):
             pool[page] = x
     return layer
-
-
-def _open_pages(layer: LayerCache) -> Tensor:
-    """The page of the open chunk of every row and head, [B,R]."""
-    assert layer.pages is not None
-    return layer.pages.table.gather(2, layer.pages.kept[..., None])[..., 0]
 
 
 def _under_one_policy(calls: Sequence[_Call]) -> list[list[_Call]]:

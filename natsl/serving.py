@@ -25,7 +25,7 @@ from natsl.mixer import RoutedMixer
 from natsl.model import Block, RoutedLM, count_parameters
 from natsl.modules import rms_norm
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
-from natsl.throughput import ThroughputConfig, median_seconds
+from natsl.throughput import ThroughputConfig, median_seconds, peak_gib
 
 if TYPE_CHECKING:
     from natsl.config import ModelConfig
@@ -99,7 +99,7 @@ def _prefill_speed(
         config.batch_size * config.tokens / seconds,
         None if cache is None else cache.nbytes,
         None if cache is None or before is None or after is None else after - before,
-        torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        peak_gib(device),
     )
 
 
@@ -138,9 +138,10 @@ def _decode_speed(
         start = time.perf_counter()
         advance(config.steps)
         seconds = (time.perf_counter() - start) / config.steps
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None
     more = None if before is None or allocated is None else allocated - before
-    return ServingSpeed(name, count_parameters(net), 1e3 * seconds, config.batch_size / seconds, cache, more, peak)
+    return ServingSpeed(
+        name, count_parameters(net), 1e3 * seconds, config.batch_size / seconds, cache, more, peak_gib(device)
+    )
 
 
 # Makes steps, tokens [B] → logits [B,V], with the bytes of the cache and what was allocated when it had been filled.

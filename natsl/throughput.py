@@ -170,8 +170,15 @@ def _time(
         config.batch_size * config.tokens / seconds,
         flops,
         flops / peak[0] if peak else None,
-        torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None,
+        peak_gib(device),
     )
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """Largest memory so far, None where it is not known."""
+    import torch
+
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def median_seconds(step: Callable[[], object], count: int, device: torch.device) -> float:

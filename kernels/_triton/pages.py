@@ -189,9 +189,8 @@ def pages_write_kernel(
 
 
 class NewTokens(NamedTuple):
-    """New tokens and where they are, as ``pages_softmax_kernel`` explains them; q, k, v of any strides but the last."""
+    """New tokens and where they are, as ``pages_softmax_kernel`` explains them; k, v of any strides but the last."""
 
-    q: Tensor
     k: Tensor
     v: Tensor
     route: Tensor
@@ -215,24 +214,12 @@ def write(
     )  # fmt: skip
 
 
-def attend(
-    new: NewTokens,
-    pages: KeyPages,
-    open_keys: Tensor,
-    open_values: Tensor,
-    scale: float,
-    chunk_size: int,
-    padded: bool,
-) -> Tensor:
-    """Outputs [B,T,Hs,Vs], 0 where a row has no token, which only ``padded`` ones lack; pages as after the call."""
-    return _attend_on_device(new.q, new, pages, open_keys, open_values, scale, chunk_size, padded)  # type: ignore[no-any-return]
-
-
 @on_own_device
-def _attend_on_device(
+def attend(
     q: Tensor, new: NewTokens, pages: KeyPages, open_keys: Tensor, open_values: Tensor, scale: float, chunk_size: int,
     padded: bool,
 ) -> Tensor:  # fmt: skip
+    """Outputs [B,T,Hs,Vs], 0 where a row has no token, which only ``padded`` ones lack; pages as after the call."""
     B, T, Hs, Ks = q.shape
     (N, R), M, Vs = new.route.shape[1:], pages.table.shape[2], new.v.shape[3]
     make = torch.zeros if padded else torch.empty

@@ -14,7 +14,7 @@ from natsl.command import changed_options, command, run_options
 from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, check_batch, check_chunks
 from natsl.device import resolve_device
 from natsl.errors import UserError
-from natsl.files import check_name, to_plain, user_path
+from natsl.files import check_name, output_folder, to_plain, user_path
 from natsl.generate import Sampling, Transcript, encode, generate_batch, read_prompt, read_prompts, unescape
 from natsl.load import Choice, load_choice
 from natsl.resume import check_resume, differences
@@ -487,11 +487,7 @@ def run_throughput(config: ThroughputConfig) -> None:
     from natsl.throughput import Phase, measure
 
     device = resolve_device(config.device)
-    path = user_path(config.out, "out") / "throughput.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out: {path.parent} cannot be written: {error.strerror or error}") from None
+    path = output_folder(config.out) / "throughput.json"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     size = f"{config.batch_size} × {config.tokens} tokens, {config.precision.value}"
     print(f"{name}, torch {torch.__version__}; {config.phase.value}, {size}")

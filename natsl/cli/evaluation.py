@@ -33,12 +33,10 @@ if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fa
     from natsl.space.policy import RoutingPolicy
 
 RESULT = "evaluation.json"
+MOST_DEPTHS = 100  # at which answers are asked for: the rows of a picture
 CACHES = 2  # sequences of each task that caches are measured on
 AGREEMENT = 0.02  # of measured bytes and the cost model
 _LONGEST = 40  # characters of a policy in a title
-
-
-MOST_DEPTHS = 100  # at which answers are asked for: the rows of a picture
 
 
 @dataclass

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from natsl.config import ModelConfig, Precision
 from natsl.device import resolve_device
-from natsl.errors import UserError
-from natsl.files import to_plain, user_path, write_json
+from natsl.files import output_folder, to_plain, write_json
 from natsl.space.check import check_choice, check_counts
 
 
@@ -45,11 +44,7 @@ def run_latency(config: LatencyConfig) -> None:
     from natsl.latency import Setting, check_table, obtain_table, table_path
 
     setting = Setting(config.model, config.precision, device, config.batch_size)
-    path = user_path(config.out, "out") / "latency.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out: {path.parent} cannot be written: {error.strerror or error}") from None
+    path = output_folder(config.out) / "latency.json"
     table = obtain_table(setting, [config.tokens], fresh=config.fresh)
     made = setting.to_dict()
     print(f"{made['device']}, torch {made['torch']}; batch size {config.batch_size}, {config.precision.value}")

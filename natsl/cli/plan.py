@@ -6,8 +6,7 @@ import time
 from dataclasses import dataclass, fields
 
 from natsl.device import resolve_device
-from natsl.errors import UserError
-from natsl.files import to_plain, user_path, write_json
+from natsl.files import output_folder, to_plain, write_json
 from natsl.progress import duration
 from natsl.search.config import SearchRunConfig
 
@@ -32,13 +31,7 @@ def run_plan(config: PlanConfig) -> None:
     from natsl.search.plan import Start, make_plan
 
     loaded = time.monotonic()
-
-    folder = None if config.out is None else user_path(config.out, "out")
-    try:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out: {folder} cannot be written: {error.strerror or error}") from None
+    folder = None if config.out is None else output_folder(config.out)
     search, problem, data, _ = prepare(
         SearchRunConfig(**{f.name: getattr(config, f.name) for f in fields(SearchRunConfig)})
     )
