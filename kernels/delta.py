@@ -214,7 +214,7 @@ def _continue_on_kernels(
 
     q, k, v, g, beta = inputs
     T, options = v.shape[1], DeltaOptions(chunk_size, scale, qk_l2norm)
-    border, working, decay = (x.clone() for x in state[:3])
+    route = route.float()
     outputs: list[tuple[Part, Tensor]] = []
 
     def run_part(part: Part, routes: Tensor, initial: Tensor) -> Tensor:
@@ -224,6 +224,22 @@ def _continue_on_kernels(
         assert final is not None
         return final
 
+    if parts.at_border and lengths is None:  # few launches, for short prompts
+        if parts.body is None:
+            border = state.border.clone()
+        else:
+            border = run_part(parts.body, parts.body.take_chunks(route), state.border)
+        if parts.tail is None:
+            working, decay = border.clone(), torch.zeros_like(state.decay)
+        else:
+            working = run_part(parts.tail, torch.zeros_like(parts.tail.take_chunks(route)), border)
+            decay = parts.tail.sums(g.float())
+        o = outputs[0][1]
+        if len(outputs) > 1:
+            o = torch.cat([out for _, out in outputs], 1)
+        return o, DeltaState(border, working, decay, torch.full_like(state.start, T % chunk_size))
+
+    border, working, decay = (x.clone() for x in state[:3])
     if parts.head is not None:
         assert parts.completes is not None
         rows = parts.head.of_rows
@@ -238,7 +254,7 @@ def _continue_on_kernels(
         decay[rows] = torch.where(completes[..., 0, 0], 0.0, total)
     if parts.body is not None:
         rows = parts.body.of_rows
-        border[rows] = run_part(parts.body, (parts.body.take_chunks(route) > 0.5).float(), border[rows])
+        border[rows] = run_part(parts.body, parts.body.take_chunks(route), border[rows])
         working[rows] = border[rows]
     if parts.tail is not None:
         rows = parts.tail.of_rows
