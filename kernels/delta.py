@@ -206,10 +206,11 @@ def _continue_on_kernels(
 ) -> tuple[Tensor, DeltaState]:
     """``routed_delta_rule`` from a state inside a chunk, on the kernels for plain sequences.
 
-    They run up to three times: over the rest of the open chunk from its working state, as if it were written; over
-    complete chunks from the state at their border; over the chunk that stays open, again as if it were written.
+    Where all rows begin at a border, they run once. Else up to three times: over the rest of the open chunk from its
+    working state, as if it were written; over complete chunks from the state at their border; over the chunk that stays
+    open, again as if it were written.
     """
-    from natsl.kernels._triton.delta import DeltaInputs, DeltaOptions
+    from natsl.kernels._triton.delta import DeltaInputs, DeltaOptions, continued_delta_rule
     from natsl.kernels._triton.delta import routed_delta_rule as run
 
     q, k, v, g, beta = inputs
@@ -224,19 +225,16 @@ def _continue_on_kernels(
         assert final is not None
         return final
 
-    if parts.at_border and lengths is None:  # few launches, for short prompts
-        if parts.body is None:
-            border = state.border.clone()
-        else:
-            border = run_part(parts.body, parts.body.take_chunks(route), state.border)
-        if parts.tail is None:
-            working, decay = border.clone(), torch.zeros_like(state.decay)
-        else:
-            working = run_part(parts.tail, torch.zeros_like(parts.tail.take_chunks(route)), border)
-            decay = parts.tail.sums(g.float())
-        o = outputs[0][1]
-        if len(outputs) > 1:
-            o = torch.cat([out for _, out in outputs], 1)
+    if parts.at_border and lengths is None:  # one call, so that the host keeps up with short prompts
+        route, tail = route[:, : -(-T // chunk_size)], parts.tail
+        if tail is not None:
+            route = route.clone()
+            route[:, -1] = 0.0
+        o, working, border = continued_delta_rule(
+            DeltaInputs(q, k, v, g, beta, route), state.border, options, tail is not None
+        )
+        decay = torch.zeros_like(state.decay) if tail is None else tail.sums(g.float())
+        working = working.clone() if tail is None else working
         return o, DeltaState(border, working, decay, torch.full_like(state.start, T % chunk_size))
 
     border, working, decay = (x.clone() for x in state[:3])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -154,28 +155,25 @@ def _new_layers(
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.zeros(batch, *shape, device=device, dtype=dtype)
 
-    delta = pages = None
+    def copies(x: Tensor) -> Iterator[Tensor]:
+        aligned = -(-x.numel() * x.element_size() // ALIGNED) * ALIGNED // x.element_size()
+        made = x.new_empty(count, aligned)[:, : x.numel()].unflatten(1, x.shape)
+        return iter(made.copy_(x.expand_as(made)).unbind())
+
+    count = c.layers.count(kind)
+    tails = copies(zeros(c.conv_width - 1, c.heads * (2 * c.key_dim + c.value_dim)))
+    totals: Iterator[Tensor | None] = itertools.repeat(None)
+    if kind is Op.routed:
+        totals = copies(zeros(c.width, dtype=precise))
+    states: Iterator[DeltaState | None] = itertools.repeat(None)
     if kind is not Op.softmax:
-        delta = DeltaState.zeros(batch, c.heads, c.key_dim, c.value_dim, device=device, dtype=precise)
+        state = DeltaState.zeros(batch, c.heads, c.key_dim, c.value_dim, device=device, dtype=precise)
+        states = map(DeltaState, *map(copies, state))
+    pages: Iterator[KeyPages | None] = itertools.repeat(None)
     if kind is not Op.delta:
         keys, values = (zeros(1, c.softmax_heads, width // G) for width in (c.key_dim, c.value_dim))
-        pages = KeyPages.empty(keys, values, c.heads, c.chunk_size)
-    layer = LayerCache(
-        tail=zeros(c.conv_width - 1, c.heads * (2 * c.key_dim + c.value_dim)),
-        total=zeros(c.width, dtype=precise) if kind is Op.routed else None,
-        delta=delta,
-        pages=pages,
-    )
-    count = c.layers.count(kind)
-
-    def copies(x: Tensor) -> list[Tensor]:
-        size, aligned = x.numel(), -(-x.numel() * x.element_size() // ALIGNED) * ALIGNED // x.element_size()
-        rows = x.new_empty(count, aligned)
-        rows[:, :size] = x.flatten()
-        return [row[:size].view(x.shape) for row in rows]
-
-    made = {name: copies(x) for name, x in layer.tensors().items()}
-    return (layer.replaced({name: x[i] for name, x in made.items()}) for i in range(count))
+        pages = map(KeyPages, *map(copies, KeyPages.empty(keys, values, c.heads, c.chunk_size)))
+    return map(LayerCache, tails, totals, states, pages)
 
 
 class Cache:
