@@ -119,7 +119,7 @@ def calibrate(*overrides: str, **options: object) -> Path:
         return calibrate(_configured("calibrate", overrides, options)[1]).path
 
 
-def load(**options: str | float) -> tuple[RoutedLM, RoutingPolicy]:
+def load(**options: object) -> tuple[RoutedLM, RoutingPolicy]:
     """The model (eval mode, CPU) and the policy that options name, those of ``natsl.load.Choice``.
 
     Such as ``run="mine"`` with ``pick="knee"``, ``policy="mine.json"`` or ``budget=0.1``, or ``export="<folder>"``.
