@@ -131,8 +131,9 @@ def load(**options: object) -> tuple[RoutedLM, RoutingPolicy]:
         for name in set(options) - set(known):
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             raise UserError(f"unknown option {name!r}{f'; did you mean {close[0]}?' if close else ''}")
+        choice = {name: value if name == "budget" or value is None else str(value) for name, value in options.items()}
         choose_threads()
-        model, policy, _ = load_choice(Choice(**options))  # type: ignore[arg-type]
+        model, policy, _ = load_choice(Choice(**choice))  # type: ignore[arg-type]
         return model, policy
 
 

@@ -15,7 +15,7 @@ from natsl.config import Precision
 from natsl.errors import UserError
 from natsl.files import check_name, child_folder, read_config, read_json, user_path
 from natsl.run import Run
-from natsl.space.check import check, check_choice
+from natsl.space.check import check, check_choice, check_number
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import NEWER, DataConfig
 
@@ -55,7 +55,12 @@ class Choice:
     def __post_init__(self) -> None:
         sources = (self.run, self.export)
         check(sources.count(None) == 1, "run, export", sources, "give either run=<name> or export=<folder>")
-        check(self.budget is None or 0 <= self.budget <= 1, "budget", self.budget, "it must lie in [0, 1]")
+        check(
+            self.budget is None or 0 <= check_number("budget", self.budget) <= 1,
+            "budget",
+            self.budget,
+            "it must lie in [0, 1]",
+        )
         pick = None if self.pick == "knee" and self.policy is None else self.pick
         options = {"pick": pick, "policy": self.policy, "budget": self.budget}
         options = {name: value for name, value in options.items() if value is not None}

@@ -81,11 +81,15 @@ class SearchResult:
     def export(self, pick: str = "knee", name: str | None = None, overwrite: bool = False) -> Path:
         """Write a point as a model of its own, verify it in a fresh process, and return its folder.
 
+        The knee that the search has exported is taken as it is, unless another ``name`` or ``overwrite`` is given.
         ``natsl.api.export`` has more options; errors as ``natsl.export.export_choice``.
         """
         from natsl.export import export_point
+        from natsl.search.pipeline import export_knee
 
-        return export_point(self.run, pick, name, overwrite)
+        point = self[pick]
+        made = export_knee(self.run) if point == self.knee and name is None and not overwrite else None
+        return made or export_point(self.run, point.id, name, overwrite)
 
     def __repr__(self) -> str:
         from rich.console import Console
@@ -94,7 +98,7 @@ class SearchResult:
 
         text = io.StringIO()
         Console(file=text, width=_WIDTH, color_system=None).print(front_table(self.front, list(self.points)))
-        return text.getvalue().rstrip()
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
     def _repr_html_(self) -> str:
         """The table, for notebooks."""

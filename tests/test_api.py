@@ -70,6 +70,8 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "unknown as typed": (lambda: api.search("search.n_trial=3"), "unknown option 'search.n_trial'; did you mean"),
     "unknown to load": (lambda: api.load(rn="x"), r"unknown option 'rn'; did you mean run\?"),
+    "no number": (lambda: api.load(run="r", budget="much"), "budget = 'much' is not allowed"),
+    "no such pick": (lambda: api.load(run="r", root=Path("nowhere"), pick=3), "there is no run 'r' in nowhere"),
     "out of bounds": (lambda: api.search(search={"n_trials": -3}), "search.n_trials = -3 is not allowed"),
     "of another type": (lambda: api.train(seed="many"), "seed: Value 'many' of type 'str' could not be converted"),
     "a preset": (lambda: api.plan(experiment="none"), "experiment = 'none' is not allowed: the presets are"),
@@ -300,6 +302,11 @@ def test_exporting_gives_a_folder_that_is_verified(
     assert [result.fault for result in checks if result.loader == "natsl"].count(None) > 3
     own = found.export("knee", name="mine")
     assert own == found.run.exports / "mine"
+    knee = found.export()
+    assert knee == found.run.exports / found["knee"].id
+    before = (knee / "manifest.json").stat().st_mtime_ns
+    assert found.export(found["knee"].id) == knee
+    assert (knee / "manifest.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="exists: choose another name"):
         found.export("knee", name="mine")
 
