@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from natsl import checkpoint
-from natsl.cli.commands import GenerateConfig
+from natsl.cli.generation import GenerateConfig
 from natsl.cli.main import run_verb
 from natsl.config import ModelConfig
 from natsl.errors import UserError

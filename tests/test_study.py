@@ -408,22 +408,6 @@ def test_the_database_is_in_wal_mode(tmp_path: Path) -> None:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-def test_an_unreachable_storage_is_one_line_without_its_password(tmp_path: Path) -> None:
-    config = SearchConfig(anchors=ANCHORS, n_trials=1, storage="postgresql://me:hunter22@localhost:1/none")
-    with pytest.raises(UserError, match=r"search.storage cannot be opened") as caught:
-        opened(tmp_path, config)
-    assert "hunter22" not in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_storage_url_is_used(tmp_path: Path) -> None:
-    config = SearchConfig(anchors=ANCHORS, n_trials=2, storage=f"sqlite:///{tmp_path}/elsewhere.db")
-    opened(tmp_path, config).run(synthetic)
-    assert (tmp_path / "elsewhere.db").exists()
-    assert not (tmp_path / "study.db").exists()
-    assert len(opened(tmp_path, config).records) == 2
-
-
 def test_the_users_policies_are_tried_first(tmp_path: Path) -> None:
     mine = RoutingPolicy((LayerPolicy(budget=0.333), LayerPolicy(Op.delta), LayerPolicy(Op.softmax)), CHUNK)
     config = SearchConfig(anchors=ANCHORS, n_trials=2)

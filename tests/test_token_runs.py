@@ -15,14 +15,13 @@ import pytest
 from natsl.cli.commands import (
     CalibrateConfig,
     ExportConfig,
-    GenerateConfig,
     TrainRunConfig,
     run_calibration,
     run_export,
-    run_generation,
     run_training,
 )
 from natsl.cli.evaluation import EvaluateRunConfig, evaluate_choice, run_evaluation
+from natsl.cli.generation import GenerateConfig, run_generation
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig
 from natsl.files import read_json
 from natsl.record import DataRecord
