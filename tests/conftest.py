@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import random
@@ -15,6 +16,10 @@ import torch
 # launches are replayed, as they are from the second call on, in the first call too.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from tests.interpreter import speed_up
+
+        speed_up()
 else:
     from natsl.kernels.launch.replay import Replayed
 
