@@ -25,6 +25,7 @@ from tests.latency_helpers import decode_ms, made_table, prefill_ms
 from tests.oracles import tiny_model
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where kernels run
 MODEL = ModelConfig(layers=[Op.routed, Op.delta, Op.softmax], width=16, mlp_width=16, key_dim=8, value_dim=8)
 SETTING = Setting(MODEL, Precision.float32, CPU, 2)
 
@@ -100,7 +101,7 @@ def test_what_is_measured_are_times_of_this_model() -> None:
 def test_a_filled_cache_is_one_that_can_be_gone_on_from(tokens: int, steps: int) -> None:
     """Both ways of decoding give the same from it, and every head holds what it should."""
     pytest.importorskip("triton")
-    model = tiny_model("rsd", chunk_size=16).eval()
+    model = tiny_model("rsd", chunk_size=16).eval().to(DEVICE)
     heads = model.config.heads
     kept = [[0.5] + [1.0] * (heads - 1), [1.0] * heads, [0.0] * heads]
     cache = filled_cache(model, 2, tokens, kept)
@@ -116,7 +117,7 @@ def test_a_filled_cache_is_one_that_can_be_gone_on_from(tokens: int, steps: int)
     policy = RoutingPolicy.fill(model.kinds, 16, LayerPolicy(threshold=math.inf))
     other = copy.deepcopy(cache)
     decoder = Decoder(model, policy, other)
-    for token in torch.randint(model.config.vocab_size, (steps, 2)):
+    for token in torch.randint(model.config.vocab_size, (steps, 2), device=DEVICE):
         expected = model(token[:, None], policy, cache=cache).logits
         torch.testing.assert_close(decoder.step(token), expected[:, 0], rtol=0, atol=1e-3)
     assert cache.layers[0].pages is not None
