@@ -18,6 +18,7 @@ from natsl import latency
 from natsl.cli.latency import LatencyConfig, run_latency
 from natsl.config import ModelConfig, Precision
 from natsl.decode import Decoder
+from natsl.errors import UserError
 from natsl.latency import Bench, Check, Setting, check_table, filled_cache, measure_table, obtain_table, random_routes
 from natsl.space.latency import LatencyTable, Step
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
@@ -143,8 +144,20 @@ def test_a_table_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert longer.covers(65)
     assert obtain_table(SETTING, [64]) == longer
     asked.clear()
-    obtain_table(SETTING, [64], fresh=True)
+    assert obtain_table(SETTING, [65], fresh=True) == longer
     assert asked != []
+
+
+def test_a_shorter_table_never_replaces_a_longer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = by_formula(monkeypatch, rest_ms)
+    longer = obtain_table(SETTING, [100])
+    asked.clear()
+    with pytest.raises(UserError, match=r"tokens = 99 with fresh = true .* up to 100, .* give tokens=100 or more"):
+        obtain_table(SETTING, [99], fresh=True)
+    assert asked == []
+    assert obtain_table(SETTING, [100]) == longer
+    wider = obtain_table(SETTING, [8])  # below what it covers
+    assert (wider.lengths[0], wider.lengths[-1]) == (8, 100)
 
 
 @pytest.mark.parametrize(
