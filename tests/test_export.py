@@ -67,6 +67,7 @@ def test_export_and_reload(run: Run) -> None:
     assert read_json(folder / "calibration.json")["by_head"][1][0][0] is None
 
 
+@pytest.mark.usefixtures("fast")
 def test_a_fresh_process_elsewhere_gives_the_same_logits(run: Run, tmp_path: Path) -> None:
     folder = export_point(run, "t0002").rename(tmp_path / "moved")
     code = "import sys, torch; from natsl.load import load_exported; m, p = load_exported(sys.argv[1]);"
@@ -264,6 +265,7 @@ def test_a_full_disk_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -
         export_point(run)
     assert list(run.exports.iterdir()) == []
     monkeypatch.undo()
+    monkeypatch.setattr("natsl.export.verify", lambda folder: [])
     assert export_point(run).is_dir()
 
 
