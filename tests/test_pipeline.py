@@ -555,7 +555,8 @@ def test_the_command_searches_and_then_has_nothing_to_do(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["experiment=smoke", "name=cli", f"root={tmp_path}", f"data.path={text}", "search.n_trials=3"]
-    arguments += ["tracking.mode=disabled", "export=false", "device=cpu", "data.seq_len=96"]
+    arguments += ["tracking.mode=disabled", "export=false", "device=cpu", "data.seq_len=96", "model.width=16"]
+    arguments += ["data.search_sequences=2", "data.test_sequences=2"]
     first = command(*arguments)
     assert first.returncode == 0, first.stderr
     assert f"report  {tmp_path}/cli/report.html" in first.stdout
