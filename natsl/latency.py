@@ -85,13 +85,22 @@ def table_path(setting: Setting) -> Path:
 def obtain_table(setting: Setting, wanted: Sequence[int], fresh: bool = False) -> LatencyTable:
     """The table of a setting that covers these lengths in tokens: the stored one, or measured and stored.
 
-    One that is damaged or too short is measured anew, and with ``fresh`` any. ``UserError`` if the device has not
-    enough memory.
+    One that is damaged is measured anew, one that does not cover them too, at its own lengths as well, and with
+    ``fresh`` any. ``UserError`` if the device has not enough memory, and where ``fresh`` lengths would replace a table
+    of longer ones.
     """
     path = table_path(setting)
-    table = None if fresh else read_table(path)
-    if table is not None and dict(table.made_from) == setting.to_dict() and all(map(table.covers, wanted)):
-        return table
+    table = read_table(path)
+    if table is not None and dict(table.made_from) == setting.to_dict():
+        longest = table.lengths[-1]
+        if fresh and longest > max(wanted):
+            raise UserError(
+                f"tokens = {max(wanted)} with fresh = true is not allowed: the table in {path} goes up to {longest}, "
+                f"which would be lost; give tokens={longest} or more"
+            )
+        if not fresh and all(map(table.covers, wanted)):
+            return table
+        wanted = [*wanted, table.lengths[0], longest]
     table = measure_table(setting, wanted)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

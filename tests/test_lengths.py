@@ -31,6 +31,8 @@ from natsl.space.policy import RoutingPolicy
 from natsl.space.space import Control, SearchSpace
 from tests.test_pipeline import interrupted, tiny
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 LONGER: dict[str, Any] = {"lengths": [2, 1], "objectives": ["val_loss", "kept_fraction"]}
 
 

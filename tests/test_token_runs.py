@@ -34,6 +34,8 @@ from natsl.tasks.mqar import MqarConfig
 from natsl.tracking import TrackingConfig, TrackingMode
 from tests.run_helpers import write_letters
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 VOCABULARY = 1_000  # ids from 256 to 871 have room behind keys and values
 
 

@@ -117,6 +117,7 @@ def _draw(place: Axes, front: Front, across: str, up: str) -> None:
             elinewidth=1.1,
             label=item.label,
             zorder=order + 3,
+            clip_on=False,  # marks at the left end, 0 %, are seen whole; what lies beyond the right one is not drawn
         )
     x, y = drawn.x, drawn.y
     place.set_xlabel(f"{x.label}\n{drawn.note}" if drawn.note else x.label)
