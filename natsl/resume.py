@@ -38,6 +38,7 @@ FREE_ON_RESUME = (
     "search.random_draws",
     "search.uniform_budgets",
     "search.lengths",
+    "search.batch",  # null keeps the study's, which compares any other
 )
 # What only the report depends on: it is made again if they change.
 REPORT_OPTIONS = frozenset({"search.random_draws", "search.uniform_budgets", "search.lengths"})

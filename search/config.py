@@ -39,6 +39,9 @@ class SearchConfig:
     uniform_budgets: baselines with one budget in every layer.
     max_failure_rate, min_failures: the search stops once at least so many trials, and more than this share, failed.
     storage: an Optuna database URL (null: ``study.db`` in the run's folder).
+    batch: how many policies are proposed before a result of one of them is used, which the same seed then makes the
+        same, however many workers there are (null: 1 with one worker, else four for each, when the search begins).
+    synchronous: false proposes a policy whenever a worker is free: which ones then depends on how fast they are.
     """
 
     n_trials: int = 140
@@ -59,6 +62,8 @@ class SearchConfig:
     max_failure_rate: float = 0.5
     min_failures: int = 5
     storage: str | None = None
+    batch: int | None = None
+    synchronous: bool = True
 
     def __post_init__(self) -> None:
         p = "search."
@@ -83,6 +88,7 @@ class SearchConfig:
             self.rungs,
             "they must rise from above 0, and the last must be 1",
         )
+        check_counts(1, {p + "batch": 1 if self.batch is None else self.batch})
         for budget in self.uniform_budgets:
             check(0 < budget < 1, p + "uniform_budgets", budget, "each budget must lie in (0, 1)")
         check(0 <= self.local_share <= 1, p + "local_share", self.local_share, "it must lie in [0, 1]")

@@ -7,7 +7,7 @@ from typing import Any
 from natsl.run import Run
 from natsl.search.front import Front, Point, amount
 from natsl.search.report.headline import family_line
-from natsl.search.study import Record
+from natsl.search.trial import Record
 from natsl.tracking import Tracker
 
 

@@ -46,7 +46,8 @@ from natsl.search.score import Judge, Scorer, knee_choice, make_judge, score, st
 from natsl.search.score_cache import ScoreCache
 from natsl.search.source import obtain_supernet, source_run, take_settings
 from natsl.search.storage import connect
-from natsl.search.study import PolicyStudy, Problem, Record, first_policies, open_policy_study
+from natsl.search.study import PolicyStudy, Problem, first_policies, open_policy_study
+from natsl.search.trial import Record
 from natsl.secrets import redact, redact_text
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks.sequences import IGNORED

@@ -27,7 +27,8 @@ from natsl.search.front import Baseline, FamilyFront, Kind, KneeChoice, Point, a
 from natsl.search.objective import OBJECTIVES, QUALITY, measure
 from natsl.search.pareto import Scale, dominates, family_dominates, non_dominated
 from natsl.search.rungs import Parts
-from natsl.search.study import Problem, Record
+from natsl.search.study import Problem
+from natsl.search.trial import Record
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tree import common_order
 

@@ -28,7 +28,8 @@ from natsl.search.report.html import render
 from natsl.search.report.plane import axis, planes, show
 from natsl.search.report.png import front_png
 from natsl.search.score import Judge, Scorer, score
-from natsl.search.study import Problem, Record
+from natsl.search.study import Problem
+from natsl.search.trial import Record
 from natsl.space import cost
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace
