@@ -27,6 +27,7 @@ class Journal:
         self._tracker.log({f"search/{key}": value for key, value in shown.items()}, step=record.index)
         row = {"event": "trial", "trial": record.id, "policy": record.policy.describe(), **numbers}
         row |= {} if record.complete else {"share": record.share}
+        row |= {"history": record.history} if record.history else {}
         reason = {} if record.reason is None else {"failed": record.reason}
         self._run.log(row | reason | ({} if record.same_as is None else {"same_as": record.same_as}))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +14,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Engine
 
 from natsl.errors import UserError
 from natsl.evaluate import Evaluation
@@ -23,7 +26,7 @@ from natsl.search.question import Question, Queue
 from natsl.search.rungs import Result, goes_on
 from natsl.search.samplers import Sampler, make_sampler
 from natsl.search.samplers.history import SHARE
-from natsl.search.storage import FINGERPRINT, Identity, OpenStudy, open_study, reported_errors
+from natsl.search.storage import BEAT, FINGERPRINT, THREADS, Identity, OpenStudy, open_study, reported_errors
 from natsl.search.trial import Proposal, Record, Work
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy
@@ -33,7 +36,10 @@ POLICY, EVALUATION, REASON, KNOWN = "policy", "evaluation", "reason", "same_as"
 FAULT = "transient"  # whether the reason is a fault of the machine
 PARTS = "parts"  # results of a trial on growing parts of the sequences, the last one that of its values
 INDEX = "index"  # which record a trial makes; older trials that a sampler has drawn do not say it
+HISTORY = "history"  # what went wrong with the workers of a trial before
 BATCH = "batch"  # Optuna's number of the first trial that was proposed from the same results
+
+_BEAT_SECONDS = 5.0
 
 Evaluate = Callable[[RoutingPolicy, float], Evaluation]  # a policy on a share of the sequences
 
@@ -83,6 +89,7 @@ class PolicyStudy:
         self._again: dict[int, dict[str, Any]] = {}  # parameters of the records that are to be tried again, by index
         self._made: list[Record] = []  # by this process
         self._open: list[Work] = []  # proposed and not told, in order
+        self._beaten = -math.inf
         self._told = -1  # Optuna's number of the latest record
         self.batch: int = self.fingerprint.get("batch", 1)
         while study.get_trials(False, (TrialState.WAITING,)):  # of a process that ended before it asked for it
@@ -123,6 +130,29 @@ class PolicyStudy:
         proposal = Proposal(optuna.Trial(study, trial._trial_id), index, policy, known, attributes[BATCH])
         self._open.append(Work(proposal))
         self.cut_off += 1
+
+    @property
+    def engine(self) -> Engine:
+        """The database that it is in."""
+        return self._opened.storage.engine
+
+    @property
+    def id(self) -> int:
+        """Its number there."""
+        return self._study._study_id
+
+    def beat(self) -> None:
+        """Show processes on other machines that its owner works."""
+        if time.monotonic() - self._beaten >= _BEAT_SECONDS:
+            self._beaten = time.monotonic()
+            self._study.set_user_attr(BEAT, round(self._beaten, 3))
+
+    def threads(self, chosen: int) -> int:
+        """How many threads evaluations have, as ``chosen`` when the first of them was made: sums depend on it."""
+        stored = self._study.user_attrs.get(THREADS)
+        if stored is None:
+            self._study.set_user_attr(THREADS, chosen)
+        return chosen if stored is None else int(stored)
 
     @property
     def remaining(self) -> int:
@@ -287,6 +317,7 @@ class PolicyStudy:
                 queue.ahead([question])
                 return moved
             moved = True
+            work.history = (*work.history, *queue.history(question))
             try:
                 self._judge(work, evaluate, share)
             except PERMANENT as error:
@@ -316,11 +347,14 @@ class PolicyStudy:
     def _finish(self, on_record: Callable[[Record], None] | None) -> None:
         """Store the outcome of the first of the open trials."""
         work = self._open[0]
+        if work.history:
+            work.proposal.trial.set_user_attr(HISTORY, work.history)
         if work.reason is None and work.evaluation is not None:
             record = self.tell(work.proposal, work.evaluation, work.parts, work.share)
         else:
             record = self.fail(work.proposal, work.reason or "", work.transient)
         del self._open[0]
+        record = replace(record, history=work.history)
         self._made.append(record)
         if on_record is not None:
             on_record(record)
@@ -399,6 +433,22 @@ def open_policy_study(
     ``UserError`` if the storage is damaged, foreign or belongs to other settings.
     """
 
+    fingerprint = fingerprint_of(config, problem, seed, made_from, workers)
+    identity = Identity(name, [item.direction for item in problem.objectives], fingerprint)
+    opened = open_study(path, config.storage, identity)
+    try:
+        with reported_errors(opened.where):
+            return PolicyStudy(opened, config, problem, seed)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def fingerprint_of(
+    config: SearchConfig, problem: Problem, seed: int, made_from: Mapping[str, Any], workers: int
+) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """What a study depends on, given what it did when it was made ({}: it is new); arguments as of a study."""
+
     def fingerprint(stored: Mapping[str, Any]) -> dict[str, Any]:
         """What is left to us, the number of anchors and the batch, is chosen once, when the study is made."""
         count = first_count(config, problem.given)
@@ -421,14 +471,7 @@ def open_policy_study(
             **made_from,
         }
 
-    identity = Identity(name, [item.direction for item in problem.objectives], fingerprint)
-    opened = open_study(path, config.storage, identity)
-    try:
-        with reported_errors(opened.where):
-            return PolicyStudy(opened, config, problem, seed)
-    except BaseException:
-        opened.close()
-        raise
+    return fingerprint
 
 
 def _batch(config: SearchConfig, workers: int) -> int:

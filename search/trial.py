@@ -19,7 +19,7 @@ class Record:
     ``same_as``: index of the earlier trial of the same policy whose result was used. ``transient``: it failed by a
     fault of the machine, which says nothing about the policy: the next process tries it again. ``parts``: its results
     on growing parts of the held-out sequences, objectives and by how much constraints are broken; ``share``: of the
-    sequences that its values are of.
+    sequences that its values are of. ``history``: what went wrong with its workers before, a line each.
     """
 
     index: int
@@ -33,6 +33,7 @@ class Record:
     transient: bool = False
     parts: tuple[Result, ...] = ()
     share: float = 1.0
+    history: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -76,3 +77,4 @@ class Work:
     transient: bool = False
     parts: tuple[Result, ...] = ()
     share: float = 1.0
+    history: tuple[str, ...] = ()

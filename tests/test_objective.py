@@ -63,6 +63,7 @@ def front_of(names: list[str]) -> Front:
         lambda policy: dict.fromkeys(metrics(), plain.test(policy)["mqar"]),
         lambda policy, fractions, seed: complete(plain.random(policy, fractions, seed)),
         plain.control,
+        plain.length,
     )
     scorer = Scorer(judge, asked, config, 0, records)
     swept = [scorer.sweep(*item, lambda _: None) for item in listed(Sweep(ROUTED, CHUNK, HEADS, SearchSpace()))]
