@@ -51,6 +51,7 @@ from natsl.search.storage import connect
 from natsl.search.study import PolicyStudy, Problem, first_policies, open_policy_study
 from natsl.search.trial import Record
 from natsl.search.worker.dispatch import Dispatcher
+from natsl.search.worker.group import join
 from natsl.search.worker.pool import Workers, worker_devices
 from natsl.search.worker.process import SUPERNET, Job
 from natsl.search.worker.table import TaskTable
@@ -67,7 +68,9 @@ COMPARED, IN_HINDSIGHT = 6, 3  # points of a front that are compared with contro
 
 
 def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front | None:
-    """Run or resume a search and return its front (None: everything was done before).
+    """Run or resume a search and return its front (None: everything was done before, or by another process).
+
+    Where ``search.storage`` holds the study of a search that runs elsewhere, evaluate for that until it ends.
 
     ``arguments``: of the command line, for the report. Raises ``ValueError`` (``UserError``) for what the user has to
     fix, before anything is trained wherever it can be known.
@@ -76,6 +79,8 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
     config, problem, data, trained = prepare(config)
     if config.search.storage is not None:
         connect(config.search.storage)
+        if join(config, problem, data, device):
+            return None
     run = Run.open(config.name, config.root)
     with run.lock():
         outdated = bool(check_resume(run, config) & REPORT_OPTIONS)
