@@ -47,7 +47,7 @@ def draining() -> bool:
 
 @contextlib.contextmanager
 def drains(on_first: Callable[[], None]) -> Iterator[None]:
-    """Within the block a first Ctrl-C only calls ``on_first`` and sets ``draining``; the next one interrupts.
+    """Within the block a first Ctrl-C calls ``on_first`` and sets ``draining``; a second one, or its end, interrupts.
 
     In another thread than the main one, and where SIGINT is ignored, the block changes nothing.
     """
@@ -65,6 +65,8 @@ def drains(on_first: Callable[[], None]) -> Iterator[None]:
     signal.signal(signal.SIGINT, on_sigint)
     try:
         yield
+        if _State.draining:  # it came when there was nothing to wait for
+            raise KeyboardInterrupt
     finally:
         _State.draining = False
         signal.signal(signal.SIGINT, before)

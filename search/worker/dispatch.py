@@ -165,6 +165,7 @@ class Dispatcher:
 
     def _drain(self) -> None:
         """Let nobody begin anything, wait for what is running, and leave."""
+        self._asked.clear()  # what its worker loses now is held as well
         self._table.hold()
         while self._table.running():
             self._step()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import natsl
 from natsl.errors import UserError
 from natsl.search.config import SearchConfig
-from natsl.search.worker.process import EXIT_DEVICE, EXIT_MISTAKE, READY, Job
+from natsl.search.worker.process import EXIT_MISTAKE, READY, Job
 from natsl.search.worker.table import TaskTable
 
 if TYPE_CHECKING:
@@ -143,8 +143,6 @@ class Workers:
         seat.in_vain += not seat.ready
         if not seat.ready and (code == EXIT_MISTAKE or seat.in_vain >= _STARTS):
             raise UserError(line if code == EXIT_MISTAKE and line else f"workers end before they are ready: {why}")
-        if code == EXIT_DEVICE:
-            seat.in_vain += 1  # a device that every new process finds broken ends the search
         self._start(seat)
 
     def look(self, seconds: float) -> None:
