@@ -135,7 +135,11 @@ def test_studies_of_one_database_are_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dialect", "text"),
-    [(sqlite.dialect(), "TEXT"), (postgresql.dialect(), "TEXT"), (mysql.dialect(), "MEDIUMTEXT")],
+    [
+        (sqlite.dialect(), "TEXT"),
+        (postgresql.dialect(), "TEXT"),
+        (mysql.dialect(), "MEDIUMTEXT"),  # type: ignore[no-untyped-call]
+    ],
     ids=["sqlite", "postgresql", "mysql"],
 )
 def test_long_results_fit_everywhere(dialect: Dialect, text: str) -> None:
