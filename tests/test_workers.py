@@ -18,11 +18,14 @@ import pytest
 import torch
 
 from natsl.errors import UserError
-from natsl.search.config import Launcher, SearchConfig
+from natsl.files import from_plain, to_plain
+from natsl.search.config import Launcher, SearchConfig, SearchRunConfig
 from natsl.search.fault import WorkerError
 from natsl.search.question import Question
 from natsl.search.study import PolicyStudy, SearchFailedError
 from natsl.search.trial import Record
+from natsl.search.worker.pool import worker_devices
+from natsl.threads import threads_each
 from tests.fake_search import fake_search, search
 from tests.search_helpers import problem
 from tests.soak import soak
@@ -285,3 +288,42 @@ def test_workers_need_a_launcher() -> None:
 def test_a_search_survives_signals_at_random(tmp_path: Path) -> None:
     """A short form of ``python -m tests.soak``."""
     assert soak(tmp_path, kills=6, seed=3, trials=16).startswith("1 searches of 16 trials survived 6 signals")
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "devices"),
+    [
+        ("cpu", None, ["cpu"]),
+        ("cpu", 3, ["cpu"] * 3),
+        ("cuda", None, ["cuda:0", "cuda:1"]),
+        ("cuda", 3, ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda:1", None, ["cuda:1"]),
+        ("cuda:1", 2, ["cuda:1"] * 2),
+    ],
+)
+def test_workers_take_the_gpus_in_turn(
+    device: str, workers: int | None, devices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert worker_devices(SearchConfig(workers=workers), torch.device(device)) == devices
+
+
+def test_workers_share_the_threads_and_a_study_keeps_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert [threads_each(count) for count in (1, 2, 4, 12)] == [6, 3, 1, 1]
+    with fake_search(tmp_path, config(workers=1)) as (study, _, _):
+        assert study.threads(3) == 3
+    with fake_search(tmp_path, config(workers=1)) as (study, _, _):
+        assert study.threads(6) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    assert threads_each(2) == 6
+
+
+def test_a_configuration_survives_json() -> None:
+    settings = SearchConfig(constraints={"val_loss": 2.0}, rungs=[0.5, 1.0], trial_timeout=2.0)
+    plain = SearchRunConfig(seed=3, search=settings)
+    assert from_plain(SearchRunConfig, json.loads(json.dumps(to_plain(plain)))) == plain
