@@ -75,11 +75,11 @@ def test_batches_of_one_are_the_serial_search(tmp_path: Path) -> None:
     assert "batch" not in study.fingerprint, "a study from before there were batches goes on"
 
 
-@pytest.mark.parametrize("sampler", [Sampler.sweep, Sampler.tpe, Sampler.nsga3])
+@pytest.mark.parametrize("sampler", [Sampler.sweep, Sampler.tpe])
 def test_the_trials_are_the_same_with_any_workers(sampler: Sampler, tmp_path: Path) -> None:
     config = SearchConfig(n_trials=60, anchors=8, batch=15, sampler=sampler, rungs=[0.2, 0.5, 1.0])
     found = []
-    for seed, count in ((0, 1), (1, 2), (2, 4), (3, 12)):
+    for seed, count in ((0, 1), (1, 4), (2, 12)):
         folder = tmp_path / str(seed)
         folder.mkdir()
         study = opened(folder, config)
@@ -92,7 +92,7 @@ def test_the_trials_are_the_same_with_any_workers(sampler: Sampler, tmp_path: Pa
 
 @pytest.mark.parametrize("synchronous", [True, False], ids=["in batches", "as workers get free"])
 def test_a_search_that_is_cut_off_again_and_again_loses_and_repeats_nothing(synchronous: bool, tmp_path: Path) -> None:
-    config = SearchConfig(n_trials=40, anchors=10, batch=5, synchronous=synchronous)
+    config = SearchConfig(n_trials=30, anchors=10, batch=5, synchronous=synchronous)
     straight = tmp_path / "straight"
     straight.mkdir()
     whole = opened(straight, config)
@@ -111,9 +111,9 @@ def test_a_search_that_is_cut_off_again_and_again_loses_and_repeats_nothing(sync
         except KeyboardInterrupt:
             proposed |= {work.proposal.index: work.proposal.policy.digest() for work in study._open}
         study.close()
-    assert seed > 4
+    assert seed > 3
     records = opened(tmp_path, config).records
-    assert [record.index for record in records] == list(range(40))
+    assert [record.index for record in records] == list(range(30))
     assert {index: records[index].policy.digest() for index in proposed} == proposed
     if synchronous:
         assert outcome(records) == outcome(whole.records)
