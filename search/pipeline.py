@@ -297,6 +297,7 @@ class _Search:
 
     def _trials(self, study: PolicyStudy, scorer: Scorer, queue: Queue) -> Scale:
         journal = Journal(self.folder, self.tracker)
+        scorer.expect_test([item.policy for item in self._fixed()], later=True)  # whatever the trials find
         first = study.first[: self.config.search.n_trials]
         if len(study.records) < len(first):
             with Progress("anchors", len(first)) as progress:
@@ -326,10 +327,15 @@ class _Search:
             study.run(scorer.on_share, on_record, lambda: probe_device(self.device) if inline else None, queue)
         return scale
 
+    def _fixed(self) -> list[Named]:
+        """The baselines that every search with such a model has."""
+        settings = self.config.search
+        return baselines(self.problem.kinds, self.problem.chunk_size, settings.uniform_budgets, settings.space)
+
     def _score(self, study: PolicyStudy, scorer: Scorer, scale: Scale, judge: Judge) -> Front:
         """Front, baselines and controls on the test split, and what else the report tells."""
         settings, chosen = self.config.search, study.front()
-        fixed = baselines(self.problem.kinds, self.problem.chunk_size, settings.uniform_budgets, settings.space)
+        fixed = self._fixed()
         known = {item.policy.digest() for item in fixed}
         heads = sum(shape.heads for shape in self.problem.costs.shapes if shape.kind is Op.routed)
         with Progress("heads", most_evaluations(heads)) as progress:

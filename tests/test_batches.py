@@ -51,6 +51,9 @@ class Workers:
                 self.asked.append(question)
                 self._waiting.append(question)
 
+    def ready(self, question: Question) -> bool:
+        return question.key in self._done
+
     def wait(self) -> None:
         if self._left == 0:
             raise KeyboardInterrupt
@@ -63,7 +66,7 @@ class Workers:
         return synthetic(policy, share)
 
     def run(self, study: PolicyStudy) -> None:
-        study.run(self.evaluate, queue=Queue(self.ahead, lambda question: question.key in self._done, self.wait))
+        study.run(self.evaluate, queue=Queue(ahead=self.ahead, ready=self.ready, wait=self.wait))
 
 
 def test_batches_of_one_are_the_serial_search(tmp_path: Path) -> None:

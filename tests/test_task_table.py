@@ -70,6 +70,13 @@ def test_a_worker_gets_what_it_has_most_of_at_hand(table: TaskTable) -> None:
     assert [task.payload["number"] for task in order if task is not None] == [4, 0, 2, 3, 5, 1]
 
 
+def test_what_can_wait_comes_last(table: TaskTable) -> None:
+    table.submit({"key0": PAYLOADS["key0"]}, {"key0": "w"}, later=True)
+    table.submit(PAYLOADS)
+    order = [table.claim("w", HERE) for _ in PAYLOADS]
+    assert [task.payload["number"] for task in order if task is not None] == [1, 2, 3, 4, 5, 0]
+
+
 def test_a_result_needs_its_lease(table: TaskTable) -> None:
     table.submit({"key": {}})
     late = lease(table)

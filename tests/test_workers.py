@@ -259,6 +259,23 @@ def test_ctrl_c(times: int, straight: Outcome, tmp_path: Path) -> None:
     assert calls(tmp_path).count(begun[0]) == times
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_can_wait_is_for_workers_that_would_be_idle(workers: int, tmp_path: Path) -> None:
+    question, next_one = Question.search(FIRST[0], 0.5), Question.search(FIRST[1], 0.5)
+    with fake_search(tmp_path, config(workers=workers), seconds=0.5) as (_, judge, _):
+        judge.queue.later([question])
+        judge.queue.ahead([next_one])
+        while not judge.queue.ready(next_one):
+            judge.queue.wait()
+        assert judge.search(FIRST[1], 0.5).val_loss is not None
+        if workers > 1:
+            until(lambda: f"{FIRST[0].digest()} 0.5" in calls(tmp_path))
+        else:
+            assert len(calls(tmp_path)) == 1
+        assert judge.search(FIRST[0], 0.5).val_loss is not None
+    assert len(calls(tmp_path)) == 2
+
+
 def test_errors_keep_their_kind(tmp_path: Path) -> None:
     with fake_search(tmp_path, config(workers=1), fault="oom", times=1) as (_, judge, _):
         with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\. Tried"):
