@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 
@@ -25,6 +26,7 @@ MAX_FILE_BYTES = 1 << 20
 MAX_NODES = 100_000  # of one config file, after its aliases are expanded
 _TAG_PREFIX = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {_TAG_PREFIX + t for t in ("str", "int", "float", "bool", "null", "map", "seq", "merge", "value")}
+D = TypeVar("D")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -103,6 +105,27 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def from_plain(kind: type[D], plain: Mapping[str, Any]) -> D:
+    """The inverse of ``to_plain`` for a dataclass of finite values, also after JSON."""
+    hints = get_type_hints(kind)
+    return kind(**{item.name: _from_plain(hints[item.name], plain[item.name]) for item in fields(kind)})  # type: ignore[arg-type]
+
+
+def _from_plain(hint: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    arguments = [item for item in get_args(hint) if item is not type(None)]
+    if isinstance(hint, UnionType):
+        return _from_plain(arguments[0], value) if len(arguments) == 1 else value
+    if get_origin(hint) is list:
+        return [_from_plain(arguments[0], item) for item in value]
+    if get_origin(hint) is dict:
+        return {_from_plain(arguments[0], key): _from_plain(arguments[1], item) for key, item in value.items()}
+    if is_dataclass(hint) and isinstance(hint, type):
+        return from_plain(hint, value)
+    return hint(value) if isinstance(hint, type) and issubclass(hint, Enum) else value
 
 
 def write_text(path: Path, text: str) -> None:

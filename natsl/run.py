@@ -41,6 +41,7 @@ class Run:
         self.specialised = path / "specialise.json"
         self.latency = path / "latency.json"
         self.study_db = path / "study.db"
+        self.workers = path / "workers"
         self.scores = path / "scores.jsonl"
         self.front_json = path / "front.json"
         self.front_csv = path / "front.csv"

@@ -20,9 +20,14 @@ BUSY = 0.1  # share of the cores that other work has to use before threads wait 
 SAMPLE_SECONDS = 0.1
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 NUMBER = "OMP_NUM_THREADS"
+_NUMBERS = (NUMBER, "MKL_NUM_THREADS")
 _log = logging.getLogger(__name__)
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
+
+
+class _Chosen:
+    here = False  # whether the number of threads in the environment is ours, not the user's
 
 
 def choose_threads() -> None:
@@ -43,6 +48,7 @@ def choose_threads() -> None:
         if quota is not None and quota < threads:
             threads = max(1, int(quota))
             os.environ[NUMBER] = str(threads)
+            _Chosen.here = True
     if threads == 1 or any(name in os.environ for name in WAITING):
         return
     used = other_work(cores)
@@ -81,6 +87,18 @@ def cpu_quota() -> float | None:
         folders = [mount.joinpath(*parts[:depth]) for mount in mounts for depth in range(len(parts) + 1)]
         limits += [limit for limit in map(_limit, folders) if limit is not None]
     return min(limits, default=None)
+
+
+def threads_each(processes: int) -> int:
+    """Threads of each of so many processes that share the cores with which torch computes here.
+
+    Where the user has set a number of threads, each has that many.
+    """
+    import torch
+
+    own = torch.get_num_threads()
+    given = not _Chosen.here and any(name in os.environ for name in _NUMBERS)
+    return own if given else max(1, own // processes)
 
 
 @contextlib.contextmanager

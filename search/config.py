@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from enum import Enum
 from itertools import pairwise
 
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig
@@ -14,6 +15,13 @@ from natsl.space.policy import Op
 from natsl.space.space import Control, SearchSpace
 from natsl.tasks import DataConfig
 from natsl.tracking import TrackingConfig
+
+
+class Launcher(Enum):
+    """Where evaluations are made."""
+
+    local = "local"  # in worker processes on this machine
+    inline = "inline"  # in the process of the search itself, one after another: to debug
 
 
 @dataclass
@@ -39,6 +47,14 @@ class SearchConfig:
     uniform_budgets: baselines with one budget in every layer.
     max_failure_rate, min_failures: the search stops once at least so many trials, and more than this share, failed.
     storage: an Optuna database URL (null: ``study.db`` in the run's folder).
+    launcher: what makes the evaluations.
+    workers: processes that evaluate policies (null: one for each GPU that ``device`` allows, else one); several on a
+        GPU share it.
+    batch: how many policies are proposed before a result of one of them is used, which the same seed then makes the
+        same, however many workers there are (null: 1 with one worker, else four for each, when the search begins).
+    synchronous: false proposes a policy whenever a worker is free: which ones then depends on how fast they are.
+    trial_timeout: seconds after which an evaluation counts as hung, and its process is killed (null: never).
+    lease_seconds: a worker that gives no sign of life for so long is taken to be lost, and another one evaluates.
     """
 
     n_trials: int = 140
@@ -59,6 +75,12 @@ class SearchConfig:
     max_failure_rate: float = 0.5
     min_failures: int = 5
     storage: str | None = None
+    launcher: Launcher = Launcher.local
+    workers: int | None = None
+    batch: int | None = None
+    synchronous: bool = True
+    trial_timeout: float | None = None
+    lease_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         p = "search."
@@ -83,6 +105,16 @@ class SearchConfig:
             self.rungs,
             "they must rise from above 0, and the last must be 1",
         )
+        check_counts(1, {f"{p}{k}": 1 if getattr(self, k) is None else getattr(self, k) for k in ("workers", "batch")})
+        check(
+            self.launcher is Launcher.local or self.workers in (None, 1),
+            p + "workers",
+            self.workers,
+            "with search.launcher = inline there is none but the process itself",
+        )
+        for name in ("trial_timeout", "lease_seconds"):
+            seconds = getattr(self, name)
+            check(seconds is None or 0 < seconds < math.inf, p + name, seconds, "it must be above 0")
         for budget in self.uniform_budgets:
             check(0 < budget < 1, p + "uniform_budgets", budget, "each budget must lie in (0, 1)")
         check(0 <= self.local_share <= 1, p + "local_share", self.local_share, "it must lie in [0, 1]")

@@ -18,6 +18,10 @@ _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 _OLDER = re.compile(r"(RuntimeError|MemoryError|OutOfMemoryError|AcceleratorError): ")
 
 
+class WorkerError(RuntimeError):
+    """A worker ended over an evaluation, twice, or one took too long: that may be the machine's fault."""
+
+
 class DeviceLostError(UserError):
     """The device failed and is of no use for the rest of this process."""
 
@@ -25,7 +29,7 @@ class DeviceLostError(UserError):
 def describe(error: Exception) -> str:
     """The reason that is stored with a failed trial, on one line."""
     text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, FloatingPointError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, FloatingPointError | WorkerError) else f"{type(error).__name__}: {text}"
 
 
 def was_transient(reason: str) -> bool:
@@ -56,7 +60,7 @@ def reported_faults() -> Iterator[None]:
     """Report a fault of device or memory outside a trial as a ``UserError``: what is stored so far is used again."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, WorkerError) as error:
         raise UserError(
             f"an evaluation was cut off by a fault of the machine ({describe(error)}): run the same command again; "
             "it goes on where it stopped"

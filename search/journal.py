@@ -7,7 +7,7 @@ from typing import Any
 from natsl.run import Run
 from natsl.search.front import Front, Point, amount
 from natsl.search.report.headline import family_line
-from natsl.search.study import Record
+from natsl.search.trial import Record
 from natsl.tracking import Tracker
 
 
@@ -27,6 +27,7 @@ class Journal:
         self._tracker.log({f"search/{key}": value for key, value in shown.items()}, step=record.index)
         row = {"event": "trial", "trial": record.id, "policy": record.policy.describe(), **numbers}
         row |= {} if record.complete else {"share": record.share}
+        row |= {"history": record.history} if record.history else {}
         reason = {} if record.reason is None else {"failed": record.reason}
         self._run.log(row | reason | ({} if record.same_as is None else {"same_as": record.same_as}))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from natsl.search.objective import OBJECTIVES, CostContext, Role
+from natsl.search.question import Method, Question
 from natsl.space.policy import RoutingPolicy
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from natsl.evaluate import Evaluation
     from natsl.model import RoutedLM
     from natsl.search.config import SearchConfig
-    from natsl.search.score_cache import ScoreCache
+    from natsl.search.score import Judge
     from natsl.tasks.sequences import Batch
 
 
@@ -90,20 +91,36 @@ class Lengths:
         return cls(plain["searched_at"], plain["billed_at"], measured)
 
 
+class LengthJudge:
+    """Evaluates policies of a supernet on test sequences of other lengths; those of one length are remembered."""
+
+    def __init__(self, model: RoutedLM, data: TaskData, batch_size: int) -> None:
+        self._model, self._data, self._batch_size = model, data, batch_size
+        self._known: tuple[tuple[int, int, tuple[str, ...]], dict[str, Batch]] | None = None
+
+    def __call__(self, policy: RoutingPolicy, tokens: int, count: int, tasks: tuple[str, ...]) -> Evaluation:
+        """The policy on ``count`` sequences of ``tokens`` tokens of each of these tasks."""
+        from natsl.evaluate import evaluate
+
+        of = (tokens, count, tasks)
+        if self._known is None or self._known[0] != of:
+            self._known = of, {task: _sequences(self._data, task, tokens, count) for task in tasks}
+        own = self._data.config.seq_len
+        at_once = max(1, self._batch_size * own // tokens)  # tokens of a pass stay as many
+        return evaluate(self._model, policy, self._known[1], batch_size=at_once)
+
+
 class LengthRunner:
-    """Measures policies of a supernet at the lengths that a search names, each once: results go to its cache.
+    """Measures policies of a supernet at the lengths that a search names.
 
     On a GPU costs may be billed at a length of their own, ``search.context``: policies are measured there as well.
     """
 
-    def __init__(
-        self, model: RoutedLM, data: TaskData, cache: ScoreCache, config: SearchConfig, costs: CostContext
-    ) -> None:
-        self._model, self._data, self._cache = model, data, cache
-        self._config, self._costs = config, costs
+    def __init__(self, judge: Judge, data: TaskData, config: SearchConfig, costs: CostContext, on_gpu: bool) -> None:
+        self._judge, self._data, self._costs = judge, data, costs
         own = data.config.seq_len
         lengths = {factor * own for factor in config.lengths}
-        if model.embed.weight.device.type == "cuda" and costs.context != own:
+        if on_gpu and costs.context != own:
             lengths.add(costs.context)
         self.lengths = tuple(sorted(lengths))
 
@@ -134,17 +151,20 @@ class LengthRunner:
         from natsl.search.fault import describe
 
         count = sequences_at(tokens, self._data.config)
-        sets, left_out = self._sets(tokens, count)
+        tasks, left_out = self._tasks(tokens, count)
         found: dict[str, Evaluation] = {}
-        for name, policy in policies.items() if sets else ():
+        arguments = tokens, count, tasks
+        if tasks and tested is None:
+            self._judge.queue.ahead([Question(Method.length, (item,), arguments) for item in policies.values()])
+        for name, policy in policies.items() if tasks else ():
             try:
-                found[name] = self._evaluate(policy, sets, tokens, count) if tested is None else tested(policy)
+                found[name] = self._judge.length(policy, *arguments) if tested is None else tested(policy)
             except (ArithmeticError, ValueError, MemoryError, RuntimeError) as error:  # the report goes without it
                 left_out[name] = describe(error)
             on_step(f"{name} at {tokens} tokens")
         at = replace(self._costs, context=tokens)
         costs = {name: _costs(evaluation, policies[name], at) for name, evaluation in found.items()}
-        planted = {task: Planted(*self._data.config.build(task).planted(tokens)) for task in sets}
+        planted = {task: Planted(*self._data.config.build(task).planted(tokens)) for task in tasks}
         return AtLength(
             tokens=tokens,
             sequences=count,
@@ -154,24 +174,22 @@ class LengthRunner:
             left_out=left_out,
         )
 
-    def _sets(self, tokens: int, count: int) -> tuple[dict[str, Batch], dict[str, str]]:
-        """Test sequences of every task that has some of this length, and why others have none."""
-        from natsl.data import Split
-
-        sets, left_out = {}, {}
+    def _tasks(self, tokens: int, count: int) -> tuple[tuple[str, ...], dict[str, str]]:
+        """The tasks that have test sequences of this length, and why others have none."""
+        tasks, left_out = [], {}
         for task in self._data.tasks:
             try:
-                sets[task] = self._data.batch(task, Split.test, count, seed=0, length=tokens, grow=True)
+                _sequences(self._data, task, tokens, count)
+                tasks.append(task)
             except ValueError as error:
                 left_out[task] = str(error)
-        return sets, left_out
+        return tuple(tasks), left_out
 
-    def _evaluate(self, policy: RoutingPolicy, sets: Mapping[str, Batch], tokens: int, count: int) -> Evaluation:
-        from natsl.evaluate import evaluate
 
-        at_once = max(1, self._config.batch_size * self._data.config.seq_len // tokens)  # tokens of a pass stay as many
-        of = {"kind": "length", "tokens": tokens, "sequences": count, "tasks": sorted(sets)}
-        return self._cache.evaluation(policy, of, lambda: evaluate(self._model, policy, sets, batch_size=at_once))
+def _sequences(data: TaskData, task: str, tokens: int, count: int) -> Batch:
+    from natsl.data import Split
+
+    return data.batch(task, Split.test, count, seed=0, length=tokens, grow=True)
 
 
 def _costs(evaluation: Evaluation, policy: RoutingPolicy, at: CostContext) -> dict[str, float]:

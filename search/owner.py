@@ -15,13 +15,16 @@ import secrets
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from optuna.storages import RDBStorage
 from sqlalchemy import ColumnElement, Insert, Update, column, select, table
 from sqlalchemy.exc import IntegrityError
 
 from natsl.errors import UserError
 from natsl.files import write_text
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
 
 OWNER = "natsl_owner"  # study attribute
 _ATTRIBUTES = table("study_user_attributes", column("study_id"), column("key"), column("value_json"))  # Optuna's
@@ -50,18 +53,23 @@ class Owner:
         name = folder / ".owner"
         if not _read(name):
             write_text(name, secrets.token_hex(8))
+        return cls.named(_read(name))
+
+    @classmethod
+    def named(cls, folder: str) -> Owner:
+        """This process, under a name for what it holds."""
         pids = ""
         with contextlib.suppress(OSError):
             pids = os.readlink(_PROC / "self/ns/pid")
         boot, machine = _read(_PROC / "sys/kernel/random/boot_id"), _read(Path("/etc/machine-id"))
         pid = os.getpid()
-        return cls(platform.node(), machine, boot, pids, pid, _started(pid) or "", _read(name))
+        return cls(platform.node(), machine, boot, pids, pid, _started(pid) or "", folder)
 
     @classmethod
-    def parse(cls, plain: str) -> Owner | None:
+    def parse(cls, plain: str | None) -> Owner | None:
         """The owner of a stored text; None if it names none."""
         try:
-            return cls(**json.loads(plain))
+            return cls(**json.loads(plain or ""))
         except (TypeError, ValueError):
             return None
 
@@ -69,13 +77,18 @@ class Owner:
         """The text to store."""
         return json.dumps(vars(self), sort_keys=True)
 
+    def is_gone(self, here: Owner) -> bool:
+        """Whether the process is known to have ended, as far as ``here``, one that runs, can see."""
+        if (self.boot, self.pids) == (here.boot, here.pids):
+            return _started(self.pid) != self.started
+        return (self.host, self.machine) == (here.host, here.machine) and self.boot != here.boot
+
     def blocks(self, other: Owner) -> bool:
         """Whether ``other``, a process on this machine that holds its run folder, has to stay away from the study."""
         if (self.boot, self.pids) == (other.boot, other.pids):
             itself = (self.pid, self.started) == (other.pid, other.started)
-            return not itself and _started(self.pid) == self.started
-        rebooted = (self.host, self.machine) == (other.host, other.machine) and self.boot != other.boot
-        return not rebooted and self.folder != other.folder
+            return not itself and not self.is_gone(other)
+        return not self.is_gone(other) and self.folder != other.folder
 
 
 def claim(storage: RDBStorage, study_id: int, name: str, folder: Path) -> Owner:

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from natsl import __version__, checkpoint
 from natsl.command import command, option_text, run_options
 from natsl.config import Precision, check_batch, check_chunks
-from natsl.data import Split, TaskData, load_text
+from natsl.data import Split, TaskData
 from natsl.device import probe_device, resolve_device
 from natsl.errors import UserError
 from natsl.files import read_json, to_plain, user_path, write_bytes, write_json, write_text
-from natsl.heldout import keep_record, trained_text
+from natsl.heldout import keep_record
 from natsl.load import read_policy
+from natsl.model import RoutedLM
 from natsl.progress import Progress
 from natsl.record import TrainedText
 from natsl.resume import REPORT_OPTIONS, check_resume
 from natsl.run import Run
 from natsl.search.baseline import Named, baselines
-from natsl.search.config import SearchRunConfig
+from natsl.search.config import Launcher, SearchRunConfig
 from natsl.search.controls.comparer import Comparer, ControlCounts, Rules
 from natsl.search.controls.comparison import Comparison, chosen_points
 from natsl.search.controls.static import most_evaluations
@@ -37,6 +38,7 @@ from natsl.search.journal import Journal
 from natsl.search.lengths import LengthRunner, Lengths
 from natsl.search.objective import OBJECTIVES, CostContext, Role, find_objectives
 from natsl.search.pareto import Scale, Volume
+from natsl.search.question import Queue
 from natsl.search.report.html import render
 from natsl.search.report.png import front_png
 from natsl.search.report.terminal import print_front, print_nothing_to_do
@@ -44,13 +46,21 @@ from natsl.search.rungs import useful
 from natsl.search.samplers import Sampler
 from natsl.search.score import Judge, Scorer, knee_choice, make_judge, score, steps_to_score
 from natsl.search.score_cache import ScoreCache
-from natsl.search.source import obtain_supernet, source_run, take_settings
+from natsl.search.source import held_out_data, made_from, obtain_supernet, take_settings
 from natsl.search.storage import connect
-from natsl.search.study import PolicyStudy, Problem, Record, first_policies, open_policy_study
+from natsl.search.study import PolicyStudy, Problem, first_policies, open_policy_study
+from natsl.search.trial import Record
+from natsl.search.worker.dispatch import Dispatcher
+from natsl.search.worker.group import join
+from natsl.search.worker.pool import Workers, worker_devices
+from natsl.search.worker.process import SUPERNET, Job
+from natsl.search.worker.table import TaskTable
 from natsl.secrets import redact, redact_text
+from natsl.signals import drains
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks.sequences import IGNORED
-from natsl.tracking import Tracker, start_tracker
+from natsl.threads import threads_each
+from natsl.tracking import Tracker, TrackingConfig, start_tracker
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,7 +68,9 @@ COMPARED, IN_HINDSIGHT = 6, 3  # points of a front that are compared with contro
 
 
 def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front | None:
-    """Run or resume a search and return its front (None: everything was done before).
+    """Run or resume a search and return its front (None: everything was done before, or by another process).
+
+    Where ``search.storage`` holds the study of a search that runs elsewhere, evaluate for that until it ends.
 
     ``arguments``: of the command line, for the report. Raises ``ValueError`` (``UserError``) for what the user has to
     fix, before anything is trained wherever it can be known.
@@ -67,6 +79,8 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
     config, problem, data, trained = prepare(config)
     if config.search.storage is not None:
         connect(config.search.storage)
+        if join(config, problem, data, device):
+            return None
     run = Run.open(config.name, config.root)
     with run.lock():
         outdated = bool(check_resume(run, config) & REPORT_OPTIONS)
@@ -96,29 +110,6 @@ def prepare(config: SearchRunConfig) -> tuple[SearchRunConfig, Problem, TaskData
     data, trained = held_out_data(config)
     check_text(config, data)
     return config, problem, data, trained
-
-
-def held_out_data(config: SearchRunConfig) -> tuple[TaskData, TrainedText | None]:
-    """The data of a search, and what a supernet of another run was trained on, which is not held out.
-
-    ``UserError`` if nothing else is left, if it is not known what the supernet was trained on, or if that was text
-    where this is token ids, or the other way round.
-    """
-    settings = config.data
-    source = None if config.supernet_from is None else source_run(config)
-    trained = None if source is None else trained_text(source)
-    text = load_text(settings.path, settings.text_rules(str(user_path(config.root, "root"))), trained)
-    if trained is not None:
-        trained.check_kind(text)
-    data = TaskData(settings, text, config.model.vocab_size)
-    if source is not None and trained is None:
-        newest = checkpoint.read_newest(source.supernet)
-        if newest is None or newest[1].get("data") != data.fingerprint:
-            raise UserError(
-                f"supernet_from = {source.name!r}: the text that it was trained on is no longer there, so that it "
-                "cannot be kept out of the held-out text: search with the data settings of that run"
-            )
-    return data, trained
 
 
 def make_problem(config: SearchRunConfig) -> Problem:
@@ -232,53 +223,81 @@ class _Search:
     arguments: Sequence[str]
 
     def run(self, finished: bool, outdated: bool) -> Front | None:
-        folder = self.folder
-        model = obtain_supernet(self.config, folder, self.data, self.device, self.tracker)
-        made_from = self._made_from()
-        with contextlib.closing(self._study(made_from)) as study:
-            if not finished:
-                judge = make_judge(model.to(self.device), self.data, self.config.search)
-                cache = ScoreCache(folder.scores, made_from)
-                lengths = LengthRunner(model, self.data, cache, self.config.search, self.problem.costs)
-                return self._search(study, cache.judge(judge), outdated, lengths)
-            print_nothing_to_do(folder, trials_reported(folder))
-            if self.config.export:
-                export_knee(folder)  # it is missing if the search was cut off after its report
-            return None
-
-    def _search(self, study: PolicyStudy, judge: Judge, outdated: bool, lengths: LengthRunner) -> Front:
         folder, settings = self.folder, self.config.search
-        if outdated:
-            folder.report.unlink(missing_ok=True)  # so that the next call does not take the search for finished
-        folder.write_config(self.config)
-        scorer = Scorer(judge, self.problem, settings, self.config.seed, study.records)
-        journal = Journal(folder, self.tracker)
-        with reported_faults():
-            scale = self._trials(study, scorer, journal)
-            front = self._score(study, scorer, scale, judge)
-            front = replace(front, lengths=self._at_lengths(front, lengths, scorer))
+        model: RoutedLM | None = obtain_supernet(self.config, folder, self.data, self.device, self.tracker)
+        if finished or settings.launcher is not Launcher.inline:
+            model = None  # workers have one of their own
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        sums = made_from(self.config, folder, self.data)
+        with contextlib.closing(self._study(sums)) as study:
+            if finished:
+                print_nothing_to_do(folder, trials_reported(folder))
+                if self.config.export:
+                    export_knee(folder)  # it is missing if the search was cut off after its report
+                return None
+            if outdated:
+                folder.report.unlink(missing_ok=True)  # so that the next call does not take the search for finished
+            folder.write_config(self.config)
+            with reported_faults(), self._judge(study, sums, model) as judge:
+                front = self._search(study, ScoreCache(folder.scores, sums).judge(judge))
         self._write(front)
-        journal.front(front)
+        Journal(folder, self.tracker).front(front)
         exported = export_knee(folder, self.data) if self.config.export else None
         print_front(front, folder, f"{self._verb} {self._select}", exported)
         return front
 
-    def _made_from(self) -> dict[str, Any]:
-        """What results depend on besides the policy; reads the checkpoint to its end, for its checksum."""
-        record = checkpoint.read_newest(self.folder.supernet)
-        assert record is not None, "the supernet was stored or copied before"
-        return {
-            "natsl": __version__,
-            "model": to_plain(self.config.model),
-            "data": self.data.fingerprint,
-            "supernet": record[1]["sha256"],
-        }
+    def _search(self, study: PolicyStudy, judge: Judge) -> Front:
+        scorer = Scorer(judge, self.problem, self.config.search, self.config.seed, study.records)
+        on_gpu = self.device.type == "cuda"
+        lengths = LengthRunner(judge, self.data, self.config.search, self.problem.costs, on_gpu)
+        scale = self._trials(study, scorer, judge.queue)
+        front = self._score(study, scorer, scale, judge)
+        return replace(front, lengths=self._at_lengths(front, lengths, scorer))
 
-    def _study(self, made_from: dict[str, Any]) -> PolicyStudy:
+    @contextlib.contextmanager
+    def _judge(self, study: PolicyStudy, sums: dict[str, Any], model: RoutedLM | None) -> Iterator[Judge]:
+        """Who evaluates: the ``model`` in this process, or workers until the block ends."""
+        settings = self.config.search
+        if model is not None:
+            yield make_judge(model.to(self.device), self.data, settings)
+            return
+        devices = worker_devices(settings, self.device)
+        table = TaskTable(study.engine, study.id)
+        job = Job(
+            path=str(self.folder.study_db),
+            url=settings.storage,
+            study=study.id,
+            lease_seconds=settings.lease_seconds,
+            answers=SUPERNET,
+            run=str(self.folder.path),
+            threads=study.threads(threads_each(len(devices))),
+            config=to_plain(replace(self.config, search=replace(settings, storage=None), tracking=TrackingConfig())),
+            supernet=sums["supernet"],
+            text=self.data.corpus.fingerprint,
+        )
+
+        def start(wanted: Callable[[str], bool]) -> Workers:
+            return Workers(job, devices, self.folder.workers, table, settings.trial_timeout, wanted)
+
+        if study.batch == 1 and len(devices) > 1 and study.remaining:
+            _LOG.info("search.batch = 1: one trial is evaluated at a time, and %d workers share the rest", len(devices))
+        on_beat = study.beat if settings.storage is not None else lambda: None
+        with (
+            contextlib.closing(Dispatcher(table, start, settings.lease_seconds, on_beat)) as dispatcher,
+            drains(lambda: _LOG.info("what is being evaluated is finished first; Ctrl-C again stops at once")),
+        ):
+            yield dispatcher.judge()
+
+    def _study(self, sums: dict[str, Any]) -> PolicyStudy:
         path, name = self.folder.study_db, self.folder.name
-        return open_policy_study(path, name, self.config.search, self.problem, self.config.seed, made_from)
+        settings, workers = self.config.search, len(worker_devices(self.config.search, self.device))
+        return open_policy_study(path, name, settings, self.problem, self.config.seed, sums, workers)
 
-    def _trials(self, study: PolicyStudy, scorer: Scorer, journal: Journal) -> Scale:
+    def _trials(self, study: PolicyStudy, scorer: Scorer, queue: Queue) -> Scale:
+        journal = Journal(self.folder, self.tracker)
+        scorer.expect_test([item.policy for item in self._fixed()], later=True)  # whatever the trials find
         first = study.first[: self.config.search.n_trials]
         if len(study.records) < len(first):
             with Progress("anchors", len(first)) as progress:
@@ -304,13 +323,19 @@ class _Search:
                 text = f"hypervolume {volume.now:.4f}" + (f", {failed} failed" if failed else "")
                 progress.update(len(study.records), text)
 
-            study.run(scorer.on_share, on_record, lambda: probe_device(self.device))
+            inline = self.config.search.launcher is Launcher.inline  # else workers see to their devices
+            study.run(scorer.on_share, on_record, lambda: probe_device(self.device) if inline else None, queue)
         return scale
+
+    def _fixed(self) -> list[Named]:
+        """The baselines that every search with such a model has."""
+        settings = self.config.search
+        return baselines(self.problem.kinds, self.problem.chunk_size, settings.uniform_budgets, settings.space)
 
     def _score(self, study: PolicyStudy, scorer: Scorer, scale: Scale, judge: Judge) -> Front:
         """Front, baselines and controls on the test split, and what else the report tells."""
         settings, chosen = self.config.search, study.front()
-        fixed = baselines(self.problem.kinds, self.problem.chunk_size, settings.uniform_budgets, settings.space)
+        fixed = self._fixed()
         known = {item.policy.digest() for item in fixed}
         heads = sum(shape.heads for shape in self.problem.costs.shapes if shape.kind is Op.routed)
         with Progress("heads", most_evaluations(heads)) as progress:
@@ -322,7 +347,7 @@ class _Search:
                 scorer, chosen, fixed, swept, lambda name: progress.update(progress.done + 1, name)
             )
         knee = scale.knee([point.search_values for point in points])
-        comparer = self._comparer(scorer.counts, [item.policy for item in static])
+        comparer = self._comparer(scorer.counts, [item.policy for item in static], judge.queue)
         comparisons = self._compare(comparer, points, knee)
         volume = Volume(scale)
         # A trial that has to be tried again is not made: without it the history is shorter, and the run not finished.
@@ -335,6 +360,8 @@ class _Search:
         if again:
             problems.append(f"{again} of them by a fault of the machine: the same command tries them again")
         problems += [line for line in [self.config.untrained_budgets()] if line]
+        if not settings.synchronous:
+            problems.append("search.synchronous = false: which policies were tried depends on how fast workers were")
         problems += [f"part of the trials and scores is of other text: {other}" for other in self.others]
         return Front(
             run=self.folder.name,
@@ -370,19 +397,21 @@ class _Search:
             def on_step(name: str) -> None:
                 progress.update(progress.done + 1, name)
 
+            scorer.expect_sweeps([members for _, members in families])
             return [scorer.sweep(family, members, on_step) for family, members in families]
 
-    def _comparer(self, counts: ControlCounts, static: Sequence[RoutingPolicy]) -> Comparer:
+    def _comparer(self, counts: ControlCounts, static: Sequence[RoutingPolicy], queue: Queue) -> Comparer:
         kinds, chunk = self.problem.kinds, self.problem.chunk_size
         family = [RoutingPolicy.all_delta(kinds, chunk), *static, RoutingPolicy.all_softmax(kinds, chunk)]
         rules = Rules(self.config.seed, self.config.search.random_draws, self.config.supernet.route_noise)
-        return Comparer(counts, self.problem.costs.shapes, family, rules)
+        return Comparer(counts, self.problem.costs.shapes, family, rules, queue)
 
     def _compare(self, comparer: Comparer, points: Sequence[Point], knee: int | None) -> tuple[Comparison, ...]:
         """Some points of the front beside their controls: the knee, the ends that route anything, others between."""
         routing = [float(any(layer.op is Op.routed for layer in point.policy.layers)) for point in points]
         costs = [routed * point.measured["kept_fraction"] for routed, point in zip(routing, points, strict=True)]
         chosen = chosen_points(costs, knee, COMPARED, IN_HINDSIGHT)
+        comparer.expect({points[place].policy: hindsight for place, hindsight in chosen.items()})
         found = []
         with Progress("controls", comparer.planned(chosen.values())) as progress:
             for place, hindsight in chosen.items():

@@ -22,6 +22,8 @@ from natsl.tasks.sequences import Batch
 KEEP = 0.25  # share of the policies judged on a part that go on, by rank
 FEWEST = 8  # policies that must have been judged on a part before one is stopped
 
+_REMEMBERED = 16  # policies whose counts on the first parts wait for the next one
+
 Result: TypeAlias = tuple[float, ...]  # objectives, then by how much constraints are broken; smaller is better
 
 
@@ -63,13 +65,14 @@ class Parts:
             {task: part for task, batch in sets.items() if len(part := batch.rows(_rows(len(batch), shares, rung)))}
             for rung in range(len(shares))
         ]
-        self._last: tuple[RoutingPolicy, list[dict[str, Counts]]] | None = None  # what is known of the policy before
+        self._known: dict[RoutingPolicy, list[dict[str, Counts]]] = {}  # of the latest policies, by part
 
     def judge(self, policy: RoutingPolicy, share: float = 1.0) -> Evaluation:
         """Score a policy on one of the shares of the sequences; ``FloatingPointError`` if a result is not finite."""
-        if self._last is None or self._last[0] != policy:
-            self._last = (policy, [])
-        counts, parts = self._last[1], self._shares.index(share) + 1
+        counts, parts = self._known.pop(policy, []), self._shares.index(share) + 1
+        self._known[policy] = counts
+        if len(self._known) > _REMEMBERED:
+            del self._known[next(iter(self._known))]
         for part in self._parts[len(counts) : parts]:
             counts.append(count(self._model, policy, part, batch_size=self._batch_size))
         return self._sum(counts[:parts])

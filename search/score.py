@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from natsl.counts import Counts
@@ -24,10 +24,13 @@ from natsl.search.controls.registry import ControlRunner
 from natsl.search.controls.static import Shape, greedy_heads
 from natsl.search.families import Family, Swept
 from natsl.search.front import Baseline, FamilyFront, Kind, KneeChoice, Point, amount
+from natsl.search.lengths import LengthJudge
 from natsl.search.objective import OBJECTIVES, QUALITY, measure
 from natsl.search.pareto import Scale, dominates, family_dominates, non_dominated
+from natsl.search.question import Method, Question, Queue
 from natsl.search.rungs import Parts
-from natsl.search.study import Problem, Record
+from natsl.search.study import Problem
+from natsl.search.trial import Record
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tree import common_order
 
@@ -45,7 +48,8 @@ class Judge:
     policies at once, trials or not, and gives the results of each by share (none if they are not finite). ``test``
     gives what is counted in each task's sequences, of which an evaluation is the sum. ``random`` takes the policy, the
     fraction of chunks that each layer keeps, and a seed; ``control`` the policy, the name of a control and the number
-    of a draw.
+    of a draw; ``length`` takes the policy, the tokens of a test sequence, how many of each task, and the tasks.
+    ``queue``: as there.
     """
 
     search: Callable[[RoutingPolicy, float], Evaluation]
@@ -53,6 +57,8 @@ class Judge:
     test: Callable[[RoutingPolicy], dict[str, Counts]]
     random: Callable[[RoutingPolicy, tuple[float, ...], int], Evaluation]
     control: ControlCounts
+    length: Callable[[RoutingPolicy, int, int, tuple[str, ...]], Evaluation]
+    queue: Queue = field(default_factory=Queue)
 
 
 def make_judge(model: RoutedLM, data: TaskData, config: SearchConfig) -> Judge:
@@ -69,6 +75,7 @@ def make_judge(model: RoutedLM, data: TaskData, config: SearchConfig) -> Judge:
         lambda policy: count(model, policy, test, batch_size=batch_size),
         random,
         ControlRunner(Subject(model, test, batch_size)),
+        LengthJudge(model, data, batch_size),
     )
 
 
@@ -111,14 +118,55 @@ class Scorer:
 
         ``trials``: they are trials of the search. What cannot be scored is left to be asked for by itself.
         """
-        wanted = sorted(set(policies), key=common_order)
-        for first in range(0, len(wanted), self._group):
-            group = wanted[first : first + self._group]
+        groups = self._groups(policies)
+        self._judge.queue.ahead([Question(Method.search_each, tuple(group), (trials,)) for group in groups])
+        done = 0
+        for group in groups:
             with contextlib.suppress(ValueError, MemoryError, RuntimeError):
                 for policy, results in zip(group, self._judge.search_each(group, trials), strict=True):
                     if results:
                         self._search.setdefault(policy.digest(), results[1.0])
-            on_step(first + len(group), "")
+            done += len(group)
+            on_step(done, "")
+
+    def _groups(self, policies: Sequence[RoutingPolicy]) -> list[list[RoutingPolicy]]:
+        """Distinct policies as they share passes."""
+        wanted = sorted(set(policies), key=common_order)
+        return [wanted[first : first + self._group] for first in range(0, len(wanted), self._group)]
+
+    def expect_sweeps(self, families: Sequence[Sequence[Named]]) -> None:
+        """Say which families ``sweep`` will be given, in this order, so that they can be scored at the same time."""
+        known, questions = set(self._search), []
+        for members in families:
+            unknown = [named.policy for named in members if named.policy.digest() not in known]
+            known |= {policy.digest() for policy in unknown}
+            questions += [Question(Method.search_each, tuple(group), (False,)) for group in self._groups(unknown)]
+        self._judge.queue.ahead(questions)
+
+    def expect_search(self, policies: Iterable[RoutingPolicy]) -> None:
+        """Say which policies ``on_search`` will be asked about."""
+        unknown = [policy for policy in policies if policy.digest() not in self._search]
+        self._judge.queue.ahead([Question.search(policy, 1.0) for policy in unknown])
+
+    def expect_test(self, policies: Iterable[RoutingPolicy], later: bool = False) -> None:
+        """Say which policies ``on_test`` will be asked about, ``later`` or next."""
+        unknown = [Question.test(policy) for policy in policies if policy.digest() not in self._test]
+        if later:
+            self._judge.queue.later(unknown)
+        else:
+            self._judge.queue.ahead(unknown)
+
+    def expect_random(self, items: Iterable[Point | Baseline]) -> None:
+        """Say which policies ``random`` will be asked about."""
+        draws = [(item.policy, self._random_draws(item)) for item in items]
+        self._judge.queue.ahead([Question(Method.random, (policy,), draw) for policy, some in draws for draw in some])
+
+    def _random_draws(self, of: Point | Baseline) -> list[tuple[tuple[float, ...], int]]:
+        """Kept fractions and seeds of the draws of random routing where a policy routes."""
+        if all(layer.op is not Op.routed for layer in of.policy.layers):
+            return []
+        fractions = Evaluation.from_dict(of.measured).kept_by_layer
+        return [(fractions, _seed(self._seed, of.policy, draw)) for draw in range(self._draws)]
 
     def on_test(self, policy: RoutingPolicy) -> Evaluation:
         """The policy on the test split."""
@@ -172,7 +220,7 @@ class Scorer:
             return value
 
         best, found = judge(RoutingPolicy.all_delta(kinds, problem.chunk_size)), []
-        for i, policy in enumerate(greedy_heads(shape, step)):
+        for i, policy in enumerate(greedy_heads(shape, step, self.expect_search)):
             if judge(policy) < best:
                 best = judge(policy)
                 found.append(Named(f"static-{i + 1}", Kind.static, policy))
@@ -233,13 +281,13 @@ class Scorer:
 
     def random(self, of: Point | Baseline) -> Baseline | None:
         """Random routing where this policy routes, at its kept fractions and costs; None if it routes nowhere."""
-        policy, name = of.policy, of.name
-        if all(layer.op is not Op.routed for layer in policy.layers):
+        policy, name, planned = of.policy, of.name, self._random_draws(of)
+        if not planned:
             return None
         model = Evaluation.from_dict(of.measured)
+        self.expect_random([of])
         try:
-            seeds = [_seed(self._seed, policy, draw) for draw in range(self._draws)]
-            draws = [self._judge.random(policy, model.kept_by_layer, seed) for seed in seeds]
+            draws = [self._judge.random(policy, *draw) for draw in planned]
             self._drawn += len(draws)
             mean = Evaluation.from_dict(_mean([evaluation.to_dict() for evaluation in draws]))
             # equal by construction; taken over so that the order of additions decides no comparison
@@ -329,13 +377,18 @@ def score(
     points: list[Point] = []
     others: list[Baseline] = []
     controls: list[Baseline | None] = []
+    compared = [named.policy for named in (*fixed, *(member for item in swept for member in item.members))]
+    scorer.expect_test([*compared, *(record.policy for record in records)])
+    scorer.expect_search(compared)
     for named in fixed:
         baseline = scorer.baseline(named)
         on_step(named.name)
         if baseline is not None:
             others.append(baseline)
     uniform = [item for item in others if item.kind is Kind.uniform]
-    for place in spread_out(len(uniform), RANDOM_UNIFORM):
+    beside = spread_out(len(uniform), RANDOM_UNIFORM)
+    scorer.expect_random([uniform[place] for place in beside])
+    for place in beside:
         controls.append(scorer.random(uniform[place]))
         on_step(f"random routing beside {uniform[place].name}")
     members = _members(scorer, others, swept, on_step)
@@ -346,7 +399,9 @@ def score(
             points.append(point)
     points.sort(key=lambda point: (point.measured["kept_fraction"], point.id))
     knee = scorer.scale().knee([point.search_values for point in points])
-    for place in spread_out(len(points), RANDOM_POINTS, knee):
+    beside = spread_out(len(points), RANDOM_POINTS, knee)
+    scorer.expect_random([points[place] for place in beside])
+    for place in beside:
         controls.append(scorer.random(points[place]))
         on_step(f"random routing beside {points[place].id}")
     others += [control for control in controls if control is not None]

@@ -19,6 +19,7 @@ from natsl.data import Split
 from natsl.evaluate import Evaluation
 from natsl.files import append_line
 from natsl.search.controls.comparison import LEARNED
+from natsl.search.question import Method, Question, Queue
 from natsl.search.score import Judge
 from natsl.space.policy import RoutingPolicy
 
@@ -54,16 +55,14 @@ class ScoreCache:
 
         def search_each(policies: Sequence[RoutingPolicy], trials: bool) -> list[dict[float, Evaluation]]:
             # What is in a pass decides how it rounds: what is no trial is kept apart, and passes are made as a whole.
-            def row(share: float) -> dict[str, Any] | None:
-                return _part(share) if trials else {"kind": "family", "share": share}
-
-            stored = [self._stored.get(_key(self._row(Split.search, policy, row(1.0)))) for policy in policies]
+            rows = [self._row(Split.search, policy, _each(1.0, trials)) for policy in policies]
+            stored = [self._stored.get(_key(row)) for row in rows]
             if None not in stored:
                 return [{1.0: evaluation} for evaluation in stored if evaluation is not None]
             results = judge.search_each(policies, trials)
             return [
                 {
-                    share: self._evaluation(Split.search, policy, row(share), partial(_same, result))
+                    share: self._evaluation(Split.search, policy, _each(share, trials), partial(_same, result))
                     for share, result in sorted(of_policy.items())  # all sequences last: then the parts are stored too
                 }
                 for policy, of_policy in zip(policies, results, strict=True)
@@ -73,17 +72,45 @@ class ScoreCache:
             return self._counts(policy, LEARNED, 0, lambda: judge.test(policy))
 
         def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
-            control = {"kind": "random", "draw": seed, "fractions": _digest(fractions)}
+            control = _random(fractions, seed)
             return self._evaluation(Split.test, policy, control, lambda: judge.random(policy, fractions, seed))
 
         def control(policy: RoutingPolicy, name: str, draw: int) -> dict[str, Counts]:
             return self._counts(policy, name, draw, lambda: judge.control(policy, name, draw))
 
-        return Judge(search, search_each, test, random, control)
+        def length(policy: RoutingPolicy, tokens: int, count: int, tasks: tuple[str, ...]) -> Evaluation:
+            of = _length(tokens, count, tasks)
+            return self._evaluation(Split.test, policy, of, lambda: judge.length(policy, tokens, count, tasks))
 
-    def evaluation(self, policy: RoutingPolicy, of: Mapping[str, Any], make: Callable[[], Evaluation]) -> Evaluation:
-        """The result of a policy on the sequences of the test split that ``of`` names, stored or new."""
-        return self._evaluation(Split.test, policy, of, make)
+        def ahead(questions: Sequence[Question]) -> None:
+            judge.queue.ahead([question for question in questions if not self._has(question)])
+
+        def later(questions: Sequence[Question]) -> None:
+            judge.queue.later([question for question in questions if not self._has(question)])
+
+        def ready(question: Question) -> bool:
+            return self._has(question) or judge.queue.ready(question)
+
+        queue = Queue(ahead, later, ready, judge.queue.wait, judge.queue.history)
+        return Judge(search, search_each, test, random, control, length, queue)
+
+    def _has(self, question: Question) -> bool:
+        """Whether the answer is stored."""
+        of, split = question.arguments, Split.test
+        match question.method:
+            case Method.search:
+                split, control = Split.search, _part(*of)
+            case Method.search_each:
+                split, control = Split.search, _each(1.0, *of)
+            case Method.test:
+                control = _control(LEARNED, 0)
+            case Method.random:
+                control = _random(*of)
+            case Method.control:
+                control = _control(*of)
+            case Method.length:
+                control = _length(*of)
+        return all(_key(self._row(split, policy, control)) in self._stored for policy in question.policies)
 
     def _evaluation(
         self,
@@ -98,7 +125,7 @@ class ScoreCache:
     def _counts(
         self, policy: RoutingPolicy, name: str, draw: int, make: Callable[[], dict[str, Counts]]
     ) -> dict[str, Counts]:
-        row = self._row(Split.test, policy, {"kind": name, "draw": draw, "by": "sequence"})
+        row = self._row(Split.test, policy, _control(name, draw))
         return self._get(row, make, _plain_counts)
 
     def _row(self, split: Split, policy: RoutingPolicy, control: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -121,6 +148,23 @@ def _same(result: R) -> R:
 def _part(share: float) -> dict[str, Any] | None:
     """What a row says of a result on a part of the sequences."""
     return None if share == 1 else {"kind": "part", "share": share}
+
+
+def _each(share: float, trials: bool) -> dict[str, Any] | None:
+    """The same of one that was made in a pass with others."""
+    return _part(share) if trials else {"kind": "family", "share": share}
+
+
+def _random(fractions: tuple[float, ...], seed: int) -> dict[str, Any]:
+    return {"kind": "random", "draw": seed, "fractions": _digest(fractions)}
+
+
+def _control(name: str, draw: int) -> dict[str, Any]:
+    return {"kind": name, "draw": draw, "by": "sequence"}
+
+
+def _length(tokens: int, count: int, tasks: Sequence[str]) -> dict[str, Any]:
+    return {"kind": "length", "tokens": tokens, "sequences": count, "tasks": sorted(tasks)}
 
 
 def _plain_counts(counts: Mapping[str, Counts]) -> dict[str, Any]:

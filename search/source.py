@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from natsl import checkpoint
+from natsl import __version__, checkpoint
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig
-from natsl.data import TaskData
+from natsl.data import TaskData, load_text
 from natsl.errors import UserError
-from natsl.files import child_folder, user_path
+from natsl.files import child_folder, to_plain, user_path
+from natsl.heldout import trained_text
 from natsl.model import RoutedLM
+from natsl.record import TrainedText
 from natsl.run import Run
 from natsl.search.config import SearchRunConfig
 from natsl.tracking import Tracker
@@ -52,6 +54,29 @@ def take_settings(config: SearchRunConfig) -> SearchRunConfig:
     )
 
 
+def held_out_data(config: SearchRunConfig) -> tuple[TaskData, TrainedText | None]:
+    """The data of a search, and what a supernet of another run was trained on, which is not held out.
+
+    ``UserError`` if nothing else is left, if it is not known what the supernet was trained on, or if that was text
+    where this is token ids, or the other way round.
+    """
+    settings = config.data
+    source = None if config.supernet_from is None else source_run(config)
+    trained = None if source is None else trained_text(source)
+    text = load_text(settings.path, settings.text_rules(str(user_path(config.root, "root"))), trained)
+    if trained is not None:
+        trained.check_kind(text)
+    data = TaskData(settings, text, config.model.vocab_size)
+    if source is not None and trained is None:
+        newest = checkpoint.read_newest(source.supernet)
+        if newest is None or newest[1].get("data") != data.fingerprint:
+            raise UserError(
+                f"supernet_from = {source.name!r}: the text that it was trained on is no longer there, so that it "
+                "cannot be kept out of the held-out text: search with the data settings of that run"
+            )
+    return data, trained
+
+
 def source_run(config: SearchRunConfig) -> Run:
     """The run whose supernet is copied, or the search's own run if that was removed and its copy is there."""
     root = user_path(config.root, "root")
@@ -85,6 +110,18 @@ def obtain_supernet(
         return _copy(config, run, data)
     recipe = TrainRecipe(config.train, config.supernet, config.seed)
     return fit(run, config.model, data, recipe, device, tracker)
+
+
+def made_from(config: SearchRunConfig, run: Run, data: TaskData) -> dict[str, Any]:
+    """What results depend on besides the policy; reads the checkpoint to its end, for its checksum."""
+    record = checkpoint.read_newest(run.supernet)
+    assert record is not None, "the supernet was stored or copied before"
+    return {
+        "natsl": __version__,
+        "model": to_plain(config.model),
+        "data": data.fingerprint,
+        "supernet": record[1]["sha256"],
+    }
 
 
 def _copy(config: SearchRunConfig, run: Run, data: TaskData) -> RoutedLM:

@@ -20,10 +20,12 @@ from natsl.errors import UserError
 from natsl.files import sync_folder
 from natsl.search.objective import Direction
 from natsl.search.owner import Owner, claim, release
+from natsl.search.worker.table import sqlite_connector
 from natsl.secrets import redact_text
 
 FINGERPRINT = "natsl_fingerprint"  # study attribute: what the trials belong to
-_BUSY_SECONDS = 60.0
+THREADS = "natsl_threads"  # study attribute: how many each of its evaluations has
+BEAT = "natsl_beat"  # study attribute: a number that its owner changes while it works
 _ADVICE = "move it away or choose another name"
 
 
@@ -184,14 +186,8 @@ def _remove_leftovers(fresh: Path) -> None:
 
 
 def _sqlite(path: Path, journal: str) -> RDBStorage:
-    def connect() -> sqlite3.Connection:
-        connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
-        connection.execute(f"PRAGMA journal_mode={journal}")
-        connection.execute(f"PRAGMA synchronous={'NORMAL' if journal == 'WAL' else 'FULL'}")
-        return connection
-
-    # The path is connect's: in a URL, Optuna and SQLAlchemy would give {, ? and % a meaning.
-    return RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
+    # The path is the connector's: in a URL, Optuna and SQLAlchemy would give {, ? and % a meaning.
+    return RDBStorage("sqlite:///study.db", engine_kwargs={"creator": sqlite_connector(path, journal)})
 
 
 def _check_file(path: Path, name: str) -> None:

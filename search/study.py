@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Engine
 
 from natsl.errors import UserError
 from natsl.evaluate import Evaluation
@@ -19,10 +22,12 @@ from natsl.search.config import SearchConfig
 from natsl.search.fault import PERMANENT, TRANSIENT, check_machine, describe, was_transient
 from natsl.search.objective import CostContext, Objective, measure
 from natsl.search.pareto import non_dominated
+from natsl.search.question import Question, Queue
 from natsl.search.rungs import Result, goes_on
 from natsl.search.samplers import Sampler, make_sampler
 from natsl.search.samplers.history import SHARE
-from natsl.search.storage import FINGERPRINT, Identity, OpenStudy, open_study, reported_errors
+from natsl.search.storage import BEAT, FINGERPRINT, THREADS, Identity, OpenStudy, open_study, reported_errors
+from natsl.search.trial import Proposal, Record, Work
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy
 
@@ -30,62 +35,17 @@ from natsl.space.policy import Op, RoutingPolicy
 POLICY, EVALUATION, REASON, KNOWN = "policy", "evaluation", "reason", "same_as"
 FAULT = "transient"  # whether the reason is a fault of the machine
 PARTS = "parts"  # results of a trial on growing parts of the sequences, the last one that of its values
-INDEX = "index"  # of a trial whose policy was given, not drawn by the sampler: which record it makes
+INDEX = "index"  # which record a trial makes; older trials that a sampler has drawn do not say it
+HISTORY = "history"  # what went wrong with the workers of a trial before
+BATCH = "batch"  # Optuna's number of the first trial that was proposed from the same results
+
+_BEAT_SECONDS = 5.0
 
 Evaluate = Callable[[RoutingPolicy, float], Evaluation]  # a policy on a share of the sequences
 
 
 class SearchFailedError(UserError):
     """Too many trials failed for the search to go on."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One finished trial. ``index`` counts finished trials from 0; ``number`` is Optuna's, cut-off trials included.
-
-    ``values`` and ``evaluation`` are null if it failed, and ``reason`` says why. ``feasible``: keeps all constraints.
-    ``same_as``: index of the earlier trial of the same policy whose result was used. ``transient``: it failed by a
-    fault of the machine, which says nothing about the policy: the next process tries it again. ``parts``: its results
-    on growing parts of the held-out sequences, objectives and by how much constraints are broken; ``share``: of the
-    sequences that its values are of.
-    """
-
-    index: int
-    number: int
-    policy: RoutingPolicy
-    values: dict[str, float] | None
-    evaluation: Evaluation | None
-    feasible: bool
-    reason: str | None = None
-    same_as: int | None = None
-    transient: bool = False
-    parts: tuple[Result, ...] = ()
-    share: float = 1.0
-
-    @property
-    def complete(self) -> bool:
-        """Whether it was judged on all sequences, if it did not fail."""
-        return self.share == 1
-
-    @property
-    def result(self) -> dict[str, float] | None:
-        """The values if they may be part of a front (null: failed, breaks a constraint, or judged only on a part)."""
-        return self.values if self.feasible and self.complete else None
-
-    @property
-    def id(self) -> str:
-        """Name of the trial, the same however often the search was resumed."""
-        return f"t{self.index:04d}"
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A policy to be evaluated next; ``known`` is the record of an earlier trial of the same policy."""
-
-    trial: optuna.Trial
-    index: int
-    policy: RoutingPolicy
-    known: Record | None
 
 
 @dataclass(frozen=True)
@@ -128,12 +88,18 @@ class PolicyStudy:
         self.foreign: list[int] = []  # Optuna's numbers of trials that something else put into the study
         self._again: dict[int, dict[str, Any]] = {}  # parameters of the records that are to be tried again, by index
         self._made: list[Record] = []  # by this process
-        for trial in study.get_trials(deepcopy=False):
-            if trial.state is TrialState.RUNNING:
-                study.tell(trial.number, state=TrialState.FAIL)  # its process is gone: this one owns the study
+        self._open: list[Work] = []  # proposed and not told, in order
+        self._beaten = -math.inf
+        self._told = -1  # Optuna's number of the latest record
+        self.batch: int = self.fingerprint.get("batch", 1)
         while study.get_trials(False, (TrialState.WAITING,)):  # of a process that ended before it asked for it
             study.tell(study.ask(), state=TrialState.FAIL)
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
+        running = []
+        for trial in study.get_trials(deepcopy=False):
+            if trial.state is TrialState.RUNNING:
+                running.append(trial)
+            if not trial.state.is_finished():
+                continue
             if trial.state is TrialState.FAIL and REASON not in trial.user_attrs:
                 self.cut_off += 1
                 continue
@@ -143,30 +109,89 @@ class PolicyStudy:
                     self._again[record.index] = trial.params
             except (KeyError, TypeError, ValueError):
                 self.foreign.append(trial.number)
+        for trial in running:  # its process is gone: this one owns the study
+            self._adopt(trial)
+
+    def _adopt(self, trial: FrozenTrial) -> None:
+        """Go on with a trial that a process has left; one that it had not proposed yet fails without a reason."""
+        attributes, study = trial.user_attrs, self._study
+        pending = {work.proposal.index for work in self._open}
+        expected = [index for index in self._again if index not in pending] or [len(self.records) + len(pending)]
+        index = attributes.get(INDEX)
+        if POLICY not in attributes or BATCH not in attributes or index not in expected:
+            study.tell(trial.number, state=TrialState.FAIL)
+            self.cut_off += 1
+            return
+        if index >= max(self.config.n_trials, len(self.records)):
+            return  # it is left to a search that wants so many
+        study.sampler = RandomSampler()  # no draw is left
+        policy = RoutingPolicy.from_dict(attributes[POLICY])
+        known = self._by_digest.get(policy.digest())
+        proposal = Proposal(optuna.Trial(study, trial._trial_id), index, policy, known, attributes[BATCH])
+        self._open.append(Work(proposal))
+        self.cut_off += 1
+
+    @property
+    def engine(self) -> Engine:
+        """The database that it is in."""
+        return self._opened.storage.engine
+
+    @property
+    def id(self) -> int:
+        """Its number there."""
+        return self._study._study_id
+
+    def beat(self) -> None:
+        """Show processes on other machines that its owner works."""
+        if time.monotonic() - self._beaten >= _BEAT_SECONDS:
+            self._beaten = time.monotonic()
+            self._study.set_user_attr(BEAT, round(self._beaten, 3))
+
+    def threads(self, chosen: int) -> int:
+        """How many threads evaluations have, as ``chosen`` when the first of them was made: sums depend on it."""
+        stored = self._study.user_attrs.get(THREADS)
+        if stored is None:
+            self._study.set_user_attr(THREADS, chosen)
+        return chosen if stored is None else int(stored)
 
     @property
     def remaining(self) -> int:
         """Trials that are still to be made, those that an earlier process has to leave to this one included."""
         return len(self._again) + max(0, self.config.n_trials - len(self.records))
 
-    def propose(self) -> Proposal:
+    @property
+    def _next(self) -> int | None:
+        """The index of the next policy to be proposed (None: there is none)."""
+        pending = {work.proposal.index for work in self._open}
+        again = [index for index in self._again if index not in pending]
+        if again or any(index < len(self.records) for index in pending):
+            return min(again, default=None)
+        index = len(self.records) + len(pending)
+        return index if index < self.config.n_trials else None
+
+    def propose(self, batch: int | None = None) -> Proposal:
         """The next policy: what is to be tried again, then the first ones, then what the sampler draws.
 
-        Its draws depend on (seed, index, results so far).
+        Its draws depend on (seed, index, results so far, what is being evaluated). ``batch``: as in ``Proposal`` (null:
+        it begins one).
         """
-        index, problem = min(self._again, default=len(self.records)), self.problem
+        index, problem = self._next, self.problem
+        assert index is not None, "no trials are left"
         self._study.sampler = make_sampler(self.sampler, self.config.local_share, self.seed, index)
         params = self._again.get(index)
         if params is None and index < len(self.first):
             params = self.config.space.params(self.first[index], problem.kinds, problem.heads)
         if params is not None:
-            self._study.enqueue_trial(params, user_attrs={INDEX: index})
+            self._study.enqueue_trial(params)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             trial = self._study.ask()
             policy = self.config.space.suggest(trial, problem.kinds, problem.chunk_size, problem.heads)
-        trial.set_user_attr(POLICY, policy.to_dict())
-        return Proposal(trial, index, policy, self._by_digest.get(policy.digest()))
+        batch = trial.number if batch is None else batch
+        trial.set_user_attr(INDEX, index)
+        trial.set_user_attr(BATCH, batch)
+        trial.set_user_attr(POLICY, policy.to_dict())  # the last one: what has it is made by whoever finds it
+        return Proposal(trial, index, policy, self._by_digest.get(policy.digest()), batch)
 
     def tell(
         self, proposal: Proposal, evaluation: Evaluation, parts: tuple[Result, ...] = (), share: float = 1.0
@@ -224,63 +249,116 @@ class PolicyStudy:
         evaluate: Evaluate,
         on_record: Callable[[Record], None] | None = None,
         probe: Callable[[], None] = lambda: None,
+        queue: Queue | None = None,
     ) -> None:
-        """Make the remaining trials.
+        """Make the remaining trials; what is cut off is left as it is, and the next process goes on with it.
 
         ``probe`` raises ``RuntimeError`` if the device is of no use any more; it is asked after a fault of the machine.
-        Raises ``SearchFailedError`` once too many trials have failed, ``DeviceLostError`` if the device is lost.
+        ``queue``: of whoever ``evaluate`` asks. Raises ``SearchFailedError`` once too many trials have failed,
+        ``DeviceLostError`` if the device is lost.
         """
+        queue = queue or Queue()
         self._check_failures()
+        for work in self._open:
+            self._ask_ahead(work, queue)
         while self.remaining:
             with reported_errors(self._opened.where):
-                record = self._evaluate(self.propose(), evaluate, probe)
-            self._made.append(record)
-            if on_record is not None:
-                on_record(record)
-            self._check_failures()
+                self._fill(queue)
+                moved = False
+                for work in list(self._open):
+                    moved = self._advance(work, evaluate, probe, queue) or moved
+                    while self._open and self._open[0].finished:
+                        self._finish(on_record)
+            if not moved:
+                queue.wait()
 
-    def _evaluate(self, proposal: Proposal, evaluate: Evaluate, probe: Callable[[], None]) -> Record:
-        known = proposal.known
-        if known is not None and not known.complete and proposal.index < len(self.first):
-            proposal, known = replace(proposal, known=None), None  # these are judged on everything
-        if known is not None and known.evaluation is not None:
-            return self.tell(proposal, known.evaluation, known.parts, known.share)
-        if known is not None:
-            return self.fail(proposal, known.reason or "")
-        try:
+    def _fill(self, queue: Queue) -> None:
+        """Propose what may be proposed now: the rest of a batch, or as much as keeps the workers busy."""
+        while (index := self._next) is not None:
+            batch = None
+            if self.config.synchronous and self._open:
+                batch = self._open[-1].proposal.batch
+                ends = index % self.batch == 0 if index >= len(self.records) else len(self._open) >= self.batch
+                if ends or self._told >= batch:
+                    return
+            elif sum(not work.finished for work in self._open) >= self.batch:
+                return
+            work = Work(self.propose(batch))
+            self._open.append(work)
+            self._ask_ahead(work, queue)
+
+    def _waits(self, work: Work) -> bool:
+        """Whether the same policy comes before it in the batch: it has the result of that one."""
+        before = (other.proposal for other in self._open[: self._open.index(work)])
+        return any(other.policy == work.proposal.policy for other in before)
+
+    def _ask_ahead(self, work: Work, queue: Queue) -> None:
+        if not work.finished and work.proposal.known is None and not self._waits(work):
+            queue.ahead([Question.search(work.proposal.policy, self.config.rungs[len(work.parts)])])
+
+    def _advance(self, work: Work, evaluate: Evaluate, probe: Callable[[], None], queue: Queue) -> bool:
+        """Judge a policy as far as answers are there, and say whether anything was new."""
+        if work.finished or self._waits(work):
+            return False
+        moved = not work.begun
+        if not work.begun:
+            known = work.proposal.known or self._by_digest.get(work.proposal.policy.digest())
+            if known is not None and not known.complete and work.proposal.index < len(self.first):
+                known = None  # these are judged on everything
+            work.proposal, work.begun = replace(work.proposal, known=known), True
+            if known is not None:
+                work.evaluation, work.parts, work.share = known.evaluation, known.parts, known.share
+                work.reason = None if known.evaluation is not None else known.reason or ""
+                work.finished = True
+        while not work.finished:
+            share = self.config.rungs[len(work.parts)]
+            question = Question.search(work.proposal.policy, share)
+            if not queue.ready(question):
+                queue.ahead([question])
+                return moved
+            moved = True
+            work.history = (*work.history, *queue.history(question))
             try:
-                evaluation, parts, share = self._judge(proposal, evaluate)
+                self._judge(work, evaluate, share)
             except PERMANENT as error:
-                return self.fail(proposal, describe(error))
+                work.reason, work.finished = describe(error), True
             except TRANSIENT as error:
                 check_machine(error, probe)
-                return self.fail(proposal, describe(error), transient=True)
-        except BaseException:
-            # Interrupted: no reason is stored, so that the same index is proposed again on resume.
-            with contextlib.suppress(StorageInternalError):
-                self._study.tell(proposal.trial, state=TrialState.FAIL)
-            raise
-        return self.tell(proposal, evaluation, parts, share)
+                work.reason, work.transient, work.finished = describe(error), True, True
+        return moved
 
-    def _judge(self, proposal: Proposal, evaluate: Evaluate) -> tuple[Evaluation, tuple[Result, ...], float]:
-        """Judge a policy on one part after another, as long as it is worth it; the first policies always on all.
+    def _judge(self, work: Work, evaluate: Evaluate, share: float) -> None:
+        """Judge a policy on one more part, and decide whether more is worth it; the first policies go on always."""
+        proposal = work.proposal
+        evaluation = evaluate(proposal.policy, share)
+        values, limited = self._measure(evaluation, proposal.policy)
+        own = (*(values[name] for name in self._names), sum(max(0.0, value) for value in limited.values()))
+        work.evaluation, work.share = evaluation, share
+        work.parts = (*work.parts, own)
+        work.finished = share == 1
+        if share < 1 and proposal.index >= len(self.first):
+            # those of its own batch are left out: who of them is evaluated first must not matter
+            earlier = [item for item in self.records if item.same_as is None and item.number < proposal.batch]
+            rung, rungs = len(work.parts) - 1, len(self.config.rungs)
+            same = [item.parts[rung] for item in earlier if len(item.parts) > rung]
+            complete = [item.parts[-1] for item in earlier if len(item.parts) == rungs]
+            work.finished = not goes_on(own, same, complete)
 
-        Returns the last evaluation, the results on all parts, and the share of the sequences that it was judged on.
-        """
-        rungs = len(self.config.rungs)
-        parts: tuple[Result, ...] = ()
-        for rung, share in enumerate(self.config.rungs):
-            evaluation = evaluate(proposal.policy, share)
-            values, limited = self._measure(evaluation, proposal.policy)
-            own = (*(values[name] for name in self._names), sum(max(0.0, value) for value in limited.values()))
-            parts = (*parts, own)
-            if share < 1 and proposal.index >= len(self.first):
-                others = [record.parts for record in self.records if record.same_as is None]
-                same = [item[rung] for item in others if len(item) > rung]
-                complete = [item[-1] for item in others if len(item) == rungs]
-                if not goes_on(own, same, complete):
-                    break
-        return evaluation, parts, share
+    def _finish(self, on_record: Callable[[Record], None] | None) -> None:
+        """Store the outcome of the first of the open trials."""
+        work = self._open[0]
+        if work.history:
+            work.proposal.trial.set_user_attr(HISTORY, work.history)
+        if work.reason is None and work.evaluation is not None:
+            record = self.tell(work.proposal, work.evaluation, work.parts, work.share)
+        else:
+            record = self.fail(work.proposal, work.reason or "", work.transient)
+        del self._open[0]
+        record = replace(record, history=work.history)
+        self._made.append(record)
+        if on_record is not None:
+            on_record(record)
+        self._check_failures()
 
     def _check_failures(self) -> None:
         """Failures of policies count for the whole study, all failures for the process that saw them."""
@@ -307,6 +385,7 @@ class PolicyStudy:
 
     def _add(self, record: Record) -> Record:
         self.records[record.index : record.index + 1] = [record]
+        self._told = max(self._told, record.number)
         self._again.pop(record.index, None)  # also if it failed: the next try is another process's
         if not record.transient:
             self._by_digest.setdefault(record.policy.digest(), record)
@@ -339,20 +418,43 @@ class PolicyStudy:
 
 
 def open_policy_study(
-    path: Path, name: str, config: SearchConfig, problem: Problem, seed: int, made_from: Mapping[str, Any]
+    path: Path,
+    name: str,
+    config: SearchConfig,
+    problem: Problem,
+    seed: int,
+    made_from: Mapping[str, Any],
+    workers: int = 1,
 ) -> PolicyStudy:
     """The study of a run, new or resumed.
 
     path: the SQLite file, unless ``config.storage`` names a database. made_from: what else the trials depend on (model,
-    data, checkpoint), compared on resume. Raises ``UserError`` if the storage is damaged, foreign or belongs to other
-    settings.
+    data, checkpoint), compared on resume. workers: how many there are, which the batches of a new study follow. Raises
+    ``UserError`` if the storage is damaged, foreign or belongs to other settings.
     """
 
+    fingerprint = fingerprint_of(config, problem, seed, made_from, workers)
+    identity = Identity(name, [item.direction for item in problem.objectives], fingerprint)
+    opened = open_study(path, config.storage, identity)
+    try:
+        with reported_errors(opened.where):
+            return PolicyStudy(opened, config, problem, seed)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def fingerprint_of(
+    config: SearchConfig, problem: Problem, seed: int, made_from: Mapping[str, Any], workers: int
+) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """What a study depends on, given what it did when it was made ({}: it is new); arguments as of a study."""
+
     def fingerprint(stored: Mapping[str, Any]) -> dict[str, Any]:
-        """The number of anchors, if it is left to us, is chosen once, when the study is made."""
+        """What is left to us, the number of anchors and the batch, is chosen once, when the study is made."""
         count = first_count(config, problem.given)
         if stored and config.anchors is None:
             count = len(stored.get("first", ()))
+        batch = config.batch or (stored.get("batch", 1) if stored else _batch(config, workers))
         return {
             "objectives": {item.name: item.direction for item in problem.objectives},
             "constraints": config.constraints,
@@ -364,17 +466,17 @@ def open_policy_study(
             "local_share": config.local_share,
             **({} if problem.costs.latency is None else {"latency": problem.costs.latency.digest()}),
             **({} if config.rungs == [1.0] else {"rungs": config.rungs}),  # a study from before there were any
+            **({} if batch == 1 else {"batch": batch}),
+            **({} if config.synchronous else {"synchronous": False}),
             **made_from,
         }
 
-    identity = Identity(name, [item.direction for item in problem.objectives], fingerprint)
-    opened = open_study(path, config.storage, identity)
-    try:
-        with reported_errors(opened.where):
-            return PolicyStudy(opened, config, problem, seed)
-    except BaseException:
-        opened.close()
-        raise
+    return fingerprint
+
+
+def _batch(config: SearchConfig, workers: int) -> int:
+    """How many trials of a new study are evaluated at a time; with several workers none of them waits for long."""
+    return 1 if workers == 1 else (4 if config.synchronous else 2) * workers
 
 
 def first_count(config: SearchConfig, given: int) -> int:

@@ -112,7 +112,10 @@ def synthetic_judge() -> Judge:
     def each(policies: Sequence[RoutingPolicy], trials: bool) -> list[dict[float, Evaluation]]:
         return [{share: synthetic(policy, share) for share in SearchConfig().rungs} for policy in policies]
 
-    return Judge(synthetic, each, synthetic_test, random, synthetic_counts)
+    def length(policy: RoutingPolicy, tokens: int, count: int, tasks: tuple[str, ...]) -> Evaluation:
+        return synthetic(policy, f"{tokens} tokens")
+
+    return Judge(synthetic, each, synthetic_test, random, synthetic_counts, length)
 
 
 def searching(search: Callable[[RoutingPolicy, float], Evaluation]) -> Judge:

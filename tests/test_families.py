@@ -23,7 +23,7 @@ from natsl.search.controls.static import Shape
 from natsl.search.families import FAMILIES, MOST, Family, Sweep, listed
 from natsl.search.front import Kind, Point
 from natsl.search.score import Judge, Scorer, knee_choice, score
-from natsl.search.study import Record
+from natsl.search.trial import Record
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace
 from tests.search_helpers import (

@@ -16,7 +16,8 @@ from natsl.evaluate import Evaluation
 from natsl.search.config import SearchConfig
 from natsl.search.fault import DeviceLostError
 from natsl.search.samplers import Sampler
-from natsl.search.study import PolicyStudy, Record, SearchFailedError, open_policy_study
+from natsl.search.study import PolicyStudy, SearchFailedError, open_policy_study
+from natsl.search.trial import Record
 from natsl.space.policy import RoutingPolicy
 from natsl.space.space import SearchSpace
 from tests.search_helpers import problem, synthetic

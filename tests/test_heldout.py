@@ -24,7 +24,8 @@ from natsl.load import Choice, stored_data
 from natsl.record import DataRecord, TrainedText
 from natsl.run import Run
 from natsl.search.config import SearchConfig, SearchRunConfig
-from natsl.search.pipeline import held_out_data, run_search
+from natsl.search.pipeline import run_search
+from natsl.search.source import held_out_data
 from natsl.space.policy import Op
 from natsl.tasks import CalibrationDataConfig, DataConfig, OtherTextConfig
 from natsl.tasks.mqar import MqarConfig

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +24,10 @@ from natsl.search.objective import CostContext
 from natsl.search.pipeline import make_problem, run_search
 from natsl.search.report.headline import headline
 from natsl.search.report.html import render
-from natsl.search.score_cache import ScoreCache
 from natsl.space import cost
 from natsl.space.policy import RoutingPolicy
 from natsl.space.space import Control, SearchSpace
+from tests.search_helpers import synthetic_judge
 from tests.test_pipeline import interrupted, tiny
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -195,10 +194,8 @@ def test_on_a_gpu_points_are_measured_at_the_context_too(
 ) -> None:
     config = tiny(tmp_path, text, lengths=[3, 1])
     data = TaskData(config.data, load_text(text), config.model.vocab_size)
-    model: Any = SimpleNamespace(embed=SimpleNamespace(weight=SimpleNamespace(device=torch.device(device))))
-    cache = ScoreCache(tmp_path / "scores.jsonl", {})
     at = CostContext(config.model.layer_shapes(), context)
-    assert LengthRunner(model, data, cache, config.search, at).lengths == lengths
+    assert LengthRunner(synthetic_judge(), data, config.search, at, device == "cuda").lengths == lengths
 
 
 def test_an_older_search_keeps_the_length_that_it_was_billed_at(text: str, tmp_path: Path) -> None:

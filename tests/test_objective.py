@@ -28,7 +28,8 @@ from natsl.search.report.html import render
 from natsl.search.report.plane import axis, planes, show
 from natsl.search.report.png import front_png
 from natsl.search.score import Judge, Scorer, score
-from natsl.search.study import Problem, Record
+from natsl.search.study import Problem
+from natsl.search.trial import Record
 from natsl.space import cost
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace
@@ -62,6 +63,7 @@ def front_of(names: list[str]) -> Front:
         lambda policy: dict.fromkeys(metrics(), plain.test(policy)["mqar"]),
         lambda policy, fractions, seed: complete(plain.random(policy, fractions, seed)),
         plain.control,
+        plain.length,
     )
     scorer = Scorer(judge, asked, config, 0, records)
     swept = [scorer.sweep(*item, lambda _: None) for item in listed(Sweep(ROUTED, CHUNK, HEADS, SearchSpace()))]

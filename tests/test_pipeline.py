@@ -26,7 +26,7 @@ from natsl.evaluate import Evaluation, count, count_each, evaluate, summary
 from natsl.files import read_config
 from natsl.run import Run
 from natsl.search import pipeline, rungs, score, source
-from natsl.search.config import SearchConfig, SearchRunConfig
+from natsl.search.config import Launcher, SearchConfig, SearchRunConfig
 from natsl.search.front import Front
 from natsl.search.pipeline import run_search
 from natsl.search.score import make_judge
@@ -50,6 +50,7 @@ def tiny(root: Path, text: str, **changes: Any) -> SearchRunConfig:
         "random_draws": 2,
         "uniform_budgets": [0.25],
         "batch_size": 8,
+        "launcher": Launcher.inline,
     }
     return SearchRunConfig(
         name="first",

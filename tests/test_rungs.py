@@ -10,8 +10,9 @@ import pytest
 from natsl.data import Split
 from natsl.evaluate import Evaluation, count, summary
 from natsl.search.config import SearchConfig
+from natsl.search.question import Queue
 from natsl.search.rungs import FEWEST, Parts, goes_on, useful
-from natsl.search.study import Proposal
+from natsl.search.trial import Proposal, Work
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.tasks.sequences import Batch
 from tests.oracles import fill_calibration, tiny_model
@@ -134,9 +135,10 @@ def test_a_first_policy_that_was_stopped_as_another_trial_is_judged_on_everythin
     study = opened(tmp_path, config)
     study.run(synthetic)
     stopped = next(record for record in study.records if record.share < 1)
-    proposal = Proposal(study._study.ask(), 5, stopped.policy, stopped)
-    record = study._evaluate(proposal, synthetic, lambda: None)
-    assert (record.share, record.same_as) == (1.0, None)
+    work = Work(Proposal(study._study.ask(), 5, stopped.policy, stopped, 99))
+    study._open.append(work)
+    assert study._advance(work, synthetic, lambda: None, Queue())
+    assert (work.share, work.proposal.known) == (1.0, None)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from natsl.search.samplers.history import SHARE, history_of
 from natsl.search.samplers.model import Model
 from natsl.search.samplers.moves import front_of
 from natsl.search.samplers.near_knee import NearKneeSampler
-from natsl.search.study import PolicyStudy, Record, open_policy_study
+from natsl.search.study import PolicyStudy, open_policy_study
+from natsl.search.trial import Record
 from natsl.space.policy import RoutingPolicy
 from natsl.space.space import Control, SearchSpace
 from tests.search_helpers import CHUNK, ROUTED, problem, synthetic

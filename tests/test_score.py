@@ -16,7 +16,7 @@ from natsl.search.controls.static import most_evaluations
 from natsl.search.front import Kind
 from natsl.search.pareto import dominates
 from natsl.search.score import RANDOM_POINTS, Judge, Scorer, score, steps_to_score
-from natsl.search.study import Record
+from natsl.search.trial import Record
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace
 from tests.search_helpers import CHUNK, ROUTED, on_test, problem, searching, synthetic, synthetic_judge, synthetic_test

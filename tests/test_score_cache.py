@@ -57,7 +57,7 @@ class Counting:
             self.calls += 1
             return inner.test(policy)
 
-        return Judge(search, search_each, test, random, control)
+        return Judge(search, search_each, test, random, control, inner.length)
 
 
 def judged(path: Path, counting: Counting, made_from: dict[str, str] | None = None) -> Judge:

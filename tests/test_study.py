@@ -19,7 +19,8 @@ from natsl.evaluate import Evaluation
 from natsl.search.config import SearchConfig
 from natsl.search.pareto import dominates
 from natsl.search.samplers import Sampler
-from natsl.search.study import PolicyStudy, Record, SearchFailedError, first_policies, open_policy_study
+from natsl.search.study import PolicyStudy, SearchFailedError, first_policies, open_policy_study
+from natsl.search.trial import Record
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace
 from tests.search_helpers import CHUNK, ROUTED, problem, shapes, synthetic

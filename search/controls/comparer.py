@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from natsl.search.controls.comparison import (
 from natsl.search.controls.registry import CONTROLS
 from natsl.search.controls.static import mixture
 from natsl.search.fault import describe
+from natsl.search.question import Method, Question, Queue
 from natsl.space.cost import LayerShape, kv_token_bytes
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.supernet import seed_of
@@ -54,9 +56,14 @@ class Comparer:
     """
 
     def __init__(
-        self, counts: ControlCounts, shapes: Sequence[LayerShape], family: Sequence[RoutingPolicy], rules: Rules
+        self,
+        counts: ControlCounts,
+        shapes: Sequence[LayerShape],
+        family: Sequence[RoutingPolicy],
+        rules: Rules,
+        queue: Queue | None = None,
     ) -> None:
-        self._counts = counts
+        self._counts, self._queue = counts, queue or Queue()
         self._chunk = family[0].chunk_size
         self._shapes = shapes
         self._routed = [i for i, shape in enumerate(shapes) if shape.kind is Op.routed]
@@ -84,16 +91,32 @@ class Comparer:
         if learned is None:
             return None
         self.passes += 1
+        for name, draws in self._draws(policy, learned, hindsight).items():
+            parts = [self._ask(of, policy, name, draw) for draw in draws]
+            found[name] = [part for part in parts if part is not None]
+            on_step(f"{name}@{of}")
+        tasks = [self._in_task(task, counts, found) for task, counts in learned.items()]
+        return Comparison(of, tuple(item for item in tasks if item is not None))
+
+    def expect(self, policies: Mapping[RoutingPolicy, bool]) -> None:
+        """Say which policies will be compared, each with hindsight or without, so that it can be done at once."""
+        questions = []
+        for policy, hindsight in policies.items():
+            with contextlib.suppress(FloatingPointError):
+                learned = self._counts(policy, LEARNED, 0)
+                draws = self._draws(policy, learned, hindsight)
+                questions += [
+                    Question(Method.control, (policy,), (name, n)) for name, some in draws.items() for n in some
+                ]
+        self._queue.ahead(questions)
+
+    def _draws(self, policy: RoutingPolicy, learned: Mapping[str, Counts], hindsight: bool) -> dict[str, list[int]]:
+        """The draws of each control of a policy."""
         shuffles = min(SHUFFLES, min(map(len, learned.values())) - 1)
         seeds = [seed_of("control", self._rules.seed, policy.digest(), draw) >> 31 for draw in range(self._rules.draws)]
         draws = {"shuffled": [*range(1, shuffles + 1)], "random_heads": seeds}
-        for name, control in CONTROLS.items():
-            if hindsight or not control.in_hindsight:
-                parts = [self._ask(of, policy, name, draw) for draw in draws.get(name, [0])]
-                found[name] = [part for part in parts if part is not None]
-                on_step(f"{name}@{of}")
-        tasks = [self._in_task(task, counts, found) for task, counts in learned.items()]
-        return Comparison(of, tuple(item for item in tasks if item is not None))
+        wanted = [name for name, control in CONTROLS.items() if hindsight or not control.in_hindsight]
+        return {name: draws.get(name, [0]) for name in wanted}
 
     def _ask(self, of: str, policy: RoutingPolicy, name: str, draw: int) -> dict[str, Counts] | None:
         self.passes += 0 if name == LEARNED else CONTROLS[name].passes

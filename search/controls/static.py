@@ -38,8 +38,14 @@ class Shape:
         return RoutingPolicy(tuple(layers), self.chunk_size)
 
 
-def greedy_heads(shape: Shape, judge: Callable[[RoutingPolicy], tuple[float, ...]]) -> list[RoutingPolicy]:
+def greedy_heads(
+    shape: Shape,
+    judge: Callable[[RoutingPolicy], tuple[float, ...]],
+    ahead: Callable[[list[RoutingPolicy]], None] = lambda policies: None,
+) -> list[RoutingPolicy]:
     """Policies with one chosen head, two, …: each adds the head that ``judge`` finds best, smaller being better.
+
+    ``ahead`` is given those that it will be asked about next.
 
     All heads are tried in the first round, then only the best ones of the round before, so that the first round and
     ``EXTRA`` evaluations suffice; few heads are all tried in all rounds. The last policy is never all-softmax.
@@ -51,6 +57,7 @@ def greedy_heads(shape: Shape, judge: Callable[[RoutingPolicy], tuple[float, ...
     while len(open_heads) > 1 and left > 0:
         tried = open_heads[: CANDIDATES if chosen else None][:left]
         left -= len(tried)
+        ahead([shape.policy([*chosen, head]) for head in tried])
         order = sorted(tried, key=lambda head: judge(shape.policy([*chosen, head])))
         chosen.append(order[0])
         path.append(shape.policy(chosen))

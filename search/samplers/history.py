@@ -5,7 +5,7 @@ Shapes: n trials, d numbers, m objectives, c constraints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -36,6 +36,7 @@ class History:
         self.numbers = {name: item for name, item in self.space.items() if isinstance(item, FloatDistribution)}
         self.trials: list[FrozenTrial] = []
         self.tried: set[bytes] = set()
+        self._pending: list[bytes] = []
         self._rows: dict[str, _Rows] = {name: _Rows() for name in ("positions", "values", "broken", "whole")}
         self._constraints: list[str] = []
 
@@ -55,6 +56,13 @@ class History:
         self._rows["values"].add(np.array(trial.values or [np.nan] * objectives, dtype=np.float64))
         self._rows["broken"].add(np.array([limits.get(name, np.nan) for name in self._constraints], dtype=np.float64))
         self._rows["whole"].add(np.array([trial.user_attrs.get(SHARE, 1)], dtype=np.float64))
+
+    def expect(self, trials: Sequence[FrozenTrial]) -> None:
+        """Take these, which are being evaluated, for tried, and none of those of the last call any more."""
+        self.tried.difference_update(self._pending)
+        keys = [self.keys(self.position(trial.params)[None])[0] for trial in trials]
+        self._pending = [key for key in dict.fromkeys(keys) if key not in self.tried]
+        self.tried.update(self._pending)
 
     @property
     def positions(self) -> Array:
@@ -158,6 +166,8 @@ class _Reader:
         trials = study.get_trials(deepcopy=False)
         numbers, self._open = [*self._open, *range(self._seen, len(trials))], []
         self._seen = len(trials)
+        for history in self._groups.values():
+            history.expect([])
         for number in numbers:
             trial = trials[number]
             if not trial.state.is_finished():
@@ -168,7 +178,10 @@ class _Reader:
                     history = self._groups.setdefault(group, History(trial.distributions))
                     history.add(trial, len(study.directions))
         some = [item for item in self._groups.items() if item[0][0]] or list(self._groups.items())
-        return max((history for _, history in some), key=lambda history: len(history.trials), default=History())
+        result = max((history for _, history in some), key=lambda history: len(history.trials), default=History())
+        running = [trials[number] for number in self._open if _OURS in trials[number].user_attrs]
+        result.expect([trial for trial in running if trial.params.keys() == result.space.keys()])
+        return result
 
 
 _READERS: WeakKeyDictionary[Study, _Reader] = WeakKeyDictionary()

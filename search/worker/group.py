@@ -1,0 +1,160 @@
+"""Workers that join a search of another machine: the same command, while that one owns the study."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import optuna
+import torch
+from optuna.storages import RDBStorage
+
+from natsl import checkpoint
+from natsl.data import TaskData
+from natsl.errors import UserError
+from natsl.files import child_folder, to_plain, user_path
+from natsl.run import Run
+from natsl.search.config import Launcher, SearchRunConfig
+from natsl.search.owner import OWNER, Owner
+from natsl.search.source import made_from
+from natsl.search.storage import BEAT, FINGERPRINT, THREADS, connect, difference
+from natsl.search.study import Problem, fingerprint_of
+from natsl.search.worker.pool import Clock, Workers, worker_devices
+from natsl.search.worker.process import SUPERNET, Job
+from natsl.search.worker.table import TaskTable
+from natsl.threads import threads_each
+from natsl.tracking import TrackingConfig
+
+_LOG = logging.getLogger(__name__)
+_LOOK_SECONDS = 0.5
+_FIRST_BEAT = 15.0  # seconds in which a controller that lives is seen to
+_SILENCE = 5  # so many search.lease_seconds without a beat, and the controller is gone
+
+
+def join(config: SearchRunConfig, problem: Problem, data: TaskData, device: torch.device) -> bool:
+    """Evaluate for the search that owns the study, until it ends; False: nobody owns it, or none that lives.
+
+    ``UserError`` if this process has not what is searched: its supernet, its text, its settings, its version of natsl.
+    """
+    settings = config.search
+    if settings.storage is None or settings.launcher is not Launcher.local:
+        return False
+    storage = connect(settings.storage)
+    try:
+        if config.name not in optuna.get_all_study_names(storage):
+            return False
+        study = storage.get_study_id_from_name(config.name)
+        run = Run(child_folder(user_path(config.root, "root"), config.name, "name"))
+        controller = Controller(storage, study)
+        if not controller.lives():
+            return False
+        sums = _checked(storage.get_study_user_attrs(study).get(FINGERPRINT, {}), config, problem, data, run)
+        devices = worker_devices(settings, device)
+        job = Job(
+            path=str(run.study_db),
+            url=settings.storage,
+            study=study,
+            lease_seconds=settings.lease_seconds,
+            answers=SUPERNET,
+            run=str(run.path),
+            threads=storage.get_study_user_attrs(study).get(THREADS, threads_each(len(devices))),
+            config=to_plain(replace(config, search=replace(settings, storage=None), tracking=TrackingConfig())),
+            supernet=sums["supernet"],
+            text=data.corpus.fingerprint,
+        )
+        _LOG.info(
+            "the study %r is another process's (%s): this one evaluates for it", config.name, controller.describe()
+        )
+        folder = run.workers / f"{platform.node()}-{time.time_ns():x}"
+        table = TaskTable(storage.engine, study)
+        serve(
+            lambda: Workers(job, devices, folder, table, settings.trial_timeout),
+            lambda: controller.beats(_SILENCE * settings.lease_seconds),
+        )
+        _LOG.info("the search has ended, or its process has")
+        return True
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def serve(start: Callable[[], Workers], wanted: Callable[[], bool]) -> None:
+    """Have workers make tasks as long as they are ``wanted``, which is asked every now and then."""
+    clock = Clock(2 * _LOOK_SECONDS)
+    with contextlib.closing(start()) as workers:
+        while wanted():
+            until = time.monotonic() + _LOOK_SECONDS
+            while (left := until - time.monotonic()) > 0:
+                workers.watch(left)
+            workers.look(clock.lap())
+
+
+def _checked(
+    stored: dict[str, Any], config: SearchRunConfig, problem: Problem, data: TaskData, run: Run
+) -> dict[str, Any]:
+    """What results depend on here, which must be what they depend on in the study with the fingerprint ``stored``."""
+    sums = made_from(config, run, data) if checkpoint.steps(run.supernet) else None
+    if sums is None or sums["supernet"] != stored.get("supernet"):
+        state = "is missing" if sums is None else "is another one"
+        raise UserError(
+            f"the supernet of the search {config.name!r}, which another process makes, {state} in {run.supernet}: to "
+            "join it, use a root that both machines see, or copy its run folder here"
+        )
+    own = fingerprint_of(config.search, problem, config.seed, sums, 1)(stored)
+    changes = difference({**stored, "latency": None}, {**json.loads(json.dumps(own)), "latency": None})
+    if changes:
+        raise UserError(
+            f"the search {config.name!r}, which another process makes, has other settings ({'; '.join(changes)}): "
+            "join it with the same command, or choose another name"
+        )
+    return sums
+
+
+class Controller:
+    """The process that owns a study, as far as its attributes tell."""
+
+    def __init__(self, storage: RDBStorage, study: int) -> None:
+        self._storage, self._study = storage, study
+        self._beat: Any = None
+        self._seen = time.monotonic()
+
+    def _read(self) -> tuple[Owner | None, Any]:
+        attributes = self._storage.get_study_user_attrs(self._study)
+        owner = attributes.get(OWNER)
+        with contextlib.suppress(TypeError):
+            return None if owner is None else Owner(**owner), attributes.get(BEAT)
+        return None, None
+
+    def describe(self) -> str:
+        """Which process it is."""
+        owner, _ = self._read()
+        return "it has ended" if owner is None else f"process {owner.pid} on {owner.host}"
+
+    def lives(self) -> bool:
+        """Whether it is another process than this one, and runs; waits for a beat where nothing else tells."""
+        owner, first = self._read()
+        here = Owner.named("")
+        if owner is None or owner.is_gone(here) or (owner.pid, owner.started) == (here.pid, here.started):
+            return False
+        if (owner.boot, owner.pids) == (here.boot, here.pids):
+            return True
+        end = time.monotonic() + _FIRST_BEAT
+        while time.monotonic() < end:
+            if self._read()[1] != first:
+                return True
+            time.sleep(_LOOK_SECONDS)
+        return False
+
+    def beats(self, seconds: float) -> bool:
+        """Whether the study has an owner that was seen to work in so many seconds."""
+        owner, beat = self._read()
+        if beat != self._beat:
+            self._beat, self._seen = beat, time.monotonic()
+        gone = owner is None or owner.is_gone(Owner.named(""))
+        return not gone and time.monotonic() - self._seen <= seconds

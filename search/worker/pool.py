@@ -1,0 +1,250 @@
+"""The worker processes of a search on this machine: started, watched, started again, and ended with all they started.
+
+No torch and no optuna at import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import natsl
+from natsl.errors import UserError
+from natsl.search.config import SearchConfig
+from natsl.search.worker.process import EXIT_MISTAKE, READY, Job
+from natsl.search.worker.table import TaskTable
+
+if TYPE_CHECKING:
+    import torch
+
+_LOG = logging.getLogger(__name__)
+_MODULE = "natsl.search.worker"
+_STARTS = 4  # in a row that end before a worker is ready
+_LONGEST_LINE = 300
+
+
+@dataclass
+class _Seat:
+    """A place for a worker, and the process that has it."""
+
+    device: str
+    log: Path
+    begin: int = 0  # bytes of the log that are of workers before
+    name: str = ""
+    process: subprocess.Popen[bytes] | None = None
+    ready: bool = False
+    in_vain: int = 0  # starts since a worker was ready
+    why: str | None = None  # it was ended by us
+
+
+class Workers:
+    """``len(devices)`` workers that make the tasks of a table.
+
+    ``job``: of all of them, but for name and device. ``wanted``: whether somebody waits for a task, by its key.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        devices: Sequence[str],
+        folder: Path,
+        table: TaskTable,
+        timeout: float | None = None,
+        wanted: Callable[[str], bool] = lambda key: True,
+    ) -> None:
+        self._job, self._table, self._timeout, self._wanted = job, table, timeout, wanted
+        self._token = secrets.token_hex(4)
+        self._count = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._seats = [_Seat(device, folder / f"{i}.log") for i, device in enumerate(devices)]
+        self._ages: dict[str, float] = {}  # by lease
+        try:
+            for seat in self._seats:
+                seat.log.write_bytes(b"")
+                self._start(seat)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def names(self) -> set[str]:
+        """Of the workers that run."""
+        return {seat.name for seat in self._seats if seat.process is not None}
+
+    def _start(self, seat: _Seat) -> None:
+        self._count += 1
+        seat.name, seat.ready, seat.why = f"{self._token}-{self._count}", False, None
+        with seat.log.open("ab") as log:
+            seat.begin = log.tell()
+            seat.process = subprocess.Popen(
+                [sys.executable, "-m", _MODULE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,  # a group of its own: Ctrl-C reaches the controller only
+                env=_environment(self._job.threads),
+            )
+        job = replace(self._job, name=seat.name, device=seat.device, parent=os.getpid())
+        self._tell(seat, job.dump().encode() + b"\n")
+
+    def _tell(self, seat: _Seat, line: bytes) -> None:
+        assert seat.process is not None
+        assert seat.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which ``watch`` sees
+            seat.process.stdin.write(line)
+            seat.process.stdin.flush()
+
+    def announce(self) -> None:
+        """Tell the workers that there are new tasks."""
+        for seat in self._seats:
+            if seat.ready and seat.process is not None:
+                self._tell(seat, b"\n")
+
+    def watch(self, seconds: float) -> bool:
+        """Wait until a worker says something, at most so long; whether one did. Workers that ended are replaced.
+
+        ``UserError`` if a worker cannot start.
+        """
+        seats = {_output(seat.process): seat for seat in self._seats if seat.process is not None}
+        heard, _, _ = select.select(list(seats), [], [], seconds)
+        for output in heard:
+            seat, said = seats[output], os.read(output, 65536)
+            if READY in said:
+                seat.ready, seat.in_vain = True, 0
+            if not said:
+                self._ended(seat)
+        return bool(heard)
+
+    def _ended(self, seat: _Seat) -> None:
+        """Put back what a worker had that has closed its output, and start another one."""
+        assert seat.process is not None
+        _end(seat.process)
+        code, seat.process = seat.process.returncode, None
+        line = _last_line(seat.log, seat.begin)
+        why = seat.why or _ending(code) + (f" ({line})" if line else "")
+        for task in self._table.running():
+            if task.worker != seat.name:
+                continue
+            if seat.why is not None:
+                self._table.give_up(task.lease, why)
+            else:
+                wanted = self._wanted(task.key)
+                self._table.put_back(task.lease, why, counted=code != -signal.SIGTERM, wanted=wanted)
+        _LOG.info("%s; another one is started", why)
+        seat.in_vain += not seat.ready
+        if not seat.ready and (code == EXIT_MISTAKE or seat.in_vain >= _STARTS):
+            raise UserError(line if code == EXIT_MISTAKE and line else f"workers end before they are ready: {why}")
+        self._start(seat)
+
+    def look(self, seconds: float) -> None:
+        """End workers whose task takes too long; ``seconds`` since the last look, as far as this process ran."""
+        running = {task.lease: task for task in self._table.running() if task.worker in self.names}
+        self._ages = {lease: self._ages.get(lease, -seconds) + seconds for lease in running}
+        for lease, age in self._ages.items():
+            if self._timeout is not None and age > self._timeout:
+                seat = next(seat for seat in self._seats if seat.name == running[lease].worker)
+                seat.why = f"an evaluation took longer than search.trial_timeout = {self._timeout:g} s"
+                assert seat.process is not None
+                _kill(seat.process)
+
+    def add(self) -> None:
+        """One more worker, beside those that give no sign of life."""
+        log = self._seats[0].log.with_name(f"{len(self._seats)}.log")
+        seat = _Seat(self._seats[0].device, log)
+        self._seats.append(seat)
+        self._start(seat)
+
+    def close(self) -> None:
+        """End all workers, with whatever they have started, and put back what they had."""
+        processes = {seat.name: seat.process for seat in self._seats if seat.process is not None}
+        for process in processes.values():
+            _kill(process)
+        for process in processes.values():
+            _end(process)
+        for seat in self._seats:
+            seat.process = None
+        for task in self._table.running() if processes else ():
+            if task.worker in processes:
+                self._table.put_back(task.lease, "the search was stopped", counted=False, wanted=False)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    package = str(Path(natsl.__file__).absolute().parents[1])  # which may be on our path in a way of our own
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, **dict.fromkeys(names, str(threads)), "PYTHONPATH": path}
+
+
+def _output(process: subprocess.Popen[bytes]) -> int:
+    assert process.stdout is not None
+    return process.stdout.fileno()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a process that is ending, and close its pipes; one that does not end is killed, its group always."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(1.0)
+    _kill(process)
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+def _ending(code: int) -> str:
+    name = ""
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            name = f", {signal.Signals(-code).name}"
+    return f"worker ended with exit code {code}{name}"
+
+
+def _last_line(log: Path, begin: int) -> str:
+    """The last line of a log after its first ``begin`` bytes, shortened; empty: there is none."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(begin, log.stat().st_size - 20_000))
+        lines = file.read().decode(errors="replace").split("\n")
+        return next((line.strip()[:_LONGEST_LINE] for line in reversed(lines) if line.strip()), "")
+    return ""
+
+
+class Clock:
+    """Seconds between two looks on the monotonic clock, at most ``most``: what a stopped process slept is left out."""
+
+    def __init__(self, most: float) -> None:
+        self._most = most
+        self._before = time.monotonic()
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        now = time.monotonic()
+        seconds, self._before = min(now - self._before, self._most), now
+        return seconds
+
+
+def worker_devices(config: SearchConfig, device: torch.device) -> list[str]:
+    """The device of each worker of a search: GPUs in turn, unless the user has named one."""
+    gpus = 0
+    if device.type == "cuda" and device.index is None:
+        import torch
+
+        gpus = torch.cuda.device_count()
+    count = config.workers or max(1, gpus)
+    return [f"cuda:{i % gpus}" if gpus else str(device) for i in range(count)]
