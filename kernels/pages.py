@@ -126,8 +126,7 @@ def plan_pages(
     if B and use_kernels(op, "torch" if backend == "auto" and tokens == 1 else backend, route.device, None):
         from natsl.kernels._triton import pages as on_triton
 
-        plan: PagePlan = on_triton.plan(route, kept.contiguous(), start.contiguous(), tokens, chunk_size, lengths)
-        return plan
+        return PagePlan(*on_triton.plan(route, kept.contiguous(), start.contiguous(), tokens, chunk_size, lengths))
     n = torch.arange(N, device=start.device)
     routed = (route > 0.5) & closed_chunks(start, tokens, chunk_size, lengths)[..., None]
     stays_open = n == (ends(start, tokens, lengths) // chunk_size)[:, None]

@@ -13,7 +13,7 @@ pages of its head up to its first chunk as one stream of keys without a mask, an
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,9 @@ from natsl.kernels._triton.softmax import LOG2E, SoftmaxInputs, forward_blocks, 
 from natsl.kernels._triton.softmax_kernels import LARGEST_SUM, _attend, _load_tile, _own_chunk_mask, _store_tile
 from natsl.kernels.launch.launcher import Launcher
 from natsl.kernels.launch.library import on_own_device
-from natsl.kernels.pages import KeyPages, PagePlan
+
+if TYPE_CHECKING:
+    from natsl.kernels.pages import KeyPages, PagePlan
 
 
 @triton.jit
@@ -248,8 +250,10 @@ class NewTokens(NamedTuple):
 
 
 @on_own_device
-def plan(route: Tensor, kept: Tensor, start: Tensor, tokens: int, chunk_size: int, lengths: Tensor | None) -> PagePlan:
-    """Arguments as in ``natsl.kernels.pages.plan_pages``, which checks them; contiguous but for the routes."""
+def plan(
+    route: Tensor, kept: Tensor, start: Tensor, tokens: int, chunk_size: int, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of a ``PagePlan``; arguments as in ``plan_pages``, which checks them, contiguous but for the routes."""
     B, N, R = route.shape
     routed = torch.empty(B, N, R, dtype=torch.float32, device=route.device)
     before = torch.empty(B, N, R, dtype=torch.int32, device=route.device)
@@ -260,7 +264,7 @@ def plan(route: Tensor, kept: Tensor, start: Tensor, tokens: int, chunk_size: in
         tokens, N, R, *route.stride(),
         C=chunk_size, BLOCK=128 if N <= 128 else 1024, PADDED=lengths is not None, num_warps=4,
     )  # fmt: skip
-    return PagePlan(routed, before, source, after)
+    return routed, before, source, after
 
 
 @on_own_device
