@@ -17,7 +17,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
 from natsl.errors import UserError
-from natsl.files import sync_folder
+from natsl.files import follow_umask, sync_folder
 from natsl.search.objective import Direction
 from natsl.search.owner import Owner, claim, release
 from natsl.secrets import redact_text
@@ -172,6 +172,7 @@ def _create_file(path: Path, identity: Identity) -> None:
         finally:
             _close(storage)
         _check_file(fresh, identity.name)
+        follow_umask(fresh)  # SQLite lets only its owner write
         fresh.replace(path)
     finally:
         _remove_leftovers(fresh)
