@@ -72,9 +72,11 @@ def open_study(path: Path, url: str | None, identity: Identity) -> OpenStudy:
             stored = study.user_attrs.get(FINGERPRINT, {})
             changes = difference(stored, json.loads(json.dumps(identity.fingerprint(stored))))
             if changes:
+                of_another_version = [change.partition(":")[0] for change in changes] == ["natsl"]
+                advice = f"use natsl {stored.get('natsl')}" if of_another_version else "restore them"
                 raise UserError(
                     f"the study {identity.name!r} was made under other settings ({'; '.join(changes)}): "
-                    "restore them or choose another name (supernet_from=<this run> searches its supernet anew)"
+                    f"{advice} or choose another name (supernet_from=<this run> searches its supernet anew)"
                 )
             owner = claim(storage, study._study_id, identity.name, path.parent)
         except BaseException:
