@@ -71,6 +71,8 @@ def open_study(path: Path, url: str | None, identity: Identity) -> OpenStudy:
             study = optuna.load_study(storage=storage, study_name=identity.name)
             stored = study.user_attrs.get(FINGERPRINT, {})
             changes = difference(stored, json.loads(json.dumps(identity.fingerprint(stored))))
+            directions = [direction.name.lower() for direction in study.directions]
+            changes = changes or difference({"directions": directions}, {"directions": list(identity.directions)})
             if changes:
                 of_another_version = [change.partition(":")[0] for change in changes] == ["natsl"]
                 advice = f"use natsl {stored.get('natsl')}" if of_another_version else "restore them"
