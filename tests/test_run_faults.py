@@ -51,11 +51,15 @@ def _verified(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, text: str) -> Run:
-    """A search that nothing disturbed, with its report and its export."""
+    """A search that nothing disturbed, with its report and its export, made under the umask 0."""
     root = tmp_path_factory.mktemp("finished")
+    before = os.umask(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("natsl.export.verify", lambda folder: [])
-        run_search(replace(tiny(root, text, n_trials=TRIALS), export=True))
+        try:
+            run_search(replace(tiny(root, text, n_trials=TRIALS), export=True))
+        finally:
+            os.umask(before)
     return Run.open("first", root, create=False)
 
 
@@ -137,15 +141,9 @@ def test_a_command_writes_no_secret_and_keeps_to_the_umask(text: str, tmp_path: 
             assert oct(path.stat().st_mode & 0o777) == oct(0o700 if path.is_dir() else 0o600), path
 
 
-@pytest.mark.usefixtures("no_picture")
-def test_the_files_of_a_search_and_its_export_follow_the_umask(text: str, tmp_path: Path) -> None:
-    before = os.umask(0o002)
-    try:
-        run_search(replace(tiny(tmp_path, text, n_trials=1), export=True))
-    finally:
-        os.umask(before)
-    for path in (tmp_path / "first").rglob("*"):
-        assert oct(path.stat().st_mode & 0o777) == oct(0o775 if path.is_dir() else 0o664), path
+def test_the_files_of_a_search_and_its_export_follow_the_umask(finished: Run) -> None:
+    for path in (finished.path, *finished.path.rglob("*")):
+        assert oct(path.stat().st_mode & 0o777) == oct(0o777 if path.is_dir() else 0o666), path
 
 
 @pytest.mark.usefixtures("no_picture")
@@ -189,7 +187,7 @@ def test_a_front_without_a_trade_is_reported_and_exported_if_there_is_a_point(
 
 def test_four_objectives_are_searched_and_drawn_in_pairs(text: str, tmp_path: Path) -> None:
     names = ["recall_error", "val_loss", "kept_fraction", "decode_bytes"]
-    front = run_search(tiny(tmp_path, text, n_trials=4, objectives=names))
+    front = run_search(tiny(tmp_path, text, n_trials=2, objectives=names))
     assert front is not None
     run = Run.open("first", tmp_path, create=False)
     assert [item["name"] for item in read_json(run.front_json)["objectives"]] == names
