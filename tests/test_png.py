@@ -33,7 +33,7 @@ def test_marks_at_the_left_end_are_seen_whole(front: Front, monkeypatch: pytest.
         drawn.append(figure)
         return b""
 
-    monkeypatch.setattr(png, "figure_png", kept)
+    monkeypatch.setattr(png, "figure_bytes", kept)
     front_png(front)
     lines = [line for place in drawn[0].axes for line in place.lines if line.get_marker() not in ("", "None")]
     at_zero = [line for line in lines if (np.asarray(line.get_xdata()) == 0).any()]
