@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_text(folder / "report.html", render(front))
         print({path.name: path.stat().st_size for path in sorted(folder.glob("*.*"))})
         study.close()
+        del study, front  # else the trials are in memory twice
         config.n_trials += 10
         with closing(opened(folder, config, asked)) as study, timed("ten more trials"):
             study.run(synthetic)
