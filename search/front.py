@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 from natsl.search.controls.comparison import Comparison
@@ -218,7 +219,7 @@ class Front:
     knee_choice: KneeChoice | None = None
     lengths: Lengths | None = None
 
-    @property
+    @cached_property
     def rows(self) -> list[Point | Baseline]:
         """Points, then baselines, then the members of families that are not among the baselines, each once."""
         known = {item.policy for item in self.baselines}
@@ -234,7 +235,7 @@ class Front:
         """The point with this id."""
         return next(point for point in self.points if point.id == name)
 
-    @property
+    @cached_property
     def quality(self) -> str:
         """The measure of quality that comparisons use: the first among the objectives, else the first measured."""
         named = [name for name in self.objectives if name in QUALITY]
@@ -266,7 +267,7 @@ class Front:
         """What a table of a front shows: the objectives, the fraction kept, the measure of quality."""
         return list(dict.fromkeys([*self.objectives, "kept_fraction", self.quality]))
 
-    @property
+    @cached_property
     def tasks(self) -> list[str]:
         """The tasks whose kept fractions are shown beside each other; none if there are fewer than two."""
         names = list(dict.fromkeys(task for item in self.rows for task in item.measured.get("kept_by_task", {})))

@@ -26,12 +26,10 @@ def dominates(first: Values, second: Values, names: Sequence[str]) -> bool:
 
 def non_dominated(values: Sequence[Values], names: Sequence[str]) -> list[int]:
     """Indices of those that no other dominates, in order; of several with equal values only the first."""
-    order = sorted(range(len(values)), key=lambda i: ([values[i][name] for name in names], i))
-    kept: list[int] = []  # whatever dominates an item is sorted before it
-    for i in order:
-        if not any(covers(values[j], values[i], names) for j in kept):
-            kept.append(i)
-    return sorted(kept)
+    if not values:
+        return []
+    rows = np.array([[item[name] for name in names] for item in values], dtype=np.float64)
+    return [int(i) for i in np.flatnonzero(moocore.is_nondominated(rows, keep_weakly=False))]
 
 
 def mixture_dominates(first: Values, second: Values, other: Values, names: Sequence[str]) -> bool:
@@ -111,13 +109,18 @@ class Volume:
 
     def __init__(self, scale: Scale) -> None:
         self._scale = scale
-        self._front: list[Values] = []
+        self._front = np.empty((0, len(scale.names)))  # scaled [policies, objectives], of what nothing else covers
         self.now = 0.0
 
     def add(self, values: Values | None) -> float:
         """The hypervolume after one more trial (null: one without a result, or that breaks a constraint)."""
-        names = self._scale.names
-        if values is not None and not any(covers(other, values, names) for other in self._front):
-            self._front = [other for other in self._front if not covers(values, other, names)] + [values]
-            self.now = self._scale.hypervolume(self._front)
+        if values is None:
+            return self.now
+        row = self._scale.apply([values])
+        if not (self._front <= row).all(axis=1).any():
+            # What the row adds is its own box without what the front dominates inside of it: the volume of the whole
+            # front, which costs more with every objective, is never needed.
+            shared = dominated_volume(np.maximum(self._front, row))
+            self.now += max(0.0, dominated_volume(row) - shared)
+            self._front = np.vstack([self._front[~(self._front >= row).all(axis=1)], row])
         return self.now

@@ -183,8 +183,13 @@ def check_text(config: SearchRunConfig, data: TaskData) -> None:
 
 def trials_reported(run: Run) -> int:
     """How many trials the report of a run is about (0: it has none). The report is the last file to be written."""
-    reported = run.report.exists() and run.front_json.exists()
-    return len(read_json(run.front_json)["hypervolume_history"]) if reported else 0
+    if not run.report.exists() or not run.front_json.exists():
+        return 0
+    front = read_json(run.front_json)
+    history = front.get("hypervolume_history") if isinstance(front, dict) else None
+    if not isinstance(history, list):
+        raise UserError(f"{run.front_json} is not a front written by natsl: move it away, and it is written again")
+    return len(history)
 
 
 def export_knee(run: Run, data: TaskData | None = None) -> Path | None:

@@ -17,7 +17,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
 from natsl.errors import UserError
-from natsl.files import sync_folder
+from natsl.files import follow_umask, sync_folder
 from natsl.search.objective import Direction
 from natsl.search.owner import Owner, claim, release
 from natsl.search.worker.table import sqlite_connector
@@ -73,10 +73,14 @@ def open_study(path: Path, url: str | None, identity: Identity) -> OpenStudy:
             study = optuna.load_study(storage=storage, study_name=identity.name)
             stored = study.user_attrs.get(FINGERPRINT, {})
             changes = difference(stored, json.loads(json.dumps(identity.fingerprint(stored))))
+            directions = [direction.name.lower() for direction in study.directions]
+            changes = changes or difference({"directions": directions}, {"directions": list(identity.directions)})
             if changes:
+                of_another_version = [change.partition(":")[0] for change in changes] == ["natsl"]
+                advice = f"use natsl {stored.get('natsl')}" if of_another_version else "restore them"
                 raise UserError(
                     f"the study {identity.name!r} was made under other settings ({'; '.join(changes)}): "
-                    "restore them or choose another name (supernet_from=<this run> searches its supernet anew)"
+                    f"{advice} or choose another name (supernet_from=<this run> searches its supernet anew)"
                 )
             owner = claim(storage, study._study_id, identity.name, path.parent)
         except BaseException:
@@ -174,6 +178,7 @@ def _create_file(path: Path, identity: Identity) -> None:
         finally:
             _close(storage)
         _check_file(fresh, identity.name)
+        follow_umask(fresh)  # SQLite lets only its owner write
         fresh.replace(path)
     finally:
         _remove_leftovers(fresh)

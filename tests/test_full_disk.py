@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sqlite3
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +173,52 @@ def test_a_search_goes_on_after_space_is_freed(
     run = Run.open("first", disk, create=False)
     assert results(run) == straight
     assert [record["trial"] for record in read_log(run) if record["event"] == "trial"][-1] == "t0006"
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory, text: str) -> Run:
+    """A search that has its report and its export."""
+    root = tmp_path_factory.mktemp("reported")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("natsl.export.verify", lambda folder: [])
+        run_search(replace(tiny(root, text, n_trials=3), export=True))
+    return Run.open("first", root, create=False)
+
+
+def size(*paths: Path) -> int:
+    """Bytes on a disk that gives out blocks."""
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    return sum(-(-file.stat().st_size // 4096) * 4096 for file in files if file.is_file())
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize("stage", ["report", "export"])
+def test_a_disk_full_while_it_reports_or_exports_loses_nothing(
+    stage: str, share: float, reported: Run, text: str, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first file to the last: what is there is whole, and the same command goes on."""
+    monkeypatch.setattr("natsl.export.verify", lambda folder: [])
+    run, config = Run(disk / "first"), replace(tiny(disk, text, n_trials=3), export=True)
+    shutil.copytree(reported.path, run.path)
+    reports = (run.front_json, run.front_csv, run.front_png, run.report)
+    missing = (*reports, run.exports) if stage == "report" else (run.exports,)
+    needed = size(*reports if stage == "report" else missing)
+    for path in missing:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    database = size(run.study_db) if stage == "report" else 0  # as much again for its log of pending writes
+    fill(disk, database + int(share * needed))
+    with pytest.raises((OSError, UserError)) as caught:
+        run_search(config)
+    assert str(disk) in message(caught.value)
+    there = [path for path in reports if path.exists()]
+    assert there == list(reports[: len(there)])  # the report comes last
+    if run.front_json in there:
+        assert results(run) == results(reported)
+    if run.front_png in there:
+        assert run.front_png.read_bytes() == reported.front_png.read_bytes()
+    assert not [path for path in disk.rglob("*") if path.name.endswith((".tmp", ".old"))]
+    assert not run.exports.exists() or not list(run.exports.iterdir())
+    (disk / "full").unlink()
+    run_search(config)
+    assert results(run) == results(reported)
+    assert [path.name for path in run.exports.iterdir()] == [path.name for path in reported.exports.iterdir()]

@@ -144,6 +144,32 @@ def test_printed_commands_of_training_and_calibration(shell: Shell) -> None:
     assert (evaluated.code, "kept_by_layer" in evaluated.out) == (0, True), evaluated.err
 
 
+def test_printed_commands_of_plans_specialisations_and_static_models(shell: Shell) -> None:
+    """Each names the run by a root that a shell, Hydra and both of its quotes would take apart."""
+    Path("d, #1.txt").write_text("".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(600)))
+    where = ["root=it's $my {runs}, \\", "data.path=d, #1.txt"]
+    searched = shell.natsl("search", "name=1.0", *where, *TINY)
+    assert searched.code == 0, searched.err
+    planned = shell.natsl("plan", "name=1.0", *where, *TINY)
+    assert planned.code == 0, planned.err
+    (line,) = commands(planned.out)
+    again = shell.paste(f"{line} {shlex.join([where[1], *TINY])}")
+    assert "nothing to do" in again.out, again.err
+    special = ["name=tuned", "specialise=1.0", where[0], "device=cpu", "train.steps=1", "train.batch_size=2"]
+    specialised = shell.natsl("train", *special, "tracking.mode=disabled")
+    assert specialised.code == 0, specialised.err
+    (line,) = commands(specialised.out)
+    exported = shell.paste(line)
+    assert exported.code == 0, exported.err
+    options = [item for item in TINY if not item.startswith(("search.", "export", "experiment", "model.layers"))]
+    static = shell.natsl("train", "name=s", *where, *options, "model.layers=[delta]", "train.warmup_steps=1")
+    assert static.code == 0, static.err
+    (line,) = commands(static.out)
+    scored = shell.paste(line)
+    assert scored.code == 0, scored.err
+    assert "val_loss" in scored.out
+
+
 REFUSED = {
     "root that is no UTF-8": ("root=r\udcff", "root = 'r\\udcff' is not allowed: it has a byte that is not UTF-8"),
     "root of two lines": ("root=a\nb", "root = 'a\\nb' is not allowed: it has a control character"),

@@ -32,11 +32,12 @@ def test_dominance(first: tuple[float, float], second: tuple[float, float], expe
     assert (covers(a, b, AB), dominates(a, b, AB)) == expected
 
 
+@pytest.mark.parametrize("count", [80, 400])
 @pytest.mark.parametrize("objectives", [1, 2, 3, 4])
-def test_non_dominated_agrees_with_its_definition(objectives: int) -> None:
+def test_non_dominated_agrees_with_its_definition(objectives: int, count: int) -> None:
     rng = random.Random(objectives)
     names = "abcd"[:objectives]
-    rows = values(*[tuple(rng.randrange(6) for _ in names) for _ in range(80)])
+    rows = values(*[tuple(rng.randrange(6) for _ in names) for _ in range(count)])
     found = non_dominated(rows, names)
     free = [i for i, row in enumerate(rows) if not any(dominates(other, row, names) for other in rows)]
     first_of_equal = [i for i in free if rows[i] not in rows[:i]]
@@ -146,6 +147,19 @@ def test_hypervolume_grows_trial_by_trial() -> None:
     volume = Volume(UNIT)
     found = [volume.add(row) for row in (None, *values((0.5, 0.5), (0.9, 0.9), (0.25, 0.75), (0.2, 0.2)), None)]
     assert found == pytest.approx([0, 0.25, 0.25, 0.3125, 0.64, 0.64])
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3, 4, 5])
+def test_hypervolume_is_that_of_all_trials_after_each_of_them(objectives: int) -> None:
+    """Also where they are equal, dominated, better than the better reference or worse than the worse one."""
+    rng = random.Random(objectives)
+    names = tuple("abcde"[:objectives])
+    scale = Scale(names, (0.0,) * objectives, (1.0,) * objectives)
+    rows = [{name: rng.choice([rng.uniform(-0.1, 1.1), 0.5]) for name in names} for _ in range(60)]
+    volume = Volume(scale)
+    found = [volume.add(row) for row in rows]
+    assert found == pytest.approx([scale.hypervolume(rows[: i + 1]) for i in range(len(rows))])
+    assert found == sorted(found)
 
 
 def test_scale_is_anchored_at_its_references() -> None:

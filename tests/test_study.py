@@ -289,6 +289,24 @@ def test_a_resume_under_other_settings_is_refused(case: str, tmp_path: Path) -> 
     assert (tmp_path / "study.db").read_bytes() == before
 
 
+def test_a_study_of_another_version_names_the_version_that_it_needs(tmp_path: Path) -> None:
+    config = SearchConfig(anchors=ANCHORS, n_trials=2)
+    opened(tmp_path, config, made_from={"natsl": "0.0.9", "model": "m"}).close()
+    with pytest.raises(UserError, match=r'natsl: "0.0.9" → "0.1.0"\): use natsl 0.0.9 or choose another name'):
+        opened(tmp_path, config, made_from={"natsl": "0.1.0", "model": "m"})
+    with pytest.raises(UserError, match=r'natsl: .*; model: "m" → "x"\): restore them or choose another name'):
+        opened(tmp_path, config, made_from={"natsl": "0.1.0", "model": "x"})
+
+
+def test_a_study_with_another_direction_is_refused(tmp_path: Path) -> None:
+    config = SearchConfig(anchors=ANCHORS, n_trials=2)
+    opened(tmp_path, config).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as connection, connection:
+        connection.execute("UPDATE study_directions SET direction = 'MAXIMIZE' WHERE objective = 1")
+    with pytest.raises(UserError, match=r'directions: \["minimize", "maximize"\] → \["minimize", "minimize"\]'):
+        opened(tmp_path, config)
+
+
 def test_a_study_with_an_op_and_a_budget_per_layer_is_refused(tmp_path: Path) -> None:
     """As older versions made them: their parameters mean something else."""
     config = SearchConfig(anchors=ANCHORS, n_trials=3)

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
 C = TypeVar("C")
 _log = logging.getLogger(__name__)
-# Failures of the machine that one line explains better than a traceback.
-_PLAIN_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
+# Failures of the machine, and of what is in its folders, that one line explains better than a traceback.
+_PLAIN_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.EIO}
+_PLAIN_ERRNO |= {errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
 
 
 def main() -> None:
@@ -198,7 +199,8 @@ def _text(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: use smaller batches or another device ({str(error) or 'no more is known'})"
     if isinstance(error, OSError) and error.errno in _PLAIN_ERRNO:
-        return f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        where = error.filename2 or error.filename  # of a rename, the file that was to be replaced
+        return f"{error.strerror}: {where}" if where else str(error)
     if "omegaconf" in sys.modules and "hydra" in sys.modules:
         return _hydra_text(error)
     return None
