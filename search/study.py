@@ -19,6 +19,7 @@ from sqlalchemy import Engine
 from natsl.errors import UserError
 from natsl.evaluate import Evaluation
 from natsl.search.config import SearchConfig
+from natsl.search.dashboard import KEPT, describe_trial, introduce
 from natsl.search.fault import PERMANENT, TRANSIENT, check_machine, describe, was_transient
 from natsl.search.objective import CostContext, Objective, measure
 from natsl.search.pareto import non_dominated
@@ -190,6 +191,7 @@ class PolicyStudy:
         batch = trial.number if batch is None else batch
         trial.set_user_attr(INDEX, index)
         trial.set_user_attr(BATCH, batch)
+        describe_trial(trial, policy)
         trial.set_user_attr(POLICY, policy.to_dict())  # the last one: what has it is made by whoever finds it
         return Proposal(trial, index, policy, self._by_digest.get(policy.digest()), batch)
 
@@ -207,6 +209,7 @@ class PolicyStudy:
         trial = proposal.trial
         trial.set_user_attr(EVALUATION, evaluation.to_dict())
         trial.set_user_attr(PARTS, parts)
+        trial.set_user_attr(KEPT, evaluation.kept_fraction)
         if share < 1:
             trial.set_user_attr(SHARE, share)
         if proposal.known is not None:
@@ -404,16 +407,10 @@ class PolicyStudy:
             return Record(index, trial.number, policy, None, None, False, reason, transient=transient)
         values = dict(zip(self._names, trial.values, strict=True))
         feasible = all(value <= 0 for value in trial.constraints.values())
+        evaluation, parts = Evaluation.from_dict(attributes[EVALUATION]), tuple(map(tuple, attributes.get(PARTS, ())))
+        known, share = attributes.get(KNOWN), attributes.get(SHARE, 1.0)
         return Record(
-            index,
-            trial.number,
-            policy,
-            values,
-            Evaluation.from_dict(attributes[EVALUATION]),
-            feasible,
-            same_as=attributes.get(KNOWN),
-            parts=tuple(map(tuple, attributes.get(PARTS, ()))),
-            share=attributes.get(SHARE, 1.0),
+            index, trial.number, policy, values, evaluation, feasible, same_as=known, parts=parts, share=share
         )
 
 
@@ -432,12 +429,12 @@ def open_policy_study(
     data, checkpoint), compared on resume. workers: how many there are, which the batches of a new study follow. Raises
     ``UserError`` if the storage is damaged, foreign or belongs to other settings.
     """
-
     fingerprint = fingerprint_of(config, problem, seed, made_from, workers)
     identity = Identity(name, [item.direction for item in problem.objectives], fingerprint)
     opened = open_study(path, config.storage, identity)
     try:
         with reported_errors(opened.where):
+            introduce(opened.study, [item.name for item in problem.objectives], config.constraints)
             return PolicyStudy(opened, config, problem, seed)
     except BaseException:
         opened.close()
