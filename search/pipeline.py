@@ -47,6 +47,7 @@ from natsl.search.samplers import Sampler
 from natsl.search.score import Judge, Scorer, knee_choice, make_judge, score, steps_to_score
 from natsl.search.score_cache import ScoreCache
 from natsl.search.source import held_out_data, made_from, obtain_supernet, take_settings
+from natsl.search.stopwatch import Stopwatch
 from natsl.search.storage import connect
 from natsl.search.study import PolicyStudy, Problem, first_policies, open_policy_study
 from natsl.search.trial import Record
@@ -85,13 +86,15 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
     with run.lock():
         outdated = bool(check_resume(run, config) & REPORT_OPTIONS)
         others = keep_record(run, data, config.root, trained, config.allow_other_data)
-        finished = trials_reported(run) >= config.search.n_trials and not outdated
+        watch = Stopwatch(run.hours, config.search.max_hours)
+        finished = trials_reported(run) >= watch.wanted(config.search.n_trials) and not outdated
         untrained = config.untrained_budgets()
         if untrained and not finished:
             _LOG.info("%s", untrained)
         problem = with_times(problem, config, run, device)
-        with Tracker() if finished else start_tracker(config.tracking, run, to_plain(config)) as tracker:
-            search = _Search(config, run, data, problem, tracker, device, others, arguments)
+        tracker = Tracker() if finished else start_tracker(config.tracking, run, to_plain(config))
+        with tracker, watch if finished else watch.start():
+            search = _Search(config, run, data, problem, tracker, watch, device, others, arguments)
             return search.run(finished, outdated)
 
 
@@ -218,6 +221,7 @@ class _Search:
     data: TaskData
     problem: Problem
     tracker: Tracker
+    watch: Stopwatch
     device: torch.device
     others: tuple[str, ...]
     arguments: Sequence[str]
@@ -233,7 +237,7 @@ class _Search:
         sums = made_from(self.config, folder, self.data)
         with contextlib.closing(self._study(sums)) as study:
             if finished:
-                print_nothing_to_do(folder, trials_reported(folder))
+                print_nothing_to_do(folder, trials_reported(folder), self._ended(study))
                 if self.config.export:
                     export_knee(folder)  # it is missing if the search was cut off after its report
                 return None
@@ -298,7 +302,7 @@ class _Search:
     def _trials(self, study: PolicyStudy, scorer: Scorer, queue: Queue) -> Scale:
         journal = Journal(self.folder, self.tracker)
         first = study.first[: self.config.search.n_trials]
-        if len(study.records) < len(first):
+        if len(study.records) < len(first) and not self.watch.up:
             with Progress("anchors", len(first)) as progress:
                 scorer.prepare(first, progress.update, trials=True)
         try:
@@ -322,9 +326,21 @@ class _Search:
                 text = f"hypervolume {volume.now:.4f}" + (f", {failed} failed" if failed else "")
                 progress.update(len(study.records), text)
 
+            study.stops = lambda: self.watch.up
             inline = self.config.search.launcher is Launcher.inline  # else workers see to their devices
             study.run(scorer.on_share, on_record, lambda: probe_device(self.device) if inline else None, queue)
+        ended = self._ended(study)
+        self.watch.stop(-1 if ended is None else sum(not record.transient for record in study.records))
+        if ended is not None:
+            _LOG.info("%s: the front is scored", ended)
         return scale
+
+    def _ended(self, study: PolicyStudy) -> str | None:
+        """A line for a search whose time was up before its trials were made."""
+        made, wanted = len(study.records), self.config.search.n_trials
+        if not (self.watch.up and study.remaining):
+            return None
+        return f"search.max_hours = {self.config.search.max_hours:g} was used up after {made} of {wanted} trials"
 
     def _score(self, study: PolicyStudy, scorer: Scorer, scale: Scale, judge: Judge) -> Front:
         """Front, baselines and controls on the test split, and what else the report tells."""
@@ -353,7 +369,7 @@ class _Search:
         again = len(study.records) - len(history)
         if again:
             problems.append(f"{again} of them by a fault of the machine: the same command tries them again")
-        problems += [line for line in [self.config.untrained_budgets()] if line]
+        problems += [line for line in [self._ended(study), self.config.untrained_budgets()] if line]
         if not settings.synchronous:
             problems.append("search.synchronous = false: which policies were tried depends on how fast workers were")
         problems += [f"part of the trials and scores is of other text: {other}" for other in self.others]

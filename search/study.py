@@ -90,6 +90,7 @@ class PolicyStudy:
         self._again: dict[int, dict[str, Any]] = {}  # parameters of the records that are to be tried again, by index
         self._made: list[Record] = []  # by this process
         self._open: list[Work] = []  # proposed and not told, in order
+        self.stops: Callable[[], bool] = lambda: False  # asked before each proposal: whether there are to be no more
         self._beaten = -math.inf
         self._told = -1  # Optuna's number of the latest record
         self.batch: int = self.fingerprint.get("batch", 1)
@@ -258,7 +259,7 @@ class PolicyStudy:
 
         ``probe`` raises ``RuntimeError`` if the device is of no use any more; it is asked after a fault of the machine.
         ``queue``: of whoever ``evaluate`` asks. Raises ``SearchFailedError`` once too many trials have failed,
-        ``DeviceLostError`` if the device is lost.
+        ``DeviceLostError`` if the device is lost. Once ``stops`` says so, only what is open is finished.
         """
         queue = queue or Queue()
         self._check_failures()
@@ -267,6 +268,8 @@ class PolicyStudy:
         while self.remaining:
             with reported_errors(self._opened.where):
                 self._fill(queue)
+                if not self._open:
+                    return
                 moved = False
                 for work in list(self._open):
                     moved = self._advance(work, evaluate, probe, queue) or moved
@@ -277,7 +280,7 @@ class PolicyStudy:
 
     def _fill(self, queue: Queue) -> None:
         """Propose what may be proposed now: the rest of a batch, or as much as keeps the workers busy."""
-        while (index := self._next) is not None:
+        while (index := self._next) is not None and not self.stops():
             batch = None
             if self.config.synchronous and self._open:
                 batch = self._open[-1].proposal.batch
