@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from natsl.run import Run
 from natsl.search.front import Front, Point, amount
+from natsl.search.pareto import Archive
 from natsl.search.report.headline import family_line
 from natsl.search.trial import Record
+from natsl.search.view import FrontSoFar, SearchView
 from natsl.tracking import Tracker
 
 
 class Journal:
-    """Records the trials of a search and its outcome."""
+    """Records the trials of a search and its outcome; shows them in the view, if there is one."""
 
-    def __init__(self, run: Run, tracker: Tracker) -> None:
+    def __init__(self, run: Run, tracker: Tracker, view: SearchView | None = None) -> None:
         self._run = run
         self._tracker = tracker
+        self._view = view
+        self._front: Archive[Record] | None = None
+        self._failed: dict[int, str] = {}  # reasons by index of the trial
+
+    def resume(self, records: Sequence[Record], hypervolume: float) -> None:
+        """What earlier calls have found, which is logged and tracked already."""
+        for record in records:
+            self._keep(record)
+        self._show(hypervolume)
+
+    def _keep(self, record: Record) -> None:
+        if self._front is None and record.values is not None:
+            self._front = Archive(list(record.values))
+        if self._front is not None:
+            self._front.add(record.result, record)
+        self._failed.pop(record.index, None)
+        if record.reason is not None:
+            self._failed[record.index] = record.reason
+
+    def _show(self, hypervolume: float) -> None:
+        if self._view is not None:
+            records = () if self._front is None else self._front.items
+            last = next(reversed(self._failed.values()), None)
+            self._view.show_front(FrontSoFar(records, hypervolume, len(self._failed), last))
 
     def trial(self, record: Record, hypervolume: float) -> None:
         """One finished trial, and the hypervolume after it."""
+        self._keep(record)
+        self._show(hypervolume)
         numbers: dict[str, Any] = {"hypervolume": hypervolume, **(record.values or {})}
         if record.evaluation is not None:
             numbers |= {f"kept_layer_{i}": kept for i, kept in enumerate(record.evaluation.kept_by_layer)}

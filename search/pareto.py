@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import moocore
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 _ROUNDING = 1e-9  # a gain that is smaller, relative to values above 1, is none
 
+T = TypeVar("T")
 Values = Mapping[str, float]  # objective → value, smaller is better
 
 
@@ -106,18 +108,34 @@ class Scale:
         return int(np.argmin(self.apply(values).sum(axis=1))) if values else None
 
 
+class Archive(Generic[T]):
+    """What nothing beats of the items that were added so far; of several with equal values only the first."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self.values: tuple[Values, ...] = ()
+        self.items: tuple[T, ...] = ()
+
+    def add(self, values: Values | None, item: T) -> bool:
+        """Whether the item is one of them (null: one without a result, or that breaks a constraint)."""
+        if values is None or any(covers(other, values, self._names) for other in self.values):
+            return False
+        pairs = zip(self.values, self.items, strict=True)
+        kept = [pair for pair in pairs if not covers(values, pair[0], self._names)]
+        self.values, self.items = (*(pair[0] for pair in kept), values), (*(pair[1] for pair in kept), item)
+        return True
+
+
 class Volume:
     """Hypervolume of what was added so far."""
 
     def __init__(self, scale: Scale) -> None:
         self._scale = scale
-        self._front: list[Values] = []
+        self._front: Archive[None] = Archive(scale.names)
         self.now = 0.0
 
     def add(self, values: Values | None) -> float:
         """The hypervolume after one more trial (null: one without a result, or that breaks a constraint)."""
-        names = self._scale.names
-        if values is not None and not any(covers(other, values, names) for other in self._front):
-            self._front = [other for other in self._front if not covers(values, other, names)] + [values]
-            self.now = self._scale.hypervolume(self._front)
+        if self._front.add(values, None):
+            self.now = self._scale.hypervolume(self._front.values)
         return self.now

@@ -51,6 +51,7 @@ from natsl.search.stopwatch import Stopwatch
 from natsl.search.storage import connect
 from natsl.search.study import PolicyStudy, Problem, first_policies, open_policy_study
 from natsl.search.trial import Record
+from natsl.search.view import SearchView
 from natsl.search.worker.dispatch import Dispatcher
 from natsl.search.worker.group import join
 from natsl.search.worker.pool import Workers, worker_devices
@@ -93,8 +94,9 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
             _LOG.info("%s", untrained)
         problem = with_times(problem, config, run, device)
         tracker = Tracker() if finished else start_tracker(config.tracking, run, to_plain(config))
-        with tracker, watch if finished else watch.start():
-            search = _Search(config, run, data, problem, tracker, watch, device, others, arguments)
+        view = SearchView(run.name, config.search.objectives)
+        with tracker, watch if finished else watch.start(), contextlib.nullcontext() if finished else view:
+            search = _Search(config, run, data, problem, tracker, watch, view, device, others, arguments)
             return search.run(finished, outdated)
 
 
@@ -222,6 +224,7 @@ class _Search:
     problem: Problem
     tracker: Tracker
     watch: Stopwatch
+    view: SearchView
     device: torch.device
     others: tuple[str, ...]
     arguments: Sequence[str]
@@ -249,6 +252,7 @@ class _Search:
         self._write(front)
         Journal(folder, self.tracker).front(front)
         exported = export_knee(folder, self.data) if self.config.export else None
+        self.view.close()
         print_front(front, folder, f"{self._verb} {self._select}", exported)
         return front
 
@@ -289,7 +293,7 @@ class _Search:
             _LOG.info("search.batch = 1: one trial is evaluated at a time, and %d workers share the rest", len(devices))
         on_beat = study.beat if settings.storage is not None else lambda: None
         with (
-            contextlib.closing(Dispatcher(table, start, settings.lease_seconds, on_beat)) as dispatcher,
+            contextlib.closing(Dispatcher(table, start, settings.lease_seconds, on_beat, self.view.show_workers)) as dispatcher,
             drains(lambda: _LOG.info("what is being evaluated is finished first; Ctrl-C again stops at once")),
         ):
             yield dispatcher.judge()
@@ -300,7 +304,7 @@ class _Search:
         return open_policy_study(path, name, settings, self.problem, self.config.seed, sums, workers)
 
     def _trials(self, study: PolicyStudy, scorer: Scorer, queue: Queue) -> Scale:
-        journal = Journal(self.folder, self.tracker)
+        journal = Journal(self.folder, self.tracker, self.view)
         first = study.first[: self.config.search.n_trials]
         if len(study.records) < len(first) and not self.watch.up:
             with Progress("anchors", len(first)) as progress:
@@ -312,6 +316,7 @@ class _Search:
         volume = Volume(scale)
         for record in study.records:
             volume.add(record.result)
+        journal.resume(study.records, volume.now)
         if study.cut_off:
             _LOG.info("%d trials were cut off before; they are made again", study.cut_off)
         if study.foreign:
