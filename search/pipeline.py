@@ -96,7 +96,8 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
         tracker = Tracker() if finished else start_tracker(config.tracking, run, to_plain(config))
         view = SearchView(run.name, config.search.objectives)
         with tracker, watch if finished else watch.start(), contextlib.nullcontext() if finished else view:
-            search = _Search(config, run, data, problem, tracker, watch, view, device, others, arguments)
+            journal = Journal(run, tracker, config.search.objectives, view)
+            search = _Search(config, run, data, problem, tracker, journal, watch, view, device, others, arguments)
             return search.run(finished, outdated)
 
 
@@ -223,6 +224,7 @@ class _Search:
     data: TaskData
     problem: Problem
     tracker: Tracker
+    journal: Journal
     watch: Stopwatch
     view: SearchView
     device: torch.device
@@ -250,7 +252,7 @@ class _Search:
             with reported_faults(), self._judge(study, sums, model) as judge:
                 front = self._search(study, ScoreCache(folder.scores, sums).judge(judge))
         self._write(front)
-        Journal(folder, self.tracker).front(front)
+        self.journal.front(front)
         exported = export_knee(folder, self.data) if self.config.export else None
         self.view.close()
         print_front(front, folder, f"{self._verb} {self._select}", exported)
@@ -304,7 +306,7 @@ class _Search:
         return open_policy_study(path, name, settings, self.problem, self.config.seed, sums, workers)
 
     def _trials(self, study: PolicyStudy, scorer: Scorer, queue: Queue) -> Scale:
-        journal = Journal(self.folder, self.tracker, self.view)
+        journal = self.journal
         first = study.first[: self.config.search.n_trials]
         if len(study.records) < len(first) and not self.watch.up:
             with Progress("anchors", len(first)) as progress:
@@ -427,16 +429,17 @@ class _Search:
         costs = [routed * point.measured["kept_fraction"] for routed, point in zip(routing, points, strict=True)]
         chosen = chosen_points(costs, knee, COMPARED, IN_HINDSIGHT)
         comparer.expect({points[place].policy: hindsight for place, hindsight in chosen.items()})
-        found = []
+        found: list[Comparison] = []
         with Progress("controls", comparer.planned(chosen.values())) as progress:
             for place, hindsight in chosen.items():
                 point = points[place]
-                found.append(
-                    comparer.compare(
-                        point.id, point.policy, hindsight, lambda name: progress.update(comparer.passes, name)
-                    )
+                item = comparer.compare(
+                    point.id, point.policy, hindsight, lambda name: progress.update(comparer.passes, name)
                 )
-        return tuple(item for item in found if item is not None)
+                if item is not None:
+                    self.journal.comparison(item, len(found))
+                    found.append(item)
+        return tuple(found)
 
     def _at_lengths(self, front: Front, runner: LengthRunner, scorer: Scorer) -> Lengths:
         """The points that were compared with controls and the two ends, measured at other lengths."""

@@ -124,7 +124,7 @@ class Seen(SearchView):
 def test_the_journal_shows_what_is_on_the_front(tmp_path: Path) -> None:
     study = searched(tmp_path, SearchConfig(n_trials=24, anchors=12, constraints={"kept_fraction": 0.8}))
     view = Seen()
-    journal = Journal(Run.open("first", tmp_path), Tracker(), view)
+    journal = Journal(Run.open("first", tmp_path), Tracker(), NAMES, view)
     journal.resume(study.records[:10], 0.25)
     for item in study.records[10:]:
         journal.trial(item, 0.5)
