@@ -19,8 +19,8 @@ from natsl.search.worker.pool import WorkerState
 _POINTS, _WORKERS = 6, 8  # rows of the tables
 _POLICY_WIDTH = 60
 _DOES = {
-    Method.search: "trial",
-    Method.search_each: "several policies",
+    Method.search: "search split",
+    Method.search_each: "search split",
     Method.test: "test split",
     Method.random: "random routing",
     Method.control: "control",
@@ -75,7 +75,8 @@ class SearchView(View):
     def body(self, width: int) -> Iterable[RenderableType]:
         front, workers, work = self._front, self._workers, self._work
         if front is not None:
-            yield Text(f"front so far: {len(front.records)} points, hypervolume {front.hypervolume:.4f}", style="bold")
+            count = "1 point" if len(front.records) == 1 else f"{len(front.records)} points"
+            yield Text(f"front so far: {count}, hypervolume {front.hypervolume:.4f}", style="bold")
             if front.records:
                 yield self._table(front.records)
         if workers:
@@ -124,5 +125,9 @@ class SearchView(View):
         policies = question.policies
         what = policies[0].describe() if len(policies) == 1 else f"{len(policies)} policies"
         what = what if len(what) <= _POLICY_WIDTH else what[: _POLICY_WIDTH - 1] + "…"
-        share = f" on {question.arguments[0]:.0%} of the sequences" if question.method is Method.search else ""
-        return f"{_DOES[question.method]}{share}: {what}, {passed}"
+        does = _DOES[question.method]
+        if question.method is Method.search:
+            does = f"{question.arguments[0]:.0%} of the {does}"
+        elif question.method is Method.control:
+            does += f" {question.arguments[0]}"
+        return f"{does}: {what}, {passed}"

@@ -43,6 +43,8 @@ def record(index: int, kept: float, error: float) -> Record:
 def test_the_front_is_a_small_table() -> None:
     view = SearchView("mine", NAMES)
     assert shown(view) == ["search mine, running for 0:00"]
+    view.show_front(FrontSoFar((record(3, 0.5, 0.1),), 0.5))
+    assert shown(view)[0] == "front so far: 1 point, hypervolume 0.5000"
     view.show_front(FrontSoFar((record(3, 0.5, 0.1), record(7, 0.25, 0.2)), 0.71234))
     first, titles, *rows, _ = shown(view)
     assert first == "front so far: 2 points, hypervolume 0.7123"
@@ -89,7 +91,7 @@ def test_workers_and_failures_are_named(monkeypatch: pytest.MonkeyPatch) -> None
     text = POLICY.describe()
     assert shown(view)[1:] == [
         "workers: 3 busy, 2 idle, started again 2 times, 1 busy on other machines",
-        f"  0 cuda:0  trial on 25% of the sequences: {text}, 1:10",
+        f"  0 cuda:0  25% of the search split: {text}, 1:10",
         "  1 cuda:1  idle (start 3)",
         "  2 cuda:2  starting",
         f"  3 cuda:3  test split: {text}, 0:00",
