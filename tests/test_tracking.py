@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -309,6 +310,12 @@ def test_a_run_that_is_gone_on_with_online_has_the_earlier_rows(run: Run, monkey
     assert (made, len(record.rows)) == ([7, 1], 1)
     assert not Tracker().rows("trials", ["i"], lambda: rows(1))
     assert made == [7, 1], "the null object asks for nothing"
+
+
+def test_workers_start_no_runs() -> None:
+    sources = list((ROOT / "search" / "worker").glob("*.py"))
+    assert len(sources) > 5
+    assert not [path.name for path in sources if re.search("start_tracker|wandb", path.read_text())]
 
 
 def test_interrupts_pass(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
