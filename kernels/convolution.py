@@ -34,14 +34,16 @@ def continued_convolution(
         forms = f"x {x.dtype} {tuple(x.shape)}, weight {tuple(weight.shape)}, tail {tail.dtype}"
         raise ValueError(f"{op}: {forms}: they must be [batch, tokens, channels], [channels, width] and of x's dtype")
     (B, T, channels), W = x.shape, weight.shape[1]
+    if T < 1 or W < 1:
+        raise ValueError(f"{op}: x has {T} tokens and weight {W} taps: there must be one at least")
     check_shape(op, "weight", weight, (channels, W))
     check_shape(op, "tail", tail, (B, W - 1, channels))
     check_counts(op, {"lengths": lengths}, x.device, (B,))
     if x.numel() and use_kernels(op, backend, x.device, LIMITS.reason(x.dtype, None, {"sequences": B})):
         from natsl.kernels._triton.convolution import convolve
 
-        found: tuple[Tensor, Tensor] = convolve(last_contiguous(x), weight.contiguous(), tail.contiguous(), lengths)
-        return found
+        results: tuple[Tensor, Tensor] = convolve(last_contiguous(x), weight.contiguous(), tail.contiguous(), lengths)
+        return results
     inputs = torch.cat((tail, x), 1)
     y = F.conv1d(inputs.transpose(1, 2), weight.to(x.dtype)[:, None], groups=channels).transpose(1, 2)
     if lengths is None:

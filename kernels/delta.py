@@ -206,9 +206,9 @@ def _continue_on_kernels(
 ) -> tuple[Tensor, DeltaState]:
     """``routed_delta_rule`` from a state inside a chunk, on the kernels for plain sequences.
 
-    Where all rows begin at a border, they run once. Else up to three times: over the rest of the open chunk from its
-    working state, as if it were written; over complete chunks from the state at their border; over the chunk that stays
-    open, again as if it were written.
+    Where all rows begin at a border and bring as many tokens, they run once. Else up to three times: over the rest of
+    the open chunk from its working state, as if it were written; over complete chunks from the state at their border;
+    over the chunk that stays open, again as if it were written.
     """
     from natsl.kernels._triton.delta import DeltaInputs, DeltaOptions, continued_delta_rule
     from natsl.kernels._triton.delta import routed_delta_rule as run

@@ -201,7 +201,7 @@ def paged_softmax(
     start, count = start.contiguous(), None if lengths is None else lengths.contiguous()
     k, v = last_contiguous(k), last_contiguous(v)
     pages = on_triton.write(k, v, plan, start, count, pages, chunk_size)
-    new = on_triton.NewTokens(k, v, plan.routed, plan.before, start, count)
+    new = on_triton.NewTokens(k, v, plan.routed.contiguous(), plan.before.contiguous(), start, count)
     o: Tensor = on_triton.attend(last_contiguous(q), new, pages, opened_keys, opened_values, scale, chunk_size)
     return o, pages
 

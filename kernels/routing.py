@@ -59,10 +59,10 @@ def continued_means(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if at_border:
         full, rest = divmod(T, chunk_size)
-        whole = x[:, : full * chunk_size].unflatten(1, (full, chunk_size)).sum(2) / chunk_size
+        complete = x[:, : full * chunk_size].unflatten(1, (full, chunk_size)).sum(2) / chunk_size
         after = x[:, full * chunk_size :].sum(1, dtype=dtype)
         missing = N - full - (rest > 0)  # chunks that no token of this call is in
-        means = [whole, after.to(x.dtype)[:, None] / rest] if rest else [whole]
+        means = [complete, after.to(x.dtype)[:, None] / rest] if rest else [complete]
         if missing:
             means.append(x.new_zeros(B, missing, D))
         return means[0] if len(means) == 1 else torch.cat(means, 1), after

@@ -4,7 +4,7 @@ Some layers of one kind are timed together, as a model of their own: between its
 caches and the queue of launches in the state in which a whole model would. A decoding step goes on from a cache that is
 filled with random numbers, in the middle of a chunk: on CUDA as a graph of ``Decoder``, elsewhere through
 ``RoutedLM.forward``. A prefill is ``forward`` without a cache, under random routes; on CUDA what the device computes is
-timed as a graph, and what the host launches on a text of one chunk, which takes the device less.
+timed as a graph, and what the host launches on the shortest text, which takes the device least.
 
 Shapes: B sequences, C chunk size, R routing heads, L layers.
 """
@@ -148,11 +148,12 @@ def measure_table(setting: Setting, wanted: Sequence[int]) -> LatencyTable:
             for case, tokens in itertools.product(cases, lengths):
                 bench, kept = benches[case.kind, case.layers], [[case.fraction] * heads] * case.layers
                 for step in Step:
-                    # the host launches the same whatever the length
-                    length = lengths[0] if step is Step.launch else tokens
-                    times.setdefault((case, tokens, step), []).append(bench.milliseconds(step, length, kept))
+                    # the host launches the same whatever the length: once for all
+                    if step is not Step.launch or tokens == lengths[0]:
+                        times.setdefault((case, tokens, step), []).append(bench.milliseconds(step, tokens, kept))
                 progress.update(progress.done + 1, f"{case.kind.value} {case.fraction:g} at {tokens} tokens")
     cells = {cell: min(values) for cell, values in times.items()}
+    cells |= {(case, n, Step.launch): cells[case, lengths[0], Step.launch] for case in cases for n in lengths}
     rest = {step: tuple(_rest(cells, cases, n, step) for n in lengths) for step in Step}
     for step in (Step.decode, Step.launch):  # the same after, and of, any number of tokens
         rest[step] = (statistics.median(rest[step]),) * len(lengths)

@@ -27,7 +27,7 @@ from natsl.mixer import RoutedMixer
 from natsl.model import Block, RoutedLM, count_parameters
 from natsl.modules import rms_norm
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
-from natsl.throughput import ThroughputConfig, median_seconds, peak_gib
+from natsl.throughput import ThroughputConfig, median_seconds, peak_gib, reset_peak
 
 if TYPE_CHECKING:
     from natsl.config import ModelConfig
@@ -78,7 +78,7 @@ def measure_prefill(config: ThroughputConfig, device: torch.device) -> Iterator[
 
 def _prefill_speeds(
     net: RoutedLM, ways: Mapping[str, bool], config: ThroughputConfig, device: torch.device
-) -> Iterator[ServingSpeed]:
+) -> list[ServingSpeed]:
     """Speeds of a model by name; ``ways``: whether there is a cache."""
     policy, tokens = _policy(net.config, config.budget), _tokens(config, device)
 
@@ -87,7 +87,7 @@ def _prefill_speeds(
         net(tokens, policy, cache=cache, logits_to_keep=1)
         return cache
 
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    speeds, times = [], {name: list[float]() for name in ways}
     with torch.no_grad():
         for _ in range(2):
             for cached in ways.values():
@@ -97,17 +97,21 @@ def _prefill_speeds(
                 times[name].append(median_seconds(partial(read, cached), 1, device))
         for name, cached in ways.items():
             seconds, before = statistics.median(times[name]), _allocated(device)
+            reset_peak(device)
             cache = read(cached)
             after = _allocated(device)
-            yield ServingSpeed(
-                name,
-                count_parameters(net),
-                1e3 * seconds,
-                config.batch_size * config.tokens / seconds,
-                None if cache is None else cache.nbytes,
-                None if cache is None or before is None or after is None else after - before,
-                peak_gib(device),
+            speeds.append(
+                ServingSpeed(
+                    name,
+                    count_parameters(net),
+                    1e3 * seconds,
+                    config.batch_size * config.tokens / seconds,
+                    None if cache is None else cache.nbytes,
+                    None if cache is None or before is None or after is None else after - before,
+                    peak_gib(device),
+                )
             )
+    return speeds
 
 
 def measure_decode(config: ThroughputConfig, device: torch.device) -> Iterator[ServingSpeed]:
@@ -267,8 +271,7 @@ def _dense(model: ModelConfig) -> ModelConfig:
 
 def _build(model: ModelConfig, config: ThroughputConfig, device: torch.device) -> RoutedLM:
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     torch.manual_seed(0)
     with device:
         return RoutedLM(model, precision=config.precision).eval()

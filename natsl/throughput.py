@@ -154,8 +154,7 @@ def _time(
         optimizer.step()
 
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     for _ in range(WARM_UP):
         step()
     seconds = median_seconds(step, config.steps, device)
@@ -176,8 +175,16 @@ def _time(
     )
 
 
+def reset_peak(device: torch.device) -> None:
+    """Let ``peak_gib`` begin anew."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_gib(device: torch.device) -> float | None:
-    """Largest memory so far, None where it is not known."""
+    """Largest memory since ``reset_peak``, None where it is not known."""
     import torch
 
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None

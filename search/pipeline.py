@@ -293,9 +293,10 @@ class _Search:
 
         if study.batch == 1 and len(devices) > 1 and study.remaining:
             _LOG.info("search.batch = 1: one trial is evaluated at a time, and %d workers share the rest", len(devices))
-        on_beat = study.beat if settings.storage is not None else lambda: None
+        beat = study.beat if settings.storage is not None else lambda: None
+        seconds, on_look = settings.lease_seconds, self.view.show_workers
         with (
-            contextlib.closing(Dispatcher(table, start, settings.lease_seconds, on_beat, self.view.show_workers)) as dispatcher,
+            contextlib.closing(Dispatcher(table, start, seconds, beat, on_look)) as dispatcher,
             drains(lambda: _LOG.info("what is being evaluated is finished first; Ctrl-C again stops at once")),
         ):
             yield dispatcher.judge()
@@ -306,7 +307,7 @@ class _Search:
         return open_policy_study(path, name, settings, self.problem, self.config.seed, sums, workers)
 
     def _trials(self, study: PolicyStudy, scorer: Scorer, queue: Queue) -> Scale:
-        journal = self.journal
+        scorer.expect_test([item.policy for item in self._fixed()], later=True)  # whatever the trials find
         first = study.first[: self.config.search.n_trials]
         if len(study.records) < len(first) and not self.watch.up:
             with Progress("anchors", len(first)) as progress:
@@ -318,7 +319,7 @@ class _Search:
         volume = Volume(scale)
         for record in study.records:
             volume.add(record.result)
-        journal.resume(study.records, volume.now)
+        self.journal.resume(study.records, volume.now)
         if study.cut_off:
             _LOG.info("%d trials were cut off before; they are made again", study.cut_off)
         if study.foreign:
@@ -328,7 +329,7 @@ class _Search:
 
             def on_record(record: Record) -> None:
                 volume.add(record.result)
-                journal.trial(record, volume.now)
+                self.journal.trial(record, volume.now)
                 failed = sum(item.reason is not None for item in study.records)
                 text = f"hypervolume {volume.now:.4f}" + (f", {failed} failed" if failed else "")
                 progress.update(len(study.records), text)
@@ -344,15 +345,17 @@ class _Search:
 
     def _ended(self, study: PolicyStudy) -> str | None:
         """A line for a search whose time was up before its trials were made."""
-        made, wanted = len(study.records), self.config.search.n_trials
-        if not (self.watch.up and study.remaining):
-            return None
-        return f"search.max_hours = {self.config.search.max_hours:g} was used up after {made} of {wanted} trials"
+        return self.watch.ended(len(study.records), self.config.search.n_trials) if study.remaining else None
+
+    def _fixed(self) -> list[Named]:
+        """The baselines that every search with such a model has."""
+        settings = self.config.search
+        return baselines(self.problem.kinds, self.problem.chunk_size, settings.uniform_budgets, settings.space)
 
     def _score(self, study: PolicyStudy, scorer: Scorer, scale: Scale, judge: Judge) -> Front:
         """Front, baselines and controls on the test split, and what else the report tells."""
         settings, chosen = self.config.search, study.front()
-        fixed = baselines(self.problem.kinds, self.problem.chunk_size, settings.uniform_budgets, settings.space)
+        fixed = self._fixed()
         known = {item.policy.digest() for item in fixed}
         heads = sum(shape.heads for shape in self.problem.costs.shapes if shape.kind is Op.routed)
         with Progress("heads", most_evaluations(heads)) as progress:

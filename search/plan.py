@@ -27,7 +27,7 @@ from natsl.evaluate import count
 from natsl.model import RoutedLM, count_parameters
 from natsl.run import Run
 from natsl.search.baseline import Named, baselines
-from natsl.search.config import SearchRunConfig
+from natsl.search.config import Launcher, SearchRunConfig
 from natsl.search.controls.comparer import Comparer, Rules
 from natsl.search.controls.static import most_evaluations
 from natsl.search.families import Sweep, listed
@@ -37,6 +37,7 @@ from natsl.search.pipeline import COMPARED, IN_HINDSIGHT
 from natsl.search.rungs import Parts
 from natsl.search.score import RANDOM_POINTS, RANDOM_UNIFORM
 from natsl.search.study import Problem, first_count
+from natsl.search.worker.pool import worker_devices
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.train import Trainer, TrainRecipe, compile_kernels
 from natsl.tree import common_order
@@ -237,12 +238,18 @@ def _stages(
         stages.append(Stage("train", work, train.steps, probe.step, max(0.0, probe.first_step - probe.step)))
         sequences = config.supernet.calibration_sequences
         stages.append(Stage("calibrate", "sequences", sequences, probe.calibration / sequences))
+    if settings.launcher is Launcher.local:
+        stages.append(Stage("workers", "loading torch, reading the text", once=start.load + start.text))
+    # Workers on GPUs of their own share the scores; on a CPU they share the cores, which one of them has as well.
+    gpus = len(set(worker_devices(settings, device)))
+    score = probe.score if settings.batch == 1 else probe.score / gpus
+    probe = replace(probe, score=probe.score / gpus, shared=probe.shared / gpus, test=probe.test / gpus)
     first = min(settings.n_trials, len(problem.first), first_count(settings, problem.given))
     stages.append(Stage("anchors", "policies, several in a pass", first, probe.shared))
     drawn = settings.n_trials - first
     trials = settings.n_trials * TRIAL_SECONDS
     scores = drawn * _mean_share(settings.rungs)
-    search = Stage("search", f"scores of {drawn} further trials", scores, probe.score, trials)
+    search = Stage("search", f"scores of {drawn} further trials", scores, score, trials)
     stages.append(_within_hours(search, drawn, settings.max_hours, sum(stage.seconds for stage in stages)))
     heads = sum(shape.heads for shape in problem.costs.shapes if shape.kind is Op.routed)
     stages.append(Stage("heads", "scores of whole heads", most_evaluations(heads), probe.score))

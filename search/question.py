@@ -64,12 +64,14 @@ class Question:
 class Queue:
     """How questions are asked before their answers are needed, where others answer them.
 
-    ``ahead`` has them answered in this order, if nobody has asked before; ``ready`` says whether an answer is there, so
+    ``ahead`` has them answered in this order, if nobody has asked before; ``later`` when nothing else is left to do, if
+    there are several who can; ``ready`` says whether an answer is there, so
     that asking the judge takes no time; ``wait`` returns once another answer is there; ``history`` tells what went
     wrong before an answer came. As they are, a judge answers when it is asked.
     """
 
     ahead: Callable[[Sequence[Question]], None] = lambda questions: None
+    later: Callable[[Sequence[Question]], None] = lambda questions: None
     ready: Callable[[Question], bool] = lambda question: True
     wait: Callable[[], None] = lambda: None
     history: Callable[[Question], Sequence[str]] = lambda question: ()

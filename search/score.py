@@ -148,10 +148,13 @@ class Scorer:
         unknown = [policy for policy in policies if policy.digest() not in self._search]
         self._judge.queue.ahead([Question.search(policy, 1.0) for policy in unknown])
 
-    def expect_test(self, policies: Iterable[RoutingPolicy]) -> None:
-        """Say which policies ``on_test`` will be asked about."""
-        unknown = [policy for policy in policies if policy.digest() not in self._test]
-        self._judge.queue.ahead([Question.test(policy) for policy in unknown])
+    def expect_test(self, policies: Iterable[RoutingPolicy], later: bool = False) -> None:
+        """Say which policies ``on_test`` will be asked about, ``later`` or next."""
+        unknown = [Question.test(policy) for policy in policies if policy.digest() not in self._test]
+        if later:
+            self._judge.queue.later(unknown)
+        else:
+            self._judge.queue.ahead(unknown)
 
     def expect_random(self, items: Iterable[Point | Baseline]) -> None:
         """Say which policies ``random`` will be asked about."""

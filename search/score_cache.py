@@ -85,10 +85,13 @@ class ScoreCache:
         def ahead(questions: Sequence[Question]) -> None:
             judge.queue.ahead([question for question in questions if not self._has(question)])
 
+        def later(questions: Sequence[Question]) -> None:
+            judge.queue.later([question for question in questions if not self._has(question)])
+
         def ready(question: Question) -> bool:
             return self._has(question) or judge.queue.ready(question)
 
-        queue = Queue(ahead, ready, judge.queue.wait, judge.queue.history)
+        queue = Queue(ahead, later, ready, judge.queue.wait, judge.queue.history)
         return Judge(search, search_each, test, random, control, length, queue)
 
     def _has(self, question: Question) -> bool:

@@ -57,6 +57,10 @@ class Stopwatch:
         """How many of so many trials a finished search has: fewer where it ended because its time was up."""
         return self._ended if self.up and self._ended >= 0 else trials
 
+    def ended(self, made: int, trials: int) -> str | None:
+        """A line for a search whose time was up after so many of its trials (None: it was not)."""
+        return f"search.max_hours = {self.hours:g} was used up after {made} of {trials} trials" if self.up else None
+
     def start(self) -> Stopwatch:
         """Begin to count."""
         self._began = monotonic()

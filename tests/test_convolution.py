@@ -15,7 +15,7 @@ TOTALS = [90, 41, 7, 2, 0]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("width", [1, 2, 4, 18, 40])
 def test_pieces_are_one_convolution(width: int, backend: str) -> None:
     """Pieces of any sizes, shorter than the window too, whose padding is anything; channels of two blocks."""
     torch.manual_seed(0)
@@ -55,8 +55,9 @@ def test_tokens_of_any_strides(backend: str) -> None:
         ({"weight": torch.zeros(5, 4)}, r"weight has shape \(5, 4\), expected \(6, 4\)"),
         ({"tail": torch.zeros(2, 3, 6).double()}, "of x's dtype"),
         ({"lengths": torch.zeros(2)}, "lengths must be an int64 tensor"),
+        ({"x": torch.zeros(2, 0, 6)}, "x has 0 tokens and weight 4 taps"),
     ],
-    ids=["tail", "weight", "dtype", "lengths"],
+    ids=["tail", "weight", "dtype", "lengths", "tokens"],
 )
 def test_mistakes_are_named(change: dict[str, Tensor], message: str) -> None:
     arguments = {"x": torch.zeros(2, 9, 6), "weight": torch.zeros(6, 4), "tail": torch.zeros(2, 3, 6), **change}

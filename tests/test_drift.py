@@ -39,7 +39,7 @@ def test_decoding_does_not_drift(precision: Precision) -> None:
         error = (steps.float() - expected).abs().amax(-1)[0] / expected.abs().max()
     assert float(error.max()) < BOUND[precision]
     first, last = error[:1024].mean(), error[-1024:].mean()
-    assert float(last) < 2 * float(first)
+    assert float(last) < 1.5 * float(first)
     pages, routes = cache.layers[2].pages, whole.layers[2].route
     assert pages is not None
     assert torch.equal(pages.kept[0], routes[0].sum(0).long())

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from natsl.kernels._triton import decode, delta_kernels, mix, routing, softmax_kernels
+from natsl.kernels._triton import convolution, decode, delta_kernels, mix, pages, routing, softmax_kernels
 from natsl.kernels.launch import parameters
 from natsl.kernels.launch.launcher import Launcher
 
@@ -21,6 +21,8 @@ PREFIXES = {
     mix: "mix",
     routing: "routing",
     decode: "decode",
+    pages: "pages",
+    convolution: "convolution",
 }
 KERNELS = {name: x for module in PREFIXES for name, x in vars(module).items() if isinstance(x, Launcher)}
 
@@ -32,7 +34,7 @@ def source(kernel: Launcher) -> Callable[..., Any]:
 
 
 def test_every_kernel_is_named_after_its_op() -> None:
-    assert len(KERNELS) == 18
+    assert len(KERNELS) == 23
     for module, op in PREFIXES.items():
         names = [name for name, x in vars(module).items() if isinstance(x, Launcher)]
         assert names

@@ -17,7 +17,7 @@ from natsl.latency import Setting, table_path
 from natsl.run import Run
 from natsl.search import plan
 from natsl.search.baseline import baselines
-from natsl.search.config import SearchRunConfig
+from natsl.search.config import Launcher, SearchRunConfig
 from natsl.search.front import Front
 from natsl.search.pipeline import prepare, run_search
 from natsl.search.plan import Plan, Probe, Start, make_plan
@@ -75,6 +75,7 @@ def test_a_plan_counts_what_a_search_does(done: tuple[Run, Front], text: str, tm
     assert "192 tokens" in stages["lengths"].work
     assert "export" not in stages  # the search has none
     assert stages["start"].seconds == 1.5
+    assert "workers" not in stages  # it evaluates by itself
 
 
 def test_times_are_counts_by_what_was_timed(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,3 +191,18 @@ def test_a_search_that_cannot_be_is_refused(changes: dict[str, Any], error: str,
     with pytest.raises(ValueError, match=error):
         run_plan(options(tiny(tmp_path, text, **changes)))
     assert files(tmp_path) == []
+
+
+def test_workers_on_gpus_share_the_scores(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(tmp_path, text, launcher=Launcher.local, workers=2)
+    one = {stage.name: stage for stage in planned(config).stages}
+    assert one["workers"].seconds == 1.5
+    probe = Probe(0.0, 1.0, 1.0, 3.0, 2.0, 4.0)
+    monkeypatch.setattr(plan, "_scores", lambda *_: probe)
+    alone = {stage.name: stage.each for stage in planned(config).stages}
+    monkeypatch.setattr(plan, "worker_devices", lambda *_: ["cuda:0", "cuda:1", "cuda:0"])
+    shared = {stage.name: stage.each for stage in planned(config).stages}
+    for name in ("anchors", "search", "heads", "families", "test"):
+        assert alone[name] == 2 * shared[name]
+    config.search.batch = 1
+    assert {stage.name: stage.each for stage in planned(config).stages}["search"] == alone["search"]

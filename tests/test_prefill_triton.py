@@ -8,7 +8,7 @@ from torch import Tensor
 
 from natsl.kernels.delta import DeltaState, routed_delta_rule
 from natsl.kernels.pages import KeyPages, paged_softmax, plan_pages
-from natsl.kernels.segment import split
+from natsl.kernels.segment import split, touched_chunks
 from tests.oracles import Piece, assert_near, delta_inputs, make_pieces, softmax_inputs, where_kernels_run
 
 C = 16
@@ -134,6 +134,36 @@ def test_softmax_in_rows_that_agree(borders: list[tuple[int, int]], routes: str)
     if routes != "random":
         inputs[3] = torch.full_like(inputs[3], float(routes == "ones"))
     compare_pages(inputs, uniform_pieces(borders, 2), torch.float32)
+
+
+def test_a_plan_of_either_backend() -> None:
+    """It may have any strides."""
+    T, start, outputs = 96, torch.zeros(3, dtype=torch.int64), []
+    q, k, v, route, start = on_device(*(x.float() for x in softmax_inputs(T, B=3, C=C, K=8, V=6)), start)
+    route = torch.nn.functional.pad(route, (0, 0, 0, touched_chunks(T, C) - route.shape[1]))
+    for name in ("torch", "triton"):
+        pages = KeyPages.empty(k, v, route.shape[2], C).grow(1 + 3 * route.shape[2] + int(route.sum()), 8)
+        plan = plan_pages(route, pages.kept, start, tokens=T, chunk_size=C, backend=name)
+        outputs.append(paged_softmax(q, k, v, route, pages, start, chunk_size=C, plan=plan, backend="triton")[0])
+    assert torch.equal(*outputs)
+
+
+def test_more_rows_and_heads_than_a_block() -> None:
+    compare_pages(softmax_inputs(40, B=65, R=2, C=C, K=4, V=4), uniform_pieces([(0, 20), (20, 40)], 65), torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [48, 40])
+def test_both_states_at_a_border_are_memory_of_their_own(tokens: int) -> None:
+    """Steps of decoding write into both."""
+    q, k, v, g, beta = on_device(*(x.float() for x in delta_inputs(tokens, C=C, K=8, V=6)[:5]))
+    route = g.new_zeros(2, touched_chunks(tokens, C), 2)
+    old = DeltaState(*moved(DeltaState.zeros(2, 2, 8, 6)))
+    _, state = routed_delta_rule(
+        q, k, v, g, beta, route, chunk_size=C, initial_state=old, output_final_state=True, backend="triton"
+    )
+    assert isinstance(state, DeltaState)
+    assert len({x.data_ptr() for x in (*state, *old)}) == 8
+    assert torch.equal(state.border, state.working) == (tokens % C == 0)
 
 
 def test_scores_too_large_for_a_fixed_shift() -> None:

@@ -18,11 +18,14 @@ import pytest
 import torch
 
 from natsl.errors import UserError
-from natsl.search.config import Launcher, SearchConfig
+from natsl.files import from_plain, to_plain
+from natsl.search.config import Launcher, SearchConfig, SearchRunConfig
 from natsl.search.fault import WorkerError
 from natsl.search.question import Question
 from natsl.search.study import PolicyStudy, SearchFailedError
 from natsl.search.trial import Record
+from natsl.search.worker.pool import worker_devices
+from natsl.threads import threads_each
 from tests.fake_search import fake_search, search
 from tests.search_helpers import problem
 from tests.soak import soak
@@ -241,7 +244,7 @@ def test_sigterm_puts_back_what_was_running(straight: Outcome, tmp_path: Path) -
 @pytest.mark.parametrize("times", [1, 2], ids="Ctrl-C {}×".format)
 def test_ctrl_c(times: int, straight: Outcome, tmp_path: Path) -> None:
     """Once: what is being evaluated is finished. Twice: nothing is waited for."""
-    with controller(tmp_path, workers=1, answers={"seconds": 2.0 if times == 1 else 600.0}) as process:
+    with controller(tmp_path, workers=1, answers={"seconds": 1.0 if times == 1 else 600.0}) as process:
         until(lambda: (tmp_path / "calls").exists() and calls(tmp_path))
         process.send_signal(signal.SIGINT)
         assert process.stdout is not None
@@ -254,6 +257,23 @@ def test_ctrl_c(times: int, straight: Outcome, tmp_path: Path) -> None:
     assert len(begun) == 1
     assert outcome(search(tmp_path, config()).records) == straight
     assert calls(tmp_path).count(begun[0]) == times
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_can_wait_is_for_workers_that_would_be_idle(workers: int, tmp_path: Path) -> None:
+    question, next_one = Question.search(FIRST[0], 0.5), Question.search(FIRST[1], 0.5)
+    with fake_search(tmp_path, config(workers=workers), seconds=0.5) as (_, judge, _):
+        judge.queue.later([question])
+        judge.queue.ahead([next_one])
+        while not judge.queue.ready(next_one):
+            judge.queue.wait()
+        assert judge.search(FIRST[1], 0.5).val_loss is not None
+        if workers > 1:
+            until(lambda: f"{FIRST[0].digest()} 0.5" in calls(tmp_path))
+        else:
+            assert len(calls(tmp_path)) == 1
+        assert judge.search(FIRST[0], 0.5).val_loss is not None
+    assert len(calls(tmp_path)) == 2
 
 
 def test_errors_keep_their_kind(tmp_path: Path) -> None:
@@ -284,4 +304,43 @@ def test_workers_need_a_launcher() -> None:
 
 def test_a_search_survives_signals_at_random(tmp_path: Path) -> None:
     """A short form of ``python -m tests.soak``."""
-    assert soak(tmp_path, kills=6, seed=3, trials=16).startswith("1 searches of 16 trials survived 6 signals")
+    assert soak(tmp_path, kills=5, seed=3, trials=12).startswith("1 searches of 12 trials survived 5 signals")
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "devices"),
+    [
+        ("cpu", None, ["cpu"]),
+        ("cpu", 3, ["cpu"] * 3),
+        ("cuda", None, ["cuda:0", "cuda:1"]),
+        ("cuda", 3, ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda:1", None, ["cuda:1"]),
+        ("cuda:1", 2, ["cuda:1"] * 2),
+    ],
+)
+def test_workers_take_the_gpus_in_turn(
+    device: str, workers: int | None, devices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert worker_devices(SearchConfig(workers=workers), torch.device(device)) == devices
+
+
+def test_workers_share_the_threads_and_a_study_keeps_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert [threads_each(count) for count in (1, 2, 4, 12)] == [6, 3, 1, 1]
+    with fake_search(tmp_path, config(workers=1)) as (study, _, _):
+        assert study.threads(3) == 3
+    with fake_search(tmp_path, config(workers=1)) as (study, _, _):
+        assert study.threads(6) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    assert threads_each(2) == 6
+
+
+def test_a_configuration_survives_json() -> None:
+    settings = SearchConfig(constraints={"val_loss": 2.0}, rungs=[0.5, 1.0], trial_timeout=2.0)
+    plain = SearchRunConfig(seed=3, search=settings)
+    assert from_plain(SearchRunConfig, json.loads(json.dumps(to_plain(plain)))) == plain

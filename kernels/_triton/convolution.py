@@ -21,7 +21,7 @@ BLOCK_T, BLOCK_C = 16, 128  # the fastest of fifteen on an H100
 
 @Launcher
 @triton.jit(do_not_specialize=["T"])
-def convolution_kernel(
+def convolution_continued_kernel(
     p_x, p_weight, p_tail, p_count, p_y, p_after,
     T, s_x_b, s_x_t,
     CHANNELS: tl.constexpr, W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PADDED: tl.constexpr,
@@ -43,7 +43,7 @@ def convolution_kernel(
         m_new = (o_s >= 0) & (o_t < T)
         b_x = tl.load(p_x + o_s.to(tl.int64)[:, None] * s_x_t + o_c, mask=m_new[:, None] & m_c, other=0.0)
         b_x = b_x.to(tl.float32)
-        if i_t == 0:
+        if i_t * BLOCK_T < W - 1:
             m_old = (o_s < 0) & (o_t < T)  # one of the two is 0
             b_x += tl.load(p_tail + (o_s + W - 1)[:, None] * CHANNELS + o_c, mask=m_old[:, None] & m_c, other=0.0)
         b_y += b_x * tl.load(p_weight + o_c * W + i_tap, mask=m_c, other=0.0).to(tl.float32)
@@ -64,7 +64,7 @@ def convolve(x: Tensor, weight: Tensor, tail: Tensor, lengths: Tensor | None) ->
     """Arguments as in ``natsl.kernels.convolution.continued_convolution``, which checks them; contiguous but for x."""
     B, T, channels = x.shape
     y, after = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(tail)
-    convolution_kernel[(triton.cdiv(T, BLOCK_T), triton.cdiv(channels, BLOCK_C), B)](
+    convolution_continued_kernel[(triton.cdiv(T, BLOCK_T), triton.cdiv(channels, BLOCK_C), B)](
         x, weight, tail, tail if lengths is None else lengths.contiguous(), y, after,
         T, *x.stride()[:2],
         CHANNELS=channels, W=weight.shape[1], BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, PADDED=lengths is not None, num_warps=4,

@@ -176,7 +176,7 @@ def pages_plan_kernel(
     n_kept = tl.load(p_kept + i_row)
     p_route += i_b * s_b + i_r * s_r
     p_source += i_row.to(tl.int64) * (N + 1)
-    n_new = tl.program_id(0) * 0
+    n_new = tl.zeros((), tl.int32)
     for i_n in range(0, N, BLOCK):
         o_n = i_n + tl.arange(0, BLOCK)
         m_kept = (tl.load(p_route + o_n.to(tl.int64) * s_n, mask=o_n < N, other=0.0) > 0.5) & (o_n < i_open)
@@ -187,7 +187,7 @@ def pages_plan_kernel(
         tl.store(p_before + o_entry, n_kept.to(tl.int32) + b_before, mask=o_n < N)
         tl.store(p_source + b_before, o_n.to(tl.int64), mask=m_kept)
         n_new += tl.sum(b_kept, 0)
-    tl.store(p_source + n_new, tl.minimum(i_open, N).to(tl.int64))
+    tl.store(p_source + n_new, i_open.to(tl.int64))  # at most N
     tl.store(p_after + i_row, n_kept + n_new)
 
 

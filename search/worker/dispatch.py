@@ -65,10 +65,18 @@ class Dispatcher:
             return one
 
         methods = {method.value: ask(method) for method in Method}
-        return Judge(**methods, queue=Queue(self.ahead, self.ready, self.wait, self.history))
+        return Judge(**methods, queue=Queue(self.ahead, self.later, self.ready, self.wait, self.history))
 
     def ahead(self, questions: Sequence[Question]) -> None:
         """Have these answered, in this order, unless they were asked before."""
+        self._submit(questions, later=False)
+
+    def later(self, questions: Sequence[Question]) -> None:
+        """Have these answered by workers that would be idle; one worker is better used for what is asked next."""
+        if len(self._workers.names) > 1:
+            self._submit(questions, later=True)
+
+    def _submit(self, questions: Sequence[Question], later: bool) -> None:
         new = {item.key: item for item in questions if item.key not in self._asked and item.key not in self._answers}
         if not new:
             return
@@ -76,7 +84,7 @@ class Dispatcher:
         for key, item in new.items():
             if len(item.policies) == 1 and item.policies[0].digest() in self._near:
                 near[key] = self._near[item.policies[0].digest()]
-        self._table.submit({key: item.to_dict() for key, item in new.items()}, near)
+        self._table.submit({key: item.to_dict() for key, item in new.items()}, near, later)
         self._asked.update(new)
         self._workers.announce()
         self._pause, self._next_poll = _POLL, 0.0  # an earlier process may have left an answer

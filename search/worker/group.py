@@ -104,7 +104,7 @@ def _checked(
         state = "is missing" if sums is None else "is another one"
         raise UserError(
             f"the supernet of the search {config.name!r}, which another process makes, {state} in {run.supernet}: to "
-            "join it, use a root that both machines see, or copy that folder here"
+            "join it, use a root that both machines see, or copy its run folder here"
         )
     own = fingerprint_of(config.search, problem, config.seed, sums, 1)(stored)
     changes = difference({**stored, "latency": None}, {**json.loads(json.dumps(own)), "latency": None})

@@ -40,6 +40,7 @@ class _Seat:
 
     device: str
     log: Path
+    begin: int = 0  # bytes of the log that are of workers before
     name: str = ""
     process: subprocess.Popen[bytes] | None = None
     ready: bool = False
@@ -102,6 +103,7 @@ class Workers:
         seat.name, seat.ready, seat.why = f"{self._token}-{self._count}", False, None
         seat.starts += 1
         with seat.log.open("ab") as log:
+            seat.begin = log.tell()
             seat.process = subprocess.Popen(
                 [sys.executable, "-m", _MODULE],
                 stdin=subprocess.PIPE,
@@ -146,7 +148,7 @@ class Workers:
         assert seat.process is not None
         _end(seat.process)
         code, seat.process = seat.process.returncode, None
-        line = last_line(seat.log)
+        line = _last_line(seat.log, seat.begin)
         why = seat.why or _ending(code) + (f" ({line})" if line else "")
         for task in self._table.running():
             if task.worker != seat.name:
@@ -231,10 +233,11 @@ def _ending(code: int) -> str:
     return f"worker ended with exit code {code}{name}"
 
 
-def last_line(log: Path) -> str:
-    """The last line of a worker's log, shortened."""
-    with contextlib.suppress(OSError):
-        lines = log.read_bytes()[-20_000:].decode(errors="replace").split("\n")
+def _last_line(log: Path, begin: int) -> str:
+    """The last line of a log after its first ``begin`` bytes, shortened; empty: there is none."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(begin, log.stat().st_size - 20_000))
+        lines = file.read().decode(errors="replace").split("\n")
         return next((line.strip()[:_LONGEST_LINE] for line in reversed(lines) if line.strip()), "")
     return ""
 

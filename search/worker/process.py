@@ -26,6 +26,7 @@ from natsl.errors import UserError
 from natsl.search.owner import Owner
 from natsl.search.question import Question
 from natsl.search.worker.table import BUSY_SECONDS, TaskTable, open_engine
+from natsl.secrets import redact_text
 
 SUPERNET = "natsl.search.worker.answers:SupernetAnswers"
 EXIT_MISTAKE, EXIT_DEVICE, EXIT_ORPHAN = 2, 3, 4
@@ -87,7 +88,7 @@ def main() -> None:
     try:
         _Worker(job, messages).run()
     except UserError as error:
-        print(" ".join(str(error).split()), file=sys.stderr, flush=True)
+        print(redact_text(" ".join(str(error).split())), file=sys.stderr, flush=True)
         os._exit(EXIT_MISTAKE)
 
 
@@ -123,18 +124,18 @@ class _Worker:
         if task is None:
             return False
         self._lease = task.lease
-        answer, error, usable = None, None, True
+        answer, error = None, None
         try:
             answer = answers(Question.from_dict(task.payload))
         except Exception as fault:
             error = plain_error(fault)
-            usable = answers.recover()
+        usable = error is None or answers.recover()  # by now nothing holds what the evaluation had in memory
         self._lease = None
         if not self._patiently(lambda: self._table.finish(task.lease, answer, error)):
             print("the lease of a task had ended: its result is ignored", file=sys.stderr, flush=True)
         self._say(DONE)
         if not usable:
-            print(f"the device does not work any more: {error and error['text']}", file=sys.stderr, flush=True)
+            print("the device does not work any more", file=sys.stderr, flush=True)
             os._exit(EXIT_DEVICE)
         return True
 

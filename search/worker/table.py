@@ -49,6 +49,7 @@ TASKS = Table(
     Column("study_id", Integer, nullable=False),
     Column("task_key", String(64), nullable=False),
     Column("state", String(16), nullable=False),
+    Column("later", Integer, nullable=False),  # 1: when no other is left
     Column("near", String(64)),  # the worker that has the most of it at hand
     Column("payload", _LONG, nullable=False),
     Column("lease", String(64)),
@@ -140,8 +141,13 @@ class TaskTable:
         idle = TASKS.c.state.in_([State.waiting.value, State.failed.value])
         self._change(idle, state=State.held.value, attempts=0, result=None)
 
-    def submit(self, questions: Mapping[str, dict[str, Any]], near: Mapping[str, str] | None = None) -> None:
-        """Have tasks done, payload by key, unless they are; ``near``: by key, who has most of one at hand."""
+    def submit(
+        self, questions: Mapping[str, dict[str, Any]], near: Mapping[str, str] | None = None, later: bool = False
+    ) -> None:
+        """Have tasks done, payload by key, unless they are.
+
+        ``near``: by key, who has most of one at hand. ``later``: when no others wait.
+        """
         near = near or {}
         keys = list(questions)
         for first in range(0, len(keys), _SOME):
@@ -154,12 +160,14 @@ class TaskTable:
                 new = [key for key in some if key not in known]
                 if new:
                     rest = {"study_id": self._study, "state": State.waiting.value, "beat": 0, "attempts": 0}
+                    rest["later"] = int(later)
                     texts = {key: {"payload": json.dumps(questions[key]), "near": near.get(key)} for key in new}
                     lines = [{**rest, "task_key": key, "history": "[]", **texts[key]} for key in new]
                     connection.execute(TASKS.insert(), lines)
                 again = [key for key in some if known.get(key) in (State.held, State.failed, State.used)]
                 if again:
                     fresh = {"state": State.waiting.value, "attempts": 0, "result": None, "lease": None}
+                    fresh["later"] = int(later)
                     stale = TASKS.c.state.in_([State.held.value, State.failed.value, State.used.value])
                     connection.execute(update(TASKS).where(self._own, TASKS.c.task_key.in_(again), stale).values(fresh))
 
@@ -173,7 +181,7 @@ class TaskTable:
         wanted = select(TASKS.c.id, TASKS.c.payload).where(self._own, TASKS.c.state == State.waiting.value)
         while True:
             with self._engine.begin() as connection:
-                row = connection.execute(wanted.order_by(order, TASKS.c.id).limit(1)).fetchone()
+                row = connection.execute(wanted.order_by(TASKS.c.later, order, TASKS.c.id).limit(1)).fetchone()
             if row is None:
                 return None
             lease = secrets.token_hex(16)
