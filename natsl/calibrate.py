@@ -98,6 +98,23 @@ def _margins(
     return [torch.cat(pool) if pool else torch.empty(0, heads) for pool in pools]
 
 
+@torch.no_grad()
+def kept_by_head(model: RoutedLM, tokens: Tensor, policy: RoutingPolicy) -> list[list[float]]:
+    """The share of the complete chunks of sequences [B,T] that each layer and routing head keeps, also in training.
+
+    Budgets are exact quantiles of these sequences, so that no calibration is needed; pooled over the heads of a layer,
+    one head may keep more than another.
+    """
+    exact = RouteGradient(route_noise=0.0, calibration=CalibrationScope.layer)
+    chunks, trains = tokens.shape[1] // model.config.chunk_size, model.training
+    model.eval()
+    try:
+        layers = model(tokens, policy, route_gradient=exact, logits_to_keep=0).layers
+        return [layer.route[:, :chunks].float().mean((0, 1)).tolist() for layer in layers]
+    finally:
+        model.train(trains)
+
+
 def blend(pools: Sequence[Tensor], budgets: Sequence[float], levels: Tensor) -> Tensor:
     """Quantiles [P,R] at ``levels`` [P] of margins that were measured under ascending ``budgets``, one pool [M,R] each.
 

@@ -32,6 +32,7 @@ FREE_ON_RESUME = (
     "train.log_every",
     "train.max_bad_steps",
     "search.n_trials",
+    "search.max_hours",
     "search.batch_size",
     "search.max_failure_rate",
     "search.min_failures",

@@ -41,6 +41,7 @@ class Run:
         self.specialised = path / "specialise.json"
         self.latency = path / "latency.json"
         self.study_db = path / "study.db"
+        self.hours = path / "hours.json"
         self.workers = path / "workers"
         self.scores = path / "scores.jsonl"
         self.front_json = path / "front.json"

@@ -7,6 +7,7 @@ no wandb package is needed. Secrets are removed from all that is sent.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import secrets
 import tempfile
@@ -15,17 +16,22 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from natsl.files import to_plain, write_text
 from natsl.run import Run
 from natsl.secrets import redact
 from natsl.space.check import check
 
+T = TypeVar("T")
 _INIT_SECONDS = 20  # how long a start may wait for the network
 _FINISH_SECONDS = 60  # how long the end may wait for uploads
+# A growing table is sent in pieces of so many rows, or this part of what was sent: a few dozen pieces at any length,
+# which is what wandb shows of a table, and no row is sent twice.
+_FEWEST_ROWS, _ROWS_PART = 8, 8
 _staging: dict[str, str] = {}  # the folder that this process has made wandb stage artifacts in
 
 
@@ -50,6 +56,9 @@ class TrackingConfig:
         check(len(self.project) > 0, "tracking.project", self.project, "it must not be empty")
 
 
+Rows = Callable[[], Sequence[Sequence[Any]]]
+
+
 class Tracker:
     """Where curves, tables and files of a run are shown; this one shows nothing and serves as the null object."""
 
@@ -62,8 +71,15 @@ class Tracker:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Show a table."""
 
-    def image(self, name: str, path: Path) -> None:
-        """Show a picture."""
+    def rows(self, name: str, columns: Sequence[str], make: Rows, earlier: bool = False) -> bool:
+        """Add the rows that ``make`` gives to a table that grows, and say whether it was sent; the rest is, at the end.
+
+        ``earlier``: they are of calls before this one, which an online run that goes on has already.
+        """
+        return False
+
+    def image(self, name: str, source: Path | Callable[[], bytes]) -> None:
+        """Show a picture: a file, or the content of one."""
 
     def html(self, name: str, path: Path) -> None:
         """Show a page, such as the report."""
@@ -114,6 +130,7 @@ class WandbTracker(Tracker):
         self._wandb = wandb
         self._folder = run.wandb
         self._stages: set[str] = set()
+        self._tables: dict[str, _Growing] = {}
         self._run: Any = wandb.init(
             id=_wandb_id(run),
             resume="allow" if config.mode is TrackingMode.online else None,
@@ -150,12 +167,25 @@ class WandbTracker(Tracker):
 
         self._try(send)
 
-    def image(self, name: str, path: Path) -> None:
-        self._try(lambda: self._run.log({name: self._wandb.Image(str(path))}))
+    def rows(self, name: str, columns: Sequence[str], make: Rows, earlier: bool = False) -> bool:
+        return bool(self._try(lambda: self._add_rows(name, columns, make, earlier)))
+
+    def image(self, name: str, source: Path | Callable[[], bytes]) -> None:
+        def send() -> None:
+            from PIL import Image
+
+            file = source if isinstance(source, Path) else io.BytesIO(source())
+            with Image.open(file) as picture:
+                self._run.log({name: self._wandb.Image(picture)})
+
+        self._try(send)
 
     def html(self, name: str, path: Path) -> None:
-        text = path.read_text(encoding="utf-8")
-        self._try(lambda: self._run.log({name: self._wandb.Html(redact(text), inject=False)}))
+        def send() -> None:
+            text = path.read_text(encoding="utf-8")
+            self._run.log({name: self._wandb.Html(redact(text), inject=False)})
+
+        self._try(send)
 
     def file(self, name: str, path: Path, kind: str = "result") -> None:
         def send() -> None:
@@ -168,8 +198,32 @@ class WandbTracker(Tracker):
         self._try(send)
 
     def finish(self, ok: bool = True) -> None:
+        for name in self._tables:
+            self._try(partial(self._send_rows, name))
         self._try(lambda: self._run.finish(exit_code=0 if ok else 1))
         self._run = None
+
+    def _add_rows(self, name: str, columns: Sequence[str], make: Rows, earlier: bool) -> bool:
+        if earlier and self._run.resumed:
+            return False
+        if name not in self._tables:
+            # Incremental: each time it is logged, only the rows since the last time are sent.
+            table = self._wandb.Table(columns=list(columns), log_mode="INCREMENTAL", allow_mixed_types=True)
+            self._tables[name] = _Growing(table)
+        growing = self._tables[name]
+        for row in make():
+            growing.table.add_data(*redact(to_plain(row)))
+            growing.waiting += 1
+        if growing.waiting < max(_FEWEST_ROWS, growing.sent // _ROWS_PART):
+            return False
+        self._send_rows(name)
+        return True
+
+    def _send_rows(self, name: str) -> None:
+        growing = self._tables[name]
+        if growing.waiting:
+            self._run.log({name: growing.table})
+            growing.sent, growing.waiting = growing.sent + growing.waiting, 0
 
     def _log(self, values: Mapping[str, Any], step: int | None) -> None:
         record = dict(redact(to_plain(values)))
@@ -183,11 +237,12 @@ class WandbTracker(Tracker):
                 record[axis] = step
         self._run.log(record)
 
-    def _try(self, action: Callable[[], Any]) -> None:
+    def _try(self, action: Callable[[], T]) -> T | None:
+        """What the action returns, or None: it fails, or one has failed before."""
         if self._run is None:
-            return
+            return None
         try:
-            action()
+            return action()
         except Exception as error:
             self._run = None
             _warn(error)
@@ -195,10 +250,20 @@ class WandbTracker(Tracker):
             ending = threading.Thread(target=self._tear_down, daemon=True)
             ending.start()
             ending.join(5)
+            return None
 
     def _tear_down(self) -> None:
         with contextlib.suppress(Exception):
             self._wandb.teardown(exit_code=1)
+
+
+@dataclass
+class _Growing:
+    """A table of wandb to which rows are added, how many were sent, and how many wait for that."""
+
+    table: Any
+    sent: int = 0
+    waiting: int = 0
 
 
 def _wandb_id(run: Run) -> str:

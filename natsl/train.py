@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from natsl import checkpoint, signals
-from natsl.calibrate import calibrate
+from natsl.calibrate import calibrate, kept_by_head, mixed_sequences
 from natsl.config import (
     OLDER_MODEL,
     OLDER_TRAIN,
@@ -45,6 +46,7 @@ from natsl.supernet import Loss, N, sandwich_backward, sandwich_policies, seed_o
 from natsl.threads import resume_threads, threads_restored
 from natsl.tracking import Tracker
 
+KEPT_BUDGET, KEPT_SEQUENCES = 0.25, 8  # of what is shown of routers at the checkpoints of a training
 OnStep = Callable[[dict[str, float]], None]
 
 
@@ -424,10 +426,25 @@ def fit(
     steps = recipe.train.steps
     names = ("softmax", "random", "delta") if recipe.special is None else ("policy",)
     recall: dict[str, float] = {}  # the last of each: a group may have drawn no such sequence, or be another policy
+    every, measured = recipe.train.checkpoint_every, 0
+    shown = RoutingPolicy.uniform(net.kinds, model.chunk_size, KEPT_BUDGET)
+    if recipe.special is not None:
+        shown = recipe.special.policy
+
+    def kept(step: int) -> list[list[float]]:
+        tokens = mixed_sequences(data, KEPT_SEQUENCES, seed_of("kept", recipe.seed)).to(device)
+        by_layer = kept_by_head(net, tokens, shown)
+        return [[step, i, head, share] for i, heads in enumerate(by_layer) for head, share in enumerate(heads)]
+
     with Progress("train", steps) as progress:
 
         def on_step(record: dict[str, float]) -> None:
+            nonlocal measured
             run.log({"event": "step", **record})
+            step = int(record["step"])
+            if step // every > measured or step == steps:
+                measured = step // every
+                tracker.rows("train/kept", ["step", "layer", "head", "kept"], partial(kept, step))
             tracker.log({f"train/{key}": value for key, value in record.items()}, step=int(record["step"]))
             parts = [f"loss {record['loss']:.3f}"]
             recall.update({name: record[f"recall_{name}"] for name in names if f"recall_{name}" in record})

@@ -28,6 +28,10 @@ class Launcher(Enum):
 class SearchConfig:
     """One search over the routing policies of a trained supernet.
 
+    n_trials: how many policies are tried.
+    max_hours: how long the search may take over all calls of the same command, training included, until its last trial
+        (null: any time). Then no policy is proposed any more; those that are open are finished, and the front is scored
+        and reported as usual. A larger number later goes on.
     anchors: how many policies of the space's own are tried first, one-layer sweeps among them (null: a quarter of
         ``n_trials`` when the search begins).
     local_share: share of the trials that move a policy near the knee of the front a little instead of asking the
@@ -58,6 +62,7 @@ class SearchConfig:
     """
 
     n_trials: int = 140
+    max_hours: float | None = None
     sampler: Sampler = Sampler.sweep
     anchors: int | None = None
     local_share: float = 0.35
@@ -112,9 +117,9 @@ class SearchConfig:
             self.workers,
             "with search.launcher = inline there is none but the process itself",
         )
-        for name in ("trial_timeout", "lease_seconds"):
-            seconds = getattr(self, name)
-            check(seconds is None or 0 < seconds < math.inf, p + name, seconds, "it must be above 0")
+        for name in ("trial_timeout", "lease_seconds", "max_hours"):
+            time = getattr(self, name)
+            check(time is None or 0 < time < math.inf, p + name, time, "it must be above 0")
         for budget in self.uniform_budgets:
             check(0 < budget < 1, p + "uniform_budgets", budget, "each budget must lie in (0, 1)")
         check(0 <= self.local_share <= 1, p + "local_share", self.local_share, "it must lie in [0, 1]")

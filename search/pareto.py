@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import moocore
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 _ROUNDING = 1e-9  # a gain that is smaller, relative to values above 1, is none
 
+T = TypeVar("T")
 Values = Mapping[str, float]  # objective → value, smaller is better
 
 
@@ -102,6 +104,24 @@ class Scale:
     def knee(self, values: Sequence[Values]) -> int | None:
         """Index of the policy with the least sum of scaled objectives (null: there is none)."""
         return int(np.argmin(self.apply(values).sum(axis=1))) if values else None
+
+
+class Archive(Generic[T]):
+    """What nothing beats of the items that were added so far; of several with equal values only the first."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self.values: tuple[Values, ...] = ()
+        self.items: tuple[T, ...] = ()
+
+    def add(self, values: Values | None, item: T) -> bool:
+        """Whether the item is one of them (null: one without a result, or that breaks a constraint)."""
+        if values is None or any(covers(other, values, self._names) for other in self.values):
+            return False
+        pairs = zip(self.values, self.items, strict=True)
+        kept = [pair for pair in pairs if not covers(values, pair[0], self._names)]
+        self.values, self.items = (*(pair[0] for pair in kept), values), (*(pair[1] for pair in kept), item)
+        return True
 
 
 class Volume:

@@ -47,9 +47,11 @@ from natsl.search.samplers import Sampler
 from natsl.search.score import Judge, Scorer, knee_choice, make_judge, score, steps_to_score
 from natsl.search.score_cache import ScoreCache
 from natsl.search.source import held_out_data, made_from, obtain_supernet, take_settings
+from natsl.search.stopwatch import Stopwatch
 from natsl.search.storage import connect
 from natsl.search.study import PolicyStudy, Problem, first_policies, open_policy_study
 from natsl.search.trial import Record
+from natsl.search.view import SearchView
 from natsl.search.worker.dispatch import Dispatcher
 from natsl.search.worker.group import join
 from natsl.search.worker.pool import Workers, worker_devices
@@ -85,13 +87,17 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
     with run.lock():
         outdated = bool(check_resume(run, config) & REPORT_OPTIONS)
         others = keep_record(run, data, config.root, trained, config.allow_other_data)
-        finished = trials_reported(run) >= config.search.n_trials and not outdated
+        watch = Stopwatch(run.hours, config.search.max_hours)
+        finished = trials_reported(run) >= watch.wanted(config.search.n_trials) and not outdated
         untrained = config.untrained_budgets()
         if untrained and not finished:
             _LOG.info("%s", untrained)
         problem = with_times(problem, config, run, device)
-        with Tracker() if finished else start_tracker(config.tracking, run, to_plain(config)) as tracker:
-            search = _Search(config, run, data, problem, tracker, device, others, arguments)
+        tracker = Tracker() if finished else start_tracker(config.tracking, run, to_plain(config))
+        view = SearchView(run.name, config.search.objectives)
+        with tracker, watch if finished else watch.start(), contextlib.nullcontext() if finished else view:
+            journal = Journal(run, tracker, config.search.objectives, view)
+            search = _Search(config, run, data, problem, tracker, journal, watch, view, device, others, arguments)
             return search.run(finished, outdated)
 
 
@@ -223,6 +229,9 @@ class _Search:
     data: TaskData
     problem: Problem
     tracker: Tracker
+    journal: Journal
+    watch: Stopwatch
+    view: SearchView
     device: torch.device
     others: tuple[str, ...]
     arguments: Sequence[str]
@@ -238,7 +247,7 @@ class _Search:
         sums = made_from(self.config, folder, self.data)
         with contextlib.closing(self._study(sums)) as study:
             if finished:
-                print_nothing_to_do(folder, trials_reported(folder))
+                print_nothing_to_do(folder, trials_reported(folder), self._ended(study))
                 if self.config.export:
                     export_knee(folder)  # it is missing if the search was cut off after its report
                 return None
@@ -248,8 +257,9 @@ class _Search:
             with reported_faults(), self._judge(study, sums, model) as judge:
                 front = self._search(study, ScoreCache(folder.scores, sums).judge(judge))
         self._write(front)
-        Journal(folder, self.tracker).front(front)
+        self.journal.front(front)
         exported = export_knee(folder, self.data) if self.config.export else None
+        self.view.close()
         print_front(front, folder, f"{self._verb} {self._select}", exported)
         return front
 
@@ -288,9 +298,10 @@ class _Search:
 
         if study.batch == 1 and len(devices) > 1 and study.remaining:
             _LOG.info("search.batch = 1: one trial is evaluated at a time, and %d workers share the rest", len(devices))
-        on_beat = study.beat if settings.storage is not None else lambda: None
+        beat = study.beat if settings.storage is not None else lambda: None
+        seconds, on_look = settings.lease_seconds, self.view.show_workers
         with (
-            contextlib.closing(Dispatcher(table, start, settings.lease_seconds, on_beat)) as dispatcher,
+            contextlib.closing(Dispatcher(table, start, seconds, beat, on_look)) as dispatcher,
             drains(lambda: _LOG.info("what is being evaluated is finished first; Ctrl-C again stops at once")),
         ):
             yield dispatcher.judge()
@@ -301,10 +312,9 @@ class _Search:
         return open_policy_study(path, name, settings, self.problem, self.config.seed, sums, workers)
 
     def _trials(self, study: PolicyStudy, scorer: Scorer, queue: Queue) -> Scale:
-        journal = Journal(self.folder, self.tracker)
         scorer.expect_test([item.policy for item in self._fixed()], later=True)  # whatever the trials find
         first = study.first[: self.config.search.n_trials]
-        if len(study.records) < len(first):
+        if len(study.records) < len(first) and not self.watch.up:
             with Progress("anchors", len(first)) as progress:
                 scorer.prepare(first, progress.update, trials=True)
         try:
@@ -314,6 +324,7 @@ class _Search:
         volume = Volume(scale)
         for record in study.records:
             volume.add(record.result)
+        self.journal.resume(study.records, volume.now)
         if study.cut_off:
             _LOG.info("%d trials were cut off before; they are made again", study.cut_off)
         if study.foreign:
@@ -323,14 +334,23 @@ class _Search:
 
             def on_record(record: Record) -> None:
                 volume.add(record.result)
-                journal.trial(record, volume.now)
+                self.journal.trial(record, volume.now)
                 failed = sum(item.reason is not None for item in study.records)
                 text = f"hypervolume {volume.now:.4f}" + (f", {failed} failed" if failed else "")
                 progress.update(len(study.records), text)
 
+            study.stops = lambda: self.watch.up
             inline = self.config.search.launcher is Launcher.inline  # else workers see to their devices
             study.run(scorer.on_share, on_record, lambda: probe_device(self.device) if inline else None, queue)
+        ended = self._ended(study)
+        self.watch.stop(-1 if ended is None else sum(not record.transient for record in study.records))
+        if ended is not None:
+            _LOG.info("%s: the front is scored", ended)
         return scale
+
+    def _ended(self, study: PolicyStudy) -> str | None:
+        """A line for a search whose time was up before its trials were made."""
+        return self.watch.ended(len(study.records), self.config.search.n_trials) if study.remaining else None
 
     def _fixed(self) -> list[Named]:
         """The baselines that every search with such a model has."""
@@ -364,7 +384,7 @@ class _Search:
         again = len(study.records) - len(history)
         if again:
             problems.append(f"{again} of them by a fault of the machine: the same command tries them again")
-        problems += [line for line in [self.config.untrained_budgets()] if line]
+        problems += [line for line in [self._ended(study), self.config.untrained_budgets()] if line]
         if not settings.synchronous:
             problems.append("search.synchronous = false: which policies were tried depends on how fast workers were")
         problems += [f"part of the trials and scores is of other text: {other}" for other in self.others]
@@ -417,16 +437,17 @@ class _Search:
         costs = [routed * point.measured["kept_fraction"] for routed, point in zip(routing, points, strict=True)]
         chosen = chosen_points(costs, knee, COMPARED, IN_HINDSIGHT)
         comparer.expect({points[place].policy: hindsight for place, hindsight in chosen.items()})
-        found = []
+        found: list[Comparison] = []
         with Progress("controls", comparer.planned(chosen.values())) as progress:
             for place, hindsight in chosen.items():
                 point = points[place]
-                found.append(
-                    comparer.compare(
-                        point.id, point.policy, hindsight, lambda name: progress.update(comparer.passes, name)
-                    )
+                item = comparer.compare(
+                    point.id, point.policy, hindsight, lambda name: progress.update(comparer.passes, name)
                 )
-        return tuple(item for item in found if item is not None)
+                if item is not None:
+                    self.journal.comparison(item, len(found))
+                    found.append(item)
+        return tuple(found)
 
     def _at_lengths(self, front: Front, runner: LengthRunner, scorer: Scorer) -> Lengths:
         """The points that were compared with controls and the two ends, measured at other lengths."""

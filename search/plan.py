@@ -7,6 +7,7 @@ trials go on to all sequences, and how many points a front has.
 from __future__ import annotations
 
 import gc
+import math
 import resource
 import statistics
 import sys
@@ -248,7 +249,8 @@ def _stages(
     drawn = settings.n_trials - first
     trials = settings.n_trials * TRIAL_SECONDS
     scores = drawn * _mean_share(settings.rungs)
-    stages.append(Stage("search", f"scores of {drawn} further trials", scores, score, trials))
+    search = Stage("search", f"scores of {drawn} further trials", scores, score, trials)
+    stages.append(_within_hours(search, drawn, settings.max_hours, sum(stage.seconds for stage in stages)))
     heads = sum(shape.heads for shape in problem.costs.shapes if shape.kind is Op.routed)
     stages.append(Stage("heads", "scores of whole heads", most_evaluations(heads), probe.score))
     families = _families(config, problem)
@@ -267,6 +269,16 @@ def _stages(
     if config.export:
         stages.append(Stage("export", "the knee, verified in fresh processes", once=EXPORT_LOADS * start.load))
     return stages
+
+
+def _within_hours(search: Stage, trials: int, hours: float | None, before: float) -> Stage:
+    """The stage of the trials as far as ``search.max_hours`` allows it after so many seconds ``before`` it."""
+    left = math.inf if hours is None else max(0.0, 3600 * hours - before)
+    if search.seconds <= left:
+        return search
+    share = left / search.seconds
+    work = f"scores of about {trials * share:.0f} of {trials} further trials: search.max_hours = {hours:g} ends them"
+    return replace(search, work=work, count=share * search.count, once=share * search.once)
 
 
 def _mean_share(rungs: Sequence[float]) -> float:

@@ -19,6 +19,7 @@ from sqlalchemy import Engine
 from natsl.errors import UserError
 from natsl.evaluate import Evaluation
 from natsl.search.config import SearchConfig
+from natsl.search.dashboard import KEPT, describe_trial, introduce
 from natsl.search.fault import PERMANENT, TRANSIENT, check_machine, describe, was_transient
 from natsl.search.objective import CostContext, Objective, measure
 from natsl.search.pareto import non_dominated
@@ -89,6 +90,7 @@ class PolicyStudy:
         self._again: dict[int, dict[str, Any]] = {}  # parameters of the records that are to be tried again, by index
         self._made: list[Record] = []  # by this process
         self._open: list[Work] = []  # proposed and not told, in order
+        self.stops: Callable[[], bool] = lambda: False  # asked before each proposal: whether there are to be no more
         self._beaten = -math.inf
         self._told = -1  # Optuna's number of the latest record
         self.batch: int = self.fingerprint.get("batch", 1)
@@ -190,6 +192,7 @@ class PolicyStudy:
         batch = trial.number if batch is None else batch
         trial.set_user_attr(INDEX, index)
         trial.set_user_attr(BATCH, batch)
+        describe_trial(trial, policy)
         trial.set_user_attr(POLICY, policy.to_dict())  # the last one: what has it is made by whoever finds it
         return Proposal(trial, index, policy, self._by_digest.get(policy.digest()), batch)
 
@@ -207,6 +210,7 @@ class PolicyStudy:
         trial = proposal.trial
         trial.set_user_attr(EVALUATION, evaluation.to_dict())
         trial.set_user_attr(PARTS, parts)
+        trial.set_user_attr(KEPT, evaluation.kept_fraction)
         if share < 1:
             trial.set_user_attr(SHARE, share)
         if proposal.known is not None:
@@ -255,7 +259,7 @@ class PolicyStudy:
 
         ``probe`` raises ``RuntimeError`` if the device is of no use any more; it is asked after a fault of the machine.
         ``queue``: of whoever ``evaluate`` asks. Raises ``SearchFailedError`` once too many trials have failed,
-        ``DeviceLostError`` if the device is lost.
+        ``DeviceLostError`` if the device is lost. Once ``stops`` says so, only what is open is finished.
         """
         queue = queue or Queue()
         self._check_failures()
@@ -264,6 +268,8 @@ class PolicyStudy:
         while self.remaining:
             with reported_errors(self._opened.where):
                 self._fill(queue)
+                if not self._open:
+                    return
                 moved = False
                 for work in list(self._open):
                     moved = self._advance(work, evaluate, probe, queue) or moved
@@ -274,7 +280,7 @@ class PolicyStudy:
 
     def _fill(self, queue: Queue) -> None:
         """Propose what may be proposed now: the rest of a batch, or as much as keeps the workers busy."""
-        while (index := self._next) is not None:
+        while (index := self._next) is not None and not self.stops():
             batch = None
             if self.config.synchronous and self._open:
                 batch = self._open[-1].proposal.batch
@@ -404,16 +410,10 @@ class PolicyStudy:
             return Record(index, trial.number, policy, None, None, False, reason, transient=transient)
         values = dict(zip(self._names, trial.values, strict=True))
         feasible = all(value <= 0 for value in trial.constraints.values())
+        evaluation, parts = Evaluation.from_dict(attributes[EVALUATION]), tuple(map(tuple, attributes.get(PARTS, ())))
+        known, share = attributes.get(KNOWN), attributes.get(SHARE, 1.0)
         return Record(
-            index,
-            trial.number,
-            policy,
-            values,
-            Evaluation.from_dict(attributes[EVALUATION]),
-            feasible,
-            same_as=attributes.get(KNOWN),
-            parts=tuple(map(tuple, attributes.get(PARTS, ()))),
-            share=attributes.get(SHARE, 1.0),
+            index, trial.number, policy, values, evaluation, feasible, same_as=known, parts=parts, share=share
         )
 
 
@@ -432,12 +432,12 @@ def open_policy_study(
     data, checkpoint), compared on resume. workers: how many there are, which the batches of a new study follow. Raises
     ``UserError`` if the storage is damaged, foreign or belongs to other settings.
     """
-
     fingerprint = fingerprint_of(config, problem, seed, made_from, workers)
     identity = Identity(name, [item.direction for item in problem.objectives], fingerprint)
     opened = open_study(path, config.storage, identity)
     try:
         with reported_errors(opened.where):
+            introduce(opened.study, [item.name for item in problem.objectives], config.constraints)
             return PolicyStudy(opened, config, problem, seed)
     except BaseException:
         opened.close()

@@ -102,6 +102,26 @@ def test_trials_that_stop_take_less(rungs: list[float], share: float, monkeypatc
     assert plan._mean_share(useful(rungs, 32)) == pytest.approx(share)
 
 
+@pytest.mark.parametrize(
+    ("hours", "drawn"), [(None, 4), (1.0, 4), (0.5, 2), (0.1, 0)], ids=["none", "enough", "half", "used up before"]
+)
+def test_hours_end_the_trials(
+    hours: float | None, drawn: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores of ten minutes each, and of all sequences, after ten minutes for a start."""
+    monkeypatch.setattr(plan, "TRIAL_SECONDS", 0.0)
+    config, problem, data, _ = prepare(
+        tiny(tmp_path, text, objectives=["val_loss", "kept_fraction"], rungs=[1.0], max_hours=hours)
+    )
+    probe = Probe(0.0, 0.0, 0.0, 600.0, 0.0, 0.0)
+    stages = {stage.name: stage for stage in plan._stages(config, problem, probe, data, CPU, Start(600.0, 0.0))}
+    search = stages["search"]
+    assert search.count == pytest.approx(drawn)
+    assert search.seconds == pytest.approx(600.0 * drawn)
+    shown = f"scores of about {drawn} of 4 further trials: search.max_hours = {hours} ends them"
+    assert search.work == (shown if drawn < 4 else "scores of 4 further trials")
+
+
 def test_memory_and_disk_are_those_of_a_search(done: tuple[Run, Front], text: str, tmp_path: Path) -> None:
     found = planned(tiny(tmp_path, text))
     memory, disk = ({amount.name: amount for amount in amounts} for amounts in (found.memory, found.disk))

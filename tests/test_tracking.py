@@ -5,12 +5,14 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from PIL import Image
 
 from natsl.run import Run
 from natsl.tracking import Tracker, TrackingConfig, TrackingMode, WandbTracker, start_tracker
+from tests.wandb_helpers import read_history
 
 ROOT = Path(__file__).parents[1]
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -45,6 +48,11 @@ def fresh_environment() -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}, "PYTHONPATH": str(ROOT)}
 
 
+def row(i: int) -> list[list[str | None]]:
+    """A row of a table that grows."""
+    return [[f"t{i}", None if i % 2 else "why"]]
+
+
 def use_everything(tracker: Tracker, run: Run) -> None:
     """Call every method of a tracker."""
     run.report.write_text("<p>report</p>")
@@ -55,8 +63,11 @@ def use_everything(tracker: Tracker, run: Run) -> None:
     tracker.log({"seconds": 3.5})
     tracker.summary({"knee": {"recall_error": 0.1}, "hypervolume": float("inf")})
     tracker.table("front", ["id", "kept"], [["t1", 0.25], ["t2", None], [3, "x"]])
+    for i in range(12):
+        tracker.rows("search/trials", ["id", "failed"], partial(row, i))
     tracker.html("report", run.report)
     tracker.image("front", run.front_png)
+    tracker.image("kept", run.front_png.read_bytes)
     tracker.file("report", run.report)
     tracker.file("folder", run.path / "data")
     tracker.finish()
@@ -198,6 +209,7 @@ class Broken:
 
     def __init__(self, good: int) -> None:
         self.good = good
+        self.resumed = False
         self.summary: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
 
@@ -243,6 +255,67 @@ def test_steps_of_stages_are_kept_apart(run: Run, monkeypatch: pytest.MonkeyPatc
         {"train/loss": 1.0, "train/step": 240},
         {"search/error": 0.5, "search/cost": None, "search/step": 0},
     ]
+
+
+GROWING = """
+import sys
+from natsl.run import Run
+from natsl.tracking import TrackingConfig, start_tracker
+run = Run.open("r", sys.argv[1])
+tracker = start_tracker(TrackingConfig(), run, {})
+columns = ["trial", "kept", "failed"]
+tracker.rows("search/trials", columns, lambda: [[f"t{i}", 0.5, None] for i in range(40)], earlier=True)
+for i in range(40, 400):
+    row = [f"t{i}", None, "out of memory"] if i % 7 == 0 else [f"t{i}", i / 400, None]
+    tracker.rows("search/trials", columns, lambda: [row])
+tracker.finish()
+"""
+
+
+def test_a_growing_table_is_sent_in_few_pieces_and_no_row_twice(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", GROWING, str(tmp_path)]
+    done = subprocess.run(command, env=fresh_environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    (record,) = tmp_path.glob("r/wandb/offline-run-*/run-*.wandb")
+    pieces = [row for row in read_history(record) if "search/trials/path" in row]
+    assert {piece["search/trials/_type"] for piece in pieces} == {"incremental-table-file"}
+    assert [piece["search/trials/increment_num"] for piece in pieces] == list(range(len(pieces)))
+    rows = [
+        row
+        for piece in pieces
+        for row in json.loads((record.parent / "files" / piece["search/trials/path"]).read_text())["data"]
+    ]
+    assert [row[0] for row in rows] == [f"t{i}" for i in range(400)]
+    assert rows[42] == ["t42", None, "out of memory"]
+    assert rows[43] == ["t43", 43 / 400, None]
+    assert len(pieces) < 40
+
+
+def test_a_run_that_is_gone_on_with_online_has_the_earlier_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    record = Broken(99)
+    record.resumed = True
+    monkeypatch.setattr(wandb, "init", lambda **options: record)
+    tracker = start_tracker(TrackingConfig(), run, {})
+    made: list[int] = []
+
+    def rows(count: int) -> list[list[int]]:
+        made.append(count)
+        return [[i] for i in range(count)]
+
+    assert not tracker.rows("trials", ["i"], lambda: rows(30), earlier=True)
+    assert not tracker.rows("trials", ["i"], lambda: rows(7))
+    assert tracker.rows("trials", ["i"], lambda: rows(1))
+    assert (made, len(record.rows)) == ([7, 1], 1)
+    assert not Tracker().rows("trials", ["i"], lambda: rows(1))
+    assert made == [7, 1], "the null object asks for nothing"
+
+
+def test_workers_start_no_runs() -> None:
+    sources = list((ROOT / "search" / "worker").glob("*.py"))
+    assert len(sources) > 5
+    assert not [path.name for path in sources if re.search("start_tracker|wandb", path.read_text())]
 
 
 def test_interrupts_pass(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,5 +406,5 @@ def test_a_tracker_is_what_the_null_object_is() -> None:
 
     assert public(WandbTracker) == public(Tracker)
     assert json.dumps(sorted(public(Tracker))) == json.dumps(
-        ["file", "finish", "html", "image", "log", "summary", "table"]
+        ["file", "finish", "html", "image", "log", "rows", "summary", "table"]
     )

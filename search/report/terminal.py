@@ -43,9 +43,10 @@ def print_front(front: Front, run: Run, following: str, exported: Path | None) -
         console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def print_nothing_to_do(run: Run, trials: int) -> None:
-    """Print that all trials of a run were made before."""
-    print(f"nothing to do: all {trials} trials of {run.name!r} are made; see {run.report}")
+def print_nothing_to_do(run: Run, trials: int, ended: str | None = None) -> None:
+    """Print that all trials of a run were made before, or why (``ended``) there are no more."""
+    state = f"all {trials} trials of {run.name!r} are made" if ended is None else f"of {run.name!r} {ended}"
+    print(f"nothing to do: {state}; see {run.report}")
 
 
 def _shown(front: Front) -> list[Point]:

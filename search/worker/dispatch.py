@@ -15,12 +15,13 @@ from natsl.search.fault import WorkerError
 from natsl.search.owner import Owner
 from natsl.search.question import Method, Question, Queue, from_plain
 from natsl.search.score import Judge
-from natsl.search.worker.pool import Clock, Workers
+from natsl.search.worker.pool import Clock, Workers, WorkerState
 from natsl.search.worker.table import Ended, TaskTable
 
 _LOG = logging.getLogger(__name__)
 _POLL, _LONGEST_POLL = 0.05, 0.5  # seconds between looks for answers; workers on this machine say when there is one
 _LOOK_SECONDS = 0.5  # between looks at what is being worked on
+OnLook = Callable[[Sequence[WorkerState], Mapping[str, Question | None]], None]
 _SEATS = 10_000  # policies of which it is known who answered last
 
 
@@ -28,7 +29,8 @@ class Dispatcher:
     """Has questions answered by whoever takes tasks from the table.
 
     ``start`` makes the workers of this process, given whether a task is wanted. A worker that shows no beat for
-    ``lease_seconds`` loses its task; only time in which this process ran counts. ``on_beat`` is called now and then.
+    ``lease_seconds`` loses its task; only time in which this process ran counts. ``on_beat`` is called now and then,
+    ``on_look`` with the workers and what those that are busy do, by their names (null: nobody waits for it).
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class Dispatcher:
         start: Callable[[Callable[[str], bool]], Workers],
         lease_seconds: float,
         on_beat: Callable[[], None] = lambda: None,
+        on_look: OnLook = lambda workers, tasks: None,
     ) -> None:
-        self._table, self._lease_seconds, self._on_beat = table, lease_seconds, on_beat
-        self._asked: set[str] = set()
+        self._table, self._lease_seconds, self._on_beat, self._on_look = table, lease_seconds, on_beat, on_look
+        self._asked: dict[str, Question] = {}
         self._answers: dict[str, Ended] = {}
         self._taken: list[str] = []  # answers that were given out, and are stored by the time of the next look
         self._near: dict[str, str] = {}  # digest of a policy → the worker that answered about it last
@@ -136,7 +139,7 @@ class Dispatcher:
         found = [item for item in self._table.ended(set(self._answers)) if item.key in self._asked]
         for item in found:
             self._answers[item.key] = item
-            self._asked.discard(item.key)
+            self._asked.pop(item.key, None)
             if item.history:
                 self._histories[item.key] = item.history
         self._pause = _POLL if found or heard else min(2 * self._pause, _LONGEST_POLL)
@@ -149,7 +152,9 @@ class Dispatcher:
         self._on_beat()
         self._workers.look(seconds)
         here, own, silence = Owner.named(""), self._workers.names, {}
-        for task in self._table.running():
+        running = self._table.running()
+        self._on_look(self._workers.states, {task.worker: self._asked.get(task.key) for task in running})
+        for task in running:
             beat, silent = self._silence.get(task.lease, (task.beat, -seconds))
             silent = silent + seconds if beat == task.beat else 0.0
             wanted = task.key in self._asked
@@ -182,6 +187,7 @@ class Dispatcher:
     def close(self) -> None:
         """End the workers; what they had is put back."""
         self._workers.close()
+        self._on_look([], {})
         if self._taken:
             self._table.use(self._taken)
         self._table.hold()

@@ -44,8 +44,19 @@ class _Seat:
     name: str = ""
     process: subprocess.Popen[bytes] | None = None
     ready: bool = False
+    starts: int = 0
     in_vain: int = 0  # starts since a worker was ready
     why: str | None = None  # it was ended by us
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """How a worker of this process is: whether it is ready, and how often one was started in its place."""
+
+    name: str
+    device: str
+    ready: bool
+    starts: int
 
 
 class Workers:
@@ -82,9 +93,15 @@ class Workers:
         """Of the workers that run."""
         return {seat.name for seat in self._seats if seat.process is not None}
 
+    @property
+    def states(self) -> list[WorkerState]:
+        """Of all workers, in a fixed order."""
+        return [WorkerState(seat.name, seat.device, seat.ready, seat.starts) for seat in self._seats]
+
     def _start(self, seat: _Seat) -> None:
         self._count += 1
         seat.name, seat.ready, seat.why = f"{self._token}-{self._count}", False, None
+        seat.starts += 1
         with seat.log.open("ab") as log:
             seat.begin = log.tell()
             seat.process = subprocess.Popen(
