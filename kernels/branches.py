@@ -20,7 +20,7 @@ from natsl.kernels.dispatch import (
     split_values,
     use_kernels,
 )
-from natsl.kernels.pages import KeyPages, paged_softmax
+from natsl.kernels.pages import KeyPages, PagePlan, paged_softmax
 from natsl.kernels.reference import sample, scale_gradient
 from natsl.kernels.segment import Split
 from natsl.kernels.shape import LARGEST_GRID, LARGEST_KEY_DIM, LARGEST_VALUE_DIM
@@ -128,13 +128,14 @@ def continued_branches(
     delta_route: Tensor | None = None,
     lengths: Tensor | None = None,
     parts: Split | None = None,
+    plan: PagePlan | None = None,
 ) -> tuple[Tensor, DeltaState, Tensor, KeyPages]:
     """Run ``routed_delta_rule`` from a ``DeltaState`` and ``paged_softmax`` over the same values, without gradients.
 
     q, k, v, q_softmax, k_softmax, g and beta as in ``routed_branches``; route and delta_route [B,N,R] as there, but of
     the N = ``touched_chunks(T, chunk_size)`` chunks from each row's open one on. lengths [B] int64: real tokens of each
-    row, right-padded (default T). ``parts``: see ``routed_delta_rule``. ``pages`` gives those of ``paged_softmax``: it
-    is called once the delta rule's kernels run, as it may wait for the device.
+    row, right-padded (default T). ``parts``: see ``routed_delta_rule``; ``plan``: see ``paged_softmax``. Its pages are
+    what ``pages`` gives: that is called once the delta rule's kernels run, as it may wait for the device.
 
     Returns o_delta [B,T,R,V], the state, o_softmax [B,T,Hs,V/G] and the pages after the call. Raises ``ValueError``
     naming the argument. Source: arXiv 2602.03681, section 3.
@@ -158,9 +159,17 @@ def continued_branches(
         return o, after
 
     def softmax(*_: object) -> tuple[Tensor, KeyPages]:
-        values, start = split_values(v, q_softmax.shape[2]), state.start
         return paged_softmax(
-            q_softmax, k_softmax, values, route, pages(), start, chunk_size=chunk_size, lengths=lengths
+            q_softmax,
+            k_softmax,
+            split_values(v, q_softmax.shape[2]),
+            route,
+            pages(),
+            state.start,
+            chunk_size=chunk_size,
+            lengths=lengths,
+            plan=plan,
+            at_border=parts is not None and lengths is None and parts.at_border,
         )
 
     if not q.is_cuda or q.shape[1] == 1 or parts is None:

@@ -206,15 +206,16 @@ def _continue_on_kernels(
 ) -> tuple[Tensor, DeltaState]:
     """``routed_delta_rule`` from a state inside a chunk, on the kernels for plain sequences.
 
-    They run up to three times: over the rest of the open chunk from its working state, as if it were written; over
-    complete chunks from the state at their border; over the chunk that stays open, again as if it were written.
+    Where all rows begin at a border, they run once. Else up to three times: over the rest of the open chunk from its
+    working state, as if it were written; over complete chunks from the state at their border; over the chunk that stays
+    open, again as if it were written.
     """
-    from natsl.kernels._triton.delta import DeltaInputs, DeltaOptions
+    from natsl.kernels._triton.delta import DeltaInputs, DeltaOptions, continued_delta_rule
     from natsl.kernels._triton.delta import routed_delta_rule as run
 
     q, k, v, g, beta = inputs
     T, options = v.shape[1], DeltaOptions(chunk_size, scale, qk_l2norm)
-    border, working, decay = (x.clone() for x in state[:3])
+    route = route.float()
     outputs: list[tuple[Part, Tensor]] = []
 
     def run_part(part: Part, routes: Tensor, initial: Tensor) -> Tensor:
@@ -224,6 +225,19 @@ def _continue_on_kernels(
         assert final is not None
         return final
 
+    if parts.at_border and lengths is None:  # one call, so that the host keeps up with short prompts
+        route, tail = route[:, : -(-T // chunk_size)], parts.tail
+        if tail is not None:
+            route = route.clone()
+            route[:, -1] = 0.0
+        o, working, border = continued_delta_rule(
+            DeltaInputs(q, k, v, g, beta, route), state.border, options, tail is not None
+        )
+        decay = torch.zeros_like(state.decay) if tail is None else tail.sums(g.float())
+        working = working.clone() if tail is None else working
+        return o, DeltaState(border, working, decay, torch.full_like(state.start, T % chunk_size))
+
+    border, working, decay = (x.clone() for x in state[:3])
     if parts.head is not None:
         assert parts.completes is not None
         rows = parts.head.of_rows
@@ -238,7 +252,7 @@ def _continue_on_kernels(
         decay[rows] = torch.where(completes[..., 0, 0], 0.0, total)
     if parts.body is not None:
         rows = parts.body.of_rows
-        border[rows] = run_part(parts.body, (parts.body.take_chunks(route) > 0.5).float(), border[rows])
+        border[rows] = run_part(parts.body, parts.body.take_chunks(route), border[rows])
         working[rows] = border[rows]
     if parts.tail is not None:
         rows = parts.tail.of_rows

@@ -1,14 +1,16 @@
-"""``routed_mix``: norm, weigh and gate the outputs of the two memories; ``gated_norm``: the same with one."""
+"""``routed_mix``: norm, weigh and gate the outputs of the two memories; ``gated_norm``: the same with one; a norm."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from natsl.kernels import reference
-from natsl.kernels.dispatch import Limits, check_shape, check_tensors, use_kernels
+from natsl.kernels.dispatch import Limits, check_shape, check_tensors, last_contiguous, use_kernels
 from natsl.kernels.shape import LARGEST_VALUE_DIM
 
 LIMITS = Limits({"Vs": LARGEST_VALUE_DIM})
+NORM_LIMITS = Limits({"width": 1 << 13})
 
 
 def routed_mix(
@@ -69,3 +71,28 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, backend: 
 
         return mix_triton.gated_norm(x, gate, weight, eps)
     return reference.gated_norm(x, gate, weight, eps)
+
+
+@torch.no_grad()
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, backend: str = "auto") -> Tensor:
+    """weight · x / sqrt(mean of squares + eps) over the last dimension, without a gradient.
+
+    x [...,width] of up to four dimensions and any floating dtype, weight [width]; float32 inside, or float64. On
+    Triton: float32, float16 or bfloat16 and a width of at most 8192. Returns a tensor like x. Raises ``ValueError``
+    naming the argument.
+    """
+    op = "rms_norm"
+    check_tensors(op, {"x": x, "weight": weight})
+    if not 1 <= x.dim() <= 4:
+        raise ValueError(f"{op}: x must have one to four dimensions, found {tuple(x.shape)}")
+    check_shape(op, "weight", weight, tuple(x.shape[-1:]))
+    if x.numel() and use_kernels(op, backend, x.device, NORM_LIMITS.reason(x.dtype, None, {"width": x.shape[-1]})):
+        from natsl.kernels._triton import mix as mix_triton
+
+        rows = last_contiguous(x)
+        while rows.dim() < 4:
+            rows = rows.unsqueeze(-2)
+        y: Tensor = mix_triton.rms_norm(rows, weight, eps)
+        return y.view(x.shape)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return (reference.rms_normalise(x.to(dtype), eps) * weight.to(dtype)).to(x.dtype)

@@ -88,6 +88,56 @@ class KeyPages(NamedTuple):
         return self._replace(keys=self.keys[pages], values=self.values[pages], table=table, kept=kept)
 
 
+class PagePlan(NamedTuple):
+    """What the chunks of a call do to the pages of the heads; made by ``plan_pages``."""
+
+    routed: Tensor  # [B,N,R] float32 0/1, chunks that end and are kept
+    before: Tensor  # [B,N,R] integers, kept chunks of the head before each chunk, those of earlier calls included
+    source: Tensor  # [B,R,N+1] int64, chunks that are written, in order, the open one last (N if that has no token)
+    kept: Tensor  # [B,R] int64, afterwards
+
+
+@torch.no_grad()
+def plan_pages(
+    route: Tensor,
+    kept: Tensor,
+    start: Tensor,
+    *,
+    tokens: int,
+    chunk_size: int,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> PagePlan:
+    """Plan a call of T = ``tokens`` columns; arguments as in ``paged_softmax``, kept [B,R] those of the pages.
+
+    The first kept − kept[before] + 1 places of ``source`` count, the others hold anything. One kernel on Triton, and no
+    wait for the device on either backend. Raises ``ValueError`` naming the argument.
+    """
+    op = "plan_pages"
+    check_tensors(op, {"route": route})
+    N = touched_chunks(tokens, chunk_size)
+    if route.dim() != 3:
+        raise ValueError(f"{op}: route {tuple(route.shape)} must be [batch, chunks, routing heads]")
+    B, _, R = route.shape
+    check_shape(op, "route", route, (B, N, R))
+    check_counts(op, {"kept": kept}, route.device, (B, R))
+    check_counts(op, {"start": start, "lengths": lengths}, route.device, (B,))
+    # one token changes little, and a step of decoding has a kernel of its own
+    if B and use_kernels(op, "torch" if backend == "auto" and tokens == 1 else backend, route.device, None):
+        from natsl.kernels._triton import pages as on_triton
+
+        plan: PagePlan = on_triton.plan(route, kept.contiguous(), start.contiguous(), tokens, chunk_size, lengths)
+        return plan
+    n = torch.arange(N, device=start.device)
+    routed = (route > 0.5) & closed_chunks(start, tokens, chunk_size, lengths)[..., None]
+    stays_open = n == (ends(start, tokens, lengths) // chunk_size)[:, None]
+    before = running_sum(routed) - routed.long()
+    place = torch.where(routed | stays_open[..., None], before, N + 1)
+    source = place.new_full((B, N + 2, R), N).scatter_(1, place, n[:, None].expand(B, N, R))[:, : N + 1]
+    source = source.transpose(1, 2).contiguous()
+    return PagePlan(routed.float(), kept[:, None] + before, source, kept + routed.sum(1))
+
+
 @torch.no_grad()
 def paged_softmax(
     q: Tensor,
@@ -99,6 +149,8 @@ def paged_softmax(
     *,
     chunk_size: int,
     lengths: Tensor | None = None,
+    plan: PagePlan | None = None,
+    at_border: bool = False,
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, KeyPages]:
@@ -106,7 +158,8 @@ def paged_softmax(
 
     q, k [B,T,Hs,Ks], v [B,T,Hs,Vs]: new tokens, any floating dtype, that of the pages. start [B] int64: tokens of the
     open chunk in its page. lengths [B] int64: new tokens of each row that are real (right-padded; default all). route
-    [B,N,R] of 0 and 1: that of a chunk that is not complete after the call is not read. ``scale`` defaults to Ks^-½.
+    [B,N,R] of 0 and 1: that of a chunk that is not complete after the call is not read. ``plan``: what ``plan_pages``
+    has made of these. ``at_border``: the caller knows that start is 0 everywhere. ``scale`` defaults to Ks^-½.
 
     Complete chunks with route 1 are then kept, see ``write_chunks``, for which there must be pages and places enough.
     On Triton: float32, float16 or bfloat16, chunk_size 16, 32, 64 or 128, Ks ≤ 256, Vs ≤ 512, at most 65535 sequences
@@ -123,26 +176,33 @@ def paged_softmax(
     B, T, Hs, Ks = q.shape
     scale = Ks**-0.5 if scale is None else scale
     limit = LIMITS.reason(q.dtype, chunk_size, {"Ks": Ks, "Vs": v.shape[3], "sequences · heads": max(1, B * Hs)})
-    if not use_kernels(op, backend, q.device, limit):
-        out = _attend(q, k, v, route, pages, start, chunk_size, lengths, scale)
-        return out, write_chunks(pages, k, v, route, start, chunk_size=chunk_size, lengths=lengths)
+    on_kernels = use_kernels(op, backend, q.device, limit)
+    if plan is None:
+        plan = plan_pages(
+            route,
+            pages.kept,
+            start,
+            tokens=T,
+            chunk_size=chunk_size,
+            lengths=lengths,
+            backend="triton" if on_kernels else "torch",
+        )
+    if not on_kernels:
+        out = _attend(q, k, v, plan.routed > 0, pages, start, chunk_size, lengths, scale)
+        return out, _write(pages, k, v, plan, start, chunk_size, lengths)
     if B == 0:
         return v.new_empty(v.shape), pages
     from natsl.kernels._triton import pages as on_triton
 
-    opened = pages.open  # their tokens are copied, as a chunk that ends may give its page back
-    opened_keys, opened_values = pages.keys[opened], pages.values[opened]
-    after = _kept_chunks(pages, route, start, T, chunk_size, lengths)
-    start, count = start.contiguous(), torch.full_like(start, T) if lengths is None else lengths.contiguous()
+    opened_keys, opened_values = pages.keys, pages.values  # not read at a border
+    if not at_border:  # else copies, as a chunk that ends may give its page back
+        opened = pages.open
+        opened_keys, opened_values = pages.keys[opened], pages.values[opened]
+    start, count = start.contiguous(), None if lengths is None else lengths.contiguous()
     k, v = last_contiguous(k), last_contiguous(v)
-    on_triton.write(k, v, after.source, after.page, start, count, pages, chunk_size)
-    before = (pages.kept[:, None] + after.before).to(torch.int32).contiguous()  # pages of a head before each chunk
-    pages = pages._replace(table=after.table, kept=after.kept)
-    route = after.routed.float().contiguous()
-    new = on_triton.NewTokens(k, v, route, before, start, count)
-    o: Tensor = on_triton.attend(
-        last_contiguous(q), new, pages, opened_keys, opened_values, scale, chunk_size, lengths is not None
-    )
+    pages = on_triton.write(k, v, plan, start, count, pages, chunk_size)
+    new = on_triton.NewTokens(k, v, plan.routed, plan.before, start, count)
+    o: Tensor = on_triton.attend(last_contiguous(q), new, pages, opened_keys, opened_values, scale, chunk_size)
     return o, pages
 
 
@@ -150,14 +210,14 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    route: Tensor,
+    routed: Tensor,
     pages: KeyPages,
     start: Tensor,
     chunk_size: int,
     lengths: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """The output of ``paged_softmax`` on torch."""
+    """The output of ``paged_softmax`` on torch; routed bool [B,N,R]: chunks that end and are kept."""
     B, T = q.shape[:2]
     R, (G, _, Vs) = pages.table.shape[1], pages.values.shape[1:]
     if B == 0:
@@ -165,7 +225,6 @@ def _attend(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     chunk = slots(start, T) // chunk_size  # of each new token [B,T]
     row = torch.arange(B, device=q.device)[:, None]
-    routed = (route > 0.5) & closed_chunks(start, T, chunk_size, lengths)[..., None]  # [B,N,R]
     token_kept = routed[row, chunk].transpose(1, 2).flatten(0, 1)  # [B·R,T]
     owner, used, later = _page_masks(pages, start, routed[:, 0], chunk_size)
     table, row_of = pages.table.flatten(0, 1), owner // R
@@ -248,54 +307,45 @@ def write_chunks(
     check_tensors(op, {"k": k, "v": v})
     check_heads(op, {"k": k, "v": v}, chunk_size)
     _check_pages(op, k, v, route, pages, start, chunk_size, lengths)
+    plan = plan_pages(
+        route,
+        pages.kept,
+        start,
+        tokens=k.shape[1],
+        chunk_size=chunk_size,
+        lengths=lengths,
+        backend="torch",
+    )
+    return _write(pages, k, v, plan, start, chunk_size, lengths)
+
+
+def _write(
+    pages: KeyPages, k: Tensor, v: Tensor, plan: PagePlan, start: Tensor, chunk_size: int, lengths: Tensor | None
+) -> KeyPages:
+    """``write_chunks`` of what is planned, on torch."""
     B, T = k.shape[:2]
-    R, G, N = pages.table.shape[1], pages.keys.shape[1], touched_chunks(T, chunk_size)
-    after = _kept_chunks(pages, route, start, T, chunk_size, lengths)
-    token = after.source[..., None] * chunk_size + torch.arange(chunk_size, device=k.device)
-    token = token - start[:, None, None, None]
-    new = (token >= 0) & (token < (T if lengths is None else lengths[:, None, None, None]))
-    new = (new & (after.source < N)[..., None])[..., None, :, None]  # [B,R,i,1,C,1]
-    token = token.clamp(0, T - 1)
-    row, head = torch.arange(B, device=k.device)[:, None, None, None], torch.arange(R, device=k.device)[:, None, None]
-    for memory, x in ((pages.keys, k), (pages.values, v)):
-        tokens = x.unflatten(2, (R, G))[row, token, head].transpose(3, 4)  # [B,R,i,G,C,·]
-        memory[after.page] = torch.where(new, tokens, memory[after.page])
-    return pages._replace(table=after.table, kept=after.kept)
-
-
-class _KeptChunks(NamedTuple):
-    """What the chunks of a call do to the pages of the heads; i: one of the places from the open chunk's on."""
-
-    routed: Tensor  # [B,N,R] bool, chunks that end and are kept
-    before: Tensor  # [B,N,R] int64, how many of them come before each chunk
-    source: Tensor  # [B,R,i] int64, the chunk that is written to the place, N for none
-    page: Tensor  # [B,R,i] int64, its page, NULL for none
-    table: Tensor  # [B,R,M] int64, afterwards
-    kept: Tensor  # [B,R] int64, afterwards
-
-
-def _kept_chunks(
-    pages: KeyPages, route: Tensor, start: Tensor, tokens: int, chunk_size: int, lengths: Tensor | None
-) -> _KeptChunks:
-    B, R, M = pages.table.shape
-    N = touched_chunks(tokens, chunk_size)
-    n, i = torch.arange(N, device=start.device), torch.arange(min(N + 1, M), device=start.device)
-    routed = (route > 0.5) & closed_chunks(start, tokens, chunk_size, lengths)[..., None]  # [B,N,R]
-    stays_open = n == (ends(start, tokens, lengths) // chunk_size)[:, None]
-    # which chunk each of the places from ``kept`` on is written from, N if from none
-    before = running_sum(routed) - routed.long()
-    after = torch.where(routed | stays_open[..., None], before, N + 1)
-    source = after.new_full((B, N + 2, R), N).scatter_(1, after, n[:, None].expand(B, N, R))[:, : len(i)]
-    source = source.transpose(1, 2).contiguous()  # [B,R,i]
+    (R, M), G, N = pages.table.shape[1:], pages.keys.shape[1], plan.routed.shape[1]
+    i = torch.arange(min(N + 1, M), device=k.device)
+    source, more = plan.source[..., : len(i)], plan.kept - pages.kept
     # the first is on the page of the open chunk, the others take new ones
-    more = routed.sum(1)  # [B,R]
     first = 1 + B * R + pages.kept.sum() + more.flatten().cumsum(0).view(B, R) - more
     place = pages.kept[..., None] + i
     page = torch.where(i == 0, pages.open[..., None], first[..., None] + i - 1)
     there = (i <= more[..., None]) & (place < M) & (page < pages.keys.shape[0])  # the caller sees to it
     page, place = torch.where(there, page, NULL), place % M  # so many places that no two are the same
     table = pages.table.scatter(2, place, torch.where(there, page, pages.table.gather(2, place)))
-    return _KeptChunks(routed, before, torch.where(there, source, N), page, table, pages.kept + more)
+    source = torch.where(there, source, N)
+
+    token = source[..., None] * chunk_size + torch.arange(chunk_size, device=k.device)
+    token = token - start[:, None, None, None]
+    new = (token >= 0) & (token < (T if lengths is None else lengths[:, None, None, None]))
+    new = (new & (source < N)[..., None])[..., None, :, None]  # [B,R,i,1,C,1]
+    token = token.clamp(0, T - 1)
+    row, head = torch.arange(B, device=k.device)[:, None, None, None], torch.arange(R, device=k.device)[:, None, None]
+    for memory, x in ((pages.keys, k), (pages.values, v)):
+        tokens = x.unflatten(2, (R, G))[row, token, head].transpose(3, 4)  # [B,R,i,G,C,·]
+        memory[page] = torch.where(new, tokens, memory[page])
+    return pages._replace(table=table, kept=plan.kept)
 
 
 def _check_pages(

@@ -58,13 +58,17 @@ def continued_means(
     N = touched_chunks(T, chunk_size)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if at_border:
-        full = T // chunk_size * chunk_size
-        sums = x[:, :full].unflatten(1, (-1, chunk_size)).sum(2, dtype=dtype)
-        rest = x[:, full:].sum(1, dtype=dtype)[:, None]
-        sums = torch.nn.functional.pad(torch.cat((sums, rest), 1), (0, 0, 0, N))[:, :N]
-    else:  # a single token needs no slots around it
-        chunks = align(x, start, chunk_size, lengths) if T > 1 else align(x, torch.zeros_like(start), 1, lengths)
-        sums = chunks.sum(2, dtype=dtype)
+        full, rest = divmod(T, chunk_size)
+        whole = x[:, : full * chunk_size].unflatten(1, (full, chunk_size)).sum(2) / chunk_size
+        after = x[:, full * chunk_size :].sum(1, dtype=dtype)
+        missing = N - full - (rest > 0)  # chunks that no token of this call is in
+        means = [whole, after.to(x.dtype)[:, None] / rest] if rest else [whole]
+        if missing:
+            means.append(x.new_zeros(B, missing, D))
+        return means[0] if len(means) == 1 else torch.cat(means, 1), after
+    # a single token needs no slots around it
+    chunks = align(x, start, chunk_size, lengths) if T > 1 else align(x, torch.zeros_like(start), 1, lengths)
+    sums = chunks.sum(2, dtype=dtype)
     sums = torch.cat((sums[:, :1] + total[:, None].to(dtype), sums[:, 1:]), 1)
     end = ends(start, T, lengths)
     count = (end[:, None] - chunk_size * torch.arange(N, device=x.device)).clamp(1, chunk_size)
@@ -145,15 +149,13 @@ def route_margins(
 
     margins [B,N,R]; threshold broadcastable to it; limits int32 or int64, broadcastable to [B,N], as ``cap_limits``
     makes them and ``limit_routes`` reads them. The same as ``threshold_routes`` and ``limit_routes`` one after the
-    other, bit for bit; with limits one kernel on CUDA. kept int64 [B,R], chunks kept before, as in ``limit_routes``;
-    only the torch backend takes it. Returns float 0/1 [B,N,R] in margins' dtype, without a gradient. Raises
-    ``ValueError`` for limits or kept of another kind or shape.
+    other, bit for bit; with limits one kernel on CUDA. kept int64 [B,R], chunks kept before, as in ``limit_routes``.
+    Returns float 0/1 [B,N,R] in margins' dtype, without a gradient. Raises ``ValueError`` for limits or kept of another
+    kind or shape.
     """
     op = "route_margins"
-    name = resolve("torch" if backend == "auto" and kept is not None else backend, op, margins.device)
+    name = resolve(backend, op, margins.device)
     if kept is not None:
-        if name == "triton":
-            raise ValueError(f"{op}: kept is not supported by the triton backend")
         check_counts(op, {"kept": kept}, margins.device, (margins.shape[0], margins.shape[2]))
     if limits is None:
         return threshold_routes(margins.detach(), threshold)
@@ -161,7 +163,7 @@ def route_margins(
     if name == "triton":
         from natsl.kernels._triton.routing import capped_routes
 
-        return capped_routes(margins, threshold, limits)
+        return capped_routes(margins, threshold, limits, kept)
     return limit_routes(threshold_routes(margins.detach(), threshold), limits, kept)
 
 

@@ -1,7 +1,7 @@
 """Neural attention search for linear models: language models that route each chunk to softmax or linear attention.
 
-Importing this package loads nothing heavy; take what is needed from its modules, for example ``natsl.space`` (policies,
-no torch), ``natsl.model``, ``natsl.search`` and ``natsl.kernels``.
+Importing this package loads nothing heavy; take what is needed from its modules, for example ``natsl.api`` (commands as
+functions), ``natsl.space`` (policies, no torch), ``natsl.model``, ``natsl.search`` and ``natsl.kernels``.
 """
 
 __version__ = "0.1.0"

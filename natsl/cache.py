@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,7 +28,6 @@ from natsl.errors import UserError
 from natsl.files import to_plain, user_path, write_bytes
 from natsl.kernels.delta import DeltaState
 from natsl.kernels.pages import KeyPages
-from natsl.kernels.segment import closed_chunks
 from natsl.recording import Recording
 from natsl.space.policy import LayerPolicy, Op
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from natsl.model import RoutedLM
 
 FORMAT = 2  # of a stored cache; in 1 the pages were [P,C,G,·]
+ALIGNED = 16  # bytes, which kernels want tensors to begin at
 _HEADER = "natsl_state"  # its entry in the metadata of the file
 
 
@@ -58,21 +59,21 @@ class LayerCache:
     _tokens: int = 0  # read one at a time since that was counted
     _reserved: bool = False  # whether there are pages enough for all that is to come
 
-    def make_room(self, route: Tensor, start: Tensor, tokens: int, chunk_size: int, lengths: Tensor | None) -> None:
-        """Make sure that ``pages`` have room for what a call of so many tokens is to keep, routes [B,N,R].
+    def make_room(self, kept: Tensor, tokens: int, chunk_size: int) -> None:
+        """Make sure that ``pages`` have room for the chunks that are ``kept`` [B,R] after a call of so many tokens.
 
         Waits for the device, for single tokens at most once in a chunk.
         """
-        closed = closed_chunks(start, tokens, chunk_size, lengths)[..., None]
-        self._make_room((closed & (route > 0.5)).sum(1), tokens, chunk_size)
+        self._make_room(lambda: kept, tokens, chunk_size)
 
     def reserve(self, chunk_size: int) -> None:
         """Make sure that ``pages`` have room for the chunks that end with a token more of every row.
 
         Waits for the device, at most once in a chunk.
         """
-        if self.pages is not None:
-            self._make_room(1, 1, chunk_size)
+        pages = self.pages
+        if pages is not None:
+            self._make_room(lambda: pages.kept + 1, 1, chunk_size)
 
     def set_aside(self, most: Sequence[Sequence[int]]) -> None:
         """Give ``pages`` room for so many kept chunks of each row and head, [B][R], which no later call exceeds."""
@@ -85,8 +86,8 @@ class LayerCache:
         """Take pages as they are needed from now on."""
         self._reserved, self._free = False, 0
 
-    def _make_room(self, more: Tensor | int, tokens: int, chunk_size: int) -> None:
-        """Give ``pages`` what it needs to keep ``more`` chunks, [B,R] or of each head, after a call of ``tokens``.
+    def _make_room(self, counted: Callable[[], Tensor], tokens: int, chunk_size: int) -> None:
+        """Give ``pages`` what it needs for so many kept chunks, ``counted`` [B,R], after a call of ``tokens``.
 
         Waits for the device, for single tokens at most once in a chunk.
         """
@@ -96,9 +97,9 @@ class LayerCache:
         self._tokens += tokens
         if tokens == 1 and -(-self._tokens // chunk_size) <= self._free:
             return
-        kept = self.pages.kept + more
-        heads, pages, places = kept.numel(), self.pages.keys.shape[0], self.pages.table.shape[2]
-        used, most = torch.stack((kept.sum() + heads + 1, kept.max() + 1)).tolist()
+        kept = counted().flatten().tolist()
+        heads, pages, places = len(kept), self.pages.keys.shape[0], self.pages.table.shape[2]
+        used, most = 1 + heads + sum(kept), 1 + max(kept)
         # room for one more chunk of every head, and a fourth of all there is: what has to grow is copied
         if pages < used + heads:
             pages = max(used + heads, pages + pages // 4)
@@ -141,6 +142,40 @@ class LayerCache:
         return {item.name: getattr(self, item.name) for item in fields(self) if not item.name.startswith("_")}
 
 
+def _new_layers(
+    config: ModelConfig, kind: Op, batch: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[LayerCache]:
+    """The states before the first token of all layers of a kind.
+
+    Each tensor is made for all of them at once: the host would take longer for the many small ones of each layer than
+    the device for a short prompt.
+    """
+    c, G, precise = config, config.softmax_per_head, torch.promote_types(dtype, torch.float32)
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(batch, *shape, device=device, dtype=dtype)
+
+    def copies(x: Tensor) -> Iterator[Tensor]:
+        aligned = -(-x.numel() * x.element_size() // ALIGNED) * ALIGNED // x.element_size()
+        made = x.new_empty(count, aligned)[:, : x.numel()].unflatten(1, x.shape)
+        return iter(made.copy_(x.expand_as(made)).unbind())
+
+    count = c.layers.count(kind)
+    tails = copies(zeros(c.conv_width - 1, c.heads * (2 * c.key_dim + c.value_dim)))
+    totals: Iterator[Tensor | None] = itertools.repeat(None)
+    if kind is Op.routed:
+        totals = copies(zeros(c.width, dtype=precise))
+    states: Iterator[DeltaState | None] = itertools.repeat(None)
+    if kind is not Op.softmax:
+        state = DeltaState.zeros(batch, c.heads, c.key_dim, c.value_dim, device=device, dtype=precise)
+        states = map(DeltaState, *map(copies, state))
+    pages: Iterator[KeyPages | None] = itertools.repeat(None)
+    if kind is not Op.delta:
+        keys, values = (zeros(1, c.softmax_heads, width // G) for width in (c.key_dim, c.value_dim))
+        pages = map(KeyPages, *map(copies, KeyPages.empty(keys, values, c.heads, c.chunk_size)))
+    return map(LayerCache, tails, totals, states, pages)
+
+
 class Cache:
     """State of sequences under one model, made by ``RoutedLM.new_cache``; ``forward`` goes on from it and updates it.
 
@@ -156,33 +191,11 @@ class Cache:
     def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
         if batch < 1:
             raise ValueError(f"batch = {batch} is not allowed: it must be ≥ 1")
-        c, precise = config, torch.promote_types(dtype, torch.float32)
-        G = c.softmax_per_head
-
-        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(batch, *shape, device=device, dtype=dtype)
-
         self.config = config
-        self.lengths = zeros(dtype=torch.int64)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.unread: list[int | None] = [None] * batch
-        self.layers = [
-            LayerCache(
-                tail=zeros(c.conv_width - 1, c.heads * (2 * c.key_dim + c.value_dim)),
-                total=zeros(c.width, dtype=precise) if kind is Op.routed else None,
-                delta=None
-                if kind is Op.softmax
-                else DeltaState.zeros(batch, c.heads, c.key_dim, c.value_dim, device=device, dtype=precise),
-                pages=None
-                if kind is Op.delta
-                else KeyPages.empty(
-                    zeros(1, c.softmax_heads, c.key_dim // G),
-                    zeros(1, c.softmax_heads, c.value_dim // G),
-                    c.heads,
-                    c.chunk_size,
-                ),
-            )
-            for kind in c.layers
-        ]
+        new = {kind: _new_layers(config, kind, batch, device, dtype) for kind in dict.fromkeys(config.layers)}
+        self.layers = [next(new[kind]) for kind in config.layers]
         self.recording: Recording | None = None
         self._usable = True
         self._read = 0  # at most, of any row

@@ -17,7 +17,12 @@ def command(verb: str, options: Mapping[str, object]) -> str:
 
 def option_text(options: Mapping[str, object]) -> str:
     """Options for a shell, without those that are None. Pasted, each gives the value that it has here."""
-    return shlex.join(f"{name}={_value(value)}" for name, value in options.items() if value is not None)
+    return shlex.join(option_line(name, value) for name, value in options.items() if value is not None)
+
+
+def option_line(name: str, value: object) -> str:
+    """``name=value`` as Hydra reads it, not quoted for a shell. Text options are taken as typed."""
+    return f"{name}={_value(value)}"
 
 
 def run_options(run: str, root: str) -> dict[str, object]:

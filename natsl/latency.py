@@ -3,7 +3,8 @@
 Some layers of one kind are timed together, as a model of their own: between its embedding and its head they find the
 caches and the queue of launches in the state in which a whole model would. A decoding step goes on from a cache that is
 filled with random numbers, in the middle of a chunk: on CUDA as a graph of ``Decoder``, elsewhere through
-``RoutedLM.forward``. A prefill is ``forward`` without a cache, under random routes.
+``RoutedLM.forward``. A prefill is ``forward`` without a cache, under random routes; on CUDA what the device computes is
+timed as a graph, and what the host launches on a text of one chunk, which takes the device less.
 
 Shapes: B sequences, C chunk size, R routing heads, L layers.
 """
@@ -84,13 +85,22 @@ def table_path(setting: Setting) -> Path:
 def obtain_table(setting: Setting, wanted: Sequence[int], fresh: bool = False) -> LatencyTable:
     """The table of a setting that covers these lengths in tokens: the stored one, or measured and stored.
 
-    One that is damaged or too short is measured anew, and with ``fresh`` any. ``UserError`` if the device has not
-    enough memory.
+    One that is damaged is measured anew, one that does not cover them too, at its own lengths as well, and with
+    ``fresh`` any. ``UserError`` if the device has not enough memory, and where ``fresh`` lengths would replace a table
+    of longer ones.
     """
     path = table_path(setting)
-    table = None if fresh else read_table(path)
-    if table is not None and dict(table.made_from) == setting.to_dict() and all(map(table.covers, wanted)):
-        return table
+    table = read_table(path)
+    if table is not None and dict(table.made_from) == setting.to_dict():
+        longest = table.lengths[-1]
+        if fresh and longest > max(wanted):
+            raise UserError(
+                f"tokens = {max(wanted)} with fresh = true is not allowed: the table in {path} goes up to {longest}, "
+                f"which would be lost; give tokens={longest} or more"
+            )
+        if not fresh and all(map(table.covers, wanted)):
+            return table
+        wanted = [*wanted, table.lengths[0], longest]
     table = measure_table(setting, wanted)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,12 +148,14 @@ def measure_table(setting: Setting, wanted: Sequence[int]) -> LatencyTable:
             for case, tokens in itertools.product(cases, lengths):
                 bench, kept = benches[case.kind, case.layers], [[case.fraction] * heads] * case.layers
                 for step in Step:
-                    times.setdefault((case, tokens, step), []).append(bench.milliseconds(step, tokens, kept))
+                    # the host launches the same whatever the length
+                    length = lengths[0] if step is Step.launch else tokens
+                    times.setdefault((case, tokens, step), []).append(bench.milliseconds(step, length, kept))
                 progress.update(progress.done + 1, f"{case.kind.value} {case.fraction:g} at {tokens} tokens")
     cells = {cell: min(values) for cell, values in times.items()}
     rest = {step: tuple(_rest(cells, cases, n, step) for n in lengths) for step in Step}
-    once = statistics.median(rest[Step.decode])  # of one token of every sequence, after any number
-    rest[Step.decode] = (once,) * len(lengths)
+    for step in (Step.decode, Step.launch):  # the same after, and of, any number of tokens
+        rest[step] = (statistics.median(rest[step]),) * len(lengths)
 
     def layer(kind: Op, fraction: float, i: int, step: Step) -> float:
         return max(0.0, cells[_Case(kind, count, fraction), lengths[i], step] - rest[step][i]) / count
@@ -184,7 +196,15 @@ class Bench:
 
     def milliseconds(self, step: Step, tokens: int, kept: Kept) -> float:
         """Median time of a step after, or of, so many tokens of every sequence, of which layers keep ``kept``."""
-        return 1e3 * (self._decode(tokens, kept) if step is Step.decode else self._prefill(tokens, kept))
+        if step is Step.decode:
+            return 1e3 * self._decode(tokens, kept)
+        if step is Step.launch:
+            return 1e3 * self._prefill(tokens, kept) if self._device.type == "cuda" else 0.0
+        return 1e3 * self._prefill(tokens, kept, by_device=True)
+
+    def call_milliseconds(self, step: Step, tokens: int, kept: Kept) -> float:
+        """The same of what a caller waits for: of a prefill with the host's part."""
+        return 1e3 * self._prefill(tokens, kept) if step is Step.prefill else self.milliseconds(step, tokens, kept)
 
     def _decode(self, tokens: int, kept: Kept) -> float:
         model = self._model
@@ -206,7 +226,7 @@ class Bench:
                 decoder.step(token[:, 0])
             return self._median(graph.replay)
 
-    def _prefill(self, tokens: int, kept: Kept) -> float:
+    def _prefill(self, tokens: int, kept: Kept, by_device: bool = False) -> float:
         model = self._model
         routes = random_routes(model, self._batch, tokens, kept)
         policy = RoutingPolicy.fill(model.kinds, model.config.chunk_size, LayerPolicy(threshold=0.0))
@@ -217,7 +237,15 @@ class Bench:
             with torch.no_grad():
                 model(ids, compiled, routes=routes, logits_to_keep=1)
 
-        return self._median(prefill)
+        if not by_device or self._device.type != "cuda":
+            return self._median(prefill)
+        with torch.cuda.device(self._device):
+            for _ in range(WARM_UP):
+                prefill()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+                prefill()
+            return self._median(graph.replay)
 
     def _median(self, function: Callable[[], object]) -> float:
         """Median seconds of a function after two calls that are not timed."""
@@ -336,12 +364,12 @@ def check_table(table: LatencyTable, setting: Setting, lengths: Sequence[int], p
     """
     draw, shapes = random.Random(seed), setting.model.layer_shapes()
     drawn = [_draw_policy(setting.model, draw) for _ in range(policies)]
-    cases = list(itertools.product(range(policies), lengths, Step))
+    cases = list(itertools.product(range(policies), lengths, (Step.decode, Step.prefill)))
     times: dict[tuple[int, int, Step], list[float]] = {case: [] for case in cases}
     with Progress("checks", ROUNDS * len(cases)) as progress, _own_random_state(), _memory(setting):
         benches = [Bench(setting, [layer.op for layer in policy.layers]) for policy, _ in drawn]
         for i, tokens, step in cases * ROUNDS:
-            times[i, tokens, step].append(benches[i].milliseconds(step, tokens, drawn[i][1]))
+            times[i, tokens, step].append(benches[i].call_milliseconds(step, tokens, drawn[i][1]))
             progress.update(progress.done + 1, f"a whole model at {tokens} tokens")
     checks = []
     for i, tokens, step in cases:

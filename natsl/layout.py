@@ -58,13 +58,15 @@ class Layout:
 
     ``lengths`` int64 [S]: real tokens of each sequence, None: all. ``order`` int64 [B,T]: the column that comes at each
     place once the padding is on the right, None: it is there already. ``packing``: tables of packed sequences, else
-    None. ``read`` int64 [B]: tokens of each sequence that a cache holds, set by ``RoutedLM.forward``.
+    None. Set by ``RoutedLM.forward`` from a cache: ``read`` int64 [B], the tokens of each sequence that it holds,
+    ``start`` int64 [B], those of them in the open chunk, and ``parts``, where new tokens are in their chunks.
     """
 
     lengths: Tensor | None = None
     order: Tensor | None = None
     packing: Packing | None = None
     read: Tensor | None = None
+    start: Tensor | None = None
     parts: Split | None = None
 
     @staticmethod
@@ -126,9 +128,9 @@ class Layout:
         """A value of every chunk for each of ``tokens`` columns: [B,N,…] → [B,T,…]."""
         if self.packing is not None:
             return x[:, self.packing.chunk]
-        if self.read is None or self.at_border:
+        if self.start is None or self.at_border:
             return x.repeat_interleave(chunk_size, 1)[:, :tokens]
-        chunk = slots(self.read % chunk_size, tokens) // chunk_size
+        chunk = slots(self.start, tokens) // chunk_size
         return x[torch.arange(len(x), device=x.device)[:, None], chunk]
 
     @property

@@ -15,7 +15,7 @@ from natsl.config import Precision
 from natsl.errors import UserError
 from natsl.files import check_name, child_folder, read_config, read_json, user_path
 from natsl.run import Run
-from natsl.space.check import check, check_choice
+from natsl.space.check import check, check_choice, check_number
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import NEWER, DataConfig
 
@@ -55,7 +55,12 @@ class Choice:
     def __post_init__(self) -> None:
         sources = (self.run, self.export)
         check(sources.count(None) == 1, "run, export", sources, "give either run=<name> or export=<folder>")
-        check(self.budget is None or 0 <= self.budget <= 1, "budget", self.budget, "it must lie in [0, 1]")
+        check(
+            self.budget is None or 0 <= check_number("budget", self.budget) <= 1,
+            "budget",
+            self.budget,
+            "it must lie in [0, 1]",
+        )
         pick = None if self.pick == "knee" and self.policy is None else self.pick
         options = {"pick": pick, "policy": self.policy, "budget": self.budget}
         options = {name: value for name, value in options.items() if value is not None}
@@ -64,12 +69,8 @@ class Choice:
             check(self.export is None or value is None, name, value, "an export has its own: it goes with run=<name>")
 
 
-def read_point(run: Run, pick: str) -> dict[str, Any]:
-    """The point of a run's ``front.json`` that ``pick`` names.
-
-    pick: ``knee``, the id of a point, or the beginning of an id or of a policy's digest. ``UserError`` for an empty
-    front, an unknown pick and one that fits several points.
-    """
+def read_front(run: Run) -> dict[str, Any]:
+    """A run's ``front.json``; ``UserError`` if there is none, or it is not one of natsl's."""
     if (run.path / "ablation.json").exists():
         raise UserError(f"run {run.name!r} is an ablation, which has no front: choose a run of natsl search")
     if not run.front_json.is_file():
@@ -78,12 +79,27 @@ def read_point(run: Run, pick: str) -> dict[str, Any]:
     points = front.get("points") if isinstance(front, dict) else None
     if not isinstance(points, list) or not all(isinstance(p, dict) and "id" in p and "policy" in p for p in points):
         raise UserError(f"{run.front_json} is not a front written by natsl")
+    return dict(front)
+
+
+def read_point(run: Run, pick: str) -> dict[str, Any]:
+    """The point of a run's ``front.json`` that ``pick`` names; errors as ``read_front`` and ``find_point``."""
+    return find_point(read_front(run), pick, run.name)
+
+
+def find_point(front: Mapping[str, Any], pick: str, run: str) -> dict[str, Any]:
+    """The point of a front, as ``front.json`` of the run of this name holds it, that ``pick`` names.
+
+    pick: ``knee``, the id of a point, or the beginning of an id or of a policy's digest. ``UserError`` for an empty
+    front, an unknown pick and one that fits several points.
+    """
+    points = front["points"]
     if not points:
-        raise UserError(f"the front of run {run.name!r} is empty: no trial was feasible, so there is nothing to export")
+        raise UserError(f"the front of run {run!r} is empty: no trial was feasible, so there is nothing to export")
     wanted = front.get("knee") if pick == "knee" else pick
     exact = [point for point in points if point["id"] == wanted]
     if pick == "knee" and not exact:
-        raise UserError(f"the front of run {run.name!r} has no knee: pick one of {_ids(points)}")
+        raise UserError(f"the front of run {run!r} has no knee: pick one of {_ids(points)}")
     matches = exact or [
         point
         for point in points

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from natsl.compiled import Span
 from natsl.config import ModelConfig
 from natsl.kernels.branches import continued_branches, routed_branches
+from natsl.kernels.convolution import continued_convolution
 from natsl.kernels.delta import DeltaState, routed_delta_rule
 from natsl.kernels.mix import gated_norm, routed_mix
-from natsl.kernels.pages import KeyPages, paged_softmax
+from natsl.kernels.pages import KeyPages, PagePlan, paged_softmax, plan_pages
 from natsl.kernels.softmax import routed_softmax
 from natsl.layout import Layout
 from natsl.modules import RMSNorm, causal_attention, precise, short_convolution, visible_attention, with_zero_gradients
@@ -52,7 +53,7 @@ class _Rows:
     """Rows of the batch that share a computation, after the projections.
 
     ``qkv``: q, k [B,T,R·K] and v [B,T,R·V]. gate [B,T,Hs,Vs], routes [B,N,R]; ``gates`` (g, beta) where the delta rule
-    takes part, ``logits`` [B,T,Hs,2] where both memories do.
+    takes part, ``logits`` [B,T,Hs,2] where both memories do, ``plan`` where there are pages.
     """
 
     qkv: tuple[Tensor, Tensor, Tensor]
@@ -60,6 +61,7 @@ class _Rows:
     routes: RoutePair
     gates: tuple[Tensor, Tensor] | None
     logits: Tensor | None
+    plan: PagePlan | None
 
 
 class RoutedMixer(nn.Module):
@@ -139,13 +141,17 @@ class RoutedMixer(nn.Module):
         router = self.router if self.kind is Op.routed else None
         routing = route_chunks(router, x, c.heads, c.chunk_size, context)
         outputs, spans = [], context.spans()
+        plan = self._plan(routing.route, T, context)
         for span in spans:
             rows = span.rows
             q, k, v = self.split(qkv[rows])
             keep, visible = routing.route[rows], None if routing.visible is None else routing.visible[rows]
             gates = logits = None
             if span.both:
-                before = kept_before(keep, context) if visible is None else seen_before(visible)
+                if plan is not None:
+                    before = plan.before
+                else:
+                    before = kept_before(keep, context) if visible is None else seen_before(visible)
                 logits = self._mix_logits(q, before, context, span)
             if self.kind is not Op.softmax:
                 gates = self.gates(x[rows])
@@ -154,7 +160,7 @@ class RoutedMixer(nn.Module):
                 routes = RoutePair(routes.keep.detach(), routes.skip.detach(), visible)
             # autocast would make half precision of the products inside the torch backend, which are float32 on purpose
             with torch.autocast(x.device.type, enabled=False):
-                outputs.append(self._mix(_Rows((q, k, v), gate[rows], routes, gates, logits), context))
+                outputs.append(self._mix(_Rows((q, k, v), gate[rows], routes, gates, logits, plan), context))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if torch.is_grad_enabled():
             y = with_zero_gradients(y, self.unused(spans, context.route is None and routing.route.requires_grad))
@@ -191,22 +197,17 @@ class RoutedMixer(nn.Module):
         layout, cache = context.layout, context.cache
         if cache is None:
             return short_convolution(x, self.conv, None if layout.packing is None else layout.packing.position)
-        n, T = cache.tail.shape[1], x.shape[1]  # n = W − 1
-        y = x if n >= T else short_convolution(x, self.conv)
-        if n > 0:  # only the first outputs see the tail: no copy of all inputs
-            first = short_convolution(torch.cat((cache.tail, x[:, :n]), 1), self.conv)[:, n:]
-            if n >= T:
-                y = first
-            else:
-                y[:, :n] = first
-        if layout.lengths is None and n <= T:
-            cache.tail = x[:, T - n :].clone()
-        else:
-            row, last = torch.arange(len(x), device=x.device)[:, None], torch.arange(n, device=x.device)
-            place = (T if layout.lengths is None else layout.lengths[:, None]) + last - n  # from −n on, in the tail
-            old = cache.tail[row, (place + n).clamp(max=n - 1)]
-            cache.tail = torch.where((place < 0)[..., None], old, x[row, place.clamp(min=0)])
+        y, cache.tail = continued_convolution(x, self.conv, cache.tail, layout.lengths)
         return y
+
+    def _plan(self, route: Tensor, tokens: int, context: LayerContext) -> PagePlan | None:
+        """What the routes [B,N,R] of a call do to the pages in the cache, if there are any."""
+        cache, layout = context.cache, context.layout
+        if cache is None or cache.pages is None:
+            return None
+        assert layout.start is not None
+        size, kept = self.config.chunk_size, cache.pages.kept
+        return plan_pages(route, kept, layout.start, tokens=tokens, chunk_size=size, lengths=layout.lengths)
 
     def unused(self, spans: Sequence[Span], learns: bool) -> list[nn.Parameter]:
         """Parameters of a routed layer without influence on its output; ``learns``: whether its router has any."""
@@ -305,19 +306,21 @@ class RoutedMixer(nn.Module):
         """``_memories`` from the states in the cache, which are updated."""
         cache, layout, chunk_size = context.cache, context.layout, self.config.chunk_size
         assert cache is not None
-        assert layout.read is not None
-        tokens, start, keep, skip = rows.gate.shape[1], layout.read % chunk_size, rows.routes.keep, rows.routes.skip
+        assert layout.start is not None
+        tokens, keep, skip, plan = rows.gate.shape[1], rows.routes.keep, rows.routes.skip, rows.plan
         options: dict[str, Any] = {"chunk_size": chunk_size, "lengths": layout.lengths}
 
         def pages() -> KeyPages:
-            cache.make_room(keep, start, tokens, chunk_size, layout.lengths)
+            assert plan is not None
+            cache.make_room(plan.kept, tokens, chunk_size)
             assert cache.pages is not None
             return cache.pages
 
         if cache.pages is not None:
             q, k, v = self.softmax_heads(*rows.qkv, layout)
         if cache.delta is None:
-            o_softmax, cache.pages = paged_softmax(q, k, v, keep, pages(), start, **options)
+            options |= {"plan": plan, "at_border": layout.at_border}
+            o_softmax, cache.pages = paged_softmax(q, k, v, keep, pages(), layout.start, **options)
             return None, o_softmax
         assert rows.gates is not None
         options["parts"] = layout.parts
@@ -330,6 +333,6 @@ class RoutedMixer(nn.Module):
             cache.delta = state
             return o_delta, None
         o_delta, cache.delta, o_softmax, cache.pages = continued_branches(
-            *inputs, q, k, *rows.gates, keep, cache.delta, pages, delta_route=skip, **options
+            *inputs, q, k, *rows.gates, keep, cache.delta, pages, delta_route=skip, plan=plan, **options
         )
         return o_delta, o_softmax

@@ -153,15 +153,15 @@ def route_chunks(router: Router | None, x: Tensor, heads: int, chunk_size: int, 
     Without a router a layer can only keep all or nothing. In training the routes carry the router's gradient.
     """
     policy, gradient, cache = context.policy, context.gradient, context.cache
-    lengths, packing, read = context.layout.lengths, context.layout.packing, context.layout.read
+    lengths, packing, start = context.layout.lengths, context.layout.packing, context.layout.start
     N = -(-x.shape[1] // chunk_size) if cache is None else touched_chunks(x.shape[1], chunk_size)
     margins = None
     if router is not None:
         source = x.detach() if gradient is None or gradient.detach_router else x
         if cache is not None:
-            assert read is not None
+            assert start is not None
             assert cache.total is not None
-            start, at_border = read % chunk_size, context.layout.at_border
+            at_border = context.layout.at_border
             means, cache.total = continued_means(source, start, cache.total, chunk_size, lengths, at_border=at_border)
         else:
             means = chunk_means(source, chunk_size, lengths) if packing is None else packing.chunk_means(source)
@@ -199,14 +199,12 @@ def route_chunks(router: Router | None, x: Tensor, heads: int, chunk_size: int, 
 
 def kept_before(route: Tensor, context: LayerContext) -> Tensor:
     """How many chunks of its sequence each head has kept before each chunk: routes [B,N,R] → int64 [B,N,R]."""
-    packing, cache = context.layout.packing, context.cache
+    packing = context.layout.packing
     kept = route.long()  # sums of integers are deterministic on a GPU too
     before = running_sum(kept) - kept
     if packing is not None:
         first = torch.arange(route.shape[1], device=route.device) - packing.chunk_index
         before = before - before[:, first]
-    if cache is not None and cache.pages is not None:
-        before = before + cache.pages.kept[:, None]
     return before
 
 

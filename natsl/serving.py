@@ -7,9 +7,11 @@ C chunk size, R routing heads, Hs softmax heads, Ks and Vs their key and value w
 from __future__ import annotations
 
 import gc
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -66,41 +68,46 @@ class ServingSpeed:
 
 
 def measure_prefill(config: ThroughputConfig, device: torch.device) -> Iterator[ServingSpeed]:
-    """Time one pass over the prompts: dense, and routed without and with a cache that it fills."""
-    for name, model, cached in (
-        ("dense softmax", _dense(config.model), False),
-        ("routed, no cache", config.model, False),
-        ("routed, prefill", config.model, True),
+    """Time one pass over the prompts: dense, and routed without and with a cache that it fills, these two in turn."""
+    for model, ways in (
+        (_dense(config.model), {"dense softmax": False}),
+        (config.model, {"routed, no cache": False, "routed, prefill": True}),
     ):
-        yield _prefill_speed(name, _build(model, config, device), cached, config, device)
+        yield from _prefill_speeds(_build(model, config, device), ways, config, device)
 
 
-def _prefill_speed(
-    name: str, net: RoutedLM, cached: bool, config: ThroughputConfig, device: torch.device
-) -> ServingSpeed:
+def _prefill_speeds(
+    net: RoutedLM, ways: Mapping[str, bool], config: ThroughputConfig, device: torch.device
+) -> Iterator[ServingSpeed]:
+    """Speeds of a model by name; ``ways``: whether there is a cache."""
     policy, tokens = _policy(net.config, config.budget), _tokens(config, device)
 
-    def read() -> Cache | None:
+    def read(cached: bool) -> Cache | None:
         cache = net.new_cache(config.batch_size) if cached else None
         net(tokens, policy, cache=cache, logits_to_keep=1)
         return cache
 
+    times: dict[str, list[float]] = {name: [] for name in ways}
     with torch.no_grad():
         for _ in range(2):
-            read()
-        seconds = median_seconds(read, config.steps, device)
-        before = _allocated(device)
-        cache = read()
-    after = _allocated(device)
-    return ServingSpeed(
-        name,
-        count_parameters(net),
-        1e3 * seconds,
-        config.batch_size * config.tokens / seconds,
-        None if cache is None else cache.nbytes,
-        None if cache is None or before is None or after is None else after - before,
-        peak_gib(device),
-    )
+            for cached in ways.values():
+                read(cached)
+        for _ in range(config.steps):  # in turn, as a host that is not alone is slower for a while
+            for name, cached in ways.items():
+                times[name].append(median_seconds(partial(read, cached), 1, device))
+        for name, cached in ways.items():
+            seconds, before = statistics.median(times[name]), _allocated(device)
+            cache = read(cached)
+            after = _allocated(device)
+            yield ServingSpeed(
+                name,
+                count_parameters(net),
+                1e3 * seconds,
+                config.batch_size * config.tokens / seconds,
+                None if cache is None else cache.nbytes,
+                None if cache is None or before is None or after is None else after - before,
+                peak_gib(device),
+            )
 
 
 def measure_decode(config: ThroughputConfig, device: torch.device) -> Iterator[ServingSpeed]:

@@ -65,6 +65,8 @@ class ThroughputConfig:
         self.phase = check_choice("phase", self.phase, Phase)
         self.precision = check_choice("precision", self.precision, Precision)
         check_counts(1, {name: getattr(self, name) for name in ("batch_size", "tokens", "steps")})
+        trains = self.phase is Phase.train
+        check(trains or not self.compile, "compile", self.compile, f"phase = {self.phase.value} is never compiled")
         check(0 <= self.budget <= 1, "budget", self.budget, "it must lie in [0, 1]")
         check(
             0 < self.counterfactual_rate <= 1, "counterfactual_rate", self.counterfactual_rate, "it must lie in (0, 1]"

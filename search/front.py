@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -56,6 +57,21 @@ class Baseline:
             plain |= {"of": self.of, "draws": self.draws, "std": self.std}
         return plain
 
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Baseline:
+        """The inverse of ``to_dict``, also after JSON."""
+        options = {name: plain[name] for name in ("std", "draws", "of", "feasible") if name in plain}
+        policy = RoutingPolicy.from_dict(plain["policy"])
+        return cls(
+            plain["name"],
+            Kind(plain["kind"]),
+            policy,
+            plain["values"],
+            plain["measured"],
+            plain["search_values"],
+            **options,
+        )
+
 
 @dataclass(frozen=True)
 class FamilyFront:
@@ -81,11 +97,14 @@ class FamilyFront:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         names = ("name", "label", "hypervolume_search", "hypervolume_test", "gain", "gain_error")
-        points = [
-            {"policy": item.policy.to_dict(), "values": item.values, "search_values": item.search_values}
-            for item in self.members
-        ]
-        return {name: getattr(self, name) for name in names} | {"points": points}
+        return {name: getattr(self, name) for name in names} | {"points": [item.to_dict() for item in self.members]}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> FamilyFront:
+        """The inverse of ``to_dict``, also after JSON. Members of older versions get the name of the family."""
+        older = {"name": plain["name"], "kind": Kind.family.value, "measured": {}}
+        members = tuple(Baseline.from_dict(older | item) for item in plain["points"])
+        return cls(members=members, **{name: value for name, value in plain.items() if name != "points"})
 
 
 @dataclass(frozen=True)
@@ -103,6 +122,11 @@ class KneeChoice:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         return {**vars(self), "cost": self.sum - self.best_sum}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> KneeChoice:
+        """The inverse of ``to_dict``."""
+        return cls(plain["point"], plain["sum"], plain["best"], plain["best_sum"])
 
 
 @dataclass(frozen=True)
@@ -140,6 +164,19 @@ class Point:
             "dominated_by": list(self.dominated_by),
             "gain_over_random": self.gain_over_random,
         }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Point:
+        """The inverse of ``to_dict``, also after JSON."""
+        return cls(
+            plain["id"],
+            RoutingPolicy.from_dict(plain["policy"]),
+            plain["values"],
+            plain["search_values"],
+            plain["measured"],
+            tuple(plain["dominated_by"]),
+            plain["gain_over_random"],
+        )
 
 
 def amount(item: Point | Baseline, name: str) -> float | None:
@@ -254,15 +291,34 @@ class Front:
             "facts": self.facts,
         }
 
-    def to_csv(self) -> str:
-        """``front.csv``: one row per point and baseline; with several tasks ``kept_<task>`` is the fraction of each."""
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Front:
+        """The inverse of ``to_dict``, also after JSON; what older versions did not write is left out."""
+        choice, lengths = plain.get("knee_choice"), plain.get("lengths")
+        return cls(
+            run=plain["run"],
+            objectives=tuple(item["name"] for item in plain["objectives"]),
+            points=tuple(map(Point.from_dict, plain["points"])),
+            baselines=tuple(map(Baseline.from_dict, plain["baselines"])),
+            knee=plain["knee"],
+            hypervolume=plain["hypervolume"],
+            history=tuple(plain["hypervolume_history"]),
+            fingerprint=plain["fingerprint"],
+            facts=plain.get("facts", {}),
+            comparisons=tuple(map(Comparison.from_dict, plain.get("controls", ()))),
+            families=tuple(map(FamilyFront.from_dict, plain.get("families", ()))),
+            hypervolume_test=plain.get("hypervolume_test"),
+            knee_choice=None if choice is None else KneeChoice.from_dict(choice),
+            lengths=None if lengths is None else Lengths.from_dict(lengths),
+        )
+
+    def table(self) -> tuple[list[str], list[list[Any]]]:
+        """Names of the columns, and one row per point and baseline; with several tasks ``kept_<task>`` of each."""
         measures = list(dict.fromkeys([*self.objectives, "kept_fraction", *QUALITY]))
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
         head = ["name", "kind", "digest", "policy", *measures]
         head += [f"kept_{task}" for task in self.tasks]
         head += [f"search_{name}" for name in self.objectives] + [f"std_{name}" for name in measures]
-        table.writerow([*head, "dominated_by", "knee"])
+        rows = []
         for item in self.rows:
             std = {} if isinstance(item, Point) else item.std
             row: list[Any] = [item.name, "front" if isinstance(item, Point) else item.kind.value]
@@ -272,5 +328,12 @@ class Front:
             row += [(item.search_values or {}).get(name) for name in self.objectives]
             row += [std.get(name) for name in measures]
             row.append(" ".join(item.dominated_by) if isinstance(item, Point) else None)
-            table.writerow([*row, "knee" if isinstance(item, Point) and item.id == self.knee else None])
+            rows.append([*row, "knee" if isinstance(item, Point) and item.id == self.knee else None])
+        return [*head, "dominated_by", "knee"], rows
+
+    def to_csv(self) -> str:
+        """``front.csv``: the table."""
+        head, rows = self.table()
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([head, *rows])
         return text.getvalue()

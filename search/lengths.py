@@ -54,6 +54,19 @@ class AtLength:
             "left_out": self.left_out,
         }
 
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> AtLength:
+        """The inverse of ``to_dict``, also after JSON."""
+        policies = plain["policies"]
+        return cls(
+            plain["tokens"],
+            plain["sequences"],
+            {task: Planted(**item) for task, item in plain["planted"].items()},
+            {name: item["measured"] for name, item in policies.items()},
+            {name: item["costs"] for name, item in policies.items()},
+            plain["left_out"],
+        )
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -70,6 +83,12 @@ class Lengths:
             "billed_at": self.billed_at,
             "measured": [item.to_dict() for item in self.measured],
         }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Lengths:
+        """The inverse of ``to_dict``, also after JSON."""
+        measured = tuple(map(AtLength.from_dict, plain["measured"]))
+        return cls(plain["searched_at"], plain["billed_at"], measured)
 
 
 class LengthJudge:

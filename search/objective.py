@@ -8,6 +8,7 @@ is all that files, charts and report need. The error of every task of ``natsl.ta
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 Direction = Literal["minimize", "maximize"]  # Optuna's words
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,8 @@ def find_objectives(
 ) -> tuple[Objective, ...]:
     """The objectives of these names; ``ValueError`` for an unknown name or one that the data cannot answer.
 
-    ``tasks``: names of the tasks that are evaluated. The names of ``constraints`` are checked the same way.
+    ``tasks``: names of the tasks that are evaluated. The names of ``constraints`` are checked the same way. Costs
+    without any quality, be it as a bound, are allowed with a warning.
     """
     for name in (*names, *constraints):
         if name not in OBJECTIVES:
@@ -255,6 +258,12 @@ def find_objectives(
                 f"objective {name!r} needs the task {task}, the data have {', '.join(sorted(tasks))}: "
                 f"add data.tasks.{task} or choose other objectives"
             )
+    if all(OBJECTIVES[name].role is Role.cost for name in (*names, *constraints)):
+        _log.warning(
+            "search.objectives = %s: nothing but costs, so the cheapest policy is best, whatever it gets wrong; add a "
+            "quality, such as val_loss, or a bound on one in search.constraints",
+            list(names),
+        )
     return tuple(OBJECTIVES[name] for name in names)
 
 

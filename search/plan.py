@@ -246,7 +246,7 @@ def _stages(
     stages.append(Stage("heads", "scores of whole heads", most_evaluations(heads), probe.score))
     families = _families(config, problem)
     policies = {item.policy for _, members in families for item in members}
-    stages.append(Stage("families", "policies, several in a pass", len(policies), probe.shared))
+    stages.append(Stage("families", "different policies, several in a pass", len(policies), probe.shared))
     points = min(settings.n_trials, FRONT_POINTS)
     tests = _tests(config, problem, points, len(families))
     stages.append(Stage("test", f"scores of a front of {points} and what is beside it", tests, probe.test))
@@ -332,7 +332,9 @@ def _disk(config: SearchRunConfig, problem: Problem, weights: float, optimizer: 
 def _notes(config: SearchRunConfig) -> list[str]:
     notes = [
         f"assumed: {GOES_ON:.0%} of the trials go on to more sequences, a front of {FRONT_POINTS} points at most, "
-        f"{FAMILY_MEMBERS} members of a family on the test split"
+        f"{FAMILY_MEMBERS} members of a family on the test split",
+        "the progress of the search counts a policy in each of its families, and the draws of random routing beside a "
+        "policy as one",
     ]
     if config.name in Run.names(config.root):
         again = command("search", {"name": config.name, "root": None if config.root == "runs" else config.root})

@@ -124,6 +124,10 @@ def connect(url: str) -> RDBStorage:
     """The database at ``url``; ``UserError`` if it cannot be reached."""
     try:
         return RDBStorage(url)
+    except ImportError as error:
+        driver = getattr(error.__cause__, "name", None)
+        advice = ": pip install 'natsl[postgres]'" if driver == "psycopg" else ""
+        raise UserError(f"search.storage cannot be opened: its driver {driver} is not installed{advice}") from None
     except Exception as error:  # drivers raise errors of their own
         raise UserError(redact_text(f"search.storage cannot be opened: {_first_line(error)}")) from None
 

@@ -2,9 +2,11 @@
 
 A table has the milliseconds of one layer of each kind over a grid of lengths in tokens and of kept fractions, for a
 decoding step and for a prefill, and those of the rest of the model. The time of a policy is the rest and the sum over
-layers. In between, times are linear in the kept fraction; in the length, those of a decoding step are, and of a prefill
-the time per token, since its attention grows with the square. A layer of op delta counts as of kind delta, which it is
-in an export. A fraction is a mean over heads, which share out a layer's work whatever each keeps.
+layers. A prefill has two of them, which run side by side, and takes the larger: what the device computes, and what the
+host needs to launch it. In between, times are linear in the kept fraction; in the length, those of a decoding step and
+of launches are, and of a prefill the time per token, since its attention grows with the square. A layer of op delta
+counts as of kind delta, which it is in an export. A fraction is a mean over heads, which share out a layer's work
+whatever each keeps.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from natsl.space.check import check, check_choice, check_count, check_number
 from natsl.space.cost import LayerShape, layers_of
 from natsl.space.policy import Op, RoutingPolicy
 
-FORMAT = 1
+FORMAT = 2
 FRACTIONS = (0.0, 0.1, 0.25, 0.5, 1.0)  # of the grid; times are nearly linear in between
 
 Grid = tuple[tuple[float, ...], ...]  # a row for each length, in it a time for each fraction
@@ -32,7 +34,8 @@ class Step(Enum):
     """What is timed."""
 
     decode = "decode"  # one more token of every sequence
-    prefill = "prefill"  # all tokens of every sequence at once
+    prefill = "prefill"  # all tokens of every sequence at once, by the device
+    launch = "launch"  # the host's part of that
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,12 @@ class LatencyTable:
         """
         span = f"the table goes from {self.lengths[0]} to {self.lengths[-1]} tokens"
         check(self.covers(tokens), "latency: tokens", tokens, span)
+        parts = (Step.prefill, Step.launch) if step is Step.prefill else (step,)
+        return max(self._sum(part, shapes, policy, kept, tokens) for part in parts)
+
+    def _sum(
+        self, step: Step, shapes: Sequence[LayerShape], policy: RoutingPolicy, kept: Sequence[float], tokens: int
+    ) -> float:
         total = self._along(step, [(time,) for time in self.rest[step]], 0.0, tokens)
         for shape, layer, fraction in layers_of(shapes, policy, kept, tokens, 1):
             kind = Op.delta if layer.op is Op.delta else shape.kind
@@ -99,7 +108,7 @@ class LatencyTable:
             column = [_between(self.fractions, row, fraction) for row in grid]
         else:
             column = [row[0] for row in grid]
-        if step is Step.decode:
+        if step is not Step.prefill:
             return _between(self.lengths, column, tokens)
         return tokens * _between(self.lengths, [t / n for t, n in zip(column, self.lengths, strict=True)], tokens)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import random
@@ -15,6 +16,10 @@ import torch
 # launches are replayed, as they are from the second call on, in the first call too.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from tests.interpreter import speed_up
+
+        speed_up()
 else:
     from natsl.kernels.launch.replay import Replayed
 
@@ -65,3 +70,11 @@ def straight(tmp_path_factory: pytest.TempPathFactory, text: str) -> dict[str, A
     root = tmp_path_factory.mktemp("straight")
     run_search(tiny(root, text))
     return results(Run.open("first", root, create=False))
+
+
+@pytest.fixture
+def no_picture() -> Iterator[None]:
+    """Searches write an empty front.png, which takes a fourth of their time; ``test_png.py`` looks at pictures."""
+    with pytest.MonkeyPatch.context() as patch:  # one of its own, which a test does not undo
+        patch.setattr("natsl.search.pipeline.front_png", lambda front: b"")
+        yield

@@ -45,7 +45,14 @@ def where_kernels_run(arguments: dict[str, object]) -> dict[str, object]:
     """The arguments with their tensors on the GPU if there is one: without Triton's interpreter kernels need it."""
     if not torch.cuda.is_available():
         return arguments
-    return {name: x.cuda() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    return {name: _on_gpu(x) for name, x in arguments.items()}
+
+
+def _on_gpu(x: object) -> object:
+    """A tensor or a named tuple of tensors, such as a state, on the GPU; anything else as it is."""
+    if isinstance(x, Tensor):
+        return x.cuda()
+    return x._make(map(_on_gpu, x)) if isinstance(x, tuple) and hasattr(x, "_make") else x
 
 
 def chunk_count(tokens: int, chunk_size: int) -> int:

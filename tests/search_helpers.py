@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from optuna.storages._rdb.storage import _VersionManager
 
 from natsl.config import ModelConfig
 from natsl.counts import Counts
@@ -29,6 +30,19 @@ from natsl.search.study import PolicyStudy, Problem, first_policies, open_policy
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks import metrics
+
+# Optuna reads all of its migrations, which are always the same, whenever a storage is opened: here, once per URL.
+_read_migrations = _VersionManager._create_alembic_script
+_migrations: dict[str, Any] = {}
+
+
+def _known_migrations(manager: _VersionManager) -> Any:
+    if manager.url not in _migrations:
+        _migrations[manager.url] = _read_migrations(manager)
+    return _migrations[manager.url]
+
+
+_VersionManager._create_alembic_script = _known_migrations  # type: ignore[method-assign, assignment]
 
 ROUTED = (Op.routed, Op.routed, Op.routed)
 CHUNK = 16

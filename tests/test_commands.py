@@ -13,15 +13,9 @@ import pytest
 import torch
 
 from natsl import checkpoint
-from natsl.cli.commands import (
-    CalibrateConfig,
-    ExportConfig,
-    GenerateConfig,
-    run_calibration,
-    run_export,
-    run_generation,
-)
+from natsl.cli.commands import CalibrateConfig, ExportConfig, run_calibration, run_export
 from natsl.cli.evaluation import EvaluateRunConfig, evaluate_choice, run_evaluation
+from natsl.cli.generation import GenerateConfig, run_generation
 from natsl.errors import UserError
 from natsl.files import read_json, write_json
 from natsl.generate import read_prompt

@@ -9,8 +9,9 @@ from typing import Any, get_type_hints
 import pytest
 
 from natsl import config
-from natsl.cli.commands import GenerateConfig, TrainRunConfig
+from natsl.cli.commands import TrainRunConfig
 from natsl.cli.evaluation import EvaluateRunConfig
+from natsl.cli.generation import GenerateConfig
 
 CLASSES: list[Any] = [
     config.ModelConfig,

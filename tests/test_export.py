@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
 
+from natsl.cli.main import run_verb
 from natsl.errors import UserError
 from natsl.export import export_choice, export_point
 from natsl.files import read_config, read_json
@@ -66,6 +67,7 @@ def test_export_and_reload(run: Run) -> None:
     assert read_json(folder / "calibration.json")["by_head"][1][0][0] is None
 
 
+@pytest.mark.usefixtures("fast")
 def test_a_fresh_process_elsewhere_gives_the_same_logits(run: Run, tmp_path: Path) -> None:
     folder = export_point(run, "t0002").rename(tmp_path / "moved")
     code = "import sys, torch; from natsl.load import load_exported; m, p = load_exported(sys.argv[1]);"
@@ -263,6 +265,7 @@ def test_a_full_disk_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -
         export_point(run)
     assert list(run.exports.iterdir()) == []
     monkeypatch.undo()
+    monkeypatch.setattr("natsl.export.verify", lambda folder: [])
     assert export_point(run).is_dir()
 
 
@@ -329,19 +332,17 @@ def test_no_secret_of_data_options_is_exported(run: Run, monkeypatch: pytest.Mon
     assert read_json(folder / "provenance.json")["data"]["include"] == ["*.txt", "<removed>/*"]
 
 
-def test_the_command(run: Run) -> None:
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "natsl.export", "run=r", "root=runs", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        where = run.path.parent.parent
-        return subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, check=False)
-
-    done = call("pick=t0013")
+def test_the_command(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, where = ["run=r", "root=runs", "pick=t0013"], run.path.parent.parent
+    command = [sys.executable, "-m", "natsl.export", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "exported to runs/r/export/t0013" in done.stdout
-    again = call("pick=t0013")
-    assert again.returncode == 2
-    assert again.stderr == "error: runs/r/export/t0013 exists: choose another name or give overwrite=true\n"
+    monkeypatch.chdir(where)
+    with pytest.raises(SystemExit, match="2"):
+        run_verb("export", arguments)
+    assert capsys.readouterr().err == "error: runs/r/export/t0013 exists: choose another name or give overwrite=true\n"
 
 
 @pytest.mark.usefixtures("fast")

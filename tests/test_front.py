@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from natsl.search.front import Baseline, FamilyFront, Front, Kind, KneeChoice, Point
+from natsl.search.lengths import AtLength, Lengths, Planted
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from tests.search_helpers import CHUNK, with_tasks
 
@@ -77,8 +78,11 @@ def test_front_json_is_what_the_specification_says() -> None:
     assert (plain["hypervolume"], plain["hypervolume_history"]) == (0.75, [0.5, 0.75])
     assert plain["fingerprint"] == {"model": "m"}
     (family,) = plain["families"]
-    assert [RoutingPolicy.from_dict(item.pop("policy")).describe() for item in family["points"]] == ["D .4", "D .5"]
+    points = family.pop("points")
+    assert [RoutingPolicy.from_dict(item["policy"]).describe() for item in points] == ["D .4", "D .5"]
+    assert [(item["name"], item["kind"]) for item in points] == [("layer-1-0.4", "family"), ("only-layer-1", "single")]
     values = {"recall_error": 0.2, "kept_fraction": 0.2}
+    assert [(item["values"], item["search_values"]) for item in points] == [(values, values)] * 2
     assert family == {
         "name": "one-layer",
         "label": "one layer",
@@ -86,10 +90,27 @@ def test_front_json_is_what_the_specification_says() -> None:
         "hypervolume_test": 0.65,
         "gain": 0.05,
         "gain_error": 0.01,
-        "points": [{"values": values, "search_values": values}] * 2,
     }
     assert plain["hypervolume_test"] == 0.7
     assert plain["knee_choice"] == {"point": "t0003", "sum": 0.35, "best": "t0003", "best_sum": 0.35, "cost": 0.0}
+
+
+def test_a_front_is_read_back_from_its_json() -> None:
+    at = AtLength(
+        128, 2, {"mqar": Planted(4, 5)}, {"t0003": {"val_loss": 2.0}}, {"t0003": {"kv_bytes": 3.0}}, {"a": "b"}
+    )
+    for front in (small_front(), replace(small_front(), lengths=Lengths(64, 64, (at,)), facts={"select": "run=first"})):
+        plain = json.loads(json.dumps(front.to_dict(), allow_nan=False))
+        again = Front.from_dict(plain)
+        assert json.loads(json.dumps(again.to_dict())) == plain
+        assert (again.run, again.knee, again.lengths, again.facts) == (
+            front.run,
+            front.knee,
+            front.lengths,
+            front.facts,
+        )
+        assert [item.name for item in again.rows] == [item.name for item in front.rows]
+        assert again.to_csv() == front.to_csv()
 
 
 def test_front_csv_has_a_row_per_point_and_baseline() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from natsl import checkpoint
-from natsl.cli.commands import GenerateConfig
+from natsl.cli.generation import GenerateConfig
 from natsl.cli.main import run_verb
 from natsl.config import ModelConfig
 from natsl.errors import UserError
@@ -232,39 +232,48 @@ def test_logits_that_are_not_finite() -> None:
         list(generate(model, POLICY, [1], 1, Sampling()))
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a process of its own, then, with other options, in this one."""
     run = Run.open("r", tmp_path / "runs")
     model = make_model()
     checkpoint.save(run.supernet, 1, model, torch.optim.AdamW(model.parameters()), {"finished": True}, 1)
     run.write_json(run.front_json, {"points": [{"id": "t1", "policy": POLICY.to_dict()}], "knee": "t1"})
 
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "natsl.generate", "max_new_tokens=5", "device=cpu", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    options = ["max_new_tokens=5", "device=cpu"]
 
-    done = call("run=r", "prompt='a⟨k3⟩'", "temperature=0")
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = 0
+        try:
+            run_verb("generate", [*options, *arguments])
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        return code, *capsys.readouterr()
+
+    command = [sys.executable, "-m", "natsl.generate", *options, "run=r", "prompt='a⟨k3⟩'", "temperature=0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert re.fullmatch(r"note: 5 tokens, [\d.,]+ a second; a cache of [\d,]+ bytes for 6 tokens\n", done.stderr), (
         done.stderr
     )
     new = list(generate(model, POLICY, encode("a⟨k3⟩", 384), 5, Sampling(temperature=0)))
     assert done.stdout == "a⟨k3⟩" + decode(new) + "\n"
-    stopped = call("run=r", "prompt='a⟨k3⟩'", "temperature=0", f"stop=['{decode(new[2:3])}']")
-    assert stopped.returncode == 0
-    assert stopped.stdout == "a⟨k3⟩" + decode(new).partition(decode(new[2:3]))[0] + "\n"
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call("run=r", "prompt='a⟨k3⟩'", "temperature=0", f"stop=['{decode(new[2:3])}']")
+    assert code == 0
+    assert out == "a⟨k3⟩" + decode(new).partition(decode(new[2:3]))[0] + "\n"
     read = 2 + decode(new).index(decode(new[2:3])) // len(decode(new[:1]))
     drawn = f"{read - 1} token{'s' * (read != 2)}"
-    assert re.fullmatch(rf"note: {drawn}(, .* a second)?; a cache of .* bytes for {read} tokens\n", stopped.stderr)
+    assert re.fullmatch(rf"note: {drawn}(, .* a second)?; a cache of .* bytes for {read} tokens\n", err)
     goes_on = ("run=r", "state=s.state", "temperature=0")
-    first = call(*goes_on, "prompt=a⟨k3⟩", "max_new_tokens=2")
-    second = call(*goes_on, "max_new_tokens=3")
-    assert first.stdout + second.stdout == "a⟨k3⟩" + decode(new[:2]) + "\n" + decode(new[2:]) + "\n"
-    empty = call("run=r", "stop=['']")
-    assert empty.stderr == "error: stop = [''] is not allowed: each must have at least one character\n"
-    wrong = call("run=r", "export=x")
-    assert wrong.returncode == 2
-    assert wrong.stderr == "error: run, export = ('r', 'x') is not allowed: give either run=<name> or export=<folder>\n"
+    _, first, _ = call(*goes_on, "prompt=a⟨k3⟩", "max_new_tokens=2")
+    _, second, _ = call(*goes_on, "max_new_tokens=3")
+    assert first + second == "a⟨k3⟩" + decode(new[:2]) + "\n" + decode(new[2:]) + "\n"
+    _, _, err = call("run=r", "stop=['']")
+    assert err == "error: stop = [''] is not allowed: each must have at least one character\n"
+    code, _, err = call("run=r", "export=x")
+    assert code == 2
+    assert err == "error: run, export = ('r', 'x') is not allowed: give either run=<name> or export=<folder>\n"
 
 
 @pytest.mark.parametrize("prompt", ["def main(", "日本"], ids=["bracket", "not ASCII"])

@@ -11,7 +11,7 @@ import torch
 
 from natsl import checkpoint
 from natsl.cache import Cache
-from natsl.cli.commands import GenerateConfig, run_generation
+from natsl.cli.generation import GenerateConfig, run_generation
 from natsl.errors import UserError
 from natsl.generate import Sampling, decode, encode, generate, generate_batch, read_prompts
 from natsl.model import RoutedLM

@@ -32,6 +32,8 @@ from natsl.tasks.mqar import MqarConfig
 from natsl.tracking import TrackingConfig, TrackingMode
 from tests.run_helpers import make_model, make_run, save, write_letters
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 
 def words(seed: int, size: int) -> str:
     return "".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz \n", k=size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -436,6 +437,16 @@ ORDERS = {
 def test_importing_natsl_is_enough(imports: str, exported: Path, tmp_path: Path) -> None:
     code = f"import sys; {imports}; print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
     assert fresh(code, str(exported), cwd=tmp_path) == "NatslForCausalLM\n"
+
+
+def test_the_example_of_the_readme_runs_by_itself(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+        if "from transformers" in block
+    )
+    exec(example.replace("runs/mine/export/half", str(exported)), {})
+    assert capsys.readouterr().out.startswith("['def main(")
 
 
 def test_importing_natsl_loads_no_transformers(tmp_path: Path) -> None:

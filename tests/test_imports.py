@@ -13,6 +13,7 @@ import pytest
 from natsl.cli.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
+API = (ROOT / "natsl" / "api.py",)  # the commands as functions
 LINKED = ("kernels", "space", "search", "conf")
 
 # Which parts of natsl each folder may import; of natsl, only command lines read search (a test of its own).
@@ -65,8 +66,8 @@ def part_of(name: str) -> str | None:
 
 
 def is_entry(path: Path) -> bool:
-    """Whether a file is part of a command line: ``natsl/cli/`` and what ``python -m`` runs of a package."""
-    return path.is_relative_to(ROOT / "natsl" / "cli") or path.name == "__main__.py"
+    """Whether a file is part of a command line, ``natsl/cli/`` and what ``python -m`` runs of a package, or the API."""
+    return path.is_relative_to(ROOT / "natsl" / "cli") or path.name == "__main__.py" or path in API
 
 
 def describe(path: Path, line: int, name: str) -> str:
@@ -86,7 +87,7 @@ def test_direction(folder: str) -> None:
     assert wrong == []
 
 
-def test_only_command_lines_of_natsl_read_search() -> None:
+def test_only_command_lines_and_the_api_of_natsl_read_search() -> None:
     wrong = [
         describe(path, line, name)
         for path in sources("natsl")
@@ -103,7 +104,7 @@ def test_libraries_import_no_command_line() -> None:
         for path in sources(folder)
         if not is_entry(path)
         for line, name in import_names(import_nodes(path, functions=True))
-        if f"{name}.".startswith(("natsl.cli.", "natsl.conf."))
+        if f"{name}.".startswith(("natsl.cli.", "natsl.conf.", "natsl.api."))
     ]
     assert wrong == []
 
@@ -167,6 +168,7 @@ def fresh(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 LIGHT = [
     ("natsl", ["torch", "optuna", "hydra", "wandb", "transformers"]),
+    ("natsl.api", ["torch", "numpy", "optuna", "hydra", "wandb", "matplotlib", "rich", "transformers"]),
     ("natsl.hf", ["torch", "optuna", "hydra", "wandb", "transformers"]),
     ("natsl.config", ["torch", "optuna", "wandb"]),
     ("natsl.space", ["torch", "numpy", "optuna", "hydra", "wandb"]),
@@ -175,6 +177,7 @@ LIGHT = [
     ("natsl.search.ablation.command", ["torch", "optuna", "wandb", "matplotlib"]),
     ("natsl.cli.main", ["torch", "optuna", "hydra", "wandb"]),
     ("natsl.cli.commands", ["torch", "optuna", "wandb"]),
+    ("natsl.cli.generation", ["torch", "optuna", "wandb"]),
     ("natsl.cli.evaluation", ["torch", "optuna", "wandb", "matplotlib"]),
     ("natsl.load", ["torch", "optuna", "wandb"]),
     ("natsl.tracking", ["torch", "optuna", "wandb"]),

@@ -18,13 +18,15 @@ from natsl import latency
 from natsl.cli.latency import LatencyConfig, run_latency
 from natsl.config import ModelConfig, Precision
 from natsl.decode import Decoder
+from natsl.errors import UserError
 from natsl.latency import Bench, Check, Setting, check_table, filled_cache, measure_table, obtain_table, random_routes
 from natsl.space.latency import LatencyTable, Step
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
-from tests.latency_helpers import decode_ms, made_table, prefill_ms
+from tests.latency_helpers import MS, decode_ms, made_table, prefill_ms
 from tests.oracles import tiny_model
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where kernels run
 MODEL = ModelConfig(layers=[Op.routed, Op.delta, Op.softmax], width=16, mlp_width=16, key_dim=8, value_dim=8)
 SETTING = Setting(MODEL, Precision.float32, CPU, 2)
 
@@ -43,17 +45,22 @@ def by_formula(monkeypatch: pytest.MonkeyPatch, rest: Callable[[Step, int], floa
 
     def milliseconds(bench: Bench, step: Step, tokens: int, kept: latency.Kept) -> float:
         kinds = bench._model.kinds
-        ms = decode_ms if step is Step.decode else prefill_ms
+        ms = MS[step]
         asked.append((tuple(kinds), step, tokens))
         means = [sum(heads) / len(heads) for heads in kept]
         return rest(step, tokens) + sum(ms(kind, f, tokens) for kind, f in zip(kinds, means, strict=True))
 
+    def call_milliseconds(bench: Bench, step: Step, tokens: int, kept: latency.Kept) -> float:
+        steps = (step, Step.launch) if step is Step.prefill else (step,)
+        return max(milliseconds(bench, part, tokens, kept) for part in steps)
+
     monkeypatch.setattr(Bench, "milliseconds", milliseconds)
+    monkeypatch.setattr(Bench, "call_milliseconds", call_milliseconds)
     return asked
 
 
 def rest_ms(step: Step, tokens: int) -> float:
-    return 0.5 if step is Step.decode else 0.01 * tokens
+    return 0.01 * tokens if step is Step.prefill else 0.5
 
 
 @pytest.mark.parametrize("most", [8, 2, 1], ids=["all layers", "two of three", "one"])
@@ -68,7 +75,9 @@ def test_a_table_is_what_its_layers_take(most: int, monkeypatch: pytest.MonkeyPa
     for step, ms in ((Step.decode, decode_ms), (Step.prefill, prefill_ms)):
         value = table.milliseconds(step, MODEL.layer_shapes(), policy, [0.6, 0.0, 1.0], 48)
         layers = ms(Op.routed, 0.6, 48) + ms(Op.delta, 0.0, 48) + ms(Op.softmax, 1.0, 48)
-        assert value == pytest.approx(layers + rest_ms(step, 48))
+        launched = 0.5 + 3.0 + 1.0 + 1.0
+        expected = layers + rest_ms(step, 48)
+        assert value == pytest.approx(expected if step is Step.decode else max(expected, launched))
     # two are timed together at least: one by itself could not be told from the rest
     assert table.rest[Step.decode] == pytest.approx([0.0 if most == 8 else 0.5] * 4)
 
@@ -92,7 +101,7 @@ def test_what_is_measured_are_times_of_this_model() -> None:
     assert table.made_from["model"]["width"] == 16
     assert table.made_from["batch_size"] == 2
     for grids in table.layers.values():
-        assert all(ms > 0 for grid in grids.values() for row in grid for ms in row)
+        assert all(ms > 0 for step in (Step.decode, Step.prefill) for row in grids[step] for ms in row)
     assert all(check.measured_ms > 0 for check in check_table(table, SETTING, [40], 1, seed=0))
 
 
@@ -100,7 +109,7 @@ def test_what_is_measured_are_times_of_this_model() -> None:
 def test_a_filled_cache_is_one_that_can_be_gone_on_from(tokens: int, steps: int) -> None:
     """Both ways of decoding give the same from it, and every head holds what it should."""
     pytest.importorskip("triton")
-    model = tiny_model("rsd", chunk_size=16).eval()
+    model = tiny_model("rsd", chunk_size=16).eval().to(DEVICE)
     heads = model.config.heads
     kept = [[0.5] + [1.0] * (heads - 1), [1.0] * heads, [0.0] * heads]
     cache = filled_cache(model, 2, tokens, kept)
@@ -116,7 +125,7 @@ def test_a_filled_cache_is_one_that_can_be_gone_on_from(tokens: int, steps: int)
     policy = RoutingPolicy.fill(model.kinds, 16, LayerPolicy(threshold=math.inf))
     other = copy.deepcopy(cache)
     decoder = Decoder(model, policy, other)
-    for token in torch.randint(model.config.vocab_size, (steps, 2)):
+    for token in torch.randint(model.config.vocab_size, (steps, 2), device=DEVICE):
         expected = model(token[:, None], policy, cache=cache).logits
         torch.testing.assert_close(decoder.step(token), expected[:, 0], rtol=0, atol=1e-3)
     assert cache.layers[0].pages is not None
@@ -142,8 +151,20 @@ def test_a_table_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert longer.covers(65)
     assert obtain_table(SETTING, [64]) == longer
     asked.clear()
-    obtain_table(SETTING, [64], fresh=True)
+    assert obtain_table(SETTING, [65], fresh=True) == longer
     assert asked != []
+
+
+def test_a_shorter_table_never_replaces_a_longer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = by_formula(monkeypatch, rest_ms)
+    longer = obtain_table(SETTING, [100])
+    asked.clear()
+    with pytest.raises(UserError, match=r"tokens = 99 with fresh = true .* up to 100, .* give tokens=100 or more"):
+        obtain_table(SETTING, [99], fresh=True)
+    assert asked == []
+    assert obtain_table(SETTING, [100]) == longer
+    wider = obtain_table(SETTING, [8])  # below what it covers
+    assert (wider.lengths[0], wider.lengths[-1]) == (8, 100)
 
 
 @pytest.mark.parametrize(

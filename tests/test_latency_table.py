@@ -11,7 +11,7 @@ import pytest
 from natsl.space.cost import LayerShape
 from natsl.space.latency import LatencyTable, Step, grid_lengths
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
-from tests.latency_helpers import LENGTHS, REST, decode_ms, made_table, prefill_ms
+from tests.latency_helpers import LENGTHS, MS, REST, decode_ms, made_table, prefill_ms
 
 C = 8
 ROUTED = LayerShape(Op.routed, 16, 2, 8, 8, 1, 16, 4)
@@ -31,12 +31,16 @@ BUDGET = LayerPolicy(budget=0.3)
 @pytest.mark.parametrize("kept", [0.0, 0.07, 0.1, 0.6, 1.0])
 def test_times_are_the_rest_and_the_sum_over_layers(kept: float, tokens: int) -> None:
     """The formulas are linear where the table is, so that it gives them back between its points too."""
-    for step, ms in ((Step.decode, decode_ms), (Step.prefill, prefill_ms)):
-        rest = REST[step] * (1 if step is Step.decode else tokens)
+    expected = {}
+    for step, ms in MS.items():
+        rest = REST[step] * (tokens if step is Step.prefill else 1)
         fixed = ms(Op.softmax, 1.0, tokens) + ms(Op.delta, 0.0, tokens)
-        expected = rest + fixed + ms(Op.routed, kept, tokens) + ms(Op.routed, 1.0, tokens)
+        expected[step] = rest + fixed + ms(Op.routed, kept, tokens) + ms(Op.routed, 1.0, tokens)
+    assert (expected[Step.launch] > expected[Step.prefill]) == (tokens < 16)
+    expected[Step.prefill] = max(expected[Step.prefill], expected[Step.launch])
+    for step in (Step.decode, Step.prefill):
         value = TABLE.milliseconds(step, SHAPES, policy(BUDGET, LayerPolicy(Op.softmax)), [kept, 0.5, 0.5, 0.5], tokens)
-        assert value == pytest.approx(expected, rel=1e-12)
+        assert value == pytest.approx(expected[step], rel=1e-12)
 
 
 def test_op_delta_costs_what_a_layer_of_kind_delta_does() -> None:
@@ -72,7 +76,7 @@ def changed(*path: Any, value: Any) -> dict[str, Any]:
     [
         (changed("layer_ms", "routed", "decode", 0, 0, value=7.0), "checksum error"),
         (changed("made_from", "device", value="quick"), "checksum error"),
-        (changed("format", value=2), "latency.format = 2 is not allowed: this natsl reads 1"),
+        (changed("format", value=1), "latency.format = 1 is not allowed: this natsl reads 2"),
         (changed("lengths", value=[64, 8, 512, 4096]), "latency.lengths"),
         (changed("lengths", value=[8, 64]), r"latency.rest.decode = \[4\] is not allowed: it must have 1 rows of 2"),
         (changed("fractions", value=[0, 0.5]), "from 0 to 1"),
@@ -80,7 +84,7 @@ def changed(*path: Any, value: Any) -> dict[str, Any]:
         (changed("layer_ms", "linear", value={}), "linear"),
         (changed("rest_ms", "decode", 0, value=-1.0), "latency.rest.decode"),
         (changed("rest_ms", "decode", 0, value="1"), "latency.rest.decode"),
-        ({"format": 1}, "it is no table of times"),
+        ({"format": 2}, "it is no table of times"),
         ([], "it is no table of times"),
         (None, "it is no table of times"),
     ],

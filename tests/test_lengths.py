@@ -30,6 +30,8 @@ from natsl.space.space import Control, SearchSpace
 from tests.search_helpers import synthetic_judge
 from tests.test_pipeline import interrupted, tiny
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 LONGER: dict[str, Any] = {"lengths": [2, 1], "objectives": ["val_loss", "kept_fraction"]}
 
 

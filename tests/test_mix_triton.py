@@ -1,4 +1,4 @@
-"""The kernels of ``routed_mix`` and ``gated_norm``, values and gradients, against the torch reference in float64."""
+"""The kernels of ``routed_mix``, ``gated_norm`` and ``rms_norm`` against the torch reference in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from natsl.kernels import reference
 from natsl.kernels.launch import parameters
-from natsl.kernels.mix import gated_norm, routed_mix
+from natsl.kernels.mix import gated_norm, rms_norm, routed_mix
 from tests.oracles import assert_near
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,6 +51,18 @@ def check_norm(inputs: list[Tensor]) -> None:
     wanted = torch.autograd.grad(expected, exact, dy.double())
     for actual, other in zip(torch.autograd.grad(y, ours, dy), wanted, strict=True):
         assert_near(actual, other, inputs[0].dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 5, 1100), (7, 64), (9,)], ids=str)
+def test_norm_of_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Also those of a part of the columns of a wider tensor."""
+    whole = torch.randn(*shape[:-1], 2 * shape[-1], device=DEVICE).to(dtype)
+    weight = torch.randn(shape[-1], device=DEVICE)
+    for x in (whole[..., : shape[-1]], whole[..., shape[-1] :].contiguous()):
+        y = rms_norm(x, weight, eps=EPS, backend="triton")
+        assert y.dtype is dtype
+        assert_near(y, rms_norm(x.double(), weight.double(), eps=EPS, backend="torch"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

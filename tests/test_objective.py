@@ -214,6 +214,16 @@ def test_a_value_that_is_not_finite_raises(bad: float | None) -> None:
         measure(["kept_fraction", "recall_error"], evaluation, MIXED, AT)
 
 
+def test_costs_alone_are_questioned(caplog: pytest.LogCaptureFixture) -> None:
+    find_objectives(["kept_fraction"], TASKS, {"val_loss": 3.0})
+    find_objectives(["val_loss"], TASKS, {})
+    find_objectives(["val_loss", "kept_fraction"], TASKS, {"decode_bytes": 3.0})
+    assert caplog.messages == []
+    find_objectives(["kept_fraction", "decode_bytes"], TASKS, {"cache_bytes": 3.0})
+    (line,) = caplog.messages
+    assert line.startswith("search.objectives = ['kept_fraction', 'decode_bytes']: nothing but costs")
+
+
 def test_names_are_looked_up_in_order() -> None:
     found = find_objectives(["kept_fraction", "recall_error"], TASKS, {"val_loss": 3.0})
     assert [item.name for item in found] == ["kept_fraction", "recall_error"]

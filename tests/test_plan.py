@@ -61,7 +61,9 @@ def options(config: SearchRunConfig, **more: Any) -> PlanConfig:
 def test_a_plan_counts_what_a_search_does(done: tuple[Run, Front], text: str, tmp_path: Path) -> None:
     front = done[1]
     config = tiny(tmp_path, text, objectives=["val_loss", "kept_fraction"], lengths=[1, 3])
-    stages = {stage.name: stage for stage in planned(config).stages}
+    found = planned(config)
+    stages = {stage.name: stage for stage in found.stages}
+    assert any("the progress of the search counts a policy in each of its families" in note for note in found.notes)
     real = front.facts["evaluations"]
     assert (stages["train"].count, stages["calibrate"].count, stages["anchors"].count) == (2, 4, 3)
     assert stages["anchors"].count <= real["trials"] <= stages["anchors"].count + 4

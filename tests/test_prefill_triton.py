@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from natsl.kernels.delta import DeltaState, routed_delta_rule
-from natsl.kernels.pages import KeyPages, paged_softmax
+from natsl.kernels.pages import KeyPages, paged_softmax, plan_pages
 from natsl.kernels.segment import split
 from tests.oracles import Piece, assert_near, delta_inputs, make_pieces, softmax_inputs, where_kernels_run
 
@@ -91,7 +91,16 @@ def run_pages(inputs: list[Tensor], pieces: list[Piece], backend: str) -> list[T
         )
         padded = bool((piece.lengths < piece.tokens).any())
         o, pages = paged_softmax(
-            q, k, v, routes, pages, start, chunk_size=C, lengths=lengths if padded else None, backend=backend
+            q,
+            k,
+            v,
+            routes,
+            pages,
+            start,
+            chunk_size=C,
+            lengths=lengths if padded else None,
+            at_border=not bool(start.any()),
+            backend=backend,
         )
         for b, n in enumerate(piece.lengths.tolist()):
             assert not o[b, n:].any()
@@ -132,6 +141,26 @@ def test_scores_too_large_for_a_fixed_shift() -> None:
     inputs = softmax_inputs(90, C=C, K=8, V=6)
     inputs[0] *= 60
     compare_pages(inputs, uniform_pieces([(0, 20), (20, 90)], 2), torch.float32)
+
+
+@pytest.mark.parametrize("chunks", [5, 1100], ids=["a few", "several blocks"])
+def test_plans_agree(chunks: int) -> None:
+    """Routes of any strides, rows of any lengths: none, to a border, past it."""
+    T, R = chunks * C, 3
+    start, lengths = torch.tensor([0, 3, 15, 0, 1]), torch.tensor([T, T - 3, 1, 0, T - 5])
+    kept, route = torch.randint(9, (5, R)), (torch.rand(5, R, chunks + 1) < 0.4).float().transpose(1, 2)
+    x = on_device(route, kept, start, lengths)
+    for count in (x[3], None):
+        first, other = (
+            plan_pages(*x[:3], tokens=T, chunk_size=C, lengths=count, backend=name) for name in ("torch", "triton")
+        )
+        assert torch.equal(first.routed, other.routed)
+        assert torch.equal(first.kept, other.kept)
+        used = torch.arange(chunks + 2, device=x[0].device) <= (first.kept - x[1])[..., None]
+        assert torch.equal(first.source[used], other.source[used])
+        open_ = (x[2] + (T if count is None else count)) // C
+        real = torch.arange(chunks + 1, device=x[0].device) <= open_[:, None]
+        assert torch.equal(first.before[real], other.before[real].long())
 
 
 def test_split_covers_every_token_once() -> None:

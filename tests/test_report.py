@@ -12,10 +12,10 @@ import pytest
 
 from natsl.search.config import SearchConfig
 from natsl.search.controls.comparison import Share
-from natsl.search.front import Front, Kind, KneeChoice, Point
+from natsl.search.front import Baseline, Front, Kind, KneeChoice, Point
 from natsl.search.report.chart import Axis, Mark, Marker, Series, chart, dumbbells
 from natsl.search.report.controls import share_line
-from natsl.search.report.headline import headline
+from natsl.search.report.headline import headline, scale_line
 from natsl.search.report.html import render
 from natsl.search.report.plane import FAMILY_STYLES, picture, planes, show
 from natsl.search.report.png import COLOURS, front_png
@@ -318,6 +318,36 @@ def test_the_picture_ends_where_the_front_is_as_good_as_it_gets(front: Front) ->
     assert html.count("<circle") == 3 + 1 + 1, "points, one member, the ring of the knee"
     late = picture(replace(drawn, knee="d"), "kept_fraction", "recall_error")
     assert late.x.end == pytest.approx(1.15 * 0.6), "the knee is always shown"
+
+
+def test_the_note_says_where_all_softmax_is(front: Front) -> None:
+    found = picture(front, "kept_fraction", "recall_error")
+    assert found.x.end is not None
+    assert found.x.end < 1
+    assert found.note.replace("\N{NO-BREAK SPACE}", " ").endswith("lie outside, all-softmax at 100.0 %")
+
+
+def test_a_scale_that_the_test_split_leaves_is_reported(front: Front) -> None:
+    assert scale_line(front) is None
+
+    def nearly_alike(item: Baseline) -> Baseline:
+        """All-delta as good as all-softmax, but for a thousandth, on the search split only."""
+        if item.name not in ("all-softmax", "all-delta"):
+            return item
+        kept = 1.0 if item.name == "all-softmax" else 0.0
+        return replace(item, search_values={"recall_error": 0.5 - 0.001 * kept, "kept_fraction": kept})
+
+    narrow = replace(front, baselines=tuple(map(nearly_alike, front.baselines)))
+    line = (scale_line(narrow) or "").replace("\N{NO-BREAK SPACE}", " ")
+    assert " widths in recall error, where all-softmax has 49.9 % and all-delta 50.0 %." in line
+    assert "kept" not in line
+    best = front.best_family
+    assert best is not None
+    policies: list[Point | Baseline] = [*front.points, *best.members]
+    errors = [item.values["recall_error"] for item in policies]
+    widths = (0.499 - min(errors)) / 0.001
+    assert f"{sum(error < 0.499 - 1e-4 for error in errors)} of {len(errors)} by up to {widths:.3g} widths" in line
+    assert line in [text.replace("\N{NO-BREAK SPACE}", " ") for text, _ in headline(narrow)]
 
 
 @pytest.mark.parametrize("pair", [("recall_error", "val_loss"), ("kept_fraction", "decode_bytes")], ids="-".join)

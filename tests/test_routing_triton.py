@@ -104,8 +104,9 @@ def test_capped_routes_equal_those_of_torch(N: int) -> None:
     cases = [(0.07, 0), (0.3, 3)] if N > 1000 else [(0.0, 0), (0.0, 2), (0.07, 0), (0.3, 1), (0.5, 10**12), (1.0, 0)]
     for cap, burst in cases:
         for limits in (cap_limits(N, cap, burst, DEVICE), cap_limits(N, cap, min(burst, N), DEVICE).int()):
-            expected = limit_routes(threshold_routes(margins, threshold), limits)
-            assert torch.equal(capped_routes(margins, threshold, limits), expected), (cap, burst)
+            for kept in (None, torch.randint(2 * N // 3 + 2, (2, 2), device=DEVICE)):
+                expected = limit_routes(threshold_routes(margins, threshold), limits, kept)
+                assert torch.equal(capped_routes(margins, threshold, limits, kept), expected), (cap, burst)
 
 
 def test_caps_where_the_limit_is_an_integer() -> None:
@@ -216,4 +217,5 @@ def test_nothing_waits_for_the_device() -> None:
 def test_the_op_keeps_the_rules_of_custom_ops() -> None:
     margins, threshold = torch.randn(2, 5, 3, device=DEVICE), torch.zeros(3, device=DEVICE)
     for limits in (cap_limits(5, 0.3, 1, DEVICE), torch.tensor([[1], [3]], device=DEVICE)):
-        torch.library.opcheck(torch.ops.natsl.capped_routes.default, (margins, threshold, limits))
+        for kept in (None, torch.ones(2, 3, dtype=torch.int64, device=DEVICE)):
+            torch.library.opcheck(torch.ops.natsl.capped_routes.default, (margins, threshold, limits, kept))

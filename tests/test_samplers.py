@@ -30,7 +30,7 @@ from natsl.space.space import Control, SearchSpace
 from tests.search_helpers import CHUNK, ROUTED, problem, synthetic
 
 ANCHORS = 13  # up to the sweeps with softmax
-TRIALS = ANCHORS + 6
+TRIALS = ANCHORS + 4
 
 
 def opened(folder: Path, config: SearchConfig, seed: int = 0) -> PolicyStudy:

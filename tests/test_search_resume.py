@@ -21,6 +21,8 @@ from natsl.space.policy import RoutingPolicy
 from natsl.tasks.sequences import Batch
 from tests.test_pipeline import interrupt, results, tiny
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 
 @pytest.mark.parametrize("at", [5, 14], ids=["in a trial", "while testing"])
 def test_the_same_command_goes_on_after_the_memory_was_full(

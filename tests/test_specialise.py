@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from natsl import checkpoint
-from natsl.cli.commands import ExportConfig, GenerateConfig, TrainRunConfig, run_export, run_generation, run_training
+from natsl.cli.commands import ExportConfig, TrainRunConfig, run_export, run_training
 from natsl.cli.evaluation import EvaluateRunConfig, evaluate_choice
+from natsl.cli.generation import GenerateConfig, run_generation
 from natsl.cli.main import composed, main
 from natsl.config import Precision, SupernetConfig, TrainConfig
 from natsl.data import TaskData

@@ -26,7 +26,7 @@ from natsl.space.space import SearchSpace
 from tests.search_helpers import CHUNK, ROUTED, problem, shapes, synthetic
 
 ANCHORS = 13  # up to the sweeps with softmax
-TRIALS = ANCHORS + 10
+TRIALS = ANCHORS + 8
 
 
 def opened(
@@ -80,8 +80,11 @@ def test_a_search_finds_better_policies_than_its_anchors(
     assert len(free) >= 2
 
 
-@pytest.mark.parametrize("sampler", Sampler)
-@pytest.mark.parametrize("stop_at", [1, ANCHORS + 4, ANCHORS + 5], ids=lambda n: f"interrupted at {n}")
+@pytest.mark.parametrize(
+    ("sampler", "stop_at"),
+    [(Sampler.tpe, 1), *((sampler, at) for sampler in Sampler for at in (ANCHORS + 4, ANCHORS + 5))],
+    ids=lambda x: f"interrupted at {x}" if isinstance(x, int) else str(x),
+)
 def test_a_resumed_search_equals_a_straight_one(
     sampler: Sampler, stop_at: int, straight: dict[Sampler, list[Record]], tmp_path: Path
 ) -> None:
@@ -409,22 +412,6 @@ def test_the_database_is_in_wal_mode(tmp_path: Path) -> None:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-def test_an_unreachable_storage_is_one_line_without_its_password(tmp_path: Path) -> None:
-    config = SearchConfig(anchors=ANCHORS, n_trials=1, storage="postgresql://me:hunter22@localhost:1/none")
-    with pytest.raises(UserError, match=r"search.storage cannot be opened") as caught:
-        opened(tmp_path, config)
-    assert "hunter22" not in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_storage_url_is_used(tmp_path: Path) -> None:
-    config = SearchConfig(anchors=ANCHORS, n_trials=2, storage=f"sqlite:///{tmp_path}/elsewhere.db")
-    opened(tmp_path, config).run(synthetic)
-    assert (tmp_path / "elsewhere.db").exists()
-    assert not (tmp_path / "study.db").exists()
-    assert len(opened(tmp_path, config).records) == 2
-
-
 def test_the_users_policies_are_tried_first(tmp_path: Path) -> None:
     mine = RoutingPolicy((LayerPolicy(budget=0.333), LayerPolicy(Op.delta), LayerPolicy(Op.softmax)), CHUNK)
     config = SearchConfig(anchors=ANCHORS, n_trials=2)
@@ -456,11 +443,11 @@ def test_a_first_policy_outside_the_space_is_rejected(policy: RoutingPolicy, tex
 @pytest.mark.parametrize("sampler", Sampler)
 def test_other_models_can_be_searched(kinds: tuple[Op, ...], sampler: Sampler, tmp_path: Path) -> None:
     config = SearchConfig(
-        anchors=ANCHORS, n_trials=19, sampler=sampler, objectives=["val_loss", "decode_bytes", "recall_error"]
+        anchors=ANCHORS, n_trials=ANCHORS + 3, sampler=sampler, objectives=["val_loss", "decode_bytes", "recall_error"]
     )
     study = open_policy_study(tmp_path / "study.db", "first", config, problem(config, kinds), 0, {})
     study.run(synthetic)
-    assert len(study.records) == 19
+    assert len(study.records) == ANCHORS + 3
     assert study.front()
     for record in study.records:
         record.policy.check(kinds, CHUNK)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from natsl.cli.commands import GenerateConfig
+from natsl.cli.generation import GenerateConfig
 from natsl.cli.main import run_main
 from natsl.search.config import SearchRunConfig
 

@@ -67,6 +67,13 @@ def test_mistakes_name_the_value(name: str, value: float) -> None:
         config(**{name: value})
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_only_training_is_compiled(phase: str) -> None:
+    assert config(phase="train", compile=True).compile
+    with pytest.raises(ValueError, match=f"compile = True is not allowed: phase = {phase} is never compiled"):
+        config(phase=phase, compile=True)
+
+
 def test_a_folder_that_cannot_be_made_is_named_before_anything_is_timed(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"out: .*file cannot be written: File exists"):

@@ -24,6 +24,8 @@ from natsl.space.latency import LatencyTable, Step
 from tests.latency_helpers import made_table
 from tests.test_pipeline import tiny
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 NAMES = ["val_loss", "decode_ms"]
 
 

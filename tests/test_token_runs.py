@@ -15,14 +15,13 @@ import pytest
 from natsl.cli.commands import (
     CalibrateConfig,
     ExportConfig,
-    GenerateConfig,
     TrainRunConfig,
     run_calibration,
     run_export,
-    run_generation,
     run_training,
 )
 from natsl.cli.evaluation import EvaluateRunConfig, evaluate_choice, run_evaluation
+from natsl.cli.generation import GenerateConfig, run_generation
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig
 from natsl.files import read_json
 from natsl.record import DataRecord
@@ -34,6 +33,8 @@ from natsl.tasks import CalibrationDataConfig, DataConfig, OtherTextConfig
 from natsl.tasks.mqar import MqarConfig
 from natsl.tracking import TrackingConfig, TrackingMode
 from tests.run_helpers import write_letters
+
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 VOCABULARY = 1_000  # ids from 256 to 871 have room behind keys and values
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from natsl.card import card
 from natsl.cli.commands import VerifyConfig, run_verification
+from natsl.cli.main import run_verb
 from natsl.errors import UserError
 from natsl.export import export_choice
 from natsl.files import read_json, write_json
@@ -215,23 +216,21 @@ def test_lines() -> None:
     assert Result("natsl", "logits", "", "differ").line() == "FAILED natsl: logits: differ"
 
 
-def test_the_command(folder: Path) -> None:
-    def call() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "natsl", "verify", "export=export"]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        return subprocess.run(
-            command, cwd=folder.parent, env=environment, capture_output=True, text=True, check=False, timeout=300
-        )
-
-    done = call()
+def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "natsl", "verify", "export=export"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        command, cwd=folder.parent, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(line.startswith("ok     ") for line in done.stdout.splitlines())
     for name in ("README.md", "provenance.json"):
         data = bytearray((folder / name).read_bytes())
         data[-3] ^= 4
         (folder / name).write_bytes(data)
-    damaged = call()
-    assert damaged.returncode == 1
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(SystemExit, match="1"):
+        run_verb("verify", ["export=export"])
     lines = [
         f"FAILED natsl: files: checksum error: export/{name} has changed since it was exported"
         for name in (
@@ -239,4 +238,4 @@ def test_the_command(folder: Path) -> None:
             "README.md",
         )
     ]
-    assert damaged.stdout.splitlines() == lines
+    assert capsys.readouterr().out.splitlines() == lines

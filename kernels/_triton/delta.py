@@ -26,7 +26,7 @@ from natsl.kernels._triton.routing import first_chunks, packed_blocks
 from natsl.kernels.dispatch import last_contiguous
 from natsl.kernels.launch import parameters
 from natsl.kernels.launch.layout import Layout
-from natsl.kernels.launch.library import register
+from natsl.kernels.launch.library import on_own_device, register
 from natsl.kernels.launch.replay import Replayed
 
 
@@ -158,14 +158,14 @@ def _saved_layout(x: DeltaInputs, cu_seqlens: Tensor | None, C: int) -> Layout:
     )  # fmt: skip
 
 
-def empty_outputs(x: DeltaInputs, cu_seqlens: Tensor | None, chunk_size: int, want_final: bool) -> DeltaOutputs:
-    """Outputs of the forward pass, unwritten."""
+def empty_outputs(x: DeltaInputs, cu_seqlens: Tensor | None, chunk_size: int, finals: int) -> DeltaOutputs:
+    """Outputs of the forward pass, unwritten, with so many states of each sequence."""
     B, T, R, K = x.q.shape
     V, S = x.v.shape[3], _sequences(x.q, cu_seqlens)
     device = x.q.device
     return DeltaOutputs(
         torch.empty((B, T, R, V), dtype=x.q.dtype, device=device),
-        torch.empty((S, R, K, V) if want_final else (0,), dtype=torch.float32, device=device),
+        torch.empty((finals * S, R, K, V) if finals else (0,), dtype=torch.float32, device=device),
         torch.empty(_saved_layout(x, cu_seqlens, chunk_size).size, dtype=torch.uint8, device=device),
     )
 
@@ -182,15 +182,16 @@ def _empty_grads(q: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor | None,
 
 
 def delta_forward(
-    x: DeltaInputs, initial_state: Tensor | None, cu_seqlens: Tensor | None, options: DeltaOptions, want_final: bool
+    x: DeltaInputs, initial_state: Tensor | None, cu_seqlens: Tensor | None, options: DeltaOptions, finals: int
 ) -> DeltaOutputs:
-    """Forward pass of ``routed_delta_rule``."""
+    """Forward pass of ``routed_delta_rule``; ``finals``: of each sequence no final state, or that, or after those of
+    all sequences also the one that the last chunk starts from, which is then written."""
     q, k, v, g, beta, route = x
     C, scale, normalise = options
     B, T, R, K = q.shape
     V, N = v.shape[3], route.shape[1]
     BK, precision, key = _power(K), _precision(q.dtype), parameters.shape_key(q.dtype, C, K, V)
-    outputs = empty_outputs(x, cu_seqlens, C, want_final)
+    outputs = empty_outputs(x, cu_seqlens, C, finals)
     saved = _Saved(*_saved_layout(x, cu_seqlens, C).split(outputs.saved))
     w, qe, a, p, cum, rq, rk, total, gap, slot, state = saved
     M, S = state.shape[2], _sequences(q, cu_seqlens)
@@ -218,8 +219,8 @@ def delta_forward(
         k, v, w, a, beta, cum, rk, total, written, count, gap, starts, ends, offset,
         total if initial_state is None else initial_state, state, outputs.final, T, N, M,
         *k.stride()[:3], *v.stride()[:3],
-        R=R, C=C, K=K, V=V, BK=BK, HAS_INITIAL=initial_state is not None, HAS_FINAL=want_final, VARLEN=varlen,
-        PRECISION=precision, **launch,
+        R=R, C=C, K=K, V=V, BK=BK, HAS_INITIAL=initial_state is not None, HAS_FINAL=finals > 0,
+        HAS_BORDER=finals > 1, VARLEN=varlen, PRECISION=precision, **launch,
     )  # fmt: skip
     default = {"BV": _columns(q, C, 128), "num_warps": 4, "num_stages": 2}
     launch = parameters.pick("delta_output", key, q.device, default)
@@ -291,14 +292,14 @@ def _launch_forward(
     cu_seqlens: Tensor | None, chunk_size: int, scale: float, normalise: bool, want_final: bool,
 ) -> list[Tensor]:  # fmt: skip
     x, options = DeltaInputs(q, k, v, g, beta, route), DeltaOptions(chunk_size, scale, normalise)
-    return list(delta_forward(x, initial_state, cu_seqlens, options, want_final))
+    return list(delta_forward(x, initial_state, cu_seqlens, options, int(want_final)))
 
 
 def _fake_forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, route: Tensor, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, chunk_size: int, scale: float, normalise: bool, want_final: bool,
 ) -> list[Tensor]:  # fmt: skip
-    return list(empty_outputs(DeltaInputs(q, k, v, g, beta, route), cu_seqlens, chunk_size, want_final))
+    return list(empty_outputs(DeltaInputs(q, k, v, g, beta, route), cu_seqlens, chunk_size, int(want_final)))
 
 
 @Replayed
@@ -362,6 +363,32 @@ class _RoutedDeltaRule(torch.autograd.Function):
         return dq, dk, dv, dg, dbeta, droute, (dinitial if ctx.has_initial else None), None, None, None
 
 
+@on_own_device
+@Replayed
+def _launch_continued(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, route: Tensor, initial_state: Tensor,
+    chunk_size: int, scale: float, normalise: bool, finals: int,
+) -> list[Tensor]:  # fmt: skip
+    x, options = DeltaInputs(q, k, v, g, beta, route), DeltaOptions(chunk_size, scale, normalise)
+    return list(delta_forward(x, initial_state, None, options, finals))[:2]
+
+
+def continued_delta_rule(
+    x: DeltaInputs, initial_state: Tensor, options: DeltaOptions, open_end: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs and, without gradients, two states of sequences that begin at a border of chunks: after the last token,
+    and where the last chunk starts, if that is not complete (``open_end``; its route is then 0), else the same one."""
+    o, states = _launch_continued(*_row_major(x), initial_state.float().contiguous(), *options, 1 + open_end)
+    final, *border = states.split(x.q.shape[0])
+    return o, final, border[0] if border else final
+
+
+def _row_major(x: DeltaInputs) -> DeltaInputs:
+    """The inputs as the kernels read them."""
+    q, k, v = map(last_contiguous, x[:3])
+    return DeltaInputs(q, k, v, *(y.float().contiguous() for y in x[3:]))
+
+
 def routed_delta_rule(
     x: DeltaInputs, initial_state: Tensor | None, cu_seqlens: Tensor | None, options: DeltaOptions, want_final: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -371,12 +398,7 @@ def routed_delta_rule(
     Routes are 0 or 1; route.grad holds both sides (``natsl.kernels.reference.weighted_route`` restricts it).
     """
     o, final = _RoutedDeltaRule.apply(
-        last_contiguous(x.q),
-        last_contiguous(x.k),
-        last_contiguous(x.v),
-        x.g.float().contiguous(),
-        x.beta.float().contiguous(),
-        x.route.float().contiguous(),
+        *_row_major(x),
         None if initial_state is None else initial_state.float().contiguous(),
         cu_seqlens,
         options,

@@ -273,9 +273,13 @@ def delta_scan_kernel(
     T, N, M,
     s_k_b, s_k_t, s_k_h, s_v_b, s_v_t, s_v_h,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_BORDER: tl.constexpr, VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """State after every written chunk of one sequence and head, for BV of the value columns."""
+    """State after every written chunk of one sequence and head, for BV of the value columns.
+
+    HAS_BORDER: the last chunk is written, and the final states are followed by those that it starts from.
+    """
     i_v = tl.program_id(0)
     i_s, i_r = tl.program_id(1) // R, tl.program_id(1) % R
     i_b, i_packed, i_n_first, i_n_end = _chunks_of(i_s, p_offset, N, VARLEN)
@@ -311,6 +315,10 @@ def delta_scan_kernel(
         b_rk = tl.load(p_rk + i_place * C + o_c)
         total = tl.load(p_total + i_head + i_n)
         gap = tl.load(p_gap + i_head + i_n)
+        if HAS_BORDER:
+            m_border = (o_k < K)[:, None] & (o_v < tl.where(i_j == i_entry_end - 1, V, 0))[None, :]
+            p_border = p_final + (tl.num_programs(1) + i_s * R + i_r).to(tl.int64) * K * V
+            tl.store(p_border + o_state, b_s * tl.exp(gap), mask=m_border)
         b_vn = tl.dot(b_a, (b_v * b_beta[:, None]).to(dtype), input_precision=PRECISION)
         b_vn -= tl.dot(b_w, b_s.to(dtype), input_precision=PRECISION) * tl.exp(gap)
         b_vn = b_vn * (b_rk * tl.exp((total - b_cum).to(tl.float32)))[:, None]

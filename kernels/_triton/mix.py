@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Triton kernels of ``routed_mix`` and of its form for one memory, ``gated_norm``.
+"""Triton kernels of ``routed_mix``, of its form for one memory, ``gated_norm``, and of ``rms_norm``.
 
 Shapes: B batch, T tokens, Hs softmax heads, Vs value width; a row is one (b, t, head). With s = sigmoid(gate),
 n = RMS(o) and (w0, w1) = softmax(logits), a row gives y = gate·s·m with m = w0·γ0·n0 + w1·γ1·n1. Backward, with
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from natsl.kernels.dispatch import last_contiguous
 from natsl.kernels.launch.launcher import Launcher
-from natsl.kernels.launch.library import register
+from natsl.kernels.launch.library import on_own_device, register
 from natsl.kernels.launch.parameters import pick
 from natsl.kernels.launch.replay import Replayed
 
@@ -155,6 +155,25 @@ def mix_backward_kernel(
     tl.store(p_dweight_delta + o_share, tl.sum(b_dweight_delta, 0), mask=o_v < Vs)
     if BOTH:
         tl.store(p_dweight_softmax + o_share, tl.sum(b_dweight_softmax, 0), mask=o_v < Vs)
+
+
+@Launcher
+@triton.jit(do_not_specialize=["rows", "T"])
+def mix_norm_kernel(
+    p_x, p_weight, p_y,
+    eps, rows, T, s_x_b, s_x_t, s_x_h,
+    Hs: tl.constexpr, Vs: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """weight · RMS(x) of BLOCK_ROWS rows of x [B,T,Hs,Vs], weight [Vs], contiguous."""
+    o_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    o_v = tl.arange(0, BLOCK_V)
+    m_row = o_row < rows
+    m_tile = m_row[:, None] & (o_v < Vs)[None, :]
+    b_x = _load_rows(p_x, o_row, o_v, m_tile, T, Hs, s_x_b, s_x_t, s_x_h)
+    b_weight = tl.load(p_weight + o_v, mask=o_v < Vs, other=0.0).to(tl.float32)[None, :]
+    b_normed, _ = _normalise(b_x, m_row, eps, Vs)
+    b_y = (b_normed * b_weight).to(p_y.dtype.element_ty)
+    tl.store(p_y + o_row.to(tl.int64)[:, None] * Vs + o_v[None, :], b_y, mask=m_tile)
 
 
 class _Second(NamedTuple):
@@ -304,4 +323,19 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The output of a single memory; arguments as in ``natsl.kernels.mix.gated_norm``, which checks them."""
     check_rows("gated_norm", x)
     y: Tensor = _Mix.apply(eps, x, gate, weight)  # type: ignore[no-untyped-call]
+    return y
+
+
+@on_own_device
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of the rows of x [B,T,Hs,Vs], not empty; arguments as in ``natsl.kernels.mix.rms_norm``."""
+    B, T, Hs, Vs = x.shape
+    check_rows("rms_norm", x)
+    y, width = torch.empty(x.shape, dtype=x.dtype, device=x.device), triton.next_power_of_2(Vs)
+    rows = max(1, min(64, 4096 // width))
+    mix_norm_kernel[(triton.cdiv(B * T * Hs, rows),)](
+        x, weight.contiguous(), y,
+        eps, B * T * Hs, T, *x.stride()[:3],
+        Hs=Hs, Vs=Vs, BLOCK_V=width, BLOCK_ROWS=rows, num_warps=4 if width <= 4096 else 8,
+    )  # fmt: skip
     return y

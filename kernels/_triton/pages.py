@@ -13,7 +13,7 @@ pages of its head up to its first chunk as one stream of keys without a mask, an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,9 +24,7 @@ from natsl.kernels._triton.softmax import LOG2E, SoftmaxInputs, forward_blocks, 
 from natsl.kernels._triton.softmax_kernels import LARGEST_SUM, _attend, _load_tile, _own_chunk_mask, _store_tile
 from natsl.kernels.launch.launcher import Launcher
 from natsl.kernels.launch.library import on_own_device
-
-if TYPE_CHECKING:
-    from natsl.kernels.pages import KeyPages
+from natsl.kernels.pages import KeyPages, PagePlan
 
 
 @triton.jit
@@ -96,21 +94,21 @@ def pages_softmax_kernel(
     scale, T, N, M, R, G,
     s_q_b, s_q_t, s_q_h, s_k_b, s_k_t, s_k_h, s_v_b, s_v_t, s_v_h,
     Ks: tl.constexpr, Vs: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M slots of one head.
 
     q, k [B,T,Hs,Ks], v [B,T,Hs,Vs], route [B,N,R] of 0 and 1 (0 for a chunk that does not end), before [B,N,R] int32,
-    pages of the head before each chunk, start and count [B] int64, table [B,R,M], keys [P,G,C,Ks], values [P,G,C,Vs],
-    open_keys [B,R,G,C,Ks], open_values [B,R,G,C,Vs]. Writes o [B,T,Hs,Vs], contiguous, where there are tokens. What is
-    subtracted from a query's logits: as in ``softmax_forward_kernel``.
+    pages of the head before each chunk, start and (if PADDED) count [B] int64, table [B,R,M], keys [P,G,C,Ks], values
+    [P,G,C,Vs], open_keys [B,R,G,C,Ks], open_values [B,R,G,C,Vs]. Writes o [B,T,Hs,Vs], contiguous, where there are
+    tokens. What is subtracted from a query's logits: as in ``softmax_forward_kernel``.
     """
     i_hs = tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)
     Hs = tl.num_programs(1)
     i_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the last tiles have the most keys: they go first
     i_first = tl.load(p_start + i_b).to(tl.int32)
-    i_length = i_first + tl.load(p_count + i_b).to(tl.int32)
+    i_length = i_first + (tl.load(p_count + i_b).to(tl.int32) if PADDED else T)
     if (i_start >= i_length) | (i_start + BLOCK_M <= i_first):
         return
     i_r = i_hs // G
@@ -126,7 +124,7 @@ def pages_softmax_kernel(
     p_open_values += (i_b * Hs + i_hs) * C * Vs
     p_list = p_table + (i_b * R + i_r) * M
     p_route = p_route + i_b * N * R + i_r
-    i_total = tl.load(p_before + (i_b * N + i_chunk) * R + i_r) * C
+    i_total = tl.load(p_before + (i_b * N + i_chunk) * R + i_r).to(tl.int32) * C
     i_own, i_end = i_chunk * C, tl.minimum(i_start + BLOCK_M, i_length)
     b_q = _load_tile(p_q, o_m, s_q_t, m_new, Ks, BLOCK_K, True)
 
@@ -160,25 +158,75 @@ def pages_softmax_kernel(
 
 
 @Launcher
-@triton.jit(do_not_specialize=["N", "n_places"])
+@triton.jit(do_not_specialize=["T", "N"])
+def pages_plan_kernel(
+    p_route, p_kept, p_start, p_count, p_routed, p_before, p_source, p_after,
+    T, N, R, s_b, s_n, s_r,
+    C: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """What the chunks of one row and head do to its pages: routes [B,N,R] of any strides, kept and after [B,R].
+
+    Writes routed [B,N,R] float32, before [B,N,R] int32, after, and source [B,R,N + 1] as far as it counts.
+    """
+    i_row = tl.program_id(0)
+    i_b = (i_row // R).to(tl.int64)
+    i_r = i_row % R
+    i_count = tl.load(p_count + i_b).to(tl.int32) if PADDED else T
+    i_open = (tl.load(p_start + i_b).to(tl.int32) + i_count) // C
+    n_kept = tl.load(p_kept + i_row)
+    p_route += i_b * s_b + i_r * s_r
+    p_source += i_row.to(tl.int64) * (N + 1)
+    n_new = tl.program_id(0) * 0
+    for i_n in range(0, N, BLOCK):
+        o_n = i_n + tl.arange(0, BLOCK)
+        m_kept = (tl.load(p_route + o_n.to(tl.int64) * s_n, mask=o_n < N, other=0.0) > 0.5) & (o_n < i_open)
+        b_kept = m_kept.to(tl.int32)
+        b_before = n_new + tl.cumsum(b_kept, 0) - b_kept
+        o_entry = (i_b * N + o_n) * R + i_r
+        tl.store(p_routed + o_entry, b_kept.to(tl.float32), mask=o_n < N)
+        tl.store(p_before + o_entry, n_kept.to(tl.int32) + b_before, mask=o_n < N)
+        tl.store(p_source + b_before, o_n.to(tl.int64), mask=m_kept)
+        n_new += tl.sum(b_kept, 0)
+    tl.store(p_source + n_new, tl.minimum(i_open, N).to(tl.int64))
+    tl.store(p_after + i_row, n_kept + n_new)
+
+
+@Launcher
+@triton.jit(do_not_specialize=["T", "N", "M", "n_pages"])
 def pages_write_kernel(
-    p_k, p_v, p_source, p_page, p_start, p_count, p_keys, p_values,
-    N, n_places, R,
+    p_k, p_v, p_source, p_kept, p_after, p_start, p_count, p_table, p_new_table, p_keys, p_values,
+    T, N, M, n_pages, R,
     s_k_b, s_k_t, s_k_h, s_v_b, s_v_t, s_v_h,
     G: tl.constexpr, Ks: tl.constexpr, Vs: tl.constexpr, C: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The new tokens of the chunk ``source`` into its ``page``, [B,R,n_places] int64 both: one program per place."""
+    """Write the chunk that ``source`` [B,R,N + 1] has for a place, and its page into new_table, a copy of the table.
+
+    One program per place from that of the open chunk on: its page is there, the others take the next free ones.
+    """
+    i_place = tl.program_id(0)
     i_row = tl.program_id(1)
     i_b = (i_row // R).to(tl.int64)
-    i_entry = i_row.to(tl.int64) * n_places + tl.program_id(0)
-    i_source = tl.load(p_source + i_entry)
-    if i_source >= N:
+    n_kept = tl.load(p_kept + i_row)
+    if i_place > tl.load(p_after + i_row) - n_kept:
         return
+    n_rows = tl.num_programs(1)
+    o_entry = i_row.to(tl.int64) * M + n_kept
+    i_page = tl.load(p_table + o_entry, mask=n_kept < M, other=0)
+    if i_place > 0:
+        i_page = (n_rows + i_place).to(tl.int64)  # 1 + B·R + the kept ones of all and the new ones of earlier rows
+        for i_other in range(0, n_rows, 128):
+            o_row = i_other + tl.arange(0, 128)
+            b_kept = tl.load(p_kept + o_row, mask=o_row < n_rows, other=0)
+            b_after = tl.load(p_after + o_row, mask=o_row < n_rows, other=0)
+            i_page += tl.sum(tl.where(o_row < i_row, b_after, b_kept), 0)
+    m_there = (n_kept + i_place < M) & (i_page < n_pages)  # the caller sees to it
+    tl.store(p_new_table + o_entry + i_place, i_page, mask=m_there)
+    i_source = tl.load(p_source + i_row.to(tl.int64) * (N + 1) + i_place)
     o_c = tl.arange(0, C)
     o_token = i_source * C + o_c - tl.load(p_start + i_b)
-    m_c = (o_token >= 0) & (o_token < tl.load(p_count + i_b))
-    i_page = tl.load(p_page + i_entry)
+    i_count = tl.load(p_count + i_b).to(tl.int32) if PADDED else T
+    m_c = (o_token >= 0) & (o_token < tl.where(m_there, i_count, 0))
     for j in tl.static_range(G):
         i_hs = ((i_row % R) * G + j).to(tl.int64)
         o_slot = (i_page * G + j) * C + o_c
@@ -196,42 +244,61 @@ class NewTokens(NamedTuple):
     route: Tensor
     before: Tensor
     start: Tensor
-    length: Tensor
+    length: Tensor | None  # all where there is none
+
+
+@on_own_device
+def plan(route: Tensor, kept: Tensor, start: Tensor, tokens: int, chunk_size: int, lengths: Tensor | None) -> PagePlan:
+    """Arguments as in ``natsl.kernels.pages.plan_pages``, which checks them; contiguous but for the routes."""
+    B, N, R = route.shape
+    routed = torch.empty(B, N, R, dtype=torch.float32, device=route.device)
+    before = torch.empty(B, N, R, dtype=torch.int32, device=route.device)
+    source = torch.empty(B, R, N + 1, dtype=torch.int64, device=route.device)
+    after = torch.empty_like(kept)
+    pages_plan_kernel[(B * R,)](
+        route, kept, start, start if lengths is None else lengths.contiguous(), routed, before, source, after,
+        tokens, N, R, *route.stride(),
+        C=chunk_size, BLOCK=128 if N <= 128 else 1024, PADDED=lengths is not None, num_warps=4,
+    )  # fmt: skip
+    return PagePlan(routed, before, source, after)
 
 
 @on_own_device
 def write(
-    k: Tensor, v: Tensor, source: Tensor, page: Tensor, start: Tensor, count: Tensor, pages: KeyPages, chunk_size: int
-) -> None:
-    """Write what chunks of new tokens k, v [B,T,Hs,·] hold into pages, in place; the rest as in the kernel."""
+    k: Tensor, v: Tensor, plan: PagePlan, start: Tensor, count: Tensor | None, pages: KeyPages, chunk_size: int
+) -> KeyPages:
+    """Write what chunks of new tokens k, v [B,T,Hs,·] hold into pages, in place; the pages with their new table."""
     B, T, _, Ks = k.shape
-    (R, places), G, Vs = source.shape[1:], pages.values.shape[1], pages.values.shape[3]
+    (R, M), (P, G, _, Vs), N = pages.table.shape[1:], pages.values.shape, plan.routed.shape[1]
     constants = shape_constants(k.dtype, Ks, Vs, chunk_size)
-    pages_write_kernel[(places, B * R)](
-        k, v, source, page, start, count, pages.keys, pages.values,
-        (T + chunk_size - 2) // chunk_size + 1, places, R, *k.stride()[:3], *v.stride()[:3],
-        G=G, Ks=Ks, Vs=Vs, C=chunk_size, BLOCK_K=constants["BLOCK_K"], BLOCK_V=constants["BLOCK_V"], num_warps=4,
+    old, table = pages.table.contiguous(), pages.table.clone(memory_format=torch.contiguous_format)
+    pages_write_kernel[(N + 1, B * R)](
+        k, v, plan.source, pages.kept.contiguous(), plan.kept, start, start if count is None else count, old, table,
+        pages.keys, pages.values,
+        T, N, M, P, R, *k.stride()[:3], *v.stride()[:3],
+        G=G, Ks=Ks, Vs=Vs, C=chunk_size, BLOCK_K=constants["BLOCK_K"], BLOCK_V=constants["BLOCK_V"],
+        PADDED=count is not None, num_warps=4,
     )  # fmt: skip
+    return pages._replace(table=table, kept=plan.kept)
 
 
 @on_own_device
 def attend(
-    q: Tensor, new: NewTokens, pages: KeyPages, open_keys: Tensor, open_values: Tensor, scale: float, chunk_size: int,
-    padded: bool,
-) -> Tensor:  # fmt: skip
-    """Outputs [B,T,Hs,Vs], 0 where a row has no token, which only ``padded`` ones lack; pages as after the call."""
+    q: Tensor, new: NewTokens, pages: KeyPages, open_keys: Tensor, open_values: Tensor, scale: float, chunk_size: int
+) -> Tensor:
+    """Outputs [B,T,Hs,Vs], 0 where a row has no token; pages as after the call."""
     B, T, Hs, Ks = q.shape
     (N, R), M, Vs = new.route.shape[1:], pages.table.shape[2], new.v.shape[3]
-    make = torch.zeros if padded else torch.empty
+    make = torch.empty if new.length is None else torch.zeros
     out = make(B, T, Hs, Vs, dtype=q.dtype, device=q.device)
     x = SoftmaxInputs(q, new.k, new.v, new.route)
     blocks = forward_blocks(x, chunk_size)
     tiles = triton.cdiv(N * chunk_size, blocks["BLOCK_M"])
     pages_softmax_kernel[(tiles, Hs, B)](
-        q, new.k, new.v, new.route, new.before, new.start, new.length,
+        q, new.k, new.v, new.route, new.before, new.start, new.start if new.length is None else new.length,
         pages.table, pages.keys, pages.values, open_keys, open_values, out,
         scale * LOG2E, T, N, M, R, Hs // R,
         *q.stride()[:3], *new.k.stride()[:3], *new.v.stride()[:3],
-        **shape_constants(q.dtype, Ks, Vs, chunk_size), **blocks,
+        **shape_constants(q.dtype, Ks, Vs, chunk_size), PADDED=new.length is not None, **blocks,
     )  # fmt: skip
     return out

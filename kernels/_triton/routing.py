@@ -30,15 +30,16 @@ def _minimum(a, b):
     ]
 )  # fmt: skip
 def routing_capped_routes_kernel(
-    p_margin, p_threshold, p_limit, p_route,
+    p_margin, p_threshold, p_limit, p_kept, p_route,
     N, R,
     s_margin_b, s_margin_n, s_margin_r, s_threshold_b, s_threshold_n, s_threshold_r, s_limit_b, s_limit_n,
-    BLOCK: tl.constexpr,
+    CONTINUED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Routes [B,N,R], contiguous, from margins and thresholds (expanded) [B,N,R] and limits (expanded) [B,N].
 
     One program per (b, r). Kept before chunk n: K = W + min(0, min over j < n of L_j − W_j), W the number of chunks
-    wanted so far. No row keeps more than N chunks, so a larger limit is read as N and stays within 32 bits.
+    wanted so far. No row keeps more than N chunks, so a larger limit is read as N and stays within 32 bits. CONTINUED:
+    limits hold for kept [B,R] chunks of earlier calls too.
     """
     i_b = (tl.program_id(0) // R).to(tl.int64)
     i_r = (tl.program_id(0) % R).to(tl.int64)
@@ -46,6 +47,7 @@ def routing_capped_routes_kernel(
     p_threshold += i_b * s_threshold_b + i_r * s_threshold_r
     p_limit += i_b * s_limit_b
     p_route += i_b * N * R + i_r
+    n_earlier = tl.load(p_kept + tl.program_id(0)) if CONTINUED else 0
     n_wanted = tl.zeros((), tl.int32)
     slack = tl.zeros((), tl.int32)  # min(0, min of L − W over the blocks that are done)
     for i_block in range(0, N, BLOCK):
@@ -55,8 +57,12 @@ def routing_capped_routes_kernel(
         b_margin = tl.load(p_margin + o_n * s_margin_n, mask=m_n, other=0.0).to(b_threshold.dtype)
         b_wanted = ((b_margin > b_threshold) & m_n).to(tl.int32)
         b_total = n_wanted + tl.cumsum(b_wanted, 0)
-        b_limit = tl.minimum(tl.load(p_limit + o_n * s_limit_n, mask=m_n, other=0), N).to(tl.int32)
+        b_limit = tl.load(p_limit + o_n * s_limit_n, mask=m_n, other=0)
         b_previous_limit = tl.load(p_limit + (o_n - 1) * s_limit_n, mask=m_n & (o_n > 0), other=0)
+        if CONTINUED:  # one that was lowered takes back nothing
+            b_limit = tl.maximum(b_limit - n_earlier, 0)
+            b_previous_limit = tl.maximum(b_previous_limit - n_earlier, 0)
+        b_limit = tl.minimum(b_limit, N).to(tl.int32)
         b_previous_limit = tl.minimum(b_previous_limit, N).to(tl.int32)
         # L − W of the chunk before; there is none before chunk 0, and past the end nothing may count
         b_slack = tl.where(m_n & (o_n > 0), b_previous_limit - (b_total - b_wanted), 0)
@@ -158,34 +164,36 @@ def kept_chunks(route: Tensor, cu_seqlens: Tensor | None, chunk_size: int, token
     return starts, count
 
 
-def _run_capped_routes(margins: Tensor, threshold: Tensor, limits: Tensor) -> Tensor:
+def _run_capped_routes(margins: Tensor, threshold: Tensor, limits: Tensor, kept: Tensor | None) -> Tensor:
     B, N, R = margins.shape
     route = torch.empty_like(margins, memory_format=torch.contiguous_format)
     if route.numel() == 0:
         return route
     limits = limits.expand(B, N)
+    earlier = margins if kept is None else kept.contiguous()
     wide = threshold.to(torch.result_type(margins, threshold)).expand(B, N, R)  # what torch compares in
     routing_capped_routes_kernel[(B * R,)](
-        margins, wide, limits, route, N, R, *margins.stride(), *wide.stride(), *limits.stride(), **_block(N)
-    )
+        margins, wide, limits, earlier, route, N, R, *margins.stride(), *wide.stride(), *limits.stride(),
+        CONTINUED=kept is not None, **_block(N),
+    )  # fmt: skip
     return route
 
 
 _capped_routes = register(
     "capped_routes",
-    "(Tensor margins, Tensor threshold, Tensor limits) -> Tensor",
+    "(Tensor margins, Tensor threshold, Tensor limits, Tensor? kept) -> Tensor",
     _run_capped_routes,
     lambda margins, *unused: torch.empty_like(margins, memory_format=torch.contiguous_format),
 )
 
 
-def capped_routes(margins: Tensor, threshold: Tensor | float, limits: Tensor) -> Tensor:
-    """Threshold and causal token bucket in one kernel: ``limit_routes(threshold_routes(margins, threshold), limits)``
+def capped_routes(margins: Tensor, threshold: Tensor | float, limits: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Threshold and causal token bucket in one kernel: ``limit_routes`` of what ``threshold_routes`` gives.
 
-    margins [B,N,R]; threshold broadcastable to it; limits int32 or int64, broadcastable to [B,N]. Returns float 0/1
-    [B,N,R] in margins' dtype, without a gradient.
+    margins [B,N,R]; threshold broadcastable to it; limits int32 or int64, broadcastable to [B,N]; kept
+    int64 [B,R] or None. Returns float 0/1 [B,N,R] in margins' dtype, without a gradient.
     """
     if not isinstance(threshold, Tensor):
         threshold = margins.new_full((1, 1, 1), threshold)
-    route: Tensor = _capped_routes(margins.detach(), threshold.detach(), limits)
+    route: Tensor = _capped_routes(margins.detach(), threshold.detach(), limits, kept)
     return route

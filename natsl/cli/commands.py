@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,8 +14,7 @@ from natsl.config import ModelConfig, Precision, SupernetConfig, TrainConfig, ch
 from natsl.device import resolve_device
 from natsl.errors import UserError
 from natsl.files import check_name, output_folder, to_plain, user_path
-from natsl.generate import Sampling, Transcript, encode, generate_batch, read_prompt, read_prompts, unescape
-from natsl.load import Choice, load_choice
+from natsl.load import Choice
 from natsl.resume import check_resume, differences
 from natsl.run import Run
 from natsl.space.check import check, check_counts
@@ -25,16 +23,16 @@ from natsl.tasks import CalibrationDataConfig, DataConfig
 from natsl.tracking import TrackingConfig, start_tracker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
+    from natsl.calibrate import MadeTable
     from natsl.search.config import SearchRunConfig
     from natsl.serving import ServingSpeed
     from natsl.throughput import Speed, ThroughputConfig
 
 CHECKED_BUDGETS = (0.05, 0.1, 0.25, 0.5)  # what a new calibration table is measured at
-DEFAULT_PROMPT = "def "
 
 
 @dataclass
@@ -126,70 +124,6 @@ class VerifyConfig:
 
 
 @dataclass
-class GenerateConfig(Choosing):
-    """Continue prompts with a point of a run's front, any other policy, or an exported model.
-
-    Either ``run`` (below ``root``) with ``pick`` (null: the knee), or with ``policy`` (a JSON file) or ``budget`` (the
-    same in every routed layer; 0 and 1 are the ops delta and softmax), which need no front; or ``export`` (a folder
-    made by natsl export), whose policy these two replace. ``calibration``: a table made by natsl calibrate instead of
-    the run's own. ``prompt`` (null: ``def``) is text, or ``prompt_file`` names a file with it, or ``prompts_file`` one
-    with a prompt in each line (-: standard input); ``⟨k3⟩`` and ``⟨v3⟩`` in it stand for the fourth key and value of
-    the recall tasks. ``temperature`` 0 takes the most likely token; ``top_k`` draws from so many (0: all), ``top_p``
-    from the fewest that come to this probability. ``stop``: texts that end it before ``max_new_tokens`` and are not
-    printed; ``\\n`` in them, and in the lines of ``prompts_file``, is a line break and two backslashes are one. Of
-    several prompts the i-th (from 0) draws with ``seed`` + i. ``state``: a file to go on from if there is one, and that
-    is written once all is drawn; it holds all that was read and drawn, so that the same options go on as if nothing had
-    ended. A prompt then follows what is there (null: none), and policy or budget may be others. The rate of the tokens
-    after the first ones and the bytes of the cache go to standard error.
-    """
-
-    run: str | None = None
-    root: str = "runs"
-    pick: str | None = None
-    export: str | None = None
-    policy: str | None = None
-    budget: float | None = None
-    calibration: str | None = None
-    prompt: str | None = None
-    prompt_file: str | None = None
-    prompts_file: str | None = None
-    max_new_tokens: int = 64
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    stop: list[str] = field(default_factory=list)
-    seed: int = 0
-    state: str | None = None
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        self.choice()
-        check("" not in self.stop, "stop", self.stop, "each must have at least one character")
-        check(self.prompt != "", "prompt", self.prompt, "it must not be empty")
-        sources = {name: getattr(self, name) for name in ("prompt", "prompt_file", "prompts_file")}
-        sources = {name: value for name, value in sources.items() if value is not None}
-        check(len(sources) < 2, ", ".join(sources), tuple(sources.values()), "give only one of them")
-        check_counts(1, {"max_new_tokens": self.max_new_tokens})
-        self.sampling()
-
-    def stops(self) -> list[str]:
-        """``stop`` with line breaks, which a command line cannot have."""
-        return [unescape(text) for text in self.stop]
-
-    def prompts(self) -> list[str] | None:
-        """The prompts as text, None if there are none; ``UserError`` for a file that cannot be used."""
-        if self.prompts_file is not None:
-            return read_prompts(self.prompts_file)
-        if self.prompt_file is not None:
-            return [read_prompt(self.prompt_file)]
-        return None if self.prompt is None else [self.prompt]
-
-    def sampling(self) -> Sampling:
-        """How tokens are drawn; ``ValueError`` naming the option."""
-        return Sampling(self.temperature, self.top_k, self.seed, self.top_p)
-
-
-@dataclass
 class CalibrateConfig:
     """Make a calibration table of a run's supernet on other text: what turns a budget into a threshold of the router.
 
@@ -229,11 +163,14 @@ def run_search(config: SearchRunConfig) -> None:
     pipeline.run_search(config, arguments[1:] if arguments[:1] == ["search"] else arguments)
 
 
-def run_training(config: TrainRunConfig) -> None:
-    """Train a supernet, or specialise one, or resume that, in ``root/name/supernet``."""
+def run_training(config: TrainRunConfig, arguments: Sequence[str] | None = None) -> None:
+    """Train a supernet, or specialise one, or resume that, in ``root/name/supernet``.
+
+    arguments: the options as they were typed (None: those of the process).
+    """
     device = resolve_device(config.device)
     if config.specialise is not None:
-        _run_specialisation(config, device)
+        _run_specialisation(config, device, sys.argv[1:] if arguments is None else arguments)
         return
     from natsl.data import TaskData, load_text
     from natsl.heldout import keep_record
@@ -264,7 +201,7 @@ def run_training(config: TrainRunConfig) -> None:
     print(f"search its policies: {command('search', options)}")
 
 
-def _run_specialisation(config: TrainRunConfig, device: torch.device) -> None:
+def _run_specialisation(config: TrainRunConfig, device: torch.device, arguments: Sequence[str]) -> None:
     """Specialise the weights of a run in ``root/name`` and print what that gained."""
     from natsl.heldout import keep_record
     from natsl.search.gain import lines
@@ -272,7 +209,7 @@ def _run_specialisation(config: TrainRunConfig, device: torch.device) -> None:
 
     source = Source.load(config.choice())
     given = Settings(config.model, config.data, config.supernet, config.train)
-    settings = source.settings(given, _chosen(config))
+    settings = source.settings(given, _chosen(config, arguments))
     config = replace(config, model=settings.model, data=settings.data, supernet=settings.supernet, train=settings.train)
     data = source.data(config.data)
     recipe = recipe_of(source, settings, config.seed)
@@ -294,12 +231,12 @@ def _run_specialisation(config: TrainRunConfig, device: torch.device) -> None:
     print(f"export it: {command('export', run_options(config.name, config.root))}")
 
 
-def _chosen(config: TrainRunConfig) -> set[str]:
+def _chosen(config: TrainRunConfig, arguments: Sequence[str]) -> set[str]:
     """Options of the sections of a training that the user has set: they differ from the defaults, or were typed."""
     from natsl.cli.main import composed
     from natsl.cli.options import option_types
 
-    typed = [argument.lstrip("+").partition("=")[0] for argument in sys.argv[1:] if "=" in argument]
+    typed = [argument.lstrip("+").partition("=")[0] for argument in arguments if "=" in argument]
     chosen = {
         name
         for name, _ in option_types(TrainRunConfig)
@@ -316,12 +253,18 @@ def _chosen(config: TrainRunConfig) -> set[str]:
     return chosen
 
 
+def export(config: ExportConfig) -> Path:
+    """Export a point or a policy and return the folder."""
+    from natsl.export import export_choice
+
+    return export_choice(config.choice(), config.name, config.overwrite, config.dtype, config.sequences)
+
+
 def run_export(config: ExportConfig) -> None:
     """Export a point or a policy, and say where it went."""
-    from natsl.export import export_choice
     from natsl.heldout import trained_on_tokens
 
-    folder = export_choice(config.choice(), config.name, config.overwrite, config.dtype, config.sequences)
+    folder = export(config)
     print(f"exported to {folder}; a fresh process gave the supernet's logits")
     if config.sequences:
         what = f"up to {config.sequences} held-out sequences of each task, to score again; sequences=0 leaves them out"
@@ -345,111 +288,13 @@ def run_verification(config: VerifyConfig) -> int:
     return int(failed)
 
 
-class _Printer:
-    """Prints texts that grow side by side one after another, the first that is not finished as it grows."""
-
-    def __init__(self, texts: list[str]) -> None:
-        self._pieces = [[text.encode(errors="surrogateescape").decode(errors="replace")] for text in texts]
-        if len(texts) > 1:
-            for i, pieces in enumerate(self._pieces):
-                pieces.insert(0, f"==> prompt {i + 1} of {len(texts)} <==\n")
-        self._finished = [False] * len(texts)
-        self._row = 0
-        self._print()
-
-    def add(self, row: int, piece: str, finished: bool = False) -> None:
-        """Let the text of a row grow; after the last piece it is ``finished``."""
-        self._pieces[row] += [piece, "\n"] if finished else [piece]
-        self._finished[row] = finished
-        self._print()
-
-    def _print(self) -> None:
-        while self._row < len(self._pieces):
-            print(*self._pieces[self._row], sep="", end="", flush=True)
-            self._pieces[self._row].clear()
-            if not self._finished[self._row]:
-                return
-            self._row += 1
-
-
-def run_generation(config: GenerateConfig) -> None:
-    """Print prompts and their continuations, those of a single prompt as they are drawn."""
-    device = resolve_device(config.device)
-    from natsl.cache import Cache
-    from natsl.heldout import trained_on_tokens
-
-    texts, state = config.prompts(), None if config.state is None else _writable(config.state, "state")
-    model, policy, _ = load_choice(config.choice())
-    if config.budget is not None and Op.routed not in model.kinds:
-        raise UserError(f"budget = {config.budget} has no effect: no layer of the model is routed")
-    if trained_on_tokens(config.choice()):
-        raise UserError("the model was trained on token ids, and natsl has no tokenizer: generate continues text only")
-    model.to(device)
-    cache = Cache.load(state, model) if state is not None and state.exists() else None
-    if texts is None:
-        texts = [DEFAULT_PROMPT] if cache is None else [""] * len(cache.unread)
-    if cache is None:
-        cache = model.new_cache(len(texts))
-    if len(cache.unread) != len(texts):
-        raise UserError(f"state: {state} holds {len(cache.unread)} sequences, but {len(texts)} are to be continued")
-    prompts = []
-    for line, text in enumerate(texts, 1):
-        try:
-            prompts.append(encode(text, model.config.vocab_size) if text else [])
-        except ValueError as error:
-            if config.prompts_file is None:
-                raise
-            raise UserError(f"prompts_file = {config.prompts_file!r}: line {line}: {error}") from None
-    transcripts = [Transcript(config.stops()) for _ in texts]
-    steps = generate_batch(
-        model,
-        policy,
-        prompts,
-        config.max_new_tokens,
-        config.sampling(),
-        cache,
-        ends=lambda row, _: transcripts[row].ended,
-    )
-    printer, times, drawn = _Printer(texts), [], 0
-    for step in steps:
-        times.append(time.perf_counter())
-        for row, token in enumerate(step):
-            if token is not None:
-                drawn += 1
-                printer.add(row, transcripts[row].add(token), transcripts[row].ended)
-    for row, transcript in enumerate(transcripts):
-        if not transcript.ended:
-            printer.add(row, transcript.close(), finished=True)
-    if state is not None:
-        cache.save(state, model)
-    seconds = times[-1] - times[0]
-    rate = f", {(drawn - len(texts)) / seconds:,.1f} a second" if seconds > 0 else ""
-    new, read = (f"{n} token{'s' * (n != 1)}" for n in (drawn, int(cache.lengths.sum())))
-    several = f" of {len(texts)} prompts" if len(texts) > 1 else ""
-    print(f"note: {new}{several}{rate}; a cache of {cache.nbytes:,} bytes for {read}", file=sys.stderr)
-
-
-def _writable(text: str, option: str) -> Path:
-    """A user's path of a file to write, links followed; ``UserError`` for what is no file or cannot be one."""
-    path = user_path(text, option).resolve()
-    if path.exists() and not path.is_file():
-        raise UserError(f"{option}: {path} is no file")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            return path
-    except OSError as error:
-        raise UserError(f"{option}: {path} cannot be written: {error.strerror or error}") from None
-
-
-def run_calibration(config: CalibrateConfig) -> None:
-    """Store a calibration table beside that of training, and print what budgets keep under it."""
+def calibrate(config: CalibrateConfig) -> MadeTable:
+    """Store a calibration table beside that of training."""
     run = Run.open(config.run, config.root, create=False)
     device = resolve_device(config.device)
     from natsl.calibrate import make_table
-    from natsl.data import Split
-    from natsl.evaluate import evaluate
 
-    made = make_table(
+    return make_table(
         run,
         config.name,
         config.data,
@@ -459,6 +304,14 @@ def run_calibration(config: CalibrateConfig) -> None:
         allow_other_data=config.allow_other_data,
         overwrite=config.overwrite,
     )
+
+
+def run_calibration(config: CalibrateConfig) -> None:
+    """Store a calibration table beside that of training, and print what budgets keep under it."""
+    made = calibrate(config)
+    from natsl.data import Split
+    from natsl.evaluate import evaluate
+
     data, model = made.held.data, made.model
     print(f"{made.path}: calibrated on {data.corpus.description}")
     tasks = data.tasks if len(data.tasks) > 1 else []
@@ -475,7 +328,7 @@ def run_calibration(config: CalibrateConfig) -> None:
     if config.data.tasks:  # evaluate would score the tasks of the run
         return
     named = {} if config.data.path is None else {"data.path": data.config.path}  # where the table holds
-    options = {**run_options(run.name, config.root), "calibration": config.name, "budget": 0.1, **named}
+    options = {**run_options(config.run, config.root), "calibration": config.name, "budget": 0.1, **named}
     print(f"try it: {command('evaluate', options)}")
 
 

@@ -89,28 +89,45 @@ def evaluate_choice(config: EvaluateRunConfig) -> Evaluation:
     return _Subject.load(config).evaluation()
 
 
-def run_evaluation(config: EvaluateRunConfig) -> None:
-    """Print the values of ``evaluate_choice`` as JSON, with the text that they are of, and write all that is measured.
+@dataclass(frozen=True)
+class Stored:
+    """The content of ``evaluation.json``, its folder, and whether it was there already."""
+
+    folder: Path
+    result: dict[str, Any]
+    old: bool
+
+
+def evaluate(config: EvaluateRunConfig) -> Stored:
+    """Measure what the configuration names and write it, unless that was done before.
 
     ``UserError`` for an ``out`` that cannot be written or holds the result of other options.
     """
-    began = time.monotonic()
     subject = _Subject.load(config)
     settings = redact(to_plain(subject.settings()))
     folder = subject.folder(settings)
-    result = _stored(folder, settings)
-    if result is None:
-        measured, pngs = subject.measure()
-        result = {
-            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "settings": settings,
-            **redact(to_plain(measured)),
-        }
-        for name, png in pngs.items():
-            write_bytes(folder / name, png)
-        write_json(folder / RESULT, result)  # the last one: where it is, the others are
-        note = f"measured in {time.monotonic() - began:.0f} s"
-    else:
+    stored = _stored(folder, settings)
+    if stored is not None:
+        return Stored(folder, stored, True)
+    measured, pngs = subject.measure()
+    result = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "settings": settings,
+        **redact(to_plain(measured)),
+    }
+    for name, png in pngs.items():
+        write_bytes(folder / name, png)
+    write_json(folder / RESULT, result)  # the last one: where it is, the others are
+    return Stored(folder, result, False)
+
+
+def run_evaluation(config: EvaluateRunConfig) -> None:
+    """Print the values of ``evaluate`` as JSON, with the text that they are of, and where all that is measured went."""
+    began = time.monotonic()
+    stored = evaluate(config)
+    folder, result = stored.folder, stored.result
+    note = f"measured in {time.monotonic() - began:.0f} s"
+    if stored.old:
         note = f"measured on {result['date']} with these settings"
     print(json.dumps(result["values"], indent=1))
     pictures = ", ".join(sorted(path.name for path in folder.glob("*.png")))

@@ -17,9 +17,9 @@ class LatencyConfig:
 
     ``tokens``: the longest text, ``batch_size`` sequences at once; a search with ``search.context`` up to ``tokens``,
     ``search.cost_batch_size`` of ``batch_size``, the same model and precision then finds the table in the user's cache
-    folder. One that is there is taken unless ``fresh``. Whole models under ``policies`` random policies are timed at
-    ``tokens`` and at about a third of them, beside what the table says. Results go to ``out``/latency.json. ``device``
-    as for training.
+    folder. One that is there is taken unless ``fresh``; then ``tokens`` must not be less than it goes up to. Whole
+    models under ``policies`` random policies are timed at ``tokens`` and at about a third of them, beside what the
+    table says. Results go to ``out``/latency.json. ``device`` as for training.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -305,9 +305,16 @@ def _compose(loader: Loader, config_name: str, overrides: list[str]) -> DictConf
         return loader.load_configuration(config_name, list(overrides), RunMode.RUN)
 
 
-def composed(config_name: str, config_class: type[C]) -> C:
-    """What a command gets that is given no options."""
-    return _to_object(_compose(_loader(config_class, None), config_name, []), config_class)
+def composed(config_name: str, config_class: type[C], overrides: Sequence[str] = ()) -> C:
+    """What a command gets that is given these options; nothing of Hydra's own state in this process changes."""
+    from hydra.version import VersionBase
+
+    state = VersionBase.instance()
+    before = state.version_base
+    try:
+        return _to_object(_compose(_loader(config_class, None), config_name, list(overrides)), config_class)
+    finally:
+        state.version_base = before
 
 
 @contextlib.contextmanager

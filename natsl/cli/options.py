@@ -30,6 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from natsl.cli.text import Text, TextKind, as_typed, restore_text
+from natsl.command import option_line
 from natsl.errors import UserError
 from natsl.files import check_text, read_yaml
 
@@ -252,6 +253,23 @@ def option_types(config_class: type, prefix: str = "") -> Iterator[tuple[str, An
             yield from option_types(kind, f"{prefix}{name}.")
         else:
             yield prefix + name, kind
+
+
+def override_lines(config_class: type, options: Mapping[str, object], prefix: str = "") -> list[str]:
+    """Options given as Python values, as lines of a command line.
+
+    A mapping or a dataclass as the value of a section gives options of that section, as dotted names do.
+    """
+    types = _field_types(config_class)
+    lines: list[str] = []
+    for name, value in options.items():
+        kind = types.get(name)
+        section = vars(value) if _is_config(type(value)) else value
+        if kind is not None and _is_config(kind) and isinstance(section, Mapping):
+            lines += override_lines(kind, section, f"{prefix}{name}.")
+        else:
+            lines.append(option_line(f"{prefix}{name}", str(value) if isinstance(value, Path) else value))
+    return lines
 
 
 def check_texts(config_class: type, config: DictConfig) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from natsl.device import resolve_device
 from natsl.files import output_folder, to_plain, write_json
 from natsl.progress import duration
 from natsl.search.config import SearchRunConfig
+
+if TYPE_CHECKING:  # torch is imported where it is used, so that --help stays fast
+    from natsl.search.plan import Plan
 
 
 @dataclass
@@ -23,8 +27,8 @@ class PlanConfig(SearchRunConfig):
     out: str | None = None
 
 
-def run_plan(config: PlanConfig) -> None:
-    """Print the plan of a search, and write it into the folder ``out`` if there is one."""
+def plan(config: PlanConfig) -> Plan:
+    """The plan of a search, written into the folder ``out`` if there is one."""
     began = time.monotonic()
     device = resolve_device(config.device)
     from natsl.search.pipeline import prepare
@@ -35,18 +39,25 @@ def run_plan(config: PlanConfig) -> None:
     search, problem, data, _ = prepare(
         SearchRunConfig(**{f.name: getattr(config, f.name) for f in fields(SearchRunConfig)})
     )
-    plan = make_plan(search, problem, data, device, Start(loaded - began, time.monotonic() - loaded))
+    made = make_plan(search, problem, data, device, Start(loaded - began, time.monotonic() - loaded))
+    if folder is not None:
+        write_json(folder / "plan.json", {"config": to_plain(search), **to_plain(made), "seconds": made.seconds})
+    return made
+
+
+def run_plan(config: PlanConfig) -> None:
+    """Print the plan of a search, and where it was written."""
+    made = plan(config)
     print(f"{'stage':<12} {'time':>8} {'number':>7} {'s each':>8}  of what")
-    for stage in plan.stages:
+    for stage in made.stages:
         each = f"{stage.count:>7,.0f} {stage.each:>8.3g}" if stage.count else " " * 16
         print(f"{stage.name:<12} {duration(stage.seconds):>8} {each}  {stage.work}")
-    print(f"{'in all':<12} {duration(plan.seconds):>8} {'':16}  on {plan.device}, as busy as it is now")
-    for title, amounts in (("memory", plan.memory), ("disk", plan.disk)):
+    print(f"{'in all':<12} {duration(made.seconds):>8} {'':16}  on {made.device}, as busy as it is now")
+    for title, amounts in (("memory", made.memory), ("disk", made.disk)):
         print(f"\n{title:<40} {'MB':>9}")
         for amount in amounts:
             print(f"{amount.name:<40} {amount.bytes / 1e6:>9,.1f}  {amount.source}".rstrip())
-    for note in plan.notes:
+    for note in made.notes:
         print(f"note: {note}")
-    if folder is not None:
-        write_json(folder / "plan.json", {"config": to_plain(search), **to_plain(plan), "seconds": plan.seconds})
-        print(f"Written: {folder / 'plan.json'}")
+    if config.out is not None:
+        print(f"Written: {output_folder(config.out) / 'plan.json'}")

@@ -57,8 +57,8 @@ VERBS = {
         Verb(
             "generate",
             "continue a prompt",
-            "natsl.cli.commands:run_generation",
-            "natsl.cli.commands:GenerateConfig",
+            "natsl.cli.generation:run_generation",
+            "natsl.cli.generation:GenerateConfig",
         ),
         Verb(
             "evaluate",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from natsl.search.controls.comparison import Comparison
-from natsl.search.front import FamilyFront, Front, Kind, KneeChoice, amount
+from natsl.search.front import Baseline, FamilyFront, Front, Kind, KneeChoice, Point, amount
 from natsl.search.objective import OBJECTIVES
+from natsl.search.pareto import Scale
 from natsl.search.report.controls import share_line
 from natsl.search.report.plane import show
+
+_OUTSIDE = 0.1  # so far from the ends of the scale, in its widths, a value is told
 
 
 def headline(front: Front) -> list[tuple[str, bool | None]]:
@@ -27,6 +30,9 @@ def headline(front: Front) -> list[tuple[str, bool | None]]:
     against = family_line(front)
     if against is not None:
         lines.append(against)
+    scale = scale_line(front)
+    if scale is not None:
+        lines.append((scale, False))
     verdicts = [front.beats_random(point) for point in front.points]
     compared = [verdict for verdict in verdicts if verdict is not None]
     if compared:
@@ -64,6 +70,34 @@ def family_line(front: Front) -> tuple[str, bool | None] | None:
     worse = best.gain_error is not None and best.gain < -best.gain_error
     verdict = "worse" if worse else "not better by more than one standard error"
     return f"{text}{verdict} ({gain(best)}).", False
+
+
+def scale_line(front: Front) -> str | None:
+    """Where policies on the test split are better than the scale of hypervolumes, which is of the search split, allows.
+
+    It is narrow where the two references are nearly alike there, as after too little training.
+    """
+    known = {item.name: item.search_values for item in front.baselines}
+    softmax, delta = known.get("all-softmax"), known.get("all-delta")
+    if softmax is None or delta is None:
+        return None
+    best = front.best_family
+    policies: list[Point | Baseline] = [*front.points, *(best.members if best is not None else ())]
+    scaled = Scale.between(front.objectives, softmax, delta).apply([item.values for item in policies])
+    parts = []
+    for name, values in zip(front.objectives, scaled.T, strict=True):
+        beyond = int((values < -_OUTSIDE).sum())
+        if beyond:
+            parts.append(
+                f"{beyond} of {len(policies)} by up to {-values.min():.3g} widths in {OBJECTIVES[name].label}, where "
+                f"all-softmax has {show(name, softmax[name])} and all-delta {show(name, delta[name])}"
+            )
+    if not parts:
+        return None
+    text = "; ".join(parts)
+    return (
+        f"The scale of hypervolumes is that of the search split; on the test split policies are better than it: {text}."
+    )
 
 
 def gain(family: FamilyFront) -> str:

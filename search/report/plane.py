@@ -62,6 +62,10 @@ def picture(front: Front, across: str, up: str) -> Picture:
     parts = [f"{others} baseline{'s' * (others > 1)}"] if others else []
     parts += [f"{points} point{'s' * (points > 1)} of the front"] if points else []
     note = f"{' and '.join(parts)} {'lie' if points + others > 1 else 'lies'} outside" if parts else ""
+    softmax = next((item for item in front.baselines if item.name == "all-softmax"), None)
+    cost = None if softmax is None else amount(softmax, across)
+    if cost is not None and cost > end:
+        note += f", all-softmax at {show(across, cost)}"
     return Picture([_cut(item, end) for item in drawn], x, axis(up), note)
 
 

@@ -33,7 +33,12 @@ _MARKERS = {Marker.dot: "o", Marker.ring: "o", Marker.square: "s", Marker.diamon
 
 
 def front_png(front: Front) -> bytes:
-    """A PNG: each pair of objectives, then the loss on plain text over the fraction kept."""
+    """A PNG of ``front_figure``."""
+    return figure_bytes(front_figure(front))
+
+
+def front_figure(front: Front) -> Figure:
+    """Each pair of objectives, then the loss on plain text over the fraction kept."""
     panels = planes(front)
     if any(item.measured.get("val_loss") is not None for item in front.rows):
         panels = list(dict.fromkeys([*panels, ("kept_fraction", "val_loss")]))
@@ -41,14 +46,14 @@ def front_png(front: Front) -> bytes:
     figure, axes = new_figure(-(-len(panels) // columns), columns, len(panels))
     for place, (across, up) in zip(axes, panels, strict=True):
         _draw(place, front, across, up)
-    return figure_png(figure, axes[0], f"{front.run}: {len(front.points)} policies on the front, test split")
+    return finished(figure, axes[0], f"{front.run}: {len(front.points)} policies on the front, test split")
 
 
 def new_figure(rows: int, columns: int, panels: int | None = None) -> tuple[Figure, list[Axes]]:
-    """A figure with ``rows`` × ``columns`` panels, row by row, or with the first ``panels`` of them."""
-    import matplotlib
+    """A figure with ``rows`` × ``columns`` panels, row by row, or with the first ``panels`` of them.
 
-    matplotlib.use("Agg")
+    It is none of pyplot's, which stays as the user has set it.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.2 * columns, 4.6 * rows + 0.9), layout="constrained", dpi=130)
@@ -57,7 +62,12 @@ def new_figure(rows: int, columns: int, panels: int | None = None) -> tuple[Figu
 
 
 def figure_png(figure: Figure, legend_of: Axes, title: str) -> bytes:
-    """A PNG of a figure with a title and, below it, the legend of one panel."""
+    """A PNG of ``finished``."""
+    return figure_bytes(finished(figure, legend_of, title))
+
+
+def finished(figure: Figure, legend_of: Axes, title: str) -> Figure:
+    """The figure with a title and, below it, the legend of one panel."""
     from matplotlib.text import Text
 
     handles, labels = legend_of.get_legend_handles_labels()
@@ -67,6 +77,11 @@ def figure_png(figure: Figure, legend_of: Axes, title: str) -> bytes:
     figure.suptitle(title, fontsize=12)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # dollars in a name are dollars
+    return figure
+
+
+def figure_bytes(figure: Figure) -> bytes:
+    """A PNG of a figure."""
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()
@@ -102,6 +117,7 @@ def _draw(place: Axes, front: Front, across: str, up: str) -> None:
             elinewidth=1.1,
             label=item.label,
             zorder=order + 3,
+            clip_on=False,  # marks at the left end, 0 %, are seen whole; what lies beyond the right one is not drawn
         )
     x, y = drawn.x, drawn.y
     place.set_xlabel(f"{x.label}\n{drawn.note}" if drawn.note else x.label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -26,7 +27,7 @@ def print_front(front: Front, run: Run, following: str, exported: Path | None) -
     console = Console()
     points = _shown(front)
     if points:
-        console.print(_table(front, points))
+        console.print(front_table(front, points))
     if len(points) < len(front.points):
         console.print(
             f"{len(points)} of {len(front.points)} points; all of them are in {run.front_csv}",
@@ -56,12 +57,21 @@ def _shown(front: Front) -> list[Point]:
     return [point for i, point in enumerate(points) if i in places or point.id == front.knee]
 
 
-def _table(front: Front, points: list[Point]) -> Table:
+def front_table(front: Front, points: list[Point]) -> Table:
     table = Table(title=f"front of {escape(front.run)}, test split", title_justify="left")
+    titles, rows = cells(front, points)
+    for title in titles:
+        table.add_column(title)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def cells(front: Front, points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
+    """Titles of the columns, and a row of texts for each point."""
     labels = [OBJECTIVES[name].label for name in front.measures]
     labels += [f"kept in {', '.join(front.tasks)}"] if front.tasks else []
-    for title in ("point", "policy", *labels, "random routing", "dominated by"):
-        table.add_column(title)
+    rows = []
     for point in points:
         control = front.random_of(point.id)
         random = None if control is None else amount(control, front.quality)
@@ -69,6 +79,6 @@ def _table(front: Front, points: list[Point]) -> Table:
         kept = ", ".join(show("kept_fraction", kept_in(point, task)) for task in front.tasks)
         values += [kept] if front.tasks else []
         mark = " knee" if point.id == front.knee else ""
-        cells = [point.id + mark, point.policy.describe(), *values, show(front.quality, random)]
-        table.add_row(*map(escape, cells), escape(", ".join(point.dominated_by) or "–"))
-    return table
+        row = [point.id + mark, point.policy.describe(), *values, show(front.quality, random)]
+        rows.append([*row, ", ".join(point.dominated_by) or "–"])
+    return ["point", "policy", *labels, "random routing", "dominated by"], rows
