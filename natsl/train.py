@@ -259,8 +259,9 @@ def train_supernet(
     up to rounding: kernels of other libraries may add in another order every time); one of another configuration is
     refused with the difference (``ValueError``). With ``recipe.special``, ``model`` has the weights of its checkpoint,
     and what its policy does not use is frozen and stays so. ``on_step`` receives a record of numbers every
-    ``log_every`` steps. SIGTERM ends it after a step, whose checkpoint is stored. ``until``: a step at which the training
-    pauses, its checkpoint stored and the model not calibrated; the schedule is that of all steps (None: to the end).
+    ``log_every`` steps. SIGTERM ends it after a step, whose checkpoint is stored. ``until``: a step at which the
+    training pauses, its checkpoint stored and the model not calibrated; the schedule is that of all steps (None: to the
+    end).
     Raises ``TrainingDivergedError`` after ``max_bad_steps`` steps in a row without finite loss and gradient.
     """
     train, supernet, seed = recipe.train, recipe.supernet, recipe.seed
