@@ -187,6 +187,8 @@ def _png(result: OuterResult) -> bytes:
 
 
 def _draw_values(place: Axes, result: OuterResult) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     from natsl.search.report.png import COLOURS
 
     done = [(r.index, r.value) for r in result.records if r.value is not None]
@@ -204,6 +206,7 @@ def _draw_values(place: Axes, result: OuterResult) -> None:
         end = max(record.index for record in result.records)
         across = [index for index, _ in done]
         place.step([*across, end], [*best, best[-1]], where="post", color=COLOURS["knee"], linewidth=1, label="best")
+    place.xaxis.set_major_locator(MaxNLocator(integer=True))
     place.set_xlabel("trial")
     place.set_ylabel("hypervolume")
     place.set_ylim(bottom=0)
