@@ -49,7 +49,7 @@ def no_figure(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def no_policies(monkeypatch: pytest.MonkeyPatch) -> None:
     """The best trial's policies are not searched."""
-    monkeypatch.setattr("natsl.search.pipeline.run_search", lambda config: None)
+    monkeypatch.setattr("natsl.search.pipeline.run_search", lambda config, arguments: None)
 
 
 def config(root: Path, text: str, space: OuterSpace = SPACE, **outer: Any) -> OuterRunConfig:
@@ -152,6 +152,15 @@ def test_a_stopped_trial_says_so_and_had_the_schedule_of_all_steps(done: OuterRe
         assert folder(done, record).front_json.exists() is False
 
 
+def test_the_command_of_a_trial_makes_its_config(done: OuterResult, text: str) -> None:
+    own = config(done.run.path.parent, text)
+    own = replace(own, model=replace(own.model, associative_init=False), data=replace(own.data, tasks={"bytes": 1.0}))
+    trial = own.trial("t0002", str(done.run.path / "trials"), done.records[2].settings)
+    assert composed("search", SearchRunConfig, command.search_options(trial)) == trial
+    plain = json.loads((folder(done, done.records[2]).path / "trial.json").read_text())
+    assert plain["command"].startswith(f"natsl search name=t0002 root={done.run.path / 'trials'} ")
+
+
 def test_a_finished_search_does_nothing(done: OuterResult, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.Trainer, "step", None)
     again = command.search_settings(config(done.run.path.parent, text))
@@ -247,6 +256,9 @@ def test_settings_of_no_use_fail_and_the_search_goes_on(
     assert reason in str(first.reason)
     assert json.loads((folder(result, first).path / "trial.json").read_text())["reason"] == first.reason
     assert result.best == second
+    again = command.search_settings(config(tmp_path, text, n_trials=3, rungs=[1.0]))
+    assert again.records[:2] == result.records
+    assert len(again.records) == 3
 
 
 def fail_once(where: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,12 @@ import gc
 import hashlib
 import logging
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from natsl.command import changed_options, option_line
 from natsl.config import TRAINING_VERSION
 from natsl.device import resolve_device
 from natsl.errors import UserError
@@ -22,6 +24,7 @@ from natsl.files import child_folder, to_plain, user_path, write_json
 from natsl.resume import check_resume, is_free_on_resume
 from natsl.run import Run
 from natsl.search.outer.config import OuterRunConfig, shown_settings
+from natsl.secrets import redact_text
 from natsl.tracking import Tracker, start_tracker
 
 if TYPE_CHECKING:
@@ -86,7 +89,8 @@ def search_settings(config: OuterRunConfig) -> OuterResult:
 
         if result.test is None:
             _LOG.info("the policies of the best trial, %s, are searched: %s", best.id, shown_settings(best.settings))
-        run_search(config.trial(best.id, root, best.settings))
+        trial = config.trial(best.id, root, best.settings)
+        run_search(trial, search_options(trial))
         result = result.tested()
         write(result)
     return result
@@ -183,7 +187,9 @@ class _Outer:
         """Say in the folder of a trial how it ended."""
         path = Path(self.root) / record.id / "trial.json"
         if record.same_as is None and not path.exists():
-            write_json(path, {"outer": self.run.name, **record.to_plain(self.rungs)})
+            options = search_options(self.config.trial(record.id, self.root, record.settings))
+            again = shlex.join(["natsl", "search", *options])  # trains it to the end, and searches its policies
+            write_json(path, {"outer": self.run.name, **record.to_plain(self.rungs), "command": redact_text(again)})
 
     def _judge(self, study: OuterStudy, trial: OuterTrial, config: SearchRunConfig, run: Run) -> None:
         """Train up to the next rung and store what the supernet is worth there."""
@@ -223,6 +229,13 @@ class _Outer:
 
 def _so_far(best: OuterRecord | None) -> str:
     return "" if best is None else f"; best so far {best.id} with {best.value:.4f}"
+
+
+def search_options(config: SearchRunConfig) -> list[str]:
+    """The options of ``natsl search`` that make this config, as they are typed; all of the model, which has presets."""
+    changes = changed_options(config, type(config)(), "")
+    changes |= {f".model.{name}": value for name, value in to_plain(config.model).items()}
+    return [option_line(name.removeprefix("."), value) for name, value in changes.items()]
 
 
 def failure(error: Exception) -> str | None:
