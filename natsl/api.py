@@ -27,12 +27,13 @@ from natsl.threads import choose_threads
 if TYPE_CHECKING:
     from natsl.model import RoutedLM
     from natsl.run import Run
+    from natsl.search.outer.report import OuterResult
     from natsl.search.plan import Plan
     from natsl.search.result import SearchResult
     from natsl.space.policy import RoutingPolicy
     from natsl.verify import Result
 
-__all__ = ["calibrate", "evaluate", "export", "front", "generate", "load", "plan", "search", "train", "verify"]
+__all__ = ["calibrate", "evaluate", "export", "front", "generate", "load", "outer", "plan", "search", "train", "verify"]
 
 
 def search(*overrides: str, **options: object) -> SearchResult:
@@ -71,6 +72,14 @@ def train(*overrides: str, **options: object) -> Run:
         lines, config = _configured("train", overrides, options)
         run_training(config, lines)
         return Run.open(config.name, config.root, create=False)
+
+
+def outer(*overrides: str, **options: object) -> OuterResult:
+    """Search settings of the training and return the trials; the same name again resumes. As ``natsl outer``."""
+    with _one_line():
+        from natsl.search.outer.command import search_settings
+
+        return search_settings(_configured("outer", overrides, options)[1])
 
 
 def export(*overrides: str, **options: object) -> Path:

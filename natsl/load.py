@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from natsl.command import option_text, run_options
 from natsl.config import Precision
 from natsl.errors import UserError
 from natsl.files import check_name, child_folder, read_config, read_json, user_path
@@ -73,6 +74,12 @@ def read_front(run: Run) -> dict[str, Any]:
     """A run's ``front.json``; ``UserError`` if there is none, or it is not one of natsl's."""
     if (run.path / "ablation.json").exists():
         raise UserError(f"run {run.name!r} is an ablation, which has no front: choose a run of natsl search")
+    if (run.path / "outer.json").exists():
+        best = read_json(run.path / "outer.json").get("best") or {}
+        trial = option_text(run_options(best.get("id", "t0000"), str(run.path / "trials")))
+        raise UserError(
+            f"run {run.name!r} is an outer search, which has no front: choose one of its trials, as {trial}"
+        )
     if not run.front_json.is_file():
         raise UserError(f"run {run.name!r} has no front.json: finish the search first (the same command resumes it)")
     front = read_json(run.front_json)

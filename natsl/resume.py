@@ -44,6 +44,7 @@ FREE_ON_RESUME = (
     "search.batch",  # null keeps the study's, which compares any other
     "search.trial_timeout",
     "search.lease_seconds",
+    "outer.n_trials",
 )
 # What only the report depends on: it is made again if they change.
 REPORT_OPTIONS = frozenset({"search.random_draws", "search.uniform_budgets", "search.lengths"})

@@ -253,6 +253,7 @@ def train_supernet(
     recipe: TrainRecipe,
     folder: Path,
     on_step: OnStep | None = None,
+    until: int | None = None,
 ) -> None:
     """Train ``model`` in place, calibrate it and leave its checkpoints in ``folder``.
 
@@ -260,7 +261,9 @@ def train_supernet(
     up to rounding: kernels of other libraries may add in another order every time); one of another configuration is
     refused with the difference (``ValueError``). With ``recipe.special``, ``model`` has the weights of its checkpoint,
     and what its policy does not use is frozen and stays so. ``on_step`` receives a record of numbers every
-    ``log_every`` steps. SIGTERM ends it after a step, whose checkpoint is stored.
+    ``log_every`` steps. SIGTERM ends it after a step, whose checkpoint is stored. ``until``: a step at which the
+    training pauses, its checkpoint stored and the model not calibrated; the schedule is that of all steps (None: to the
+    end).
     Raises ``TrainingDivergedError`` after ``max_bad_steps`` steps in a row without finite loss and gradient.
     """
     train, supernet, seed = recipe.train, recipe.supernet, recipe.seed
@@ -293,13 +296,14 @@ def train_supernet(
         checkpoint.save(folder, step, model, trainer.optimizer, record, train.keep_checkpoints)
 
     model.train()
+    end = train.steps if until is None else min(until, train.steps)
     began = time.monotonic()
-    for step in range(start, train.steps):
+    for step in range(start, end):
         result = trainer.step(step)
         done = step + 1
-        logs = on_step is not None and (done % train.log_every == 0 or done in (1, train.steps))
-        stores = done % train.checkpoint_every == 0 and done < train.steps
-        due = done % train.max_bad_steps == 0 or done == train.steps or trainer.reads_free
+        logs = on_step is not None and (done % train.log_every == 0 or done in (1, end))
+        stores = (done % train.checkpoint_every == 0 or done == end) and done < train.steps
+        due = done % train.max_bad_steps == 0 or done == end or trainer.reads_free
         if not (logs or stores or due or signals.pending()):
             continue
         health, numbers = trainer.read(result if logs else None)
@@ -315,16 +319,19 @@ def train_supernet(
             speed = (done - start) / (time.monotonic() - began)
             record["skipped"] = float(health.skipped)
             record["tokens_per_second"] = speed * train.batch_size * data.config.seq_len
-            record["eta_seconds"] = (train.steps - done) / speed
+            record["eta_seconds"] = (end - done) / speed
             on_step(record)
         stopping = signals.pending()
         if (stores or stopping) and health.in_a_row == 0:
             store(done)
         if stopping:
             return  # and ``held`` raises
+    trainer.optimizer.zero_grad(set_to_none=True)
+    if end < train.steps:
+        model.eval()
+        return
     if start < train.steps:
         store(train.steps)  # whatever happens in calibration, the training is not lost
-    trainer.optimizer.zero_grad(set_to_none=True)
     model.eval()
     calibrate(model, data, supernet, seed)
     store(train.steps, finished=True)
@@ -410,10 +417,12 @@ def fit(
     device: torch.device,
     tracker: Tracker,
     weights: RoutedLM | None = None,
+    until: int | None = None,
 ) -> RoutedLM:
     """Train the supernet of a run (or resume it, or take it if it is finished), shown live, logged and tracked.
 
-    ``weights``: a model that the first step begins with, except for its calibration (None: new weights).
+    ``weights``: a model that the first step begins with, except for its calibration (None: new weights). ``until``: as
+    in ``train_supernet``.
     """
     torch.manual_seed(recipe.seed)
     net = RoutedLM(model, recipe.supernet.calibration_points, recipe.train.precision)
@@ -423,7 +432,7 @@ def fit(
     net = net.to(device)
     if device.type == "cuda":
         compile_kernels(model, data.config.seq_len, recipe, device)
-    steps = recipe.train.steps
+    steps = recipe.train.steps if until is None else min(until, recipe.train.steps)
     names = ("softmax", "random", "delta") if recipe.special is None else ("policy",)
     recall: dict[str, float] = {}  # the last of each: a group may have drawn no such sequence, or be another policy
     every, measured = recipe.train.checkpoint_every, 0
@@ -454,8 +463,9 @@ def fit(
             parts.append(f"{record['tokens_per_second'] / 1e3:.1f}k tokens/s")
             progress.update(int(record["step"]), " · ".join(parts))
 
-        train_supernet(net, data, recipe, run.supernet, on_step)
-    write_calibration(run, net)
+        train_supernet(net, data, recipe, run.supernet, on_step, until)
+    if steps == recipe.train.steps:
+        write_calibration(run, net)
     return net
 
 

@@ -175,6 +175,7 @@ LIGHT = [
     ("natsl.search.config", ["torch", "optuna", "wandb"]),
     ("natsl.search.families", ["torch", "optuna", "wandb"]),
     ("natsl.search.ablation.command", ["torch", "optuna", "wandb", "matplotlib"]),
+    ("natsl.search.outer.command", ["torch", "optuna", "wandb", "matplotlib"]),
     ("natsl.cli.main", ["torch", "optuna", "hydra", "wandb"]),
     ("natsl.cli.commands", ["torch", "optuna", "wandb"]),
     ("natsl.cli.generation", ["torch", "optuna", "wandb"]),

@@ -17,6 +17,7 @@ from natsl.load import stored_data
 from natsl.resume import FREE_ON_RESUME, check_resume, is_free_on_resume
 from natsl.run import Run
 from natsl.search.config import SearchConfig, SearchRunConfig
+from natsl.search.outer.config import OuterRunConfig
 from natsl.tasks import DataConfig
 from natsl.tasks.mqar import MqarConfig
 
@@ -39,7 +40,7 @@ def stored(root: Path, config: Any) -> Run:
     return run
 
 
-COMMANDS = {"search": SearchRunConfig, "train": TrainRunConfig}
+COMMANDS = {"search": SearchRunConfig, "train": TrainRunConfig, "outer": OuterRunConfig}
 OPTIONS = [(command, name) for command, kind in COMMANDS.items() for name in leaves(kind())]
 
 

@@ -44,6 +44,28 @@ def test_sigterm_stores_the_step_and_the_resumed_run_equals_an_unbroken_one(tmp_
     assert [r["step"] for r in tail] == list(range(stops[-1] + 1, 8))
 
 
+def test_a_training_that_pauses_equals_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unbroken = make_model()
+    records: list[Record] = []
+    train_supernet(unbroken, tiny_data(), recipe(), tmp_path / "unbroken", records.append)
+    folder, parts = tmp_path / "paused", list[Record]()
+    with monkeypatch.context() as patch:
+        patch.setattr("natsl.train.calibrate", None)  # it is not called
+        for init, until in enumerate((3, 3, 5)):
+            train_supernet(make_model(init=init), tiny_data(), recipe(), folder, parts.append, until)
+            assert max(checkpoint.steps(folder)) == until
+            assert not load_record(folder, until)["finished"]
+    resumed = make_model(init=9)
+    train_supernet(resumed, tiny_data(), recipe(), folder, parts.append)
+    assert_equal(unbroken, resumed)
+    assert [(r["step"], r["lr"], r["loss"]) for r in parts] == [(r["step"], r["lr"], r["loss"]) for r in records]
+
+
+def load_record(folder: Path, step: int) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / f"step-{step:06d}.json").read_text())
+    return record
+
+
 @pytest.mark.parametrize("kind", ["plain", "noise"])
 @pytest.mark.parametrize("stops", [[1], [3], [4, 6], [7], [2, 3, 5, 7]], ids=str)
 def test_resumed_run_equals_an_unbroken_one(tmp_path: Path, stops: list[int], kind: str) -> None:

@@ -90,6 +90,12 @@ VERBS = {
             "natsl.cli.latency:LatencyConfig",
         ),
         Verb(
+            "outer",
+            "search settings of the training, a supernet each, by the front of its policies",
+            "natsl.search.outer.command:run_outer",
+            "natsl.search.outer.config:OuterRunConfig",
+        ),
+        Verb(
             "ablation",
             "train variants of a supernet and compare their routers",
             "natsl.search.ablation.command:run_ablation",
