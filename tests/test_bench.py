@@ -350,8 +350,11 @@ def test_kernels_are_named_as_in_profiles_and_tables() -> None:
     # of no op that is timed there
     others = {
         "routing_capped_routes_kernel",
+        "pages_plan_kernel",
         "pages_softmax_kernel",
         "pages_write_kernel",
+        "convolution_continued_kernel",
+        "mix_norm_kernel",
         "rows_linear_kernel",
     }
     assert functions == registered | decode | others

@@ -253,7 +253,7 @@ class NewTokens(NamedTuple):
 def plan(
     route: Tensor, kept: Tensor, start: Tensor, tokens: int, chunk_size: int, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of a ``PagePlan``; arguments as in ``plan_pages``, which checks them, contiguous but for the routes."""
+    """The fields of a ``PagePlan``; arguments as in ``plan_pages``, contiguous but for the routes."""
     B, N, R = route.shape
     routed = torch.empty(B, N, R, dtype=torch.float32, device=route.device)
     before = torch.empty(B, N, R, dtype=torch.int32, device=route.device)
