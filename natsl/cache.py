@@ -174,7 +174,7 @@ def _new_layers(
         keys, values = (zeros(1, c.softmax_heads, width // G) for width in (c.key_dim, c.value_dim))
         first = KeyPages.empty(keys, values, c.heads, c.chunk_size)
         # pools are replaced when they grow: one of a layer that keeps nothing must not hold the memory of all
-        pools = ((x.clone() for _ in range(count)) for x in first[:2])
+        pools = ([x.clone() for _ in range(count)] for x in first[:2])
         pages = map(KeyPages, *pools, *map(copies, first[2:]))
     return map(LayerCache, tails, totals, states, pages)
 

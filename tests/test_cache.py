@@ -123,7 +123,7 @@ LAYERS = {"delta": D, "softmax": S, "budget": LayerPolicy(budget=0.4), "cap": CA
 
 @pytest.mark.parametrize(("kinds", "name"), [("d", "delta"), ("s", "softmax"), *(("r", name) for name in LAYERS)])
 def test_every_op_in_every_kind_of_layer(kinds: str, name: str) -> None:
-    model = double(kinds, conv_width=1 if kinds == "s" else 4, softmax_per_head=2)
+    model = double(kinds, conv_width=1 if kinds == "s" else 4, softmax_per_head=2, key_dim=8, value_dim=12)
     x = torch.randint(384, (2, 45))
     check_one_shot(model, x, [RoutingPolicy((LAYERS[name],), C)], [[11, 11], [1, 1], [20, 3], [1, 1], [12, 5]])
 
