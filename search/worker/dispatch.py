@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -15,13 +15,30 @@ from natsl.search.fault import WorkerError
 from natsl.search.owner import Owner
 from natsl.search.question import Method, Question, Queue, from_plain
 from natsl.search.score import Judge
-from natsl.search.worker.pool import Clock, Workers
+from natsl.search.worker.pool import Clock
 from natsl.search.worker.table import Ended, TaskTable
 
 _LOG = logging.getLogger(__name__)
 _POLL, _LONGEST_POLL = 0.05, 0.5  # seconds between looks for answers; workers on this machine say when there is one
 _LOOK_SECONDS = 0.5  # between looks at what is being worked on
 _SEATS = 10_000  # policies of which it is known who answered last
+
+
+class Pool(Protocol):
+    """The workers that a search has started: ``Workers`` on this machine, ``SlurmWorkers`` in jobs."""
+
+    @property
+    def names(self) -> set[str]: ...
+
+    def announce(self) -> None: ...
+
+    def watch(self, seconds: float) -> bool: ...
+
+    def look(self, seconds: float) -> None: ...
+
+    def add(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Dispatcher:
@@ -34,7 +51,7 @@ class Dispatcher:
     def __init__(
         self,
         table: TaskTable,
-        start: Callable[[Callable[[str], bool]], Workers],
+        start: Callable[[Callable[[str], bool]], Pool],
         lease_seconds: float,
         on_beat: Callable[[], None] = lambda: None,
     ) -> None:
