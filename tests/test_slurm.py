@@ -19,6 +19,7 @@ from optuna.storages import RDBStorage
 from natsl.errors import UserError
 from natsl.search.config import Launcher, SearchConfig, SlurmConfig
 from natsl.search.pipeline import run_search
+from natsl.search.question import Question
 from natsl.search.score_cache import ScoreCache
 from natsl.search.study import PolicyStudy, open_policy_study
 from natsl.search.worker import slurm
@@ -30,7 +31,7 @@ from natsl.search.worker.table import TaskTable
 from tests.fake_search import FAKE, MADE_FROM, search
 from tests.search_helpers import problem
 from tests.test_pipeline import tiny
-from tests.test_workers import calls, config, outcome, pids, runs, until
+from tests.test_workers import FIRST, calls, config, outcome, pids, runs, until
 
 SERVER = "postgresql+psycopg://me:secret@host/studies"
 CPU = SlurmConfig(gpus=0, cpus=1)
@@ -95,8 +96,12 @@ def test_trials_are_the_same_and_a_job_that_is_killed_is_replaced(
 
 def test_jobs_that_end_before_a_worker_is_ready_end_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "_STARTS", 2)
-    with pytest.raises(UserError, match=r"2 Slurm jobs in a row .* the Slurm job \d+ ended \(the text has changed\)"):
-        run(tmp_path, config(workers=1, storage=f"sqlite:///{tmp_path}/shared.db"), broken=True)
+    said = r"2 Slurm jobs in a row .* the Slurm job \d+ ended \(the text has changed\)"
+    with jobs(tmp_path, config(workers=1, storage=f"sqlite:///{tmp_path}/shared.db"), broken=True) as (_, dispatcher):
+        for _ in range(2):  # the first one may be taken for a fault of the question
+            with pytest.raises(UserError, match=said):
+                dispatcher.answer(Question.search(FIRST[0], 1.0))
+        assert len(list((tmp_path / "slurm").glob("*_submitted.pkl"))) == 2
 
 
 @pytest.fixture

@@ -64,6 +64,7 @@ class Dispatcher:
         self._silent: set[str] = set()  # names of workers that have lost a lease in this way
         self._clock = Clock(2 * _LOOK_SECONDS)
         self._pause, self._next_poll, self._next_look = _POLL, 0.0, 0.0
+        self._broken: UserError | None = None  # why workers cannot start: who asks again is told again
         self._histories: dict[str, list[str]] = {}  # of tasks that were put back, by key
         table.create()
         self._workers = start(lambda key: key in self._asked)
@@ -133,9 +134,15 @@ class Dispatcher:
         workers cannot start.
         """
         assert self._asked, "nothing was asked"
-        while not self._step():
-            if signals.draining():
-                self._drain()
+        if self._broken is not None:
+            raise self._broken
+        try:
+            while not self._step():
+                if signals.draining():
+                    self._drain()
+        except UserError as error:
+            self._broken = error
+            raise
 
     def _step(self) -> bool:
         """Wait a moment for news, and take care of what is due; whether there is a new answer."""
