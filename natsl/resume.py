@@ -40,6 +40,7 @@ FREE_ON_RESUME = (
     "search.uniform_budgets",
     "search.lengths",
     "search.launcher",
+    "search.slurm",
     "search.workers",
     "search.batch",  # null keeps the study's, which compares any other
     "search.trial_timeout",

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
+from typing import Any
 
 from natsl.config import ModelConfig, SupernetConfig, TrainConfig
 from natsl.files import check_name
@@ -21,7 +22,44 @@ class Launcher(Enum):
     """Where evaluations are made."""
 
     local = "local"  # in worker processes on this machine
+    slurm = "slurm"  # in worker processes of Slurm jobs
     inline = "inline"  # in the process of the search itself, one after another: to debug
+
+
+# Parameters of submitit that are options here, or would start more than one process in a job.
+_NOT_EXTRA = ("partition", "time", "timeout_min", "gpus_per_node", "num_gpus", "cpus_per_task", "mem", "mem_gb")
+_ONE_TASK = ("nodes", "ntasks_per_node", "tasks_per_node")
+
+
+@dataclass
+class SlurmConfig:
+    """What each Slurm job of a search asks for.
+
+    partition: of the cluster (null: its default).
+    timeout: minutes after which Slurm ends a job; another one is submitted then.
+    gpus: a job has a worker on each (0: one on the CPU).
+    cpus: cores, shared out among the workers of the job.
+    memory: GB (null: the cluster's default).
+    extra: further parameters of submitit's SlurmExecutor by name, such as {account: mine, qos: high}.
+    """
+
+    partition: str | None = None
+    timeout: int = 60
+    gpus: int = 1
+    cpus: int = 4
+    memory: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        p = "search.slurm."
+        check_counts(1, {p + "timeout": self.timeout, p + "cpus": self.cpus})
+        check_counts(0, {p + "gpus": self.gpus})
+        memory = self.memory
+        check(memory is None or 0 < memory < math.inf, p + "memory", memory, "it must be above 0")
+        for name, value in self.extra.items():
+            allowed = "partition, timeout, gpus, cpus and memory are options of search.slurm itself"
+            check(name not in _NOT_EXTRA, f"{p}extra.{name}", value, allowed)
+            check(name not in _ONE_TASK, f"{p}extra.{name}", value, "a job is one task on one node")
 
 
 @dataclass
@@ -51,9 +89,10 @@ class SearchConfig:
     uniform_budgets: baselines with one budget in every layer.
     max_failure_rate, min_failures: the search stops once at least so many trials, and more than this share, failed.
     storage: an Optuna database URL (null: ``study.db`` in the run's folder).
-    launcher: what makes the evaluations.
+    launcher: what makes the evaluations; slurm needs a ``storage`` that all nodes reach.
     workers: processes that evaluate policies (null: one for each GPU that ``device`` allows, else one); several on a
-        GPU share it.
+        GPU share it. With slurm: jobs (null: one), each with a worker for each of its GPUs.
+    slurm: what the jobs of the launcher slurm ask for.
     batch: how many policies are proposed before a result of one of them is used, which the same seed then makes the
         same, however many workers there are (null: 1 with one worker, else four for each, when the search begins).
     synchronous: false proposes a policy whenever a worker is free: which ones then depends on how fast they are.
@@ -82,6 +121,7 @@ class SearchConfig:
     storage: str | None = None
     launcher: Launcher = Launcher.local
     workers: int | None = None
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
     batch: int | None = None
     synchronous: bool = True
     trial_timeout: float | None = None
@@ -112,7 +152,7 @@ class SearchConfig:
         )
         check_counts(1, {f"{p}{k}": 1 if getattr(self, k) is None else getattr(self, k) for k in ("workers", "batch")})
         check(
-            self.launcher is Launcher.local or self.workers in (None, 1),
+            self.launcher is not Launcher.inline or self.workers in (None, 1),
             p + "workers",
             self.workers,
             "with search.launcher = inline there is none but the process itself",
@@ -120,6 +160,14 @@ class SearchConfig:
         for name in ("trial_timeout", "lease_seconds", "max_hours"):
             time = getattr(self, name)
             check(time is None or 0 < time < math.inf, p + name, time, "it must be above 0")
+        served = self.storage is not None and not self.storage.startswith("sqlite")
+        check(
+            self.launcher is not Launcher.slurm or served,
+            p + "storage",
+            self.storage,
+            "with search.launcher = slurm it must be a database server that all nodes reach, such as "
+            "postgresql+psycopg://user@host/name (an SQLite file on a shared file system is not locked safely)",
+        )
         for budget in self.uniform_budgets:
             check(0 < budget < 1, p + "uniform_budgets", budget, "each budget must lie in (0, 1)")
         check(0 <= self.local_share <= 1, p + "local_share", self.local_share, "it must lie in [0, 1]")

@@ -52,10 +52,11 @@ from natsl.search.storage import connect
 from natsl.search.study import PolicyStudy, Problem, first_policies, open_policy_study
 from natsl.search.trial import Record
 from natsl.search.view import SearchView
-from natsl.search.worker.dispatch import Dispatcher
+from natsl.search.worker.dispatch import Dispatcher, Pool
 from natsl.search.worker.group import join
-from natsl.search.worker.pool import Workers, worker_devices
+from natsl.search.worker.pool import Workers, job_devices, worker_devices
 from natsl.search.worker.process import SUPERNET, Job
+from natsl.search.worker.slurm import SlurmWorkers, make_executor
 from natsl.search.worker.table import TaskTable
 from natsl.secrets import redact, redact_text
 from natsl.signals import drains
@@ -89,6 +90,8 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
         others = keep_record(run, data, config.root, trained, config.allow_other_data)
         watch = Stopwatch(run.hours, config.search.max_hours)
         finished = trials_reported(run) >= watch.wanted(config.search.n_trials) and not outdated
+        if config.search.launcher is Launcher.slurm and not finished:
+            make_executor(config.search.slurm, run.workers)  # what it needs is missed before anything is trained
         untrained = config.untrained_budgets()
         if untrained and not finished:
             _LOG.info("%s", untrained)
@@ -265,7 +268,7 @@ class _Search:
 
     def _search(self, study: PolicyStudy, judge: Judge) -> Front:
         scorer = Scorer(judge, self.problem, self.config.search, self.config.seed, study.records)
-        on_gpu = self.device.type == "cuda"
+        on_gpu = self._evaluation_device.type == "cuda"
         lengths = LengthRunner(judge, self.data, self.config.search, self.problem.costs, on_gpu)
         scale = self._trials(study, scorer, judge.queue)
         front = self._score(study, scorer, scale, judge)
@@ -278,7 +281,10 @@ class _Search:
         if model is not None:
             yield make_judge(model.to(self.device), self.data, settings)
             return
-        devices = worker_devices(settings, self.device)
+        devices, on_slurm = worker_devices(settings, self.device), settings.launcher is Launcher.slurm
+        in_job = len(job_devices(settings.slurm))
+        threads = max(1, settings.slurm.cpus // in_job) if on_slurm else threads_each(len(devices))
+        plain = replace(settings, storage=None, launcher=Launcher.local)  # of a worker, which needs neither
         table = TaskTable(study.engine, study.id)
         job = Job(
             path=str(self.folder.study_db),
@@ -287,13 +293,16 @@ class _Search:
             lease_seconds=settings.lease_seconds,
             answers=SUPERNET,
             run=str(self.folder.path),
-            threads=study.threads(threads_each(len(devices))),
-            config=to_plain(replace(self.config, search=replace(settings, storage=None), tracking=TrackingConfig())),
+            threads=study.threads(threads),
+            config=to_plain(replace(self.config, search=plain, tracking=TrackingConfig())),
             supernet=sums["supernet"],
             text=self.data.corpus.fingerprint,
         )
 
-        def start(wanted: Callable[[str], bool]) -> Workers:
+        def start(wanted: Callable[[str], bool]) -> Pool:
+            if on_slurm:
+                folder, jobs = self.folder.workers / "slurm", settings.workers or 1
+                return SlurmWorkers(job, settings.slurm, jobs, folder, table, settings.trial_timeout, wanted)
             return Workers(job, devices, self.folder.workers, table, settings.trial_timeout, wanted)
 
         if study.batch == 1 and len(devices) > 1 and study.remaining:
@@ -469,10 +478,15 @@ class _Search:
             "sequences per task": f"{data.search_sequences} to search, {data.test_sequences} to test",
             "draws of random routing": settings.random_draws,
             "tokens per sequence": data.seq_len,
-            "device": str(self.device),
+            "device": str(self._evaluation_device),
             "torch": torch.__version__,
             **timed,
         }
+
+    @property
+    def _evaluation_device(self) -> torch.device:
+        slurm = self.config.search.slurm if self.config.search.launcher is Launcher.slurm else None
+        return self.device if slurm is None else torch.device("cuda" if slurm.gpus else "cpu")
 
     def _commands(self) -> list[str]:
         options = run_options(self.folder.name, self.config.root)

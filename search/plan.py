@@ -238,10 +238,12 @@ def _stages(
         stages.append(Stage("train", work, train.steps, probe.step, max(0.0, probe.first_step - probe.step)))
         sequences = config.supernet.calibration_sequences
         stages.append(Stage("calibrate", "sequences", sequences, probe.calibration / sequences))
-    if settings.launcher is Launcher.local:
+    if settings.launcher is not Launcher.inline:
         stages.append(Stage("workers", "loading torch, reading the text", once=start.load + start.text))
-    # Workers on GPUs of their own share the scores; on a CPU they share the cores, which one of them has as well.
-    gpus = len(set(worker_devices(settings, device)))
+    # Workers on GPUs of their own share the scores; on a CPU they share the cores, which one of them has as well. Jobs
+    # have cores of their own.
+    devices = worker_devices(settings, device)
+    gpus = len(devices if settings.launcher is Launcher.slurm else set(devices))
     score = probe.score if settings.batch == 1 else probe.score / gpus
     probe = replace(probe, score=probe.score / gpus, shared=probe.shared / gpus, test=probe.test / gpus)
     first = min(settings.n_trials, len(problem.first), first_count(settings, problem.given))

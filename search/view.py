@@ -79,7 +79,7 @@ class SearchView(View):
             yield Text(f"front so far: {count}, hypervolume {front.hypervolume:.4f}", style="bold")
             if front.records:
                 yield self._table(front.records)
-        if workers:
+        if workers or work:
             yield from self._about(workers, work)
         if front is not None and front.failed:
             yield Text(f"failed: {front.failed}, the last one: {front.reason}", style="red")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -15,7 +15,7 @@ from natsl.search.fault import WorkerError
 from natsl.search.owner import Owner
 from natsl.search.question import Method, Question, Queue, from_plain
 from natsl.search.score import Judge
-from natsl.search.worker.pool import Clock, Workers, WorkerState
+from natsl.search.worker.pool import Clock, WorkerState
 from natsl.search.worker.table import Ended, TaskTable
 
 _LOG = logging.getLogger(__name__)
@@ -23,6 +23,26 @@ _POLL, _LONGEST_POLL = 0.05, 0.5  # seconds between looks for answers; workers o
 _LOOK_SECONDS = 0.5  # between looks at what is being worked on
 OnLook = Callable[[Sequence[WorkerState], Mapping[str, Question | None]], None]
 _SEATS = 10_000  # policies of which it is known who answered last
+
+
+class Pool(Protocol):
+    """The workers that a search has started: ``Workers`` on this machine, ``SlurmWorkers`` in jobs."""
+
+    @property
+    def names(self) -> set[str]: ...
+
+    @property
+    def states(self) -> list[WorkerState]: ...
+
+    def announce(self) -> None: ...
+
+    def watch(self, seconds: float) -> bool: ...
+
+    def look(self, seconds: float) -> None: ...
+
+    def add(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Dispatcher:
@@ -36,7 +56,7 @@ class Dispatcher:
     def __init__(
         self,
         table: TaskTable,
-        start: Callable[[Callable[[str], bool]], Workers],
+        start: Callable[[Callable[[str], bool]], Pool],
         lease_seconds: float,
         on_beat: Callable[[], None] = lambda: None,
         on_look: OnLook = lambda workers, tasks: None,
@@ -50,6 +70,7 @@ class Dispatcher:
         self._silent: set[str] = set()  # names of workers that have lost a lease in this way
         self._clock = Clock(2 * _LOOK_SECONDS)
         self._pause, self._next_poll, self._next_look = _POLL, 0.0, 0.0
+        self._broken: UserError | None = None  # why workers cannot start: who asks again is told again
         self._histories: dict[str, list[str]] = {}  # of tasks that were put back, by key
         table.create()
         self._workers = start(lambda key: key in self._asked)
@@ -119,9 +140,15 @@ class Dispatcher:
         workers cannot start.
         """
         assert self._asked, "nothing was asked"
-        while not self._step():
-            if signals.draining():
-                self._drain()
+        if self._broken is not None:
+            raise self._broken
+        try:
+            while not self._step():
+                if signals.draining():
+                    self._drain()
+        except UserError as error:
+            self._broken = error
+            raise
 
     def _step(self) -> bool:
         """Wait a moment for news, and take care of what is due; whether there is a new answer."""

@@ -34,7 +34,7 @@ from natsl.tracking import TrackingConfig
 _LOG = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.5
 _FIRST_BEAT = 15.0  # seconds in which a controller that lives is seen to
-_SILENCE = 5  # so many search.lease_seconds without a beat, and the controller is gone
+SILENCE = 5  # so many search.lease_seconds without a beat, and the controller is gone
 
 
 def join(config: SearchRunConfig, problem: Problem, data: TaskData, device: torch.device) -> bool:
@@ -75,7 +75,7 @@ def join(config: SearchRunConfig, problem: Problem, data: TaskData, device: torc
         table = TaskTable(storage.engine, study)
         serve(
             lambda: Workers(job, devices, folder, table, settings.trial_timeout),
-            lambda: controller.beats(_SILENCE * settings.lease_seconds),
+            lambda: controller.beats(SILENCE * settings.lease_seconds),
         )
         _LOG.info("the search has ended, or its process has")
         return True

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import natsl
 from natsl.errors import UserError
-from natsl.search.config import SearchConfig
+from natsl.search.config import Launcher, SearchConfig, SlurmConfig
 from natsl.search.worker.process import EXIT_MISTAKE, READY, Job
 from natsl.search.worker.table import TaskTable
 
@@ -62,7 +62,8 @@ class WorkerState:
 class Workers:
     """``len(devices)`` workers that make the tasks of a table.
 
-    ``job``: of all of them, but for name and device. ``wanted``: whether somebody waits for a task, by its key.
+    ``job``: of all of them, but for device and name, which begins with the job's, if any. ``wanted``: whether somebody
+    waits for a task, by its key.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Workers:
         wanted: Callable[[str], bool] = lambda key: True,
     ) -> None:
         self._job, self._table, self._timeout, self._wanted = job, table, timeout, wanted
-        self._token = secrets.token_hex(4)
+        self._token = job.name or secrets.token_hex(4)
         self._count = 0
         folder.mkdir(parents=True, exist_ok=True)
         self._seats = [_Seat(device, folder / f"{i}.log") for i, device in enumerate(devices)]
@@ -98,6 +99,11 @@ class Workers:
         """Of all workers, in a fixed order."""
         return [WorkerState(seat.name, seat.device, seat.ready, seat.starts) for seat in self._seats]
 
+    @property
+    def ready(self) -> bool:
+        """Whether one of them takes tasks."""
+        return any(seat.ready for seat in self._seats)
+
     def _start(self, seat: _Seat) -> None:
         self._count += 1
         seat.name, seat.ready, seat.why = f"{self._token}-{self._count}", False, None
@@ -110,7 +116,7 @@ class Workers:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,  # a group of its own: Ctrl-C reaches the controller only
-                env=_environment(self._job.threads),
+                env=environment(self._job.threads),
             )
         job = replace(self._job, name=seat.name, device=seat.device, parent=os.getpid())
         self._tell(seat, job.dump().encode() + b"\n")
@@ -148,7 +154,7 @@ class Workers:
         assert seat.process is not None
         _end(seat.process)
         code, seat.process = seat.process.returncode, None
-        line = _last_line(seat.log, seat.begin)
+        line = last_line(seat.log, seat.begin)
         why = seat.why or _ending(code) + (f" ({line})" if line else "")
         for task in self._table.running():
             if task.worker != seat.name:
@@ -196,7 +202,8 @@ class Workers:
                 self._table.put_back(task.lease, "the search was stopped", counted=False, wanted=False)
 
 
-def _environment(threads: int) -> dict[str, str]:
+def environment(threads: int) -> dict[str, str]:
+    """The environment of a worker process with so many threads, which finds this natsl."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     package = str(Path(natsl.__file__).absolute().parents[1])  # which may be on our path in a way of our own
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -233,7 +240,7 @@ def _ending(code: int) -> str:
     return f"worker ended with exit code {code}{name}"
 
 
-def _last_line(log: Path, begin: int) -> str:
+def last_line(log: Path, begin: int = 0) -> str:
     """The last line of a log after its first ``begin`` bytes, shortened; empty: there is none."""
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(max(begin, log.stat().st_size - 20_000))
@@ -257,7 +264,9 @@ class Clock:
 
 
 def worker_devices(config: SearchConfig, device: torch.device) -> list[str]:
-    """The device of each worker of a search: GPUs in turn, unless the user has named one."""
+    """The device of each worker of a search: GPUs in turn, unless the user has named one, or those of Slurm jobs."""
+    if config.launcher is Launcher.slurm:
+        return job_devices(config.slurm) * (config.workers or 1)
     gpus = 0
     if device.type == "cuda" and device.index is None:
         import torch
@@ -265,3 +274,8 @@ def worker_devices(config: SearchConfig, device: torch.device) -> list[str]:
         gpus = torch.cuda.device_count()
     count = config.workers or max(1, gpus)
     return [f"cuda:{i % gpus}" if gpus else str(device) for i in range(count)]
+
+
+def job_devices(config: SlurmConfig) -> list[str]:
+    """The device of each worker of a Slurm job."""
+    return [f"cuda:{i}" for i in range(config.gpus)] or ["cpu"]
