@@ -53,7 +53,7 @@ class Owner:
         name = folder / ".owner"
         if not _read(name):
             write_text(name, secrets.token_hex(8))
-        return cls.named(_read(name))
+        return cls.named(f"{_read(name)}:{name.stat().st_ino}")  # a copy of the folder is another one
 
     @classmethod
     def named(cls, folder: str) -> Owner:

@@ -48,7 +48,7 @@ from natsl.search.score import Judge, Scorer, knee_choice, make_judge, score, st
 from natsl.search.score_cache import ScoreCache
 from natsl.search.source import held_out_data, made_from, obtain_supernet, take_settings
 from natsl.search.stopwatch import Stopwatch
-from natsl.search.storage import connect
+from natsl.search.storage import connect, reported_errors
 from natsl.search.study import PolicyStudy, Problem, first_policies, open_policy_study
 from natsl.search.trial import Record
 from natsl.search.view import SearchView
@@ -191,9 +191,9 @@ def check_text(config: SearchRunConfig, data: TaskData) -> None:
 
 
 def trials_reported(run: Run) -> int:
-    """How many trials the report of a run is about (0: it has none). The report is the last file to be written."""
+    """How many trials the report of a run is about (−1: it has none). The report is the last file to be written."""
     if not run.report.exists() or not run.front_json.exists():
-        return 0
+        return -1
     front = read_json(run.front_json)
     history = front.get("hypervolume_history") if isinstance(front, dict) else None
     if not isinstance(history, list):
@@ -257,7 +257,8 @@ class _Search:
             if outdated:
                 folder.report.unlink(missing_ok=True)  # so that the next call does not take the search for finished
             folder.write_config(self.config)
-            with reported_faults(), self._judge(study, sums, model) as judge:
+            where = str(folder.study_db) if settings.storage is None else "search.storage"
+            with reported_errors(where), reported_faults(), self._judge(study, sums, model) as judge:
                 front = self._search(study, ScoreCache(folder.scores, sums).judge(judge))
         self._write(front)
         self.journal.front(front)

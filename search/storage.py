@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sqlite3
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from natsl.errors import UserError
 from natsl.files import follow_umask, sync_folder
 from natsl.search.objective import Direction
 from natsl.search.owner import Owner, claim, release
-from natsl.search.worker.table import sqlite_connector
+from natsl.search.worker.table import BUSY_SECONDS, METADATA, TASKS, sqlite_connector
 from natsl.secrets import redact_text
 
 FINGERPRINT = "natsl_fingerprint"  # study attribute: what the trials belong to
@@ -125,9 +126,13 @@ def reported_errors(where: str) -> Iterator[None]:
 
 
 def connect(url: str) -> RDBStorage:
-    """The database at ``url``; ``UserError`` if it cannot be reached."""
+    """The database at ``url``; ``UserError`` if it cannot be reached, and for a password that hides where it ends."""
+    password = re.match(r"[^:]+://[^:@/]*:(.*)@", url.partition("?")[0])
+    if password is not None and re.search(r"[/@\s]", password.group(1)):  # could not be removed from what is written
+        raise UserError("search.storage: write / as %2F, @ as %40 and a space as %20 in its password")
+    options = {"connect_args": {"timeout": BUSY_SECONDS}} if url.startswith("sqlite") else {}
     try:
-        return RDBStorage(url)
+        return RDBStorage(url, engine_kwargs=options)
     except ImportError as error:
         driver = getattr(error.__cause__, "name", None)
         advice = ": pip install 'natsl[postgres]'" if driver == "psycopg" else ""
@@ -162,6 +167,9 @@ def _shown(flat: Mapping[str, Any], key: str) -> str:
 
 def _create(storage: RDBStorage, identity: Identity) -> None:
     study = optuna.create_study(storage=storage, study_name=identity.name, directions=identity.directions)
+    METADATA.create_all(storage.engine)
+    with storage.engine.begin() as connection:  # of a deleted study that had the same number
+        connection.execute(TASKS.delete().where(TASKS.c.study_id == study._study_id))
     study.set_user_attr(FINGERPRINT, identity.fingerprint({}))
 
 

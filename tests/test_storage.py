@@ -348,3 +348,11 @@ def test_a_connection_that_is_lost_is_one_line_and_the_search_goes_on(
     with contextlib.closing(opened(place)) as again:
         again.run(synthetic)
         assert [record.index for record in again.records] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("password", ["pa/ss", "hun ter", "s@cret"])
+def test_a_password_that_cannot_be_told_from_the_url_is_refused(password: str) -> None:
+    """Where it ends shows in no message or file, so that it could not be left out of them."""
+    with pytest.raises(UserError, match="write / as %2F") as error:
+        connect(f"postgresql+psycopg://me:{password}@localhost/studies")
+    assert password not in str(error.value)

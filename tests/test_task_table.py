@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import optuna
 import pytest
 from sqlalchemy.dialects import registry
 from sqlalchemy.schema import CreateTable
 
 from natsl.search.owner import Owner
+from natsl.search.storage import Identity, _create, connect
 from natsl.search.worker.table import TASKS, Ended, TaskTable, open_engine
 
 PAYLOADS = {f"key{i}": {"method": "test", "number": i} for i in range(6)}
@@ -143,3 +145,19 @@ def test_studies_of_one_database_are_apart(tmp_path: Path) -> None:
 def test_long_results_fit_everywhere(name: str, text: str) -> None:
     made = str(CreateTable(TASKS).compile(dialect=registry.load(name)()))
     assert f"result {text}" in made
+
+
+def test_a_new_study_has_no_answers_of_a_deleted_one(tmp_path: Path) -> None:
+    """A database may give it the same number."""
+    storage, identity = connect(f"sqlite:///{tmp_path}/study.db"), Identity("mine", ["minimize"], lambda stored: {})
+    _create(storage, identity)
+    number = storage.get_study_id_from_name("mine")
+    table = TaskTable(storage.engine, number)
+    table.submit({"key": {}})
+    task = table.claim("worker", Owner.named(""))
+    assert task is not None
+    assert table.finish(task.lease, {"answer": 1}, None)
+    optuna.delete_study(study_name="mine", storage=storage)
+    _create(storage, identity)
+    assert storage.get_study_id_from_name("mine") == number
+    assert not table.ended(set())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from sqlalchemy.exc import SQLAlchemyError
 
 from natsl import signals
 from natsl.errors import UserError
@@ -195,6 +197,8 @@ class Dispatcher:
                 self._replace(task.worker)
             else:
                 silence[task.lease] = (task.beat, silent)
+                if silent == 0.0:
+                    self._silent.discard(task.worker)
         self._silence = silence
 
     def _replace(self, silent: str) -> None:
@@ -215,9 +219,8 @@ class Dispatcher:
         """End the workers; what they had is put back."""
         self._workers.close()
         self._on_look([], {})
-        if self._taken:
-            self._table.use(self._taken)
-        self._table.hold()
+        with contextlib.suppress(SQLAlchemyError):  # a database that is gone is what ended the search
+            self._table.hold()
 
 
 def raised(plain: Mapping[str, Any]) -> Exception:

@@ -7,7 +7,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +23,11 @@ from natsl.run import Run
 from natsl.search.config import Launcher, SearchRunConfig
 from natsl.search.owner import OWNER, Owner
 from natsl.search.source import made_from
-from natsl.search.storage import BEAT, FINGERPRINT, THREADS, connect, difference
+from natsl.search.storage import BEAT, FINGERPRINT, THREADS, connect, difference, reported_errors
 from natsl.search.study import Problem, fingerprint_of
 from natsl.search.worker.pool import Clock, Workers, worker_devices
 from natsl.search.worker.process import SUPERNET, Job
-from natsl.search.worker.table import TaskTable
+from natsl.search.worker.table import METADATA, TaskTable
 from natsl.threads import threads_each
 from natsl.tracking import TrackingConfig
 
@@ -46,7 +46,7 @@ def join(config: SearchRunConfig, problem: Problem, data: TaskData, device: torc
     if settings.storage is None or settings.launcher is not Launcher.local:
         return False
     storage = connect(settings.storage)
-    try:
+    with reported_errors("search.storage"), _closing(storage):
         if config.name not in optuna.get_all_study_names(storage):
             return False
         study = storage.get_study_id_from_name(config.name)
@@ -73,12 +73,19 @@ def join(config: SearchRunConfig, problem: Problem, data: TaskData, device: torc
         )
         folder = run.workers / f"{platform.node()}-{time.time_ns():x}"
         table = TaskTable(storage.engine, study)
+        METADATA.create_all(storage.engine)  # the controller may not have come to it
         serve(
             lambda: Workers(job, devices, folder, table, settings.trial_timeout),
             lambda: controller.beats(SILENCE * settings.lease_seconds),
         )
         _LOG.info("the search has ended, or its process has")
         return True
+
+
+@contextlib.contextmanager
+def _closing(storage: RDBStorage) -> Iterator[None]:
+    try:
+        yield
     finally:
         storage.remove_session()
         storage.engine.dispose()
@@ -125,7 +132,10 @@ class Controller:
         self._seen = time.monotonic()
 
     def _read(self) -> tuple[Owner | None, Any]:
-        attributes = self._storage.get_study_user_attrs(self._study)
+        try:
+            attributes = self._storage.get_study_user_attrs(self._study)
+        except KeyError:  # the study was deleted
+            return None, None
         owner = attributes.get(OWNER)
         with contextlib.suppress(TypeError):
             return None if owner is None else Owner(**owner), attributes.get(BEAT)

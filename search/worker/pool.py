@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sqlalchemy.exc import SQLAlchemyError
+
 import natsl
 from natsl.errors import UserError
 from natsl.search.config import Launcher, SearchConfig, SlurmConfig
@@ -111,7 +113,7 @@ class Workers:
         with seat.log.open("ab") as log:
             seat.begin = log.tell()
             seat.process = subprocess.Popen(
-                [sys.executable, "-m", _MODULE],
+                [sys.executable, "-P", "-m", _MODULE],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -197,9 +199,10 @@ class Workers:
             _end(process)
         for seat in self._seats:
             seat.process = None
-        for task in self._table.running() if processes else ():
-            if task.worker in processes:
-                self._table.put_back(task.lease, "the search was stopped", counted=False, wanted=False)
+        with contextlib.suppress(SQLAlchemyError):  # else the next call sees that they are gone
+            for task in self._table.running() if processes else ():
+                if task.worker in processes:
+                    self._table.put_back(task.lease, "the search was stopped", counted=False, wanted=False)
 
 
 def environment(threads: int) -> dict[str, str]:
