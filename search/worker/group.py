@@ -142,7 +142,7 @@ class Controller:
         here = Owner.named("")
         if owner is None or owner.is_gone(here) or (owner.pid, owner.started) == (here.pid, here.started):
             return False
-        if (owner.boot, owner.pids) == (here.boot, here.pids):
+        if owner.is_visible(here):
             return True
         end = time.monotonic() + _FIRST_BEAT
         while time.monotonic() < end:
