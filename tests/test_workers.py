@@ -243,6 +243,15 @@ def test_a_task_that_was_claimed_while_its_worker_was_ended_is_done_again(
         assert judge.search(FIRST[0], 0.25).val_loss is not None
 
 
+def test_the_last_line_of_a_log_has_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "1234-secret")
+    log = tmp_path / "0.log"
+    log.write_text("before\n" + "x" * 292 + " 1234-secret of postgresql://me:hidden@host\n\n")
+    assert pool.last_line(log) == ("x" * 292 + " <removed>")[:300]
+    log.write_text("no postgresql://me:hidden@host\n")
+    assert pool.last_line(log) == "no postgresql://me:<removed>@host"
+
+
 def test_another_worker_is_started_for_one_that_is_stopped(straight: Outcome, tmp_path: Path) -> None:
     study = search(tmp_path, config(workers=1, lease_seconds=1.0), fault="stop", policy=THIRD, times=1)
     assert outcome(study.records) == straight

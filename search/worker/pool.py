@@ -24,6 +24,7 @@ from natsl.errors import UserError
 from natsl.search.config import Launcher, SearchConfig, SlurmConfig
 from natsl.search.worker.process import DONE, EXIT_MISTAKE, READY, Job
 from natsl.search.worker.table import TaskTable
+from natsl.secrets import redact_text
 
 if TYPE_CHECKING:
     import torch
@@ -253,11 +254,12 @@ def _ending(code: int) -> str:
 
 
 def last_line(log: Path, begin: int = 0) -> str:
-    """The last line of a log after its first ``begin`` bytes, shortened; empty: there is none."""
+    """The last line of a log after its first ``begin`` bytes, shortened, without secrets; empty: there is none."""
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(max(begin, log.stat().st_size - 20_000))
         lines = file.read().decode(errors="replace").split("\n")
-        return next((line.strip()[:_LONGEST_LINE] for line in reversed(lines) if line.strip()), "")
+        line = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return redact_text(line)[:_LONGEST_LINE]
     return ""
 
 
