@@ -27,8 +27,10 @@ from natsl.search.study import PolicyStudy, SearchFailedError
 from natsl.search.trial import Record
 from natsl.search.worker import pool
 from natsl.search.worker.pool import Workers, worker_devices
+from natsl.search.worker.process import Job, _Worker
+from natsl.search.worker.table import TaskTable, open_engine
 from natsl.threads import threads_each
-from tests.fake_answers import evaluation
+from tests.fake_answers import FakeAnswers, evaluation
 from tests.fake_search import fake_search, search
 from tests.search_helpers import problem
 from tests.soak import soak
@@ -241,6 +243,38 @@ def test_a_task_that_was_claimed_while_its_worker_was_ended_is_done_again(
         assert judge.search(FIRST[1], 0.25).val_loss is not None
         assert judge.queue.history(second) == ["its worker was ended over another task: put back"]
         assert judge.search(FIRST[0], 0.25).val_loss is not None
+
+
+def test_a_worker_beats_until_its_result_is_stored_and_a_defect_leaves_its_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "1234-secret")
+    question = Question.search(FIRST[0], 0.25)
+    table = TaskTable(open_engine(tmp_path / "study.db", None), 1)
+    table.create()
+    table.submit({question.key: question.to_dict()})
+    worker = _Worker(Job(str(tmp_path / "study.db"), None, 1, 60.0, "", "", 1, {}, "", "", name="w"), os.dup(1))
+    leases = []
+
+    def finish(lease: str, answer: Any, error: Any) -> bool:
+        leases.append(worker._lease == lease)
+        return table.finish(lease, answer, error)
+
+    monkeypatch.setattr(worker._table, "finish", finish)
+
+    class Faulty(FakeAnswers):
+        def __init__(self) -> None:
+            self._config = {}
+
+        def __call__(self, question: Question) -> Any:
+            raise KeyError("1234-secret")
+
+    assert worker._work(Faulty())
+    assert leases == [True]
+    assert worker._lease is None
+    trace = capfd.readouterr().err
+    assert "Traceback" in trace
+    assert "KeyError: '<removed>'" in trace
 
 
 def test_the_last_line_of_a_log_has_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
