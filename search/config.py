@@ -96,7 +96,8 @@ class SearchConfig:
     batch: how many policies are proposed before a result of one of them is used, which the same seed then makes the
         same, however many workers there are (null: 1 with one worker, else four for each, when the search begins).
     synchronous: false proposes a policy whenever a worker is free: which ones then depends on how fast they are.
-    trial_timeout: seconds after which an evaluation counts as hung, and its process is killed (null: never).
+    trial_timeout: seconds after which a task, be it an evaluation or a whole control, counts as hung, and its process
+        is killed (null: never).
     lease_seconds: a worker that gives no sign of life for so long is taken to be lost, and another one evaluates.
     """
 

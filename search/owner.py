@@ -77,15 +77,21 @@ class Owner:
         """The text to store."""
         return json.dumps(vars(self), sort_keys=True)
 
+    def is_visible(self, here: Owner) -> bool:
+        """Whether ``here``, a process that runs, can tell whether this one does; without /proc, none can."""
+        return self.started != "" and (self.boot, self.pids) == (here.boot, here.pids)
+
     def is_gone(self, here: Owner) -> bool:
         """Whether the process is known to have ended, as far as ``here``, one that runs, can see."""
-        if (self.boot, self.pids) == (here.boot, here.pids):
+        if not self.started:
+            return False
+        if self.is_visible(here):
             return _started(self.pid) != self.started
         return (self.host, self.machine) == (here.host, here.machine) and self.boot != here.boot
 
     def blocks(self, other: Owner) -> bool:
         """Whether ``other``, a process on this machine that holds its run folder, has to stay away from the study."""
-        if (self.boot, self.pids) == (other.boot, other.pids):
+        if self.is_visible(other):
             itself = (self.pid, self.started) == (other.pid, other.started)
             return not itself and not self.is_gone(other)
         return not self.is_gone(other) and self.folder != other.folder
@@ -98,10 +104,13 @@ def claim(storage: RDBStorage, study_id: int, name: str, folder: Path) -> Owner:
         stored = _stored(storage, study_id)
         owner = None if stored is None else Owner.parse(stored)
         if owner is not None and owner.blocks(mine):
-            here = (owner.boot, owner.pids) == (mine.boot, mine.pids)
             options = ["--study-name", name, "--key", OWNER, "--value", "none"]
             command = shlex.join(["optuna", "study", "set-user-attr", "--storage", "URL", *options])
-            advice = "" if here else f"; if that machine is gone, free the study: {command} (URL: search.storage)"
+            advice = (
+                ""
+                if owner.is_visible(mine)
+                else f"; if that machine is gone, free the study: {command} (URL: search.storage)"
+            )
             raise UserError(
                 f"the study {name!r} is in use by process {owner.pid} on {owner.host}: wait until it has ended, "
                 f"or choose another name{advice}"

@@ -38,6 +38,7 @@ class Stopwatch:
         self._began: float | None = None
         self._told = False
         self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     @property
     def seconds(self) -> float:
@@ -64,7 +65,7 @@ class Stopwatch:
     def start(self) -> Stopwatch:
         """Begin to count."""
         self._began = monotonic()
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread.start()
         return self
 
     def stop(self, ended: int = -1) -> None:
@@ -72,6 +73,7 @@ class Stopwatch:
         if self._began is None:
             return
         self._stop.set()
+        self._thread.join()  # which may be storing a sum of before
         self._before, self._began, self._ended = self.seconds, None, ended
         self._store()
 

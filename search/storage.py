@@ -26,6 +26,7 @@ from natsl.secrets import redact_text
 
 FINGERPRINT = "natsl_fingerprint"  # study attribute: what the trials belong to
 THREADS = "natsl_threads"  # study attribute: how many each of its evaluations has
+SHARED = "natsl_shared"  # study attribute: settings of its owner that processes which join it have to share
 BEAT = "natsl_beat"  # study attribute: a number that its owner changes while it works
 _ADVICE = "move it away or choose another name"
 

@@ -27,7 +27,7 @@ from natsl.search.question import Question, Queue
 from natsl.search.rungs import Result, goes_on
 from natsl.search.samplers import Sampler, make_sampler
 from natsl.search.samplers.history import SHARE
-from natsl.search.storage import BEAT, FINGERPRINT, THREADS, Identity, OpenStudy, open_study, reported_errors
+from natsl.search.storage import BEAT, FINGERPRINT, SHARED, THREADS, Identity, OpenStudy, open_study, reported_errors
 from natsl.search.trial import Proposal, Record, Work
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy
@@ -92,6 +92,8 @@ class PolicyStudy:
         self._open: list[Work] = []  # proposed and not told, in order
         self.stops: Callable[[], bool] = lambda: False  # asked before each proposal: whether there are to be no more
         self._beaten = -math.inf
+        if config.storage is not None:
+            study.set_user_attr(SHARED, {"lease_seconds": config.lease_seconds, "batch_size": config.batch_size})
         self._told = -1  # Optuna's number of the latest record
         self.batch: int = self.fingerprint.get("batch", 1)
         while study.get_trials(False, (TrialState.WAITING,)):  # of a process that ended before it asked for it

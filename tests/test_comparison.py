@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from dataclasses import replace
@@ -16,6 +17,7 @@ from natsl.search.controls.comparer import SHUFFLES, Comparer, Rules
 from natsl.search.controls.comparison import LEARNED, Comparison, chosen_points, selection_share, spread_out
 from natsl.search.controls.hindsight import PASSES
 from natsl.search.controls.static import EXTRA, Shape, greedy_heads, mixture, most_evaluations
+from natsl.search.fault import WorkerError
 from natsl.search.front import Front
 from natsl.search.study import PolicyStudy
 from natsl.space.cost import kv_token_bytes
@@ -184,6 +186,21 @@ def test_a_control_that_is_not_finite_is_left_out_and_noted() -> None:
     assert not {"drop", "shuffled"} & {rival.name for rival in comparison.tasks[0].rivals}
     assert comparison.tasks[0].share is None
     assert comparer.problems == [*["shuffled@a: logits are not finite"] * 5, "drop@a: logits are not finite"]
+
+
+@pytest.mark.parametrize(("name", "noted"), [("hindsight", True), ("drop", False)])
+def test_a_control_in_hindsight_whose_worker_ends_is_left_out_and_noted(name: str, noted: bool) -> None:
+    def counts(policy: RoutingPolicy, control: str, draw: int) -> dict[str, Counts]:
+        if control == name:
+            raise WorkerError("an evaluation took longer than search.trial_timeout = 9 s")
+        return synthetic_counts(policy, control, draw)
+
+    comparer = Comparer(counts, shapes(ROUTED), FAMILY, Rules(0, 2, 0.0))
+    with contextlib.nullcontext() if noted else pytest.raises(WorkerError):
+        comparison = comparer.compare("a", POLICY, True)
+        assert comparison is not None
+        assert name not in {rival.name for rival in comparison.tasks[0].rivals}
+        assert comparer.problems == [f"{name}@a: an evaluation took longer than search.trial_timeout = 9 s"]
 
 
 def test_comparisons_are_in_front_json_and_read_back(front: Front) -> None:

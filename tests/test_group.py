@@ -86,10 +86,13 @@ def test_who_has_not_what_is_searched_cannot_join(
     shutil.copy(source.version, tmp_path / "ours/first")
     with pytest.raises(UserError, match=r"has other settings \(seed: 0 → 1\): join it with the same command"):
         run_search(replace(ours, seed=1))
-    served = []
-    monkeypatch.setattr(group, "serve", lambda *_: served.append(True))
-    assert run_search(ours) is None
-    assert served == [True]
+    with pytest.raises(UserError, match=r"has search\.batch_size = 8, not 4: join it with the same command"):
+        run_search(replace(ours, search=replace(ours.search, batch_size=4)))
+    jobs: list[Job] = []
+    monkeypatch.setattr(group, "Workers", lambda job, *_: jobs.append(job))
+    monkeypatch.setattr(group, "serve", lambda start, wanted: start())
+    assert run_search(replace(ours, search=replace(ours.search, lease_seconds=7.0))) is None
+    assert [job.lease_seconds for job in jobs] == [60.0], "as the search"
     with pytest.raises(UserError, match="in use by process"):
         run_search(tiny(tmp_path / "ours", text, n_trials=2, storage=url))  # whose process evaluates by itself
 

@@ -41,6 +41,18 @@ def test_who_blocks(change: dict[str, str], blocks: bool, tmp_path: Path) -> Non
     assert replace(alive, **change).blocks(mine) == blocks  # type: ignore[arg-type]
 
 
+def test_without_proc_a_process_counts_as_alive_and_its_run_folder_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, "_PROC", tmp_path / "none")
+    mine = Owner.named("ours")
+    other = replace(mine, pid=mine.pid + 1)
+    assert not mine.is_gone(mine)
+    assert not other.is_gone(mine)
+    assert not other.blocks(mine)
+    assert replace(other, folder="theirs").blocks(mine)
+
+
 def test_a_run_folder_keeps_its_name(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     mine = Owner.this_process(tmp_path)

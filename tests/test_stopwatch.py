@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,24 @@ def test_an_error_ends_the_count_and_a_damaged_file_is_said(
     with caplog.at_level(logging.INFO, "natsl"):
         assert Stopwatch(path, None).seconds == 0
     assert "hours.json cannot be read" in caplog.text
+
+
+def test_what_a_search_ends_with_is_stored_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storing, stored = threading.Event(), []
+
+    def store(path: Path, plain: dict[str, Any]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            storing.set()
+            time.sleep(0.2)
+        stored.append(plain["ended"])
+
+    monkeypatch.setattr(stopwatch, "_STORE_SECONDS", 0.01)
+    monkeypatch.setattr(stopwatch, "write_json", store)
+    watch = Stopwatch(tmp_path / "hours.json", None).start()
+    assert storing.wait(20)
+    watch.stop(5)
+    time.sleep(0.3)  # for a thread that still stores
+    assert stored[-1] == 5
 
 
 @pytest.mark.parametrize("hours", [0, -1.0, math.inf, math.nan])

@@ -21,11 +21,16 @@ from natsl.errors import UserError
 from natsl.files import from_plain, to_plain
 from natsl.search.config import Launcher, SearchConfig, SearchRunConfig
 from natsl.search.fault import WorkerError
+from natsl.search.owner import Owner
 from natsl.search.question import Question
 from natsl.search.study import PolicyStudy, SearchFailedError
 from natsl.search.trial import Record
-from natsl.search.worker.pool import worker_devices
+from natsl.search.worker import pool
+from natsl.search.worker.pool import Workers, worker_devices
+from natsl.search.worker.process import Job, _Worker
+from natsl.search.worker.table import TaskTable, open_engine
 from natsl.threads import threads_each
+from tests.fake_answers import FakeAnswers, evaluation
 from tests.fake_search import fake_search, search
 from tests.search_helpers import problem
 from tests.soak import soak
@@ -191,6 +196,94 @@ def test_a_worker_that_is_stopped_loses_its_trial_and_goes_on_later(
         assert any(str(stopped) in line and " 0.5 " in line for line in (tmp_path / "calls").read_text().splitlines())
     assert outcome(study.records) == straight
     assert not runs(stopped)
+
+
+def test_a_worker_that_is_stopped_is_ended_when_its_time_is_up(straight: Outcome, tmp_path: Path) -> None:
+    settings = config(workers=1, lease_seconds=1.0, trial_timeout=3.0)
+    with fake_search(tmp_path, settings, fault="stop", policy=THIRD, times=1) as (study, judge, dispatcher):
+        study.run(judge.search, queue=judge.queue)
+        stopped = int(next(line for line in (tmp_path / "calls").read_text().splitlines() if THIRD in line).split()[-1])
+        until(lambda: dispatcher._step() or not runs(stopped))
+    assert outcome(study.records) == straight
+
+
+def test_a_worker_that_waits_for_a_task_is_not_timed(tmp_path: Path) -> None:
+    with fake_search(tmp_path, config(workers=1, trial_timeout=100.0), seconds=1.0) as (_, judge, dispatcher):
+        judge.search(FIRST[0], 0.25)
+        workers = dispatcher._workers
+        assert isinstance(workers, Workers)
+        until(lambda: dispatcher._step() or workers._seats[0].lease is None)
+        workers.look(1000.0)
+        workers.look(1000.0)
+        judge.search(FIRST[1], 0.25)
+        assert workers.states[0].starts == 1
+    assert len(pids(tmp_path)) == 1
+
+
+def test_a_task_that_was_claimed_while_its_worker_was_ended_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (Question.search(policy, 0.25) for policy in FIRST[:2])
+    kill = pool._kill
+    with fake_search(tmp_path, config(workers=1, trial_timeout=100.0), fault="hang", times=1) as (_, judge, dispatcher):
+        table, workers = dispatcher._table, dispatcher._workers
+
+        def claim_and_kill(process: subprocess.Popen[bytes]) -> None:
+            monkeypatch.setattr(pool, "_kill", kill)
+            (task,) = table.running()
+            assert table.finish(task.lease, evaluation(FIRST[0], 0.25))
+            assert table.claim(task.worker, Owner.named(task.worker)) is not None
+            kill(process)
+
+        judge.queue.ahead([first, second])
+        until(lambda: dispatcher._step() or hung(tmp_path))
+        workers.look(0.0)
+        monkeypatch.setattr(pool, "_kill", claim_and_kill)
+        workers.look(1000.0)
+        assert judge.search(FIRST[1], 0.25).val_loss is not None
+        assert judge.queue.history(second) == ["its worker was ended over another task: put back"]
+        assert judge.search(FIRST[0], 0.25).val_loss is not None
+
+
+def test_a_worker_beats_until_its_result_is_stored_and_a_defect_leaves_its_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "1234-secret")
+    question = Question.search(FIRST[0], 0.25)
+    table = TaskTable(open_engine(tmp_path / "study.db", None), 1)
+    table.create()
+    table.submit({question.key: question.to_dict()})
+    worker = _Worker(Job(str(tmp_path / "study.db"), None, 1, 60.0, "", "", 1, {}, "", "", name="w"), os.dup(1))
+    leases = []
+
+    def finish(lease: str, answer: Any, error: Any) -> bool:
+        leases.append(worker._lease == lease)
+        return table.finish(lease, answer, error)
+
+    monkeypatch.setattr(worker._table, "finish", finish)
+
+    class Faulty(FakeAnswers):
+        def __init__(self) -> None:
+            self._config = {}
+
+        def __call__(self, question: Question) -> Any:
+            raise KeyError("1234-secret")
+
+    assert worker._work(Faulty())
+    assert leases == [True]
+    assert worker._lease is None
+    trace = capfd.readouterr().err
+    assert "Traceback" in trace
+    assert "KeyError: '<removed>'" in trace
+
+
+def test_the_last_line_of_a_log_has_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "1234-secret")
+    log = tmp_path / "0.log"
+    log.write_text("before\n" + "x" * 292 + " 1234-secret of postgresql://me:hidden@host\n\n")
+    assert pool.last_line(log) == ("x" * 292 + " <removed>")[:300]
+    log.write_text("no postgresql://me:hidden@host\n")
+    assert pool.last_line(log) == "no postgresql://me:<removed>@host"
 
 
 def test_another_worker_is_started_for_one_that_is_stopped(straight: Outcome, tmp_path: Path) -> None:

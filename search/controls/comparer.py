@@ -24,7 +24,7 @@ from natsl.search.controls.comparison import (
 )
 from natsl.search.controls.registry import CONTROLS
 from natsl.search.controls.static import mixture
-from natsl.search.fault import describe
+from natsl.search.fault import WorkerError, describe
 from natsl.search.question import Method, Question, Queue
 from natsl.space.cost import LayerShape, kv_token_bytes
 from natsl.space.policy import Op, RoutingPolicy
@@ -122,9 +122,9 @@ class Comparer:
         self.passes += 0 if name == LEARNED else CONTROLS[name].passes
         try:
             return self._counts(policy, name, draw)
-        except (FloatingPointError, torch.OutOfMemoryError) as error:
+        except (FloatingPointError, torch.OutOfMemoryError, WorkerError) as error:
             backward = name != LEARNED and CONTROLS[name].in_hindsight
-            if isinstance(error, torch.OutOfMemoryError) and not backward:
+            if not isinstance(error, FloatingPointError) and not backward:
                 raise
             self.problems.append(f"{name}@{of}: {describe(error)}")
             return None

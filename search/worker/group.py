@@ -20,10 +20,10 @@ from natsl.data import TaskData
 from natsl.errors import UserError
 from natsl.files import child_folder, to_plain, user_path
 from natsl.run import Run
-from natsl.search.config import Launcher, SearchRunConfig
+from natsl.search.config import Launcher, SearchConfig, SearchRunConfig
 from natsl.search.owner import OWNER, Owner
 from natsl.search.source import made_from
-from natsl.search.storage import BEAT, FINGERPRINT, THREADS, connect, difference, reported_errors
+from natsl.search.storage import BEAT, FINGERPRINT, SHARED, THREADS, connect, difference, reported_errors
 from natsl.search.study import Problem, fingerprint_of
 from natsl.search.worker.pool import Clock, Workers, worker_devices
 from natsl.search.worker.process import SUPERNET, Job
@@ -54,7 +54,9 @@ def join(config: SearchRunConfig, problem: Problem, data: TaskData, device: torc
         controller = Controller(storage, study)
         if not controller.lives():
             return False
-        sums = _checked(storage.get_study_user_attrs(study).get(FINGERPRINT, {}), config, problem, data, run)
+        attributes = storage.get_study_user_attrs(study)
+        sums = _checked(attributes.get(FINGERPRINT, {}), config, problem, data, run)
+        settings = _shared(attributes.get(SHARED, {}), settings, config.name)
         devices = worker_devices(settings, device)
         job = Job(
             path=str(run.study_db),
@@ -123,6 +125,17 @@ def _checked(
     return sums
 
 
+def _shared(owner: dict[str, Any], settings: SearchConfig, name: str) -> SearchConfig:
+    """``settings`` with the lease of the study's owner; ``UserError`` where evaluations would be in other batches."""
+    size = owner.get("batch_size", settings.batch_size)
+    if size != settings.batch_size:
+        raise UserError(
+            f"the search {name!r}, which another process makes, has search.batch_size = {size}, not "
+            f"{settings.batch_size}: join it with the same command, or choose another name"
+        )
+    return replace(settings, lease_seconds=owner.get("lease_seconds", settings.lease_seconds))
+
+
 class Controller:
     """The process that owns a study, as far as its attributes tell."""
 
@@ -152,7 +165,7 @@ class Controller:
         here = Owner.named("")
         if owner is None or owner.is_gone(here) or (owner.pid, owner.started) == (here.pid, here.started):
             return False
-        if (owner.boot, owner.pids) == (here.boot, here.pids):
+        if owner.is_visible(here):
             return True
         end = time.monotonic() + _FIRST_BEAT
         while time.monotonic() < end:

@@ -24,8 +24,9 @@ from sqlalchemy.exc import SQLAlchemyError
 import natsl
 from natsl.errors import UserError
 from natsl.search.config import Launcher, SearchConfig, SlurmConfig
-from natsl.search.worker.process import EXIT_MISTAKE, READY, Job
+from natsl.search.worker.process import DONE, EXIT_MISTAKE, READY, Job
 from natsl.search.worker.table import TaskTable
+from natsl.secrets import redact_text
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,9 @@ class _Seat:
     ready: bool = False
     starts: int = 0
     in_vain: int = 0  # starts since a worker was ready
-    why: str | None = None  # it was ended by us
+    lease: str | None = None  # of the task that it works on, even if the lease has ended
+    age: float = 0.0  # seconds since it has that task
+    why: str | None = None  # it was ended by us, over that task
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,6 @@ class Workers:
         self._count = 0
         folder.mkdir(parents=True, exist_ok=True)
         self._seats = [_Seat(device, folder / f"{i}.log") for i, device in enumerate(devices)]
-        self._ages: dict[str, float] = {}  # by lease
         try:
             for seat in self._seats:
                 seat.log.write_bytes(b"")
@@ -108,7 +110,8 @@ class Workers:
 
     def _start(self, seat: _Seat) -> None:
         self._count += 1
-        seat.name, seat.ready, seat.why = f"{self._token}-{self._count}", False, None
+        seat.name, seat.ready = f"{self._token}-{self._count}", False
+        seat.lease, seat.age, seat.why = None, 0.0, None
         seat.starts += 1
         with seat.log.open("ab") as log:
             seat.begin = log.tell()
@@ -147,6 +150,8 @@ class Workers:
             seat, said = seats[output], os.read(output, 65536)
             if READY in said:
                 seat.ready, seat.in_vain = True, 0
+            if DONE in said and seat.why is None:
+                seat.lease = None
             if not said:
                 self._ended(seat)
         return bool(heard)
@@ -161,11 +166,14 @@ class Workers:
         for task in self._table.running():
             if task.worker != seat.name:
                 continue
-            if seat.why is not None:
-                self._table.give_up(task.lease, why)
-            else:
-                wanted = self._wanted(task.key)
+            wanted = self._wanted(task.key)
+            if seat.why is None:
                 self._table.put_back(task.lease, why, counted=code != -signal.SIGTERM, wanted=wanted)
+            elif task.lease == seat.lease:
+                self._table.give_up(task.lease, why)
+            else:  # claimed while the worker was being ended
+                line = "its worker was ended over another task"
+                self._table.put_back(task.lease, line, counted=False, wanted=wanted)
         _LOG.info("%s; another one is started", why)
         seat.in_vain += not seat.ready
         if not seat.ready and (code == EXIT_MISTAKE or seat.in_vain >= _STARTS):
@@ -173,14 +181,19 @@ class Workers:
         self._start(seat)
 
     def look(self, seconds: float) -> None:
-        """End workers whose task takes too long; ``seconds`` since the last look, as far as this process ran."""
-        running = {task.lease: task for task in self._table.running() if task.worker in self.names}
-        self._ages = {lease: self._ages.get(lease, -seconds) + seconds for lease in running}
-        for lease, age in self._ages.items():
-            if self._timeout is not None and age > self._timeout:
-                seat = next(seat for seat in self._seats if seat.name == running[lease].worker)
+        """End workers whose task takes too long; ``seconds`` since the last look, as far as this process ran.
+
+        One that does not even beat loses its lease before, but has not said that it is done.
+        """
+        leases = {task.worker: task.lease for task in self._table.running()}
+        for seat in self._seats:
+            if seat.process is None or seat.why is not None:
+                continue
+            lease = leases.get(seat.name, seat.lease)
+            seat.age = seat.age + seconds if lease is not None and lease == seat.lease else 0.0
+            seat.lease = lease
+            if self._timeout is not None and seat.age > self._timeout:
                 seat.why = f"an evaluation took longer than search.trial_timeout = {self._timeout:g} s"
-                assert seat.process is not None
                 _kill(seat.process)
 
     def add(self) -> None:
@@ -244,11 +257,12 @@ def _ending(code: int) -> str:
 
 
 def last_line(log: Path, begin: int = 0) -> str:
-    """The last line of a log after its first ``begin`` bytes, shortened; empty: there is none."""
+    """The last line of a log after its first ``begin`` bytes, shortened, without secrets; empty: there is none."""
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(max(begin, log.stat().st_size - 20_000))
         lines = file.read().decode(errors="replace").split("\n")
-        return next((line.strip()[:_LONGEST_LINE] for line in reversed(lines) if line.strip()), "")
+        line = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return redact_text(line)[:_LONGEST_LINE]
     return ""
 
 

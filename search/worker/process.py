@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -129,9 +130,12 @@ class _Worker:
             answer = answers(Question.from_dict(task.payload))
         except Exception as fault:
             error = plain_error(fault)
+            if type(fault).__name__ not in KINDS:  # a defect, rather than what evaluations are known to meet
+                print(redact_text(traceback.format_exc()), file=sys.stderr, flush=True)
         usable = error is None or answers.recover()  # by now nothing holds what the evaluation had in memory
-        self._lease = None
-        if not self._patiently(lambda: self._table.finish(task.lease, answer, error)):
+        finished = self._patiently(lambda: self._table.finish(task.lease, answer, error))
+        self._lease = None  # it beats until then: the database may be busy
+        if not finished:
             print("the lease of a task had ended: its result is ignored", file=sys.stderr, flush=True)
         self._say(DONE)
         if not usable:

@@ -207,7 +207,7 @@ def _reason(job: submitit.Job[str]) -> str:
     """Why a job ended, in a line, as far as it said so."""
     if job.paths.result_pickle.exists() and job.exception() is None:
         return job.result()
-    return redact_text(last_line(job.paths.stderr))
+    return last_line(job.paths.stderr)
 
 
 def work(plain: str, devices: list[str], folder: str, timeout: float | None) -> str:
