@@ -27,7 +27,7 @@ from natsl.search.outer import command, value
 from natsl.search.outer.config import OuterConfig, OuterRunConfig, OuterSpace
 from natsl.search.outer.report import OuterResult, print_result
 from natsl.search.outer.study import OuterRecord, OuterStudy, State, goes_on
-from natsl.search.pipeline import make_problem
+from natsl.search.pipeline import make_problem, run_search
 from natsl.search.study import SearchFailedError
 from natsl.space.policy import Op
 from natsl.train import TrainingDivergedError, learning_rate
@@ -412,6 +412,33 @@ def test_the_run_of_a_search_is_left_alone(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match="name = 'mine' is a run with a supernet of its own"):
         command.search_settings(config(tmp_path, text))
     assert not run.study_db.exists()
+
+
+def test_another_command_leaves_an_outer_search_alone(done: OuterResult, text: str) -> None:
+    own, trials = config(done.run.path.parent, text), done.run.path / "trials"
+    assert done.best is not None
+    with pytest.raises(UserError, match=f"'mine' is an outer search: .* root={trials} name={done.best.id}$"):
+        run_search(replace(tiny(done.run.path.parent, text), name="mine"))
+    assert not done.run.supernet.exists()
+    assert results(command.search_settings(own)) == results(done)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> OuterRunConfig:
+    """An outer search of one trial whose study is in a database, made."""
+    monkeypatch.setattr("natsl.search.pipeline.run_search", lambda config, arguments: None)
+    own = config(tmp_path / "runs", text, n_trials=1, rungs=[1.0])
+    own = replace(own, search=replace(own.search, storage=f"sqlite:///{tmp_path}/trials.db"))
+    command.search_settings(own)
+    return own
+
+
+def test_refused_options_are_not_written_beside_a_study_in_a_database(elsewhere: OuterRunConfig) -> None:
+    file = Path(elsewhere.root) / "mine" / "config.yaml"
+    before = file.read_text()
+    with pytest.raises(UserError, match=r"outer.keep: 0.3 then, 0.9 now"):
+        command.search_settings(replace(elsewhere, outer=replace(elsewhere.outer, keep=0.9)))
+    assert file.read_text() == before
 
 
 def test_in_python(done: OuterResult, text: str) -> None:
