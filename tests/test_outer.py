@@ -359,6 +359,7 @@ MISTAKES = {
     "outer.keep=0": "outer.keep = 0.0 is not allowed",
     "outer.n_trials=0": "outer.n_trials = 0 is not allowed",
     "outer.space.momentum=[0,1]": "unknown option 'outer.space.momentum'",
+    "search.max_hours=2": "search.max_hours = 2.0 is not allowed: an outer search ends after outer.n_trials",
     "supernet_from=other": "supernet_from = 'other' is not allowed",
 }
 
