@@ -29,7 +29,7 @@ from natsl.search.outer.report import OuterResult, print_result
 from natsl.search.outer.study import OuterRecord, OuterStudy, State, goes_on
 from natsl.search.pipeline import make_problem, run_search
 from natsl.search.study import SearchFailedError
-from natsl.space.policy import Op
+from natsl.space.policy import Op, RoutingPolicy
 from natsl.train import TrainingDivergedError, learning_rate
 from tests.search_helpers import read_log
 from tests.test_pipeline import tiny
@@ -440,6 +440,24 @@ def test_refused_options_are_not_written_beside_a_study_in_a_database(elsewhere:
     with pytest.raises(UserError, match=r"outer.keep: 0.3 then, 0.9 now"):
         command.search_settings(replace(elsewhere, outer=replace(elsewhere.outer, keep=0.9)))
     assert file.read_text() == before
+
+
+@pytest.mark.usefixtures("no_policies")
+def test_given_policies_are_read_before_the_first_trial_only(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tmp_path / "policy.json"
+    policy.write_text(RoutingPolicy.uniform([Op.routed] * 2, 8, 0.4).to_json())
+    own = config(tmp_path / "runs", text, OuterSpace(chunk_size=[8], route_temperature=[]), n_trials=2, rungs=[1.0])
+    own = replace(own, search=replace(own.search, policies=[str(policy)]))
+    ask = OuterStudy.next
+
+    def next_trial(study: OuterStudy) -> Any:
+        policy.unlink(missing_ok=True)
+        return ask(study)
+
+    monkeypatch.setattr(OuterStudy, "next", next_trial)
+    assert [record.state for record in command.search_settings(own).records] == [State.complete] * 2
 
 
 def test_in_python(done: OuterResult, text: str) -> None:
