@@ -442,6 +442,11 @@ def test_refused_options_are_not_written_beside_a_study_in_a_database(elsewhere:
     assert file.read_text() == before
 
 
+def test_trials_in_another_root_are_missed(elsewhere: OuterRunConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no trial t0000: the trials of this study are in another root"):
+        command.search_settings(replace(elsewhere, root=str(tmp_path / "others")))
+
+
 @pytest.mark.usefixtures("no_policies")
 def test_given_policies_are_read_before_the_first_trial_only(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch

@@ -148,6 +148,11 @@ class _Outer:
     def make(self, study: OuterStudy) -> None:
         """Make the trials that remain; ``SearchFailedError`` once too many have failed."""
         for record in study.records:
+            if record.same_as is None and not (self.run.trials / record.id).is_dir():
+                raise UserError(
+                    f"{self.run.trials} has no trial {record.id}: the trials of this study are in another root; give "
+                    "that, or choose another name"
+                )
             self._mark(record)  # the process was killed before it did
         study.check_failures()
         while study.remaining:
