@@ -241,8 +241,6 @@ def test_more_trials_go_on_as_if_it_had_been_one_search(done: OuterResult, tmp_p
     ("where", "error", "reason"),
     [
         ("natsl.train.fit", TrainingDivergedError("5 steps"), "diverged"),
-        ("natsl.train.fit", torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
-        ("natsl.train.fit", RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
         ("natsl.search.outer.value.judge", FloatingPointError("logits of task mqar are not finite"), "not finite"),
     ],
 )
@@ -261,14 +259,77 @@ def test_settings_of_no_use_fail_and_the_search_goes_on(
     assert len(again.records) == 3
 
 
-def fail_once(where: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_policies")
+@pytest.mark.parametrize(
+    ("where", "skip", "killed", "error"),
+    [
+        pytest.param("natsl.train.fit", 0, False, RuntimeError("can't allocate memory"), id="first steps on a CPU"),
+        pytest.param("natsl.calibrate.calibrate", 1, False, torch.OutOfMemoryError("full"), id="past a rung"),
+        pytest.param(
+            "natsl.calibrate.calibrate", 1, True, torch.OutOfMemoryError("full"), id="killed when tried again"
+        ),
+    ],
+)
+def test_what_did_not_fit_into_memory_is_tried_again_by_the_next_call(
+    where: str,
+    skip: int,
+    killed: bool,
+    error: Exception,
+    done: OuterResult,
+    tmp_path: Path,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fail_once(where, error, monkeypatch, skip)
+    own = config(tmp_path, text, n_trials=1)
+    with pytest.raises(UserError, match="no trial of 'mine' was trained to its end; the last failure: out of memory"):
+        command.search_settings(own)
+    marked = tmp_path / "mine" / "trials" / "t0000" / "trial.json"
+    assert json.loads(marked.read_text())["state"] == "failed"
+    if killed:
+        with monkeypatch.context() as patch:
+            patch.setattr(OuterStudy, "report", kill_at(0, OuterStudy.report, before=True))
+            with pytest.raises(Killed):
+                command.search_settings(own)
+    result = command.search_settings(config(tmp_path, text))
+    assert results(result) == results(done)
+    assert json.loads(marked.read_text())["state"] == "complete"
+
+
+@pytest.mark.usefixtures("no_policies")
+def test_what_never_fits_into_memory_is_tried_once_in_a_call(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    def fit(run: Run, *arguments: Any, **options: Any) -> None:
+        begun.append(run.name)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("natsl.train.fit", fit)
+    own = config(tmp_path, text, n_trials=2)
+    for n_trials, expected in ((2, ["t0000", "t0001"]), (3, ["t0000", "t0001", "t0002"])):
+        begun.clear()
+        with pytest.raises(UserError, match="no trial of 'mine'"):
+            command.search_settings(config(tmp_path, text, n_trials=n_trials))
+        assert begun == expected
+    own = replace(own, search=replace(own.search, min_failures=3))
+    begun.clear()
+    with pytest.raises(SearchFailedError, match="3 of 3 trials failed"):
+        command.search_settings(own)
+    assert begun == expected
+
+
+def fail_once(where: str, error: Exception, monkeypatch: pytest.MonkeyPatch, skip: int = 0) -> None:
+    """``skip``: calls before the one that fails."""
     module, _, name = where.rpartition(".")
     works = getattr(__import__(module, fromlist=[name]), name)
-    errors = [error]
+    outcomes = [error, *[None] * skip]
 
     def fails(*arguments: Any, **options: Any) -> Any:
-        if errors:
-            raise errors.pop()
+        outcome = outcomes.pop() if outcomes else None
+        if outcome is not None:
+            raise outcome
         return works(*arguments, **options)
 
     monkeypatch.setattr(where, fails)

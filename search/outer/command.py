@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from natsl.search.study import Problem
 
 _LOG = logging.getLogger(__name__)
+_END = "trial.json"  # in the folder of a trial: how it ended
 
 
 def run_outer(config: OuterRunConfig) -> None:
@@ -173,6 +174,7 @@ class _Outer:
         reason: str | None = None
         with run.lock():
             check_resume(run, config)
+            (run.path / _END).unlink(missing_ok=True)  # of the failure after which it is tried again
             keep_record(run, self.data, root, None, config.allow_other_data)
             try:
                 while len(trial.values) < len(self.rungs) and not study.stops(trial):
@@ -189,7 +191,7 @@ class _Outer:
 
     def _mark(self, record: OuterRecord) -> None:
         """Say in the folder of a trial how it ended."""
-        path = self.run.trials / record.id / "trial.json"
+        path = self.run.trials / record.id / _END
         if record.same_as is None and not path.exists():
             options = search_options(self.config.trial(record.id, str(self.run.trials), record.settings))
             again = shlex.join(["natsl", "search", *options])  # trains it to the end, and searches its policies
@@ -245,16 +247,17 @@ def search_options(config: SearchRunConfig) -> list[str]:
 def failure(error: Exception) -> str | None:
     """Why settings are of no use, if an error says that; null for one that has other causes.
 
-    They diverge, nothing they lead to can be judged, or they do not fit into memory.
+    They diverge, nothing they lead to can be judged, or they do not fit into memory, which the next call tries again.
     """
     import torch
 
     from natsl.search.fault import describe
+    from natsl.search.outer.study import OUT_OF_MEMORY
     from natsl.train import TrainingDivergedError
 
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or on_cpu:
-        return f"out of memory ({describe(error)})"
+        return f"{OUT_OF_MEMORY} ({describe(error)})"
     if isinstance(error, TrainingDivergedError):
         return f"diverged ({describe(error)})"
     return describe(error) if isinstance(error, ArithmeticError) else None
