@@ -26,7 +26,7 @@ from natsl.search.config import SearchRunConfig
 from natsl.search.outer import command, value
 from natsl.search.outer.config import OuterConfig, OuterRunConfig, OuterSpace
 from natsl.search.outer.report import OuterResult, print_result
-from natsl.search.outer.study import OuterRecord, OuterStudy, State, goes_on
+from natsl.search.outer.study import OuterRecord, OuterStudy, OuterTrial, State, goes_on
 from natsl.search.pipeline import make_problem, run_search
 from natsl.search.study import SearchFailedError
 from natsl.space.policy import Op, RoutingPolicy
@@ -280,6 +280,13 @@ def test_what_did_not_fit_into_memory_is_tried_again_by_the_next_call(
     text: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    judged, report = [], OuterStudy.report
+
+    def reported(study: OuterStudy, trial: OuterTrial, value: float, points: Any) -> None:
+        judged.append((trial.id, len(trial.values)))
+        report(study, trial, value, points)
+
+    monkeypatch.setattr(OuterStudy, "report", reported)
     fail_once(where, error, monkeypatch, skip)
     own = config(tmp_path, text, n_trials=1)
     with pytest.raises(UserError, match="no trial of 'mine' was trained to its end; the last failure: out of memory"):
@@ -288,12 +295,13 @@ def test_what_did_not_fit_into_memory_is_tried_again_by_the_next_call(
     assert json.loads(marked.read_text())["state"] == "failed"
     if killed:
         with monkeypatch.context() as patch:
-            patch.setattr(OuterStudy, "report", kill_at(0, OuterStudy.report, before=True))
+            patch.setattr(OuterStudy, "report", kill_at(0, reported, before=False))
             with pytest.raises(Killed):
                 command.search_settings(own)
     result = command.search_settings(config(tmp_path, text))
     assert results(result) == results(done)
     assert json.loads(marked.read_text())["state"] == "complete"
+    assert len(judged) == len(set(judged))  # each once at each rung
 
 
 @pytest.mark.usefixtures("no_policies")
