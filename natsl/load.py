@@ -75,8 +75,7 @@ def read_front(run: Run) -> dict[str, Any]:
     if (run.path / "ablation.json").exists():
         raise UserError(f"run {run.name!r} is an ablation, which has no front: choose a run of natsl search")
     if (run.path / "outer.json").exists():
-        best = read_json(run.path / "outer.json").get("best") or {}
-        trial = option_text(run_options(best.get("id", "t0000"), str(run.path / "trials")))
+        trial = option_text(run_options(run.best_trial(), str(run.trials)))
         raise UserError(
             f"run {run.name!r} is an outer search, which has no front: choose one of its trials, as {trial}"
         )

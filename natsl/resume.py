@@ -55,12 +55,18 @@ def check_resume(run: Run, config: Any) -> frozenset[str]:
     """Compare the options of a command with those that its run was made under; returns the names that have changed.
 
     A run that has stored nothing yet takes the new options: ``config.yaml`` is written. Raises ``UserError`` if an
-    option differs that a resumed run cannot honour.
+    option differs that a resumed run cannot honour, or if it is an outer search and the command is another.
     """
-    if not run.config.exists() or not (any(run.supernet.glob("step-*.json")) or run.study_db.exists()):
+    begun = any(run.supernet.glob("step-*.json")) or run.study_db.exists() or run.trials.is_dir()
+    if not run.config.exists() or not begun:
         run.write_config(config)
         return frozenset()
     stored = read_config(run.config)
+    if "outer" in stored and not hasattr(config, "outer"):
+        raise UserError(
+            f"name = {run.name!r} is an outer search: choose another name, or one of its trials, as "
+            f"root={run.trials} name={run.best_trial()}"
+        )
     changes = {name: values for name, *values in differences("", stored, config, type(config)())}
     if getattr(config, "supernet_from", None) is not None:  # these come from the supernet, whatever was given
         changes = {name: values for name, values in changes.items() if name.split(".")[0] not in _OF_SUPERNET}

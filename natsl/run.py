@@ -51,6 +51,7 @@ class Run:
         self.log_file = path / "log.jsonl"
         self.wandb = path / "wandb"
         self.exports = path / "export"
+        self.trials = path / "trials"  # of an outer search, each a run
 
     @classmethod
     def open(cls, name: str, root: str | Path = "runs", create: bool = True) -> Run:
@@ -94,6 +95,12 @@ class Run:
             for item in runs
             if any(file.name != "run.json" and not file.name.startswith(".") for file in item.iterdir())
         )
+
+    def best_trial(self) -> str:
+        """Name of the best trial of this outer search; of the first one while there is no best."""
+        file = self.path / "outer.json"
+        best = read_json(file)["best"] if file.exists() else None
+        return "t0000" if best is None else str(best["id"])
 
     def _check_version(self) -> None:
         if not self.version.is_file():

@@ -26,10 +26,10 @@ from natsl.search.config import SearchRunConfig
 from natsl.search.outer import command, value
 from natsl.search.outer.config import OuterConfig, OuterRunConfig, OuterSpace
 from natsl.search.outer.report import OuterResult, print_result
-from natsl.search.outer.study import OuterRecord, OuterStudy, State, goes_on
-from natsl.search.pipeline import make_problem
+from natsl.search.outer.study import OuterRecord, OuterStudy, OuterTrial, State, goes_on
+from natsl.search.pipeline import make_problem, run_search
 from natsl.search.study import SearchFailedError
-from natsl.space.policy import Op
+from natsl.space.policy import Op, RoutingPolicy
 from natsl.train import TrainingDivergedError, learning_rate
 from tests.search_helpers import read_log
 from tests.test_pipeline import tiny
@@ -241,8 +241,6 @@ def test_more_trials_go_on_as_if_it_had_been_one_search(done: OuterResult, tmp_p
     ("where", "error", "reason"),
     [
         ("natsl.train.fit", TrainingDivergedError("5 steps"), "diverged"),
-        ("natsl.train.fit", torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
-        ("natsl.train.fit", RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
         ("natsl.search.outer.value.judge", FloatingPointError("logits of task mqar are not finite"), "not finite"),
     ],
 )
@@ -261,14 +259,85 @@ def test_settings_of_no_use_fail_and_the_search_goes_on(
     assert len(again.records) == 3
 
 
-def fail_once(where: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_policies")
+@pytest.mark.parametrize(
+    ("where", "skip", "killed", "error"),
+    [
+        pytest.param("natsl.train.fit", 0, False, RuntimeError("can't allocate memory"), id="first steps on a CPU"),
+        pytest.param("natsl.calibrate.calibrate", 1, False, torch.OutOfMemoryError("full"), id="past a rung"),
+        pytest.param(
+            "natsl.calibrate.calibrate", 1, True, torch.OutOfMemoryError("full"), id="killed when tried again"
+        ),
+    ],
+)
+def test_what_did_not_fit_into_memory_is_tried_again_by_the_next_call(
+    where: str,
+    skip: int,
+    killed: bool,
+    error: Exception,
+    done: OuterResult,
+    tmp_path: Path,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judged, report = [], OuterStudy.report
+
+    def reported(study: OuterStudy, trial: OuterTrial, value: float, points: Any) -> None:
+        judged.append((trial.id, len(trial.values)))
+        report(study, trial, value, points)
+
+    monkeypatch.setattr(OuterStudy, "report", reported)
+    fail_once(where, error, monkeypatch, skip)
+    own = config(tmp_path, text, n_trials=1)
+    with pytest.raises(UserError, match="no trial of 'mine' was trained to its end; the last failure: out of memory"):
+        command.search_settings(own)
+    marked = tmp_path / "mine" / "trials" / "t0000" / "trial.json"
+    assert json.loads(marked.read_text())["state"] == "failed"
+    if killed:
+        with monkeypatch.context() as patch:
+            patch.setattr(OuterStudy, "report", kill_at(0, reported, before=False))
+            with pytest.raises(Killed):
+                command.search_settings(own)
+    result = command.search_settings(config(tmp_path, text))
+    assert results(result) == results(done)
+    assert json.loads(marked.read_text())["state"] == "complete"
+    assert len(judged) == len(set(judged))  # each once at each rung
+
+
+@pytest.mark.usefixtures("no_policies")
+def test_what_never_fits_into_memory_is_tried_once_in_a_call(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    def fit(run: Run, *arguments: Any, **options: Any) -> None:
+        begun.append(run.name)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("natsl.train.fit", fit)
+    own = config(tmp_path, text, n_trials=2)
+    for n_trials, expected in ((2, ["t0000", "t0001"]), (3, ["t0000", "t0001", "t0002"])):
+        begun.clear()
+        with pytest.raises(UserError, match="no trial of 'mine'"):
+            command.search_settings(config(tmp_path, text, n_trials=n_trials))
+        assert begun == expected
+    own = replace(own, search=replace(own.search, min_failures=3))
+    begun.clear()
+    with pytest.raises(SearchFailedError, match="3 of 3 trials failed"):
+        command.search_settings(own)
+    assert begun == expected
+
+
+def fail_once(where: str, error: Exception, monkeypatch: pytest.MonkeyPatch, skip: int = 0) -> None:
+    """``skip``: calls before the one that fails."""
     module, _, name = where.rpartition(".")
     works = getattr(__import__(module, fromlist=[name]), name)
-    errors = [error]
+    outcomes = [error, *[None] * skip]
 
     def fails(*arguments: Any, **options: Any) -> Any:
-        if errors:
-            raise errors.pop()
+        outcome = outcomes.pop() if outcomes else None
+        if outcome is not None:
+            raise outcome
         return works(*arguments, **options)
 
     monkeypatch.setattr(where, fails)
@@ -359,6 +428,7 @@ MISTAKES = {
     "outer.keep=0": "outer.keep = 0.0 is not allowed",
     "outer.n_trials=0": "outer.n_trials = 0 is not allowed",
     "outer.space.momentum=[0,1]": "unknown option 'outer.space.momentum'",
+    "search.max_hours=2": "search.max_hours = 2.0 is not allowed: an outer search ends after outer.n_trials",
     "supernet_from=other": "supernet_from = 'other' is not allowed",
 }
 
@@ -412,6 +482,56 @@ def test_the_run_of_a_search_is_left_alone(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match="name = 'mine' is a run with a supernet of its own"):
         command.search_settings(config(tmp_path, text))
     assert not run.study_db.exists()
+
+
+def test_another_command_leaves_an_outer_search_alone(done: OuterResult, text: str) -> None:
+    own, trials = config(done.run.path.parent, text), done.run.path / "trials"
+    assert done.best is not None
+    with pytest.raises(UserError, match=f"'mine' is an outer search: .* root={trials} name={done.best.id}$"):
+        run_search(replace(tiny(done.run.path.parent, text), name="mine"))
+    assert not done.run.supernet.exists()
+    assert results(command.search_settings(own)) == results(done)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> OuterRunConfig:
+    """An outer search of one trial whose study is in a database, made."""
+    monkeypatch.setattr("natsl.search.pipeline.run_search", lambda config, arguments: None)
+    own = config(tmp_path / "runs", text, n_trials=1, rungs=[1.0])
+    own = replace(own, search=replace(own.search, storage=f"sqlite:///{tmp_path}/trials.db"))
+    command.search_settings(own)
+    return own
+
+
+def test_refused_options_are_not_written_beside_a_study_in_a_database(elsewhere: OuterRunConfig) -> None:
+    file = Path(elsewhere.root) / "mine" / "config.yaml"
+    before = file.read_text()
+    with pytest.raises(UserError, match=r"outer.keep: 0.3 then, 0.9 now"):
+        command.search_settings(replace(elsewhere, outer=replace(elsewhere.outer, keep=0.9)))
+    assert file.read_text() == before
+
+
+def test_trials_in_another_root_are_missed(elsewhere: OuterRunConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no trial t0000: the trials of this study are in another root"):
+        command.search_settings(replace(elsewhere, root=str(tmp_path / "others")))
+
+
+@pytest.mark.usefixtures("no_policies")
+def test_given_policies_are_read_before_the_first_trial_only(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tmp_path / "policy.json"
+    policy.write_text(RoutingPolicy.uniform([Op.routed] * 2, 8, 0.4).to_json())
+    own = config(tmp_path / "runs", text, OuterSpace(chunk_size=[8], route_temperature=[]), n_trials=2, rungs=[1.0])
+    own = replace(own, search=replace(own.search, policies=[str(policy)]))
+    ask = OuterStudy.next
+
+    def next_trial(study: OuterStudy) -> Any:
+        policy.unlink(missing_ok=True)
+        return ask(study)
+
+    monkeypatch.setattr(OuterStudy, "next", next_trial)
+    assert [record.state for record in command.search_settings(own).records] == [State.complete] * 2
 
 
 def test_in_python(done: OuterResult, text: str) -> None:

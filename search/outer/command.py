@@ -13,11 +13,10 @@ import logging
 import math
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from natsl.command import changed_options, option_line
-from natsl.config import TRAINING_VERSION
+from natsl.config import TRAINING_VERSION, ModelConfig
 from natsl.device import resolve_device
 from natsl.errors import UserError
 from natsl.files import child_folder, to_plain, user_path, write_json
@@ -35,8 +34,10 @@ if TYPE_CHECKING:
     from natsl.search.outer.report import OuterResult
     from natsl.search.outer.study import OuterRecord, OuterStudy, OuterTrial
     from natsl.search.pareto import Scale
+    from natsl.search.study import Problem
 
 _LOG = logging.getLogger(__name__)
+_END = "trial.json"  # in the folder of a trial: how it ended
 
 
 def run_outer(config: OuterRunConfig) -> None:
@@ -53,14 +54,15 @@ def search_settings(config: OuterRunConfig) -> OuterResult:
     from natsl.search.outer.report import OuterResult, write
     from natsl.search.outer.study import open_outer_study
     from natsl.search.outer.value import common_scale
-    from natsl.search.pipeline import prepare
+    from natsl.search.pipeline import make_problem, prepare
     from natsl.search.rungs import useful
     from natsl.search.storage import connect, reported_errors
 
     folder = child_folder(user_path(config.root, "root"), config.name, "name")
-    root, space = str(folder / "trials"), config.outer.space
+    root, space = str(Run(folder).trials), config.outer.space
     structures = [config.trial("t0000", root, settings) for settings in space.structures()]
     scale = common_scale(structures)
+    problems = [(item.model, make_problem(item)) for item in structures]
     data = prepare(structures[0])[2]
     if config.search.storage is not None:
         connect(config.search.storage)
@@ -71,12 +73,12 @@ def search_settings(config: OuterRunConfig) -> OuterResult:
         if run.front_json.exists() or any(run.supernet.glob("step-*.json")):
             raise UserError(f"name = {config.name!r} is a run with a supernet of its own: choose another name")
         check_resume(run, config)
-        made_from = {"natsl": __version__, **_made_from(config, structures, rungs, data)}
+        made_from = {"natsl": __version__, **_made_from(config, [problem for _, problem in problems], rungs, data)}
         with contextlib.closing(open_outer_study(run.study_db, config, rungs, made_from)) as study:
             run.write_config(config)
             with start_tracker(config.tracking, run, to_plain(config)) if study.remaining else Tracker() as tracker:
                 with reported_errors(str(run.study_db) if config.search.storage is None else "search.storage"):
-                    _Outer(config, run, root, rungs, scale, data, device, tracker).make(study)
+                    _Outer(config, run, rungs, scale, problems, data, device, tracker).make(study)
                 result = OuterResult(run, space, scale, tuple(rungs), tuple(study.records), _notes(study)).tested()
                 write(result)
                 tracker.image("outer/picture", run.path / "outer.png")
@@ -96,14 +98,11 @@ def search_settings(config: OuterRunConfig) -> OuterResult:
     return result
 
 
-def _made_from(
-    config: OuterRunConfig, structures: list[SearchRunConfig], rungs: list[int], data: TaskData
-) -> dict[str, Any]:
+def _made_from(config: OuterRunConfig, problems: list[Problem], rungs: list[int], data: TaskData) -> dict[str, Any]:
     """What the trials depend on beside their settings, as the study stores it."""
     from natsl.search.outer.value import fixed_policies
-    from natsl.search.pipeline import make_problem
 
-    judged = [p.digest() for item in structures for p in fixed_policies(make_problem(item), item.search)]
+    judged = [policy.digest() for problem in problems for policy in fixed_policies(problem, config.search)]
     plain, search = to_plain(config), config.search
     searched = {option for option, *_ in config.outer.space.axes()}
     sections = {
@@ -136,13 +135,13 @@ def _notes(study: OuterStudy) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Outer:
-    """The trials of one outer search."""
+    """The trials of one outer search. ``problems``: what is asked of a supernet, by its structure."""
 
     config: OuterRunConfig
     run: Run
-    root: str
     rungs: list[int]
     scale: Scale
+    problems: list[tuple[ModelConfig, Problem]]
     data: TaskData
     device: torch.device
     tracker: Tracker
@@ -150,6 +149,11 @@ class _Outer:
     def make(self, study: OuterStudy) -> None:
         """Make the trials that remain; ``SearchFailedError`` once too many have failed."""
         for record in study.records:
+            if record.same_as is None and not (self.run.trials / record.id).is_dir():
+                raise UserError(
+                    f"{self.run.trials} has no trial {record.id}: the trials of this study are in another root; give "
+                    "that, or choose another name"
+                )
             self._mark(record)  # the process was killed before it did
         study.check_failures()
         while study.remaining:
@@ -163,13 +167,15 @@ class _Outer:
         """Train and judge a supernet rung by rung, from wherever it was cut off."""
         from natsl.heldout import keep_record
 
-        config = self.config.trial(trial.id, self.root, trial.settings)
-        run = Run.open(trial.id, self.root)
+        root = str(self.run.trials)
+        config = self.config.trial(trial.id, root, trial.settings)
+        run = Run.open(trial.id, root)
         _LOG.info("trial %s: %s", trial.id, shown_settings(trial.settings))
         reason: str | None = None
         with run.lock():
             check_resume(run, config)
-            keep_record(run, self.data, self.root, None, config.allow_other_data)
+            (run.path / _END).unlink(missing_ok=True)  # of the failure after which it is tried again
+            keep_record(run, self.data, root, None, config.allow_other_data)
             try:
                 while len(trial.values) < len(self.rungs) and not study.stops(trial):
                     self._judge(study, trial, config, run)
@@ -185,9 +191,9 @@ class _Outer:
 
     def _mark(self, record: OuterRecord) -> None:
         """Say in the folder of a trial how it ended."""
-        path = Path(self.root) / record.id / "trial.json"
+        path = self.run.trials / record.id / _END
         if record.same_as is None and not path.exists():
-            options = search_options(self.config.trial(record.id, self.root, record.settings))
+            options = search_options(self.config.trial(record.id, str(self.run.trials), record.settings))
             again = shlex.join(["natsl", "search", *options])  # trains it to the end, and searches its policies
             write_json(path, {"outer": self.run.name, **record.to_plain(self.rungs), "command": redact_text(again)})
 
@@ -195,7 +201,6 @@ class _Outer:
         """Train up to the next rung and store what the supernet is worth there."""
         from natsl.calibrate import calibrate
         from natsl.search.outer.value import judge
-        from natsl.search.pipeline import make_problem
         from natsl.train import TrainRecipe, fit
 
         step = self.rungs[len(trial.values)]
@@ -203,7 +208,8 @@ class _Outer:
         model = fit(run, config.model, self.data, recipe, self.device, Tracker(), until=step)
         if step < config.train.steps:  # else it is calibrated
             calibrate(model, self.data, config.supernet, config.seed)
-        points = judge(model, self.data, make_problem(config), config.search)
+        problem = next(problem for model_config, problem in self.problems if model_config == config.model)
+        points = judge(model, self.data, problem, config.search)
         study.report(trial, self.scale.hypervolume([item.values for item in points]), points)
 
     def _free(self) -> None:
@@ -241,16 +247,17 @@ def search_options(config: SearchRunConfig) -> list[str]:
 def failure(error: Exception) -> str | None:
     """Why settings are of no use, if an error says that; null for one that has other causes.
 
-    They diverge, nothing they lead to can be judged, or they do not fit into memory.
+    They diverge, nothing they lead to can be judged, or they do not fit into memory, which the next call tries again.
     """
     import torch
 
     from natsl.search.fault import describe
+    from natsl.search.outer.study import OUT_OF_MEMORY
     from natsl.train import TrainingDivergedError
 
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or on_cpu:
-        return f"out of memory ({describe(error)})"
+        return f"{OUT_OF_MEMORY} ({describe(error)})"
     if isinstance(error, TrainingDivergedError):
         return f"diverged ({describe(error)})"
     return describe(error) if isinstance(error, ArithmeticError) else None

@@ -195,6 +195,8 @@ class OuterRunConfig(SearchRunConfig):
         super().__post_init__()
         none = "an outer search trains its own supernets"
         check(self.supernet_from is None, "supernet_from", self.supernet_from, none)
+        hours = self.search.max_hours
+        check(hours is None, "search.max_hours", hours, "an outer search ends after outer.n_trials")
         self.outer.space.check_ends(self.trial("t0000", "runs"))
 
     def trial(self, name: str, root: str, settings: Settings | None = None) -> SearchRunConfig:

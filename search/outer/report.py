@@ -49,7 +49,7 @@ class OuterResult:
     @property
     def best_run(self) -> Run | None:
         """The run of the best trial, which export, generate and evaluate take."""
-        return None if self.best is None else Run(self.run.path / "trials" / self.best.id)
+        return None if self.best is None else Run(self.run.trials / self.best.id)
 
     def tested(self) -> OuterResult:
         """With the test score of the best trial's front, if its policies are searched."""

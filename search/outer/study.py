@@ -21,6 +21,7 @@ from natsl.search.study import INDEX, KNOWN, REASON, SearchFailedError
 
 SETTINGS = "settings"  # trial attribute: option → value; a trial that has it is made by whoever finds it
 POINTS = "points"  # trial attribute: the front of each rung
+OUT_OF_MEMORY = "out of memory"  # how the reason of a fault begins that may be the machine's
 _STARTUP = 5  # random trials before the sampler's first estimate, the config's own settings among them
 
 
@@ -57,6 +58,11 @@ class OuterRecord:
     def value(self) -> float | None:
         """The hypervolume of the trained supernet (null: it was not trained to its end)."""
         return self.values[-1] if self.state is State.complete else None
+
+    @property
+    def transient(self) -> bool:
+        """Whether it failed by a fault that may be the machine's: the next process tries it again."""
+        return self.reason is not None and self.reason.startswith(OUT_OF_MEMORY)
 
     def outcome(self, rungs: Sequence[int]) -> str:
         """How it ended, in words; rungs: steps after which supernets are judged."""
@@ -125,7 +131,6 @@ class OuterStudy:
         self._opened, self._config, self._rungs = opened, config, rungs
         self._study = study = opened.study
         self.records: list[OuterRecord] = []
-        self._failed_here = self._made_here = 0
         self._open: OuterTrial | None = None
         self.foreign: list[int] = []  # Optuna's numbers of trials that something else put into the study
         while study.get_trials(False, (TrialState.WAITING,)):  # of a process that ended before it asked for it
@@ -136,40 +141,52 @@ class OuterStudy:
                 running.append(trial)
             elif trial.state is not TrialState.FAIL or REASON in trial.user_attrs:
                 try:
-                    self.records.append(self._read(trial))
+                    self._store(self._read(trial))
                 except (KeyError, TypeError, ValueError):
                     self.foreign.append(trial.number)
+        self._again = {record.index for record in self.records if record.transient}  # to be tried again
         for trial in running:  # its process is gone: this one owns the study
             self._adopt(trial)
 
     @property
     def remaining(self) -> int:
         """Trials that are still to be finished."""
-        return max(0, self._config.outer.n_trials - len(self.records))
+        return max(0, self._config.outer.n_trials - len(self.records)) + len(self._again)
 
     def next(self) -> OuterTrial:
-        """The trial that was cut off, or a new one.
+        """The trial that was cut off, one that failed by a fault of the machine before, or a new one.
 
         The config's own settings come first, if the space holds them; draws depend on (seed, index, results so far).
         """
         if self._open is not None:
             return self._open
-        index, config, study = len(self.records), self._config, self._study
+        config, study = self._config, self._study
+        index = min(self._again, default=len(self.records))
+        failed = self.records[index] if index in self._again else None
         number = int.from_bytes(hashlib.sha256(f"{config.seed}:{index}".encode()).digest()[:4], "big")
         study.sampler = TPESampler(seed=number, n_startup_trials=_STARTUP)
         own = config.outer.space.own(config) if index == 0 else None
-        if own is not None:
-            study.enqueue_trial(own)
+        first = own if failed is None else failed.settings
+        if first is not None:
+            study.enqueue_trial(first)
         trial = study.ask()
         settings = config.outer.space.suggest(trial)
         trial.set_user_attr(INDEX, index)
-        trial.set_user_attr(SETTINGS, settings)  # the last one
         self._open = OuterTrial(trial, index, settings, [], [])
+        if failed is not None and failed.values:  # its checkpoints are past these rungs
+            for value, step in zip(failed.values, self._rungs, strict=False):
+                trial.report(value, step)
+            self._open.values.extend(failed.values)
+            fronts = [*([] for _ in failed.values[1:]), list(map(dict, failed.points))]  # the last one is read
+            self._open.points.extend(fronts)
+            trial.set_user_attr(POINTS, self._open.points)
+        trial.set_user_attr(SETTINGS, settings)  # the last one
         return self._open
 
     def known(self, trial: OuterTrial) -> OuterRecord | None:
-        """An earlier trial of the same settings."""
-        same = (record for record in self.records if record.settings == trial.settings and record.same_as is None)
+        """An earlier trial of the same settings, unless it is to be tried again."""
+        earlier = (record for record in self.records[: trial.index] if record.index not in self._again)
+        same = (record for record in earlier if record.settings == trial.settings and record.same_as is None)
         return next(same, None)
 
     def report(self, trial: OuterTrial, value: float, points: Sequence[Measured]) -> None:
@@ -214,9 +231,9 @@ class OuterStudy:
         return self.finish(trial)
 
     def check_failures(self) -> None:
-        """Raise ``SearchFailedError`` once too many trials have failed."""
+        """Raise ``SearchFailedError`` once too many trials have failed; those to be tried again do not count."""
         settings = self._config.search
-        failed = [record for record in self.records if record.state is State.failed]
+        failed = [item for item in self.records if item.state is State.failed and item.index not in self._again]
         limit = settings.max_failure_rate
         if len(failed) >= settings.min_failures and len(failed) > limit * len(self.records):
             raise SearchFailedError(
@@ -240,31 +257,38 @@ class OuterStudy:
             reason,
             None if same is None else same.index,
         )
-        self.records.append(record)
+        self._store(record)
+        self._again.discard(record.index)  # also if it failed: the next try is another process's
         self._open = None
         return record
 
+    def _store(self, record: OuterRecord) -> None:
+        """Add a record, or replace the failed one that was tried again."""
+        self.records[record.index : record.index + 1] = [record]
+
     def _adopt(self, trial: FrozenTrial) -> None:
         """Go on with a trial that a process has left; one without its settings fails without a reason."""
-        attributes, index = trial.user_attrs, len(self.records)
-        if SETTINGS not in attributes or attributes.get(INDEX) != index or self._open is not None:
+        attributes, index = trial.user_attrs, trial.user_attrs.get(INDEX)
+        expected = index in self._again or index == len(self.records)
+        if SETTINGS not in attributes or not expected or self._open is not None:
             self._study.tell(trial.number, state=TrialState.FAIL)
             return
         self._study.sampler = RandomSampler()  # no draw is left
         values = [trial.intermediate_values[step] for step in self._rungs if step in trial.intermediate_values]
         again = optuna.Trial(self._study, trial._trial_id)
         points = list(attributes.get(POINTS, []))[: len(values)]
-        self._open = OuterTrial(again, index, attributes[SETTINGS], values, points)
+        self._open = OuterTrial(again, attributes[INDEX], attributes[SETTINGS], values, points)
 
     def _read(self, trial: FrozenTrial) -> OuterRecord:
         """The record of a finished trial; KeyError, TypeError or ValueError if it is not one of ours."""
         attributes = trial.user_attrs
-        if attributes[INDEX] != len(self.records):
-            raise ValueError(f"there is no record {attributes[INDEX]}")
+        index, count = attributes[INDEX], len(self.records)
+        if index != count and not (0 <= index < count and self.records[index].transient):
+            raise ValueError(f"there is no record {index}")
         states = {TrialState.COMPLETE: State.complete, TrialState.PRUNED: State.pruned, TrialState.FAIL: State.failed}
         points = attributes.get(POINTS, [])
         return OuterRecord(
-            attributes[INDEX],
+            index,
             attributes[SETTINGS],
             states[trial.state],
             tuple(trial.intermediate_values[step] for step in self._rungs if step in trial.intermediate_values),
