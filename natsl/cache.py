@@ -10,7 +10,7 @@ import copy
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -64,16 +64,15 @@ class LayerCache:
 
         Waits for the device, for single tokens at most once in a chunk.
         """
-        self._make_room(lambda: kept, tokens, chunk_size)
+        self._make_room(kept, 0, tokens, chunk_size)
 
     def reserve(self, chunk_size: int) -> None:
         """Make sure that ``pages`` have room for the chunks that end with a token more of every row.
 
         Waits for the device, at most once in a chunk.
         """
-        pages = self.pages
-        if pages is not None:
-            self._make_room(lambda: pages.kept + 1, 1, chunk_size)
+        if self.pages is not None:
+            self._make_room(self.pages.kept, 1, 1, chunk_size)
 
     def set_aside(self, most: Sequence[Sequence[int]]) -> None:
         """Give ``pages`` room for so many kept chunks of each row and head, [B][R], which no later call exceeds."""
@@ -86,8 +85,8 @@ class LayerCache:
         """Take pages as they are needed from now on."""
         self._reserved, self._free = False, 0
 
-    def _make_room(self, counted: Callable[[], Tensor], tokens: int, chunk_size: int) -> None:
-        """Give ``pages`` what it needs for so many kept chunks, ``counted`` [B,R], after a call of ``tokens``.
+    def _make_room(self, kept: Tensor, more: int, tokens: int, chunk_size: int) -> None:
+        """Give ``pages`` what it needs for kept [B,R] chunks and ``more`` of each head, after a call of ``tokens``.
 
         Waits for the device, for single tokens at most once in a chunk.
         """
@@ -97,9 +96,9 @@ class LayerCache:
         self._tokens += tokens
         if tokens == 1 and -(-self._tokens // chunk_size) <= self._free:
             return
-        kept = counted().flatten().tolist()
-        heads, pages, places = len(kept), self.pages.keys.shape[0], self.pages.table.shape[2]
-        used, most = 1 + heads + sum(kept), 1 + max(kept)
+        counts = [count + more for count in kept.flatten().tolist()]
+        heads, pages, places = len(counts), self.pages.keys.shape[0], self.pages.table.shape[2]
+        used, most = 1 + heads + sum(counts), 1 + max(counts)
         # room for one more chunk of every head, and a fourth of all there is: what has to grow is copied
         if pages < used + heads:
             pages = max(used + heads, pages + pages // 4)

@@ -54,8 +54,7 @@ from natsl.search.trial import Record
 from natsl.search.view import SearchView
 from natsl.search.worker.dispatch import Dispatcher, Pool
 from natsl.search.worker.group import join
-from natsl.search.worker.pool import Workers, job_devices, worker_devices
-from natsl.search.worker.process import SUPERNET, Job
+from natsl.search.worker.pool import Workers, job_devices, supernet_job, worker_devices
 from natsl.search.worker.slurm import SlurmWorkers, make_executor
 from natsl.search.worker.table import TaskTable
 from natsl.secrets import redact, redact_text
@@ -63,7 +62,7 @@ from natsl.signals import drains
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.tasks.sequences import IGNORED
 from natsl.threads import threads_each
-from natsl.tracking import Tracker, TrackingConfig, start_tracker
+from natsl.tracking import Tracker, start_tracker
 
 _LOG = logging.getLogger(__name__)
 
@@ -285,20 +284,9 @@ class _Search:
         devices, on_slurm = worker_devices(settings, self.device), settings.launcher is Launcher.slurm
         in_job = len(job_devices(settings.slurm))
         threads = max(1, settings.slurm.cpus // in_job) if on_slurm else threads_each(len(devices))
-        plain = replace(settings, storage=None, launcher=Launcher.local)  # of a worker, which needs neither
         table = TaskTable(study.engine, study.id)
-        job = Job(
-            path=str(self.folder.study_db),
-            url=settings.storage,
-            study=study.id,
-            lease_seconds=settings.lease_seconds,
-            answers=SUPERNET,
-            run=str(self.folder.path),
-            threads=study.threads(threads),
-            config=to_plain(replace(self.config, search=plain, tracking=TrackingConfig())),
-            supernet=sums["supernet"],
-            text=self.data.corpus.fingerprint,
-        )
+        text = self.data.corpus.fingerprint
+        job = supernet_job(self.config, self.folder, study.id, study.threads(threads), sums["supernet"], text)
 
         def start(wanted: Callable[[str], bool]) -> Pool:
             if on_slurm:

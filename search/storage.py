@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
+from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from natsl.errors import UserError
@@ -124,6 +125,12 @@ def reported_errors(where: str) -> Iterator[None]:
                 "command again; it goes on where it stopped"
             )
         ) from None
+
+
+def end_waiting(study: optuna.Study) -> None:
+    """Let trials fail that a process has put into the study and ended before it asked for them."""
+    while study.get_trials(False, (TrialState.WAITING,)):
+        study.tell(study.ask(), state=TrialState.FAIL)
 
 
 def connect(url: str) -> RDBStorage:

@@ -27,7 +27,17 @@ from natsl.search.question import Question, Queue
 from natsl.search.rungs import Result, goes_on
 from natsl.search.samplers import Sampler, make_sampler
 from natsl.search.samplers.history import SHARE
-from natsl.search.storage import BEAT, FINGERPRINT, SHARED, THREADS, Identity, OpenStudy, open_study, reported_errors
+from natsl.search.storage import (
+    BEAT,
+    FINGERPRINT,
+    SHARED,
+    THREADS,
+    Identity,
+    OpenStudy,
+    end_waiting,
+    open_study,
+    reported_errors,
+)
 from natsl.search.trial import Proposal, Record, Work
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy
@@ -96,8 +106,7 @@ class PolicyStudy:
             study.set_user_attr(SHARED, {"lease_seconds": config.lease_seconds, "batch_size": config.batch_size})
         self._told = -1  # Optuna's number of the latest record
         self.batch: int = self.fingerprint.get("batch", 1)
-        while study.get_trials(False, (TrialState.WAITING,)):  # of a process that ended before it asked for it
-            study.tell(study.ask(), state=TrialState.FAIL)
+        end_waiting(study)
         running = []
         for trial in study.get_trials(deepcopy=False):
             if trial.state is TrialState.RUNNING:

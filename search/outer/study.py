@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from natsl.search.outer.config import OuterRunConfig
 from natsl.search.outer.value import Measured
-from natsl.search.storage import Identity, OpenStudy, open_study, reported_errors
+from natsl.search.storage import Identity, OpenStudy, end_waiting, open_study, reported_errors
 from natsl.search.study import INDEX, KNOWN, REASON, SearchFailedError
 
 SETTINGS = "settings"  # trial attribute: option → value; a trial that has it is made by whoever finds it
@@ -133,8 +133,7 @@ class OuterStudy:
         self.records: list[OuterRecord] = []
         self._open: OuterTrial | None = None
         self.foreign: list[int] = []  # Optuna's numbers of trials that something else put into the study
-        while study.get_trials(False, (TrialState.WAITING,)):  # of a process that ended before it asked for it
-            study.tell(study.ask(), state=TrialState.FAIL)
+        end_waiting(study)
         running = []
         for trial in study.get_trials(deepcopy=False):
             if trial.state is TrialState.RUNNING:

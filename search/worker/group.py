@@ -18,18 +18,16 @@ from optuna.storages import RDBStorage
 from natsl import checkpoint
 from natsl.data import TaskData
 from natsl.errors import UserError
-from natsl.files import child_folder, to_plain, user_path
+from natsl.files import child_folder, user_path
 from natsl.run import Run
 from natsl.search.config import Launcher, SearchConfig, SearchRunConfig
 from natsl.search.owner import OWNER, Owner
 from natsl.search.source import made_from
 from natsl.search.storage import BEAT, FINGERPRINT, SHARED, THREADS, connect, difference, reported_errors
 from natsl.search.study import Problem, fingerprint_of
-from natsl.search.worker.pool import Clock, Workers, worker_devices
-from natsl.search.worker.process import SUPERNET, Job
+from natsl.search.worker.pool import Clock, Workers, supernet_job, worker_devices
 from natsl.search.worker.table import METADATA, TaskTable
 from natsl.threads import threads_each
-from natsl.tracking import TrackingConfig
 
 _LOG = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.5
@@ -58,18 +56,9 @@ def join(config: SearchRunConfig, problem: Problem, data: TaskData, device: torc
         sums = _checked(attributes.get(FINGERPRINT, {}), config, problem, data, run)
         settings = _shared(attributes.get(SHARED, {}), settings, config.name)
         devices = worker_devices(settings, device)
-        job = Job(
-            path=str(run.study_db),
-            url=settings.storage,
-            study=study,
-            lease_seconds=settings.lease_seconds,
-            answers=SUPERNET,
-            run=str(run.path),
-            threads=storage.get_study_user_attrs(study).get(THREADS, threads_each(len(devices))),
-            config=to_plain(replace(config, search=replace(settings, storage=None), tracking=TrackingConfig())),
-            supernet=sums["supernet"],
-            text=data.corpus.fingerprint,
-        )
+        threads = storage.get_study_user_attrs(study).get(THREADS, threads_each(len(devices)))
+        shared, text = replace(config, search=settings), data.corpus.fingerprint
+        job = supernet_job(shared, run, study, threads, sums["supernet"], text)
         _LOG.info(
             "the study %r is another process's (%s): this one evaluates for it", config.name, controller.describe()
         )

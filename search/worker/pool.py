@@ -23,10 +23,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import natsl
 from natsl.errors import UserError
-from natsl.search.config import Launcher, SearchConfig, SlurmConfig
-from natsl.search.worker.process import DONE, EXIT_MISTAKE, READY, Job
+from natsl.files import to_plain
+from natsl.run import Run
+from natsl.search.config import Launcher, SearchConfig, SearchRunConfig, SlurmConfig
+from natsl.search.worker.process import DONE, EXIT_MISTAKE, READY, SUPERNET, Job
 from natsl.search.worker.table import TaskTable
 from natsl.secrets import redact_text
+from natsl.tracking import TrackingConfig
 
 if TYPE_CHECKING:
     import torch
@@ -296,3 +299,24 @@ def worker_devices(config: SearchConfig, device: torch.device) -> list[str]:
 def job_devices(config: SlurmConfig) -> list[str]:
     """The device of each worker of a Slurm job."""
     return [f"cuda:{i}" for i in range(config.gpus)] or ["cpu"]
+
+
+def supernet_job(config: SearchRunConfig, run: Run, study: int, threads: int, supernet: str, text: str) -> Job:
+    """What the workers of a search have to know, the rest as in ``Job``.
+
+    Their configuration is without the URL of the storage, which may hold a password.
+    """
+    settings = config.search
+    plain = replace(settings, storage=None, launcher=Launcher.local)
+    return Job(
+        path=str(run.study_db),
+        url=settings.storage,
+        study=study,
+        lease_seconds=settings.lease_seconds,
+        answers=SUPERNET,
+        run=str(run.path),
+        threads=threads,
+        config=to_plain(replace(config, search=plain, tracking=TrackingConfig())),
+        supernet=supernet,
+        text=text,
+    )
