@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import random
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,10 @@ else:
 os.environ["MPLBACKEND"] = "Agg"
 for name in [name for name in os.environ if name.startswith("WANDB_")]:
     del os.environ[name]
+
+# In the background of a shell without job control SIGINT is ignored, also by the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
