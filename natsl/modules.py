@@ -149,9 +149,12 @@ def _packed_convolution(x: Tensor, taps: Tensor, positions: Tensor) -> Tensor:
     return y
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_loaded() -> bool:
     return _load() is not None
+
+
+# What torch.compiler.assume_constant_result does; that would import the whole compiler with every model.
+vars(_is_loaded)["_dynamo_marked_constant"] = True
 
 
 def _run_convolution(x: Tensor, weight: Tensor) -> Tensor:

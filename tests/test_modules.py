@@ -330,3 +330,13 @@ def test_visible_attention_reads_a_long_text_in_parts() -> None:
     q = torch.randn(1, 4096, 4, 8)
     visible = torch.rand(1, 64, 64, 4) < 0.1
     assert modules.visible_attention(q, q, q, visible, 64).isfinite().all()
+
+
+def test_the_compiler_takes_the_mark_of_a_constant() -> None:
+    """``_is_loaded`` has the mark that torch would give it, without the import of the compiler."""
+
+    def marked() -> bool:
+        return True
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked) == vars(modules._is_loaded) != {}
