@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from natsl.evaluate import Evaluation
     from natsl.model import RoutedLM
     from natsl.search.config import SearchConfig
-    from natsl.search.score import Judge
+    from natsl.search.judge import Judge
     from natsl.tasks.sequences import Batch
 
 
@@ -123,6 +123,15 @@ class LengthRunner:
         if on_gpu and costs.context != own:
             lengths.add(costs.context)
         self.lengths = tuple(sorted(lengths))
+        self._known: dict[int, tuple[int, tuple[str, ...], dict[str, str]]] = {}  # by length, as of ``_tasks``
+
+    def expect(self, policies: Collection[RoutingPolicy]) -> None:
+        """Say which policies ``measure`` will be given."""
+        for tokens in self.lengths:
+            count, tasks, _ = self._tasks(tokens)
+            if tasks and tokens != self._data.config.seq_len:
+                asked = [Question(Method.length, (policy,), (tokens, count, tasks)) for policy in policies]
+                self._judge.queue.ahead(asked)
 
     def measure(
         self,
@@ -135,6 +144,7 @@ class LengthRunner:
         ``on_step`` is called after each of them.
         """
         own = self._data.config.seq_len
+        self.expect(policies.values())
         measured = tuple(
             self._at(tokens, policies, tested if tokens == own else None, on_step) for tokens in self.lengths
         )
@@ -147,18 +157,14 @@ class LengthRunner:
         tested: Callable[[RoutingPolicy], Evaluation] | None,
         on_step: Callable[[str], None],
     ) -> AtLength:
-        from natsl.answers import sequences_at
         from natsl.search.fault import describe
 
-        count = sequences_at(tokens, self._data.config)
-        tasks, left_out = self._tasks(tokens, count)
+        count, tasks, without = self._tasks(tokens)
+        left_out = dict(without)
         found: dict[str, Evaluation] = {}
-        arguments = tokens, count, tasks
-        if tasks and tested is None:
-            self._judge.queue.ahead([Question(Method.length, (item,), arguments) for item in policies.values()])
         for name, policy in policies.items() if tasks else ():
             try:
-                found[name] = self._judge.length(policy, *arguments) if tested is None else tested(policy)
+                found[name] = self._judge.length(policy, tokens, count, tasks) if tested is None else tested(policy)
             except (ArithmeticError, ValueError, MemoryError, RuntimeError) as error:  # the report goes without it
                 left_out[name] = describe(error)
             on_step(f"{name} at {tokens} tokens")
@@ -174,16 +180,20 @@ class LengthRunner:
             left_out=left_out,
         )
 
-    def _tasks(self, tokens: int, count: int) -> tuple[tuple[str, ...], dict[str, str]]:
-        """The tasks that have test sequences of this length, and why others have none."""
-        tasks, left_out = [], {}
-        for task in self._data.tasks:
-            try:
-                _sequences(self._data, task, tokens, count)
-                tasks.append(task)
-            except ValueError as error:
-                left_out[task] = str(error)
-        return tuple(tasks), left_out
+    def _tasks(self, tokens: int) -> tuple[int, tuple[str, ...], dict[str, str]]:
+        """Test sequences of this length of a task, the tasks that have some, and why others have none."""
+        if tokens not in self._known:
+            from natsl.answers import sequences_at
+
+            count, tasks, left_out = sequences_at(tokens, self._data.config), [], {}
+            for task in self._data.tasks:
+                try:
+                    _sequences(self._data, task, tokens, count)
+                    tasks.append(task)
+                except ValueError as error:
+                    left_out[task] = str(error)
+            self._known[tokens] = count, tuple(tasks), left_out
+        return self._known[tokens]
 
 
 def _sequences(data: TaskData, task: str, tokens: int, count: int) -> Batch:

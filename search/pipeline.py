@@ -14,16 +14,13 @@ from typing import Any
 import torch
 
 from natsl.command import command, option_text, run_options
-from natsl.config import Precision, check_batch, check_chunks
-from natsl.data import Split, TaskData
+from natsl.data import TaskData
 from natsl.device import probe_device, resolve_device
 from natsl.errors import UserError
-from natsl.files import read_json, to_plain, user_path, write_bytes, write_json, write_text
+from natsl.files import read_json, to_plain, write_bytes, write_json, write_text
 from natsl.heldout import keep_record
-from natsl.load import read_policy
 from natsl.model import RoutedLM
 from natsl.progress import Progress
-from natsl.record import TrainedText
 from natsl.resume import REPORT_OPTIONS, check_resume
 from natsl.run import Run
 from natsl.search.baseline import Named, baselines
@@ -35,21 +32,21 @@ from natsl.search.families import Sweep, Swept, listed
 from natsl.search.fault import reported_faults
 from natsl.search.front import Front, Point
 from natsl.search.journal import Journal
+from natsl.search.judge import Judge, make_judge
 from natsl.search.lengths import LengthRunner, Lengths
-from natsl.search.objective import OBJECTIVES, CostContext, Role, find_objectives
 from natsl.search.pareto import Scale, Volume
+from natsl.search.prepare import prepare, with_times
 from natsl.search.question import Queue
 from natsl.search.report.html import render
 from natsl.search.report.png import front_png
 from natsl.search.report.terminal import print_front, print_nothing_to_do
-from natsl.search.rungs import useful
 from natsl.search.samplers import Sampler
-from natsl.search.score import Judge, Scorer, knee_choice, make_judge, score, steps_to_score
+from natsl.search.score import Scorer, knee_choice, score, steps_to_score
 from natsl.search.score_cache import ScoreCache
-from natsl.search.source import held_out_data, made_from, obtain_supernet, take_settings
+from natsl.search.source import made_from, obtain_supernet
 from natsl.search.stopwatch import Stopwatch
 from natsl.search.storage import connect, reported_errors
-from natsl.search.study import PolicyStudy, Problem, first_policies, open_policy_study
+from natsl.search.study import PolicyStudy, Problem, open_policy_study
 from natsl.search.trial import Record
 from natsl.search.view import SearchView
 from natsl.search.worker.dispatch import Dispatcher, Pool
@@ -60,7 +57,6 @@ from natsl.search.worker.table import TaskTable
 from natsl.secrets import redact, redact_text
 from natsl.signals import drains
 from natsl.space.policy import Op, RoutingPolicy
-from natsl.tasks.sequences import IGNORED
 from natsl.threads import threads_each
 from natsl.tracking import Tracker, start_tracker
 
@@ -101,92 +97,6 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
             journal = Journal(run, tracker, config.search.objectives, view)
             search = _Search(config, run, data, problem, tracker, journal, watch, view, device, others, arguments)
             return search.run(finished, outdated)
-
-
-def prepare(config: SearchRunConfig) -> tuple[SearchRunConfig, Problem, TaskData, TrainedText | None]:
-    """What a search is made of, and the configuration with what it takes from elsewhere; errors as ``run_search``.
-
-    The last one as ``held_out_data``. Writes nothing.
-    """
-    config = take_settings(config)
-    rungs = useful(config.search.rungs, config.data.search_sequences)
-    config = replace(config, search=replace(config.search, rungs=rungs))
-    if config.supernet_from is None:
-        check_batch(config.model.layers, config.train, config.supernet)
-    check_chunks(config.model.chunk_size, config.data.seq_len)
-    problem = make_problem(config)
-    data, trained = held_out_data(config)
-    check_text(config, data)
-    return config, problem, data, trained
-
-
-def make_problem(config: SearchRunConfig) -> Problem:
-    """What the search asks; ``ValueError`` if the space, the objectives or the first policies do not fit the model."""
-    model = config.model
-    kinds = tuple(model.layers)
-    if Op.routed not in kinds:
-        names = ", ".join(kind.value for kind in kinds)
-        raise UserError(f"model.layers = [{names}] is not allowed: a search needs at least one routed layer")
-    tasks = {name for name, weight in config.data.tasks.items() if weight > 0}
-    objectives = find_objectives(config.search.objectives, tasks, config.search.constraints)
-    given = [_read_first_policy(path, config) for path in config.search.policies]
-    first = first_policies(config.search, model.layer_shapes(), model.chunk_size, given)
-    context = config.data.seq_len if config.search.context is None else config.search.context
-    size = 2 if config.train.precision is Precision.bfloat16 else 4
-    costs = CostContext(model.layer_shapes(), context, size)
-    own = len(dict.fromkeys(policy.digest() for policy in given))
-    return Problem(kinds, model.chunk_size, costs, objectives, first, own)
-
-
-def with_times(problem: Problem, config: SearchRunConfig, run: Run, device: torch.device) -> Problem:
-    """The problem with the table that its timed objectives and constraints are read from, if it has any.
-
-    A run keeps the table that it began with, on whatever device it is resumed.
-    """
-    search = config.search
-    if not any(OBJECTIVES[name].timed for name in (*search.objectives, *search.constraints)):
-        return problem
-    from natsl.latency import Setting, obtain_table, read_table
-
-    table = read_table(run.latency)
-    if table is None:
-        setting = Setting(config.model, config.train.precision, device, search.cost_batch_size)
-        lengths = {problem.costs.context, *(factor * config.data.seq_len for factor in search.lengths)}
-        table = obtain_table(setting, sorted(lengths))
-        write_json(run.latency, table.to_dict())
-    return replace(problem, costs=replace(problem.costs, latency=table))
-
-
-def _read_first_policy(path: str, config: SearchRunConfig) -> RoutingPolicy:
-    """A policy that the user wants tried first; ``UserError`` naming its file if it is outside the space."""
-    policy = read_policy(user_path(path, "search.policies"), "search.policies")
-    try:
-        first_policies(config.search, config.model.layer_shapes(), config.model.chunk_size, [policy])
-    except ValueError as error:
-        raise UserError(f"search.policies: {path}: {error}") from None
-    return policy
-
-
-def check_text(config: SearchRunConfig, data: TaskData) -> None:
-    """Raise ``ValueError`` for an objective or a constraint that the text does not have.
-
-    One about bytes needs text instead of token ids, and any about text needs sequences that score some.
-    """
-    names = (*config.search.objectives, *config.search.constraints)
-    of_bytes = [name for name in names if OBJECTIVES[name].of_bytes]
-    if of_bytes and data.corpus.tokens:
-        raise UserError(
-            f"objective {of_bytes[0]!r} is not defined for token ids, which data.path = {config.data.path!r} holds: "
-            "choose val_loss instead"
-        )
-    about_text = [name for name in names if OBJECTIVES[name].role is Role.quality and OBJECTIVES[name].task is None]
-    for split in (Split.search, Split.test) if about_text else ():
-        batches = data.eval_sets(split).values()
-        if not any(bool(((batch.targets != IGNORED) & ~batch.recall).any()) for batch in batches):
-            raise UserError(
-                f"objective {about_text[0]!r} needs text: no sequence of data.seq_len = {data.config.seq_len} has any "
-                f"that is scored in the {split.value} part: raise data.seq_len or add data.tasks.bytes"
-            )
 
 
 def trials_reported(run: Run) -> int:
@@ -271,7 +181,7 @@ class _Search:
         on_gpu = self._evaluation_device.type == "cuda"
         lengths = LengthRunner(judge, self.data, self.config.search, self.problem.costs, on_gpu)
         scale = self._trials(study, scorer, judge.queue)
-        front = self._score(study, scorer, scale, judge)
+        front = self._score(study, scorer, scale, judge.queue, lengths)
         return replace(front, lengths=self._at_lengths(front, lengths, scorer))
 
     @contextlib.contextmanager
@@ -310,8 +220,9 @@ class _Search:
         return open_policy_study(path, name, settings, self.problem, self.config.seed, sums, workers)
 
     def _trials(self, study: PolicyStudy, scorer: Scorer, queue: Queue) -> Scale:
-        scorer.expect_test([item.policy for item in self._fixed()], later=True)  # whatever the trials find
         first = study.first[: self.config.search.n_trials]
+        scorer.expect_sweeps(listed(self._sweep(())), first, later=True)  # both are asked whatever the trials find
+        scorer.expect_test([item.policy for item in self._fixed()], later=True)
         if len(study.records) < len(first) and not self.watch.up:
             with Progress("anchors", len(first)) as progress:
                 scorer.prepare(first, progress.update, trials=True)
@@ -355,7 +266,7 @@ class _Search:
         settings = self.config.search
         return baselines(self.problem.kinds, self.problem.chunk_size, settings.uniform_budgets, settings.space)
 
-    def _score(self, study: PolicyStudy, scorer: Scorer, scale: Scale, judge: Judge) -> Front:
+    def _score(self, study: PolicyStudy, scorer: Scorer, scale: Scale, queue: Queue, lengths: LengthRunner) -> Front:
         """Front, baselines and controls on the test split, and what else the report tells."""
         settings, chosen = self.config.search, study.front()
         fixed = self._fixed()
@@ -364,14 +275,21 @@ class _Search:
         with Progress("heads", most_evaluations(heads)) as progress:
             static = scorer.static_heads(lambda name: progress.update(progress.done + 1, name))
         fixed += [item for item in static if item.policy.digest() not in known]
-        swept = self._sweep(scorer, static)
+        swept = self._families(scorer, static, study.first[: settings.n_trials])
+        comparer = self._comparer(scorer.counts, [item.policy for item in static], queue)
+        compared: list[tuple[Point, bool]] = []
+
+        def on_points(points: Sequence[Point], knee: int | None) -> None:
+            compared.extend(self._compared(points, knee))
+            comparer.expect({point.policy: hindsight for point, hindsight in compared})
+            lengths.expect([*(point.policy for point, _ in compared), *self._ends().values()])
+
         with Progress("test", steps_to_score(chosen, fixed, swept)) as progress:
             points, others, families = score(
-                scorer, chosen, fixed, swept, lambda name: progress.update(progress.done + 1, name)
+                scorer, chosen, fixed, swept, lambda name: progress.update(progress.done + 1, name), on_points
             )
         knee = scale.knee([point.search_values for point in points])
-        comparer = self._comparer(scorer.counts, [item.policy for item in static], judge.queue)
-        comparisons = self._compare(comparer, points, knee)
+        comparisons = self._compare(comparer, compared)
         volume = Volume(scale)
         # A trial that has to be tried again is not made: without it the history is shorter, and the run not finished.
         history = tuple(volume.add(record.result) for record in study.records if not record.transient)
@@ -409,18 +327,20 @@ class _Search:
             knee_choice=None if knee is None else knee_choice(points, knee, scale),
         )
 
-    def _sweep(self, scorer: Scorer, static: Sequence[Named]) -> list[Swept]:
-        """The families of baselines on the search split."""
+    def _sweep(self, static: Sequence[Named]) -> Sweep:
         problem, settings = self.problem, self.config.search
         budgets = tuple(settings.uniform_budgets)
-        sweep = Sweep(problem.kinds, problem.chunk_size, problem.heads, settings.space, budgets, tuple(static))
-        families = listed(sweep)
+        return Sweep(problem.kinds, problem.chunk_size, problem.heads, settings.space, budgets, tuple(static))
+
+    def _families(self, scorer: Scorer, static: Sequence[Named], first: Sequence[RoutingPolicy]) -> list[Swept]:
+        """The families of baselines on the search split."""
+        families = listed(self._sweep(static))
         with Progress("families", sum(len(members) for _, members in families)) as progress:
 
             def on_step(name: str) -> None:
                 progress.update(progress.done + 1, name)
 
-            scorer.expect_sweeps([members for _, members in families])
+            scorer.expect_sweeps(listed(self._sweep(())), first)
             return [scorer.sweep(family, members, on_step) for family, members in families]
 
     def _comparer(self, counts: ControlCounts, static: Sequence[RoutingPolicy], queue: Queue) -> Comparer:
@@ -429,30 +349,38 @@ class _Search:
         rules = Rules(self.config.seed, self.config.search.random_draws, self.config.supernet.route_noise)
         return Comparer(counts, self.problem.costs.shapes, family, rules, queue)
 
-    def _compare(self, comparer: Comparer, points: Sequence[Point], knee: int | None) -> tuple[Comparison, ...]:
-        """Some points of the front beside their controls: the knee, the ends that route anything, others between."""
+    @staticmethod
+    def _compared(points: Sequence[Point], knee: int | None) -> list[tuple[Point, bool]]:
+        """What is compared with controls, and whether with those in hindsight: the knee, the ends that route, others.
+
+        Those with hindsight come first: they take longest.
+        """
         routing = [float(any(layer.op is Op.routed for layer in point.policy.layers)) for point in points]
         costs = [routed * point.measured["kept_fraction"] for routed, point in zip(routing, points, strict=True)]
         chosen = chosen_points(costs, knee, COMPARED, IN_HINDSIGHT)
-        comparer.expect({points[place].policy: hindsight for place, hindsight in chosen.items()})
-        found: list[Comparison] = []
-        with Progress("controls", comparer.planned(chosen.values())) as progress:
-            for place, hindsight in chosen.items():
-                point = points[place]
+        return [(points[place], chosen[place]) for place in sorted(chosen, key=lambda place: not chosen[place])]
+
+    def _compare(self, comparer: Comparer, compared: Sequence[tuple[Point, bool]]) -> tuple[Comparison, ...]:
+        """Points of the front beside their controls, in the order of the front."""
+        found: list[tuple[float, Comparison]] = []
+        with Progress("controls", comparer.planned(hindsight for _, hindsight in compared)) as progress:
+            for point, hindsight in compared:
                 item = comparer.compare(
                     point.id, point.policy, hindsight, lambda name: progress.update(comparer.passes, name)
                 )
                 if item is not None:
                     self.journal.comparison(item, len(found))
-                    found.append(item)
-        return tuple(found)
+                    found.append((point.measured["kept_fraction"], item))
+        return tuple(item for _, item in sorted(found, key=lambda pair: (pair[0], pair[1].of)))
+
+    def _ends(self) -> dict[str, RoutingPolicy]:
+        kinds, chunk = self.problem.kinds, self.problem.chunk_size
+        ends = (RoutingPolicy.all_softmax(kinds, chunk), RoutingPolicy.all_delta(kinds, chunk))
+        return dict(zip(("all-softmax", "all-delta"), ends, strict=True))
 
     def _at_lengths(self, front: Front, runner: LengthRunner, scorer: Scorer) -> Lengths:
         """The points that were compared with controls and the two ends, measured at other lengths."""
-        kinds, chunk = self.problem.kinds, self.problem.chunk_size
-        policies = {item.of: front.point(item.of).policy for item in front.comparisons}
-        policies |= {"all-softmax": RoutingPolicy.all_softmax(kinds, chunk)}
-        policies |= {"all-delta": RoutingPolicy.all_delta(kinds, chunk)}
+        policies = {item.of: front.point(item.of).policy for item in front.comparisons} | self._ends()
         with Progress("lengths", len(policies) * len(runner.lengths)) as progress:
             return runner.measure(policies, scorer.on_test, lambda name: progress.update(progress.done + 1, name))
 

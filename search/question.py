@@ -14,7 +14,7 @@ from natsl.space.policy import RoutingPolicy
 
 
 class Method(Enum):
-    """A method of ``natsl.search.score.Judge``."""
+    """A method of ``natsl.search.judge.Judge``."""
 
     search = "search"  # a policy, the share of the sequences
     search_each = "search_each"  # policies, whether they are trials

@@ -7,28 +7,22 @@ import hashlib
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from natsl.counts import Counts
-from natsl.data import Split, TaskData
-from natsl.evaluate import Evaluation, RandomRouting, count, evaluate, summary
-from natsl.model import RoutedLM
+from natsl.evaluate import Evaluation, summary
 from natsl.search.baseline import Named
 from natsl.search.bootstrap import resampled, standard_error
 from natsl.search.config import SearchConfig
-from natsl.search.controls.comparer import ControlCounts
 from natsl.search.controls.comparison import LEARNED, spread_out
-from natsl.search.controls.learned import Subject
-from natsl.search.controls.registry import ControlRunner
 from natsl.search.controls.static import Shape, greedy_heads
 from natsl.search.families import Family, Swept
 from natsl.search.front import Baseline, FamilyFront, Kind, KneeChoice, Point, amount
-from natsl.search.lengths import LengthJudge
+from natsl.search.judge import Judge
 from natsl.search.objective import OBJECTIVES, QUALITY, measure
 from natsl.search.pareto import Scale, dominates, family_dominates, non_dominated
-from natsl.search.question import Method, Question, Queue
-from natsl.search.rungs import Parts
+from natsl.search.question import Method, Question
 from natsl.search.study import Problem
 from natsl.search.trial import Record
 from natsl.space.policy import Op, RoutingPolicy
@@ -38,45 +32,6 @@ R = TypeVar("R")
 
 RANDOM_POINTS = 8  # of a front beside which random routing stands
 RANDOM_UNIFORM = 3  # uniform baselines beside which it stands
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Evaluates policies: on the search split, on the test split, and there with random routing and other controls.
-
-    ``search`` takes the policy and the share of the sequences, one of ``search.rungs``; ``search_each`` several
-    policies at once, trials or not, and gives the results of each by share (none if they are not finite). ``test``
-    gives what is counted in each task's sequences, of which an evaluation is the sum. ``random`` takes the policy, the
-    fraction of chunks that each layer keeps, and a seed; ``control`` the policy, the name of a control and the number
-    of a draw; ``length`` takes the policy, the tokens of a test sequence, how many of each task, and the tasks.
-    ``queue``: as there.
-    """
-
-    search: Callable[[RoutingPolicy, float], Evaluation]
-    search_each: Callable[[Sequence[RoutingPolicy], bool], list[dict[float, Evaluation]]]
-    test: Callable[[RoutingPolicy], dict[str, Counts]]
-    random: Callable[[RoutingPolicy, tuple[float, ...], int], Evaluation]
-    control: ControlCounts
-    length: Callable[[RoutingPolicy, int, int, tuple[str, ...]], Evaluation]
-    queue: Queue = field(default_factory=Queue)
-
-
-def make_judge(model: RoutedLM, data: TaskData, config: SearchConfig) -> Judge:
-    """A judge of a supernet's policies. Random routing sees the same test sequences in every draw."""
-    batch_size, test = config.batch_size, data.eval_sets(Split.test)
-    search = Parts(model, data.eval_sets(Split.search), config.rungs, batch_size)
-
-    def random(policy: RoutingPolicy, fractions: tuple[float, ...], seed: int) -> Evaluation:
-        return evaluate(model, policy, test, random_routing=RandomRouting(seed, fractions), batch_size=batch_size)
-
-    return Judge(
-        search.judge,
-        search.judge_each,
-        lambda policy: count(model, policy, test, batch_size=batch_size),
-        random,
-        ControlRunner(Subject(model, test, batch_size)),
-        LengthJudge(model, data, batch_size),
-    )
 
 
 class Scorer:
@@ -97,6 +52,7 @@ class Scorer:
         self._test: dict[str, dict[str, Counts]] = {}
         self._drawn = 0
         self._of_families: set[str] = set()  # policies that only families asked for, on the search split
+        self._passes: dict[str, list[list[RoutingPolicy]]] = {}  # by the name of a family
         self.problems: list[str] = []  # policies that could not be scored, and why
 
     def on_search(self, policy: RoutingPolicy) -> Evaluation:
@@ -118,7 +74,11 @@ class Scorer:
 
         ``trials``: they are trials of the search. What cannot be scored is left to be asked for by itself.
         """
-        groups = self._groups(policies)
+        self._prepare(self._groups(policies), on_step, trials)
+
+    def _prepare(
+        self, groups: Sequence[Sequence[RoutingPolicy]], on_step: Callable[[int, str], None], trials: bool
+    ) -> None:
         self._judge.queue.ahead([Question(Method.search_each, tuple(group), (trials,)) for group in groups])
         done = 0
         for group in groups:
@@ -134,14 +94,22 @@ class Scorer:
         wanted = sorted(set(policies), key=common_order)
         return [wanted[first : first + self._group] for first in range(0, len(wanted), self._group)]
 
-    def expect_sweeps(self, families: Sequence[Sequence[Named]]) -> None:
-        """Say which families ``sweep`` will be given, in this order, so that they can be scored at the same time."""
-        known, questions = set(self._search), []
-        for members in families:
-            unknown = [named.policy for named in members if named.policy.digest() not in known]
-            known |= {policy.digest() for policy in unknown}
-            questions += [Question(Method.search_each, tuple(group), (False,)) for group in self._groups(unknown)]
-        self._judge.queue.ahead(questions)
+    def expect_sweeps(
+        self, families: Sequence[tuple[Family, Sequence[Named]]], first: Sequence[RoutingPolicy], later: bool = False
+    ) -> None:
+        """Say which families ``sweep`` will be given, ``later`` or next.
+
+        What shares a pass depends on them and on ``first`` alone, the policies that every such search tries: whatever
+        the trials find, and whenever it is asked, the results are the same.
+        """
+        known, questions = set(first), []
+        for family, members in families:
+            unknown = [named.policy for named in members if named.policy not in known]
+            known.update(unknown)
+            groups = self._passes[family.name] = self._groups(unknown)
+            questions += [Question(Method.search_each, tuple(group), (False,)) for group in groups]
+        ask = self._judge.queue.later if later else self._judge.queue.ahead
+        ask(questions)
 
     def expect_search(self, policies: Iterable[RoutingPolicy]) -> None:
         """Say which policies ``on_search`` will be asked about."""
@@ -230,9 +198,12 @@ class Scorer:
         """A family on the search split, from all of its policies; what cannot be scored is left out and noted."""
         good: list[tuple[Named, dict[str, float]]] = []
         failed: list[str] = []
-        unknown = [named.policy for named in policies if named.policy.digest() not in self._search]
-        self._of_families |= {policy.digest() for policy in unknown}
-        self.prepare(unknown)
+        groups = self._passes.get(family.name)
+        if groups is None:
+            groups = self._groups([item.policy for item in policies if item.policy.digest() not in self._search])
+        wanted = {policy.digest() for group in groups for policy in group}
+        self._of_families |= wanted - self._search.keys()
+        self._prepare(groups, lambda done, text: None, trials=False)
         for named in policies:
             try:
                 evaluation = self.on_search(named.policy)
@@ -367,31 +338,28 @@ def score(
     fixed: Sequence[Named],
     swept: Sequence[Swept],
     on_step: Callable[[str], None],
+    on_points: Callable[[Sequence[Point], int | None], None] = lambda points, knee: None,
 ) -> tuple[tuple[Point, ...], tuple[Baseline, ...], tuple[FamilyFront, ...]]:
     """The front, its baselines and the families of baselines on the test split, compared with each other.
 
     Random routing stands beside uniform budgets and points; of many beside ``RANDOM_UNIFORM`` and ``RANDOM_POINTS``,
     the ends among them, and the knee. Points come in order of the fraction kept. What cannot be scored is left out and
-    noted in ``scorer.problems``.
+    noted in ``scorer.problems``. ``on_points`` is called with the points, and which one is the knee, as soon as they
+    are scored: what follows of them can be asked for while their baselines are.
     """
-    points: list[Point] = []
-    others: list[Baseline] = []
-    controls: list[Baseline | None] = []
     compared = [named.policy for named in (*fixed, *(member for item in swept for member in item.members))]
-    scorer.expect_test([*compared, *(record.policy for record in records)])
+    scorer.expect_test([*compared[: len(fixed)], *(record.policy for record in records), *compared[len(fixed) :]])
     scorer.expect_search(compared)
+    others: list[Baseline] = []
     for named in fixed:
         baseline = scorer.baseline(named)
         on_step(named.name)
         if baseline is not None:
             others.append(baseline)
     uniform = [item for item in others if item.kind is Kind.uniform]
-    beside = spread_out(len(uniform), RANDOM_UNIFORM)
-    scorer.expect_random([uniform[place] for place in beside])
-    for place in beside:
-        controls.append(scorer.random(uniform[place]))
-        on_step(f"random routing beside {uniform[place].name}")
-    members = _members(scorer, others, swept, on_step)
+    beside: list[Point | Baseline] = [uniform[place] for place in spread_out(len(uniform), RANDOM_UNIFORM)]
+    scorer.expect_random(beside)
+    points: list[Point] = []
     for record in records:
         point = scorer.point(record)
         on_step(record.id)
@@ -399,12 +367,15 @@ def score(
             points.append(point)
     points.sort(key=lambda point: (point.measured["kept_fraction"], point.id))
     knee = scorer.scale().knee([point.search_values for point in points])
-    beside = spread_out(len(points), RANDOM_POINTS, knee)
-    scorer.expect_random([points[place] for place in beside])
-    for place in beside:
-        controls.append(scorer.random(points[place]))
-        on_step(f"random routing beside {points[place].id}")
-    others += [control for control in controls if control is not None]
+    beside += [points[place] for place in spread_out(len(points), RANDOM_POINTS, knee)]
+    scorer.expect_random(beside)
+    on_points(points, knee)
+    members = _members(scorer, others, swept, on_step)
+    for item in beside:
+        control = scorer.random(item)
+        on_step(f"random routing beside {item.name}")
+        if control is not None:
+            others.append(control)
     families = scorer.family_fronts(points, swept, members)
     digests = {named.policy.digest() for item in swept for named in item.members}
     single = [item for item in others if item.kind is Kind.random or item.policy.digest() not in digests]

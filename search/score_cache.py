@@ -19,8 +19,8 @@ from natsl.data import Split
 from natsl.evaluate import Evaluation
 from natsl.files import append_line
 from natsl.search.controls.comparison import LEARNED
+from natsl.search.judge import Judge
 from natsl.search.question import Method, Question, Queue
-from natsl.search.score import Judge
 from natsl.space.policy import RoutingPolicy
 
 R = TypeVar("R")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from natsl.search.config import SearchConfig
-from natsl.search.score import Judge
+from natsl.search.judge import Judge
 from natsl.search.score_cache import ScoreCache
 from natsl.search.study import PolicyStudy, open_policy_study
 from natsl.search.worker.dispatch import Dispatcher

@@ -23,9 +23,10 @@ from natsl.search.controls.comparer import Comparer, Rules
 from natsl.search.controls.comparison import LEARNED, chosen_points
 from natsl.search.families import Sweep, listed
 from natsl.search.front import Baseline, Front, Point
+from natsl.search.judge import Judge
 from natsl.search.objective import CostContext, find_objectives
 from natsl.search.pareto import Volume
-from natsl.search.score import Judge, Scorer, knee_choice, score
+from natsl.search.score import Scorer, knee_choice, score
 from natsl.search.study import PolicyStudy, Problem, first_policies, open_policy_study
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy

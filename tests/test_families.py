@@ -22,7 +22,8 @@ from natsl.search.controls.comparison import chosen_points
 from natsl.search.controls.static import Shape
 from natsl.search.families import FAMILIES, MOST, Family, Sweep, listed
 from natsl.search.front import Kind, Point
-from natsl.search.score import Judge, Scorer, knee_choice, score
+from natsl.search.judge import Judge
+from natsl.search.score import Scorer, knee_choice, score
 from natsl.search.trial import Record
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace

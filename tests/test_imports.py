@@ -186,6 +186,8 @@ LIGHT = [
     ("natsl.cli.latency", ["torch", "optuna", "wandb"]),
     ("natsl.cli.plan", ["torch", "optuna", "wandb"]),
     ("natsl.conf", ["torch", "optuna", "wandb"]),
+    ("natsl.search.worker.process", ["torch", "optuna"]),
+    ("natsl.search.worker.answers", ["torch._dynamo", "optuna", "wandb", "matplotlib", "transformers"]),
 ]
 
 

@@ -21,7 +21,8 @@ from natsl.search.config import SearchConfig, SearchRunConfig
 from natsl.search.front import Front
 from natsl.search.lengths import AtLength, LengthRunner, Lengths, Planted
 from natsl.search.objective import CostContext
-from natsl.search.pipeline import make_problem, run_search
+from natsl.search.pipeline import run_search
+from natsl.search.prepare import make_problem
 from natsl.search.report.headline import headline
 from natsl.search.report.html import render
 from natsl.space import cost

@@ -22,12 +22,13 @@ from natsl.search.baseline import baselines
 from natsl.search.config import SearchConfig
 from natsl.search.families import Sweep, listed
 from natsl.search.front import Front, amount
+from natsl.search.judge import Judge
 from natsl.search.objective import OBJECTIVES, QUALITY, CostContext, Objective, Role, find_objectives, measure
 from natsl.search.report.chart import Mark, Series, chart
 from natsl.search.report.html import render
 from natsl.search.report.plane import axis, planes, show
 from natsl.search.report.png import front_png
-from natsl.search.score import Judge, Scorer, score
+from natsl.search.score import Scorer, score
 from natsl.search.study import Problem
 from natsl.search.trial import Record
 from natsl.space import cost

@@ -27,7 +27,8 @@ from natsl.search.outer import command, value
 from natsl.search.outer.config import OuterConfig, OuterRunConfig, OuterSpace
 from natsl.search.outer.report import OuterResult, print_result
 from natsl.search.outer.study import OuterRecord, OuterStudy, OuterTrial, State, goes_on
-from natsl.search.pipeline import make_problem, run_search
+from natsl.search.pipeline import run_search
+from natsl.search.prepare import make_problem
 from natsl.search.study import SearchFailedError
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.train import TrainingDivergedError, learning_rate

@@ -25,11 +25,11 @@ from natsl.errors import UserError
 from natsl.evaluate import Evaluation, count, count_each, evaluate, summary
 from natsl.files import read_config
 from natsl.run import Run
-from natsl.search import pipeline, rungs, score, source
+from natsl.search import judge, pipeline, rungs, source
 from natsl.search.config import Launcher, SearchConfig, SearchRunConfig
 from natsl.search.front import Front
+from natsl.search.judge import make_judge
 from natsl.search.pipeline import run_search
-from natsl.search.score import make_judge
 from natsl.search.study import SearchFailedError
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.tasks import DataConfig
@@ -154,7 +154,7 @@ def interrupt(
 ) -> None:
     """Interrupt evaluations of a search at call number ``at``, or raise another error there."""
     calls: list[None] = []
-    for module, function in ((score, evaluate), (score, count), (rungs, count), (rungs, count_each)):
+    for module, function in ((judge, evaluate), (judge, count), (rungs, count), (rungs, count_each)):
         monkeypatch.setattr(module, function.__name__, interrupted(function, at, error, calls))
 
 

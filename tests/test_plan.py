@@ -19,8 +19,9 @@ from natsl.search import plan
 from natsl.search.baseline import baselines
 from natsl.search.config import Launcher, SearchRunConfig
 from natsl.search.front import Front
-from natsl.search.pipeline import prepare, run_search
+from natsl.search.pipeline import run_search
 from natsl.search.plan import Plan, Probe, Start, make_plan
+from natsl.search.prepare import prepare
 from natsl.search.rungs import useful
 from natsl.space.policy import Op
 from tests.latency_helpers import made_table

@@ -29,7 +29,7 @@ from natsl.export import export_point
 from natsl.files import read_json
 from natsl.model import RoutedLM
 from natsl.run import Run
-from natsl.search import pipeline, score
+from natsl.search import judge, pipeline
 from natsl.search.pipeline import run_search
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.space.space import SearchSpace
@@ -238,8 +238,8 @@ def test_a_search_killed_while_it_tests_reports_and_exports_goes_on_there(
             note("test", policy, None)
             return count(model, policy, *more, **named)
 
-        monkeypatch.setattr(score, "evaluate", evaluated)
-        monkeypatch.setattr(score, "count", counted)
+        monkeypatch.setattr(judge, "evaluate", evaluated)
+        monkeypatch.setattr(judge, "count", counted)
 
     def test() -> None:
         noted(at=7)

@@ -14,8 +14,9 @@ from natsl.search.baseline import baselines
 from natsl.search.config import SearchConfig
 from natsl.search.controls.static import most_evaluations
 from natsl.search.front import Kind
+from natsl.search.judge import Judge
 from natsl.search.pareto import dominates
-from natsl.search.score import RANDOM_POINTS, Judge, Scorer, score, steps_to_score
+from natsl.search.score import RANDOM_POINTS, Scorer, score, steps_to_score
 from natsl.search.trial import Record
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace

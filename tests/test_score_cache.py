@@ -13,7 +13,7 @@ import pytest
 from natsl.counts import Counts
 from natsl.evaluate import Evaluation
 from natsl.search.controls.comparison import LEARNED
-from natsl.search.score import Judge
+from natsl.search.judge import Judge
 from natsl.search.score_cache import ScoreCache
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from tests.search_helpers import CHUNK, synthetic, synthetic_judge

@@ -13,7 +13,7 @@ from natsl.errors import UserError
 from natsl.evaluate import Evaluation, count, evaluate
 from natsl.model import RoutedLM
 from natsl.run import Run
-from natsl.search import pipeline, rungs, score
+from natsl.search import judge, pipeline, rungs
 from natsl.search.controls.registry import ControlRunner
 from natsl.search.front import Front
 from natsl.search.pipeline import run_search
@@ -67,7 +67,7 @@ def test_nothing_is_evaluated_twice(
         note(policy, sets, None)
         return count(model, policy, sets, **named)
 
-    monkeypatch.setattr(score, "evaluate", evaluated)
+    monkeypatch.setattr(judge, "evaluate", evaluated)
     monkeypatch.setattr(rungs, "count", counted)
     with pytest.raises(KeyboardInterrupt):
         run_search(tiny(tmp_path, text))
@@ -91,7 +91,7 @@ def test_a_search_cut_off_while_its_report_is_written_scores_nothing_again(
         run_search(tiny(tmp_path, text))
     monkeypatch.undo()
     for function in ("evaluate", "count"):
-        monkeypatch.setattr(score, function, interrupted)
+        monkeypatch.setattr(judge, function, interrupted)
     assert run_search(tiny(tmp_path, text)) is not None
     assert results(Run.open("first", tmp_path, create=False)) == straight
 

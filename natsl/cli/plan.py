@@ -31,8 +31,8 @@ def plan(config: PlanConfig) -> Plan:
     """The plan of a search, written into the folder ``out`` if there is one."""
     began = time.monotonic()
     device = resolve_device(config.device)
-    from natsl.search.pipeline import prepare
     from natsl.search.plan import Start, make_plan
+    from natsl.search.prepare import prepare
 
     loaded = time.monotonic()
     folder = None if config.out is None else output_folder(config.out)

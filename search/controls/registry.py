@@ -13,6 +13,8 @@ from natsl.search.controls.learned import Learned, Subject, follow
 from natsl.space.policy import RoutingPolicy
 from natsl.tasks.sequences import Batch
 
+_REMEMBERED = 6  # policies
+
 
 @dataclass(frozen=True)
 class Control:
@@ -75,17 +77,18 @@ CONTROLS = {
 
 
 class ControlRunner:
-    """Evaluates controls; the learned routes that they are made from are remembered for one policy."""
+    """Evaluates controls; the learned routes that they are made from are remembered for a few policies."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        self._learned: Learned | None = None
+        self._learned: dict[RoutingPolicy, Learned] = {}
 
     def __call__(self, policy: RoutingPolicy, name: str, draw: int) -> dict[str, Counts]:
         """Counts of each task under a control, for the tasks that it knows."""
-        learned = self._learned
-        if learned is None or learned.policy != policy:
-            learned = self._learned = follow(self._subject, policy)
+        learned = self._learned.pop(policy, None) or follow(self._subject, policy)
+        self._learned[policy] = learned
+        if len(self._learned) > _REMEMBERED:
+            del self._learned[next(iter(self._learned))]
         control, subject = CONTROLS[name], self._subject
         sets = {task: batch for task, batch in subject.sets.items() if control.knows(batch)}
         routing = control.routing(subject, learned, draw)

@@ -54,7 +54,7 @@ def search_settings(config: OuterRunConfig) -> OuterResult:
     from natsl.search.outer.report import OuterResult, write
     from natsl.search.outer.study import open_outer_study
     from natsl.search.outer.value import common_scale
-    from natsl.search.pipeline import make_problem, prepare
+    from natsl.search.prepare import make_problem, prepare
     from natsl.search.rungs import useful
     from natsl.search.storage import connect, reported_errors
 

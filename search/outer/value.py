@@ -22,7 +22,7 @@ from natsl.search.config import SearchConfig, SearchRunConfig
 from natsl.search.front import Kind
 from natsl.search.objective import OBJECTIVES, measure
 from natsl.search.pareto import Scale, non_dominated
-from natsl.search.pipeline import make_problem
+from natsl.search.prepare import make_problem
 from natsl.search.rungs import Parts
 from natsl.search.study import Problem
 from natsl.space.policy import Op, RoutingPolicy

@@ -14,8 +14,8 @@ from natsl.errors import UserError
 from natsl.files import from_plain
 from natsl.run import Run
 from natsl.search.config import SearchRunConfig
+from natsl.search.judge import make_judge
 from natsl.search.question import Method, Question, to_plain
-from natsl.search.score import make_judge
 from natsl.search.source import held_out_data
 from natsl.search.worker.process import Job
 

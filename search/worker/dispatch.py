@@ -14,9 +14,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from natsl import signals
 from natsl.errors import UserError
 from natsl.search.fault import WorkerError
+from natsl.search.judge import Judge
 from natsl.search.owner import Owner
 from natsl.search.question import Method, Question, Queue, from_plain
-from natsl.search.score import Judge
 from natsl.search.worker.pool import Clock, WorkerState
 from natsl.search.worker.table import Ended, TaskTable
 
