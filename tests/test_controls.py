@@ -14,6 +14,7 @@ from natsl.data import Split
 from natsl.evaluate import Routing, count, evaluate
 from natsl.model import RoutedLM
 from natsl.router import RoutePair
+from natsl.search.controls import registry
 from natsl.search.controls.hindsight import choose, take
 from natsl.search.controls.learned import Learned, Subject, follow
 from natsl.search.controls.registry import CONTROLS, ControlRunner
@@ -63,6 +64,23 @@ def test_the_learned_pass_is_the_policy_itself(subject: Subject, learned: Learne
             if route is not None:
                 assert torch.equal(route.sum(1), own.kept[:, i])
     assert sum(int(own.kept[:, 0].sum()) for own in counts.values()) > 0
+
+
+def test_controls_of_a_few_policies_in_any_order_follow_each_router_once(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed: list[RoutingPolicy] = []
+
+    def counted(subject: Subject, policy: RoutingPolicy) -> Learned:
+        followed.append(policy)
+        return follow(subject, policy)
+
+    monkeypatch.setattr(registry, "follow", counted)
+    runner, other = ControlRunner(subject), replace(POLICY, layers=POLICY.layers[::-1])
+    for name in ("drop", "window"):
+        for policy in (POLICY, other):
+            runner(policy, name, 0)
+    assert followed == [POLICY, other]
 
 
 SAME = [name for name in CONTROLS if name != "oracle"]

@@ -23,6 +23,7 @@ from natsl.search.controls.static import Shape
 from natsl.search.families import FAMILIES, MOST, Family, Sweep, listed
 from natsl.search.front import Kind, Point
 from natsl.search.judge import Judge
+from natsl.search.question import Question, Queue
 from natsl.search.score import Scorer, knee_choice, score
 from natsl.search.trial import Record
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
@@ -231,6 +232,34 @@ def test_families_use_trials_and_only_their_fronts_are_tested() -> None:
     assert len(tested) == 4
     assert {item.name for item in family.members} == {"layer-1-0.1", "layer-1-0.12", "layer-1-0.5", "layer-1-0"}
     assert subject.evaluations([known]) == {"trials": 1, "search split": 2, "families": 4, "test split": 4 + 5}
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["asked when due", "asked before"])
+def test_passes_of_families_do_not_depend_on_trials(later: bool) -> None:
+    """What idle workers have scored while trials were made is what is asked for after them."""
+    asked: dict[str, list[Question]] = {"ahead": [], "later": []}
+    passes: list[tuple[RoutingPolicy, ...]] = []
+    plain = searching(fixed)
+
+    def each(policies: Sequence[RoutingPolicy], trials: bool) -> list[dict[float, Evaluation]]:
+        passes.append(tuple(policies))
+        return plain.search_each(policies, trials)
+
+    queue = Queue(ahead=asked["ahead"].extend, later=asked["later"].extend)
+    subject = scorer(replace(plain, search_each=each, queue=queue), batch_size=2)
+    families, first = [(ONE, members(0.0, 0.1, 0.12, 0.13, 0.5, 0.9))], [layer(0.0)]
+    if later:
+        subject.expect_sweeps(families, first, later=True)
+    subject.on_search(layer(0.5))  # as a trial
+    if not later:
+        subject.expect_sweeps(families, first)
+    subject.sweep(*families[0], lambda _: None)
+    kinds = [question.policies for question in asked["later" if later else "ahead"]]
+    assert kinds[: len(passes)] == passes
+    assert sorted(policy.describe() for group in passes for policy in group) == [
+        "D .1 D", "D .12 D", "D .13 D", "D .5 D", "D .9 D",
+    ]  # fmt: skip
+    assert max(map(len, passes)) == 2
 
 
 def flat_counts(error: float, kept: float) -> dict[str, Counts]:

@@ -10,12 +10,14 @@ import pytest
 
 from natsl.counts import Counts
 from natsl.evaluate import Evaluation
-from natsl.search.baseline import baselines
+from natsl.search.baseline import Named, baselines
 from natsl.search.config import SearchConfig
 from natsl.search.controls.static import most_evaluations
-from natsl.search.front import Kind
+from natsl.search.families import Family, Swept
+from natsl.search.front import Kind, Point
 from natsl.search.judge import Judge
 from natsl.search.pareto import dominates
+from natsl.search.question import Method, Question, Queue
 from natsl.search.score import RANDOM_POINTS, Scorer, score, steps_to_score
 from natsl.search.trial import Record
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
@@ -242,3 +244,31 @@ def test_what_is_not_finite_on_the_test_split_is_left_out_and_noted(bad: float) 
         f"all-delta: objective val_loss is {bad}",
         f"t0000: objective val_loss is {bad} on the test split",
     ]
+
+
+def test_what_follows_of_the_points_can_be_asked_for_before_baselines_are_scored() -> None:
+    """All that others could answer in the meantime is asked for by then."""
+    asked: list[Question] = []
+    answered: list[RoutingPolicy] = []
+
+    def test(policy: RoutingPolicy) -> dict[str, Counts]:
+        answered.append(policy)
+        return synthetic_test(policy)
+
+    judge = replace(synthetic_judge(), test=test, queue=Queue(ahead=asked.extend))
+    family = Family("family", "", lambda sweep: [])
+    member = Named("member", Kind.family, WASTEFUL)
+    seen: list[tuple[list[str], int | None]] = []
+
+    def on_points(points: Sequence[Point], knee: int | None) -> None:
+        seen.append(([point.id for point in points], knee))
+        assert WASTEFUL not in answered
+        assert Question.test(WASTEFUL) in asked
+        assert {item.policies[0] for item in asked if item.method is Method.random} == {GOOD}
+
+    points, _, _ = score(
+        scorer(judge), records([FIXED, GOOD]), [], [Swept(family, (member,), 0.0)], lambda _: None, on_points
+    )
+    assert [ids for ids, _ in seen] == [[point.id for point in points]] == [["t0001", "t0000"]]
+    assert seen[0][1] == scorer().scale().knee([point.search_values for point in points])
+    assert WASTEFUL in answered
