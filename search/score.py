@@ -53,6 +53,7 @@ class Scorer:
         self._drawn = 0
         self._of_families: set[str] = set()  # policies that only families asked for, on the search split
         self._passes: dict[str, list[list[RoutingPolicy]]] = {}  # by the name of a family
+        self._repeated = 0  # policies in them that trials, or whole heads, had asked for too
         self.problems: list[str] = []  # policies that could not be scored, and why
 
     def on_search(self, policy: RoutingPolicy) -> Evaluation:
@@ -164,7 +165,7 @@ class Scorer:
         return {
             "trials": round(sum(tried.values()), 2),
             "search split": len(self._search.keys() - complete - self._of_families),
-            "families": len(self._of_families - complete),
+            "families": len(self._of_families - complete) + self._repeated,
             "test split": len(self._test) + self._drawn,
         }
 
@@ -203,6 +204,7 @@ class Scorer:
             groups = self._groups([item.policy for item in policies if item.policy.digest() not in self._search])
         wanted = {policy.digest() for group in groups for policy in group}
         self._of_families |= wanted - self._search.keys()
+        self._repeated += len(wanted & self._search.keys())
         self._prepare(groups, lambda done, text: None, trials=False)
         for named in policies:
             try:

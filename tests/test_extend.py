@@ -24,7 +24,7 @@ BLOCK = re.compile(r"^(?:`([\w./]+)`:\n\n)?```(\w+)\n(.*?)^```$", re.MULTILINE |
 # Without what a search does beside searching, and small: three trials on few and short sequences.
 QUICK = (
     "export=false tracking.mode=disabled device=cpu model.width=16 data.seq_len=96 data.search_sequences=2 "
-    "data.test_sequences=2 search.n_trials=3"
+    "data.test_sequences=2 search.n_trials=3 search.launcher=inline"
 )
 
 # For the benchmark under Triton's interpreter, as in this process.
