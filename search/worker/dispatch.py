@@ -8,15 +8,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from sqlalchemy.exc import SQLAlchemyError
 
 from natsl import signals
 from natsl.errors import UserError
-from natsl.search.fault import WorkerError
 from natsl.search.owner import Owner
 from natsl.search.question import Method, Question, Queue, from_plain
 from natsl.search.score import Judge
+from natsl.search.worker.error import load_error
 from natsl.search.worker.pool import Clock, WorkerState
 from natsl.search.worker.table import Ended, TaskTable
 
@@ -24,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 _POLL, _LONGEST_POLL = 0.05, 0.5  # seconds between looks for answers; workers on this machine say when there is one
 _LOOK_SECONDS = 0.5  # between looks at what is being worked on
 OnLook = Callable[[Sequence[WorkerState], Mapping[str, Question | None]], None]
-_SEATS = 10_000  # policies of which it is known who answered last
+_REMEMBERED = 10_000  # policies of which it is known who answered last
 
 
 class Pool(Protocol):
@@ -128,9 +127,9 @@ class Dispatcher:
         ended = self._answers.pop(question.key)
         self._taken.append(ended.key)
         if ended.error is not None:
-            raise raised(ended.error)
+            raise load_error(ended.error)
         if len(question.policies) == 1 and ended.worker is not None:
-            if len(self._near) >= _SEATS:
+            if len(self._near) >= _REMEMBERED:
                 self._near.clear()
             self._near[question.policies[0].digest()] = ended.worker
         return from_plain(question.method, ended.answer)
@@ -221,21 +220,3 @@ class Dispatcher:
         self._on_look([], {})
         with contextlib.suppress(SQLAlchemyError):  # a database that is gone is what ended the search
             self._table.hold()
-
-
-def raised(plain: Mapping[str, Any]) -> Exception:
-    """The error that a worker met, from what it stored."""
-    kind, text = str(plain["type"]), str(plain["text"])
-    if kind == "OSError":
-        return OSError(plain.get("errno"), text)
-    kinds: dict[str, type[Exception]] = {
-        "FloatingPointError": FloatingPointError,
-        "ArithmeticError": ArithmeticError,
-        "UserError": UserError,
-        "ValueError": ValueError,
-        "OutOfMemoryError": torch.OutOfMemoryError,
-        "AcceleratorError": torch.AcceleratorError,
-        "MemoryError": MemoryError,
-        "WorkerError": WorkerError,
-    }
-    return kinds.get(kind, RuntimeError)(text)
