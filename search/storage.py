@@ -15,7 +15,6 @@ from typing import Any
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from natsl.errors import UserError
@@ -125,12 +124,6 @@ def reported_errors(where: str) -> Iterator[None]:
                 "command again; it goes on where it stopped"
             )
         ) from None
-
-
-def end_waiting(study: optuna.Study) -> None:
-    """Let trials fail that a process has put into the study and ended before it asked for them."""
-    while study.get_trials(False, (TrialState.WAITING,)):
-        study.tell(study.ask(), state=TrialState.FAIL)
 
 
 def connect(url: str) -> RDBStorage:

@@ -20,10 +20,10 @@ import torch
 from natsl.errors import UserError
 from natsl.files import from_plain, to_plain
 from natsl.search.config import Launcher, SearchConfig, SearchRunConfig
-from natsl.search.fault import WorkerError
+from natsl.search.fault import SearchFailedError, WorkerError
 from natsl.search.owner import Owner
 from natsl.search.question import Question
-from natsl.search.study import PolicyStudy, SearchFailedError
+from natsl.search.study import PolicyStudy
 from natsl.search.trial import Record
 from natsl.search.worker import pool
 from natsl.search.worker.pool import Workers, worker_devices

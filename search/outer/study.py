@@ -14,10 +14,11 @@ import optuna
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from natsl.search.fault import check_failures
 from natsl.search.outer.config import OuterRunConfig
 from natsl.search.outer.value import Measured
-from natsl.search.storage import Identity, OpenStudy, end_waiting, open_study, reported_errors
-from natsl.search.study import INDEX, KNOWN, REASON, SearchFailedError
+from natsl.search.storage import Identity, OpenStudy, open_study, reported_errors
+from natsl.search.stored import INDEX, KNOWN, REASON, read_trials
 
 SETTINGS = "settings"  # trial attribute: option → value; a trial that has it is made by whoever finds it
 POINTS = "points"  # trial attribute: the front of each rung
@@ -115,7 +116,7 @@ def best_of(records: Sequence[OuterRecord]) -> OuterRecord | None:
     return max(done, key=lambda record: record.value or 0.0, default=None)
 
 
-def goes_on(own: float, others: Sequence[float], keep: float) -> bool:
+def is_promoted(own: float, others: Sequence[float], keep: float) -> bool:
     """Whether a trial with this value at a rung trains on: it is in the best ``keep`` of those judged there so far.
 
     Asynchronous successive halving (Li et al. 2020): nobody waits, and the first one goes on. Optuna's pruner of that
@@ -132,19 +133,10 @@ class OuterStudy:
         self._study = study = opened.study
         self.records: list[OuterRecord] = []
         self._open: OuterTrial | None = None
-        self.foreign: list[int] = []  # Optuna's numbers of trials that something else put into the study
-        end_waiting(study)
-        running = []
-        for trial in study.get_trials(deepcopy=False):
-            if trial.state is TrialState.RUNNING:
-                running.append(trial)
-            elif trial.state is not TrialState.FAIL or REASON in trial.user_attrs:
-                try:
-                    self._store(self._read(trial))
-                except (KeyError, TypeError, ValueError):
-                    self.foreign.append(trial.number)
+        remains = read_trials(study, lambda trial: self._store(self._read(trial)))
+        self.foreign = remains.foreign
         self._again = {record.index for record in self.records if record.transient}  # to be tried again
-        for trial in running:  # its process is gone: this one owns the study
+        for trial in remains.running:  # its process is gone: this one owns the study
             self._adopt(trial)
 
     @property
@@ -202,7 +194,7 @@ class OuterStudy:
         if reached in (0, len(self._rungs)):
             return False
         others = [r.values[reached - 1] for r in self.records if r.same_as is None and len(r.values) >= reached]
-        return not goes_on(trial.values[-1], others, self._config.outer.keep)
+        return not is_promoted(trial.values[-1], others, self._config.outer.keep)
 
     def finish(self, trial: OuterTrial) -> OuterRecord:
         """Store that a trial is at its end, or was stopped before."""
@@ -231,14 +223,8 @@ class OuterStudy:
 
     def check_failures(self) -> None:
         """Raise ``SearchFailedError`` once too many trials have failed; those to be tried again do not count."""
-        settings = self._config.search
-        failed = [item for item in self.records if item.state is State.failed and item.index not in self._again]
-        limit = settings.max_failure_rate
-        if len(failed) >= settings.min_failures and len(failed) > limit * len(self.records):
-            raise SearchFailedError(
-                f"{len(failed)} of {len(self.records)} trials failed, more than search.max_failure_rate = {limit:g}; "
-                f"the last one: {failed[-1].reason}"
-            )
+        reasons = [item.reason for item in self.records if item.reason is not None and item.index not in self._again]
+        check_failures(reasons, len(self.records), self._config.search)
 
     def close(self) -> None:
         """Give the study up: only ``records`` can be used afterwards."""
