@@ -22,8 +22,8 @@ from natsl.search.worker.table import Ended, TaskTable
 _LOG = logging.getLogger(__name__)
 _POLL, _LONGEST_POLL = 0.05, 0.5  # seconds between looks for answers; workers on this machine say when there is one
 _LOOK_SECONDS = 0.5  # between looks at what is being worked on
-OnLook = Callable[[Sequence[WorkerState], Mapping[str, Question | None]], None]
 _REMEMBERED = 10_000  # policies of which it is known who answered last
+OnLook = Callable[[Sequence[WorkerState], Mapping[str, Question | None]], None]
 
 
 class Pool(Protocol):
@@ -153,9 +153,8 @@ class Dispatcher:
 
     def _step(self) -> bool:
         """Wait a moment for news, and take care of what is due; whether there is a new answer."""
-        if self._taken:
-            self._table.use(self._taken)
-            self._taken = []
+        self._use(self._taken)
+        self._taken = []
         now = time.monotonic()
         heard = self._workers.watch(max(0.0, min(self._next_poll, self._next_look) - now))
         now = time.monotonic()
@@ -173,6 +172,11 @@ class Dispatcher:
         self._pause = _POLL if found or heard else min(2 * self._pause, _LONGEST_POLL)
         self._next_poll = now + self._pause
         return bool(found)
+
+    def _use(self, taken: Sequence[str]) -> None:
+        """Drop answers from the table that were given out, and are stored elsewhere by now."""
+        if taken:
+            self._table.use(taken)
 
     def _look(self) -> None:
         """Put back what was lost: its worker is gone, or has shown no beat for too long."""
@@ -215,8 +219,9 @@ class Dispatcher:
         raise KeyboardInterrupt
 
     def close(self) -> None:
-        """End the workers; what they had is put back."""
+        """End the workers; what they had is put back, and nobody begins what waits."""
         self._workers.close()
         self._on_look([], {})
         with contextlib.suppress(SQLAlchemyError):  # a database that is gone is what ended the search
+            self._use(self._taken[:-1])  # the last one may not be stored: that may be what has ended the search
             self._table.hold()
