@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from natsl.errors import UserError
 from natsl.files import follow_umask, sync_folder
 from natsl.search.objective import Direction
-from natsl.search.owner import Owner, claim, release
+from natsl.search.owner import Owner, check_owner, claim, release
 from natsl.search.worker.table import BUSY_SECONDS, METADATA, TASKS, sqlite_connector
 from natsl.secrets import redact_text
 
@@ -52,6 +52,10 @@ class OpenStudy:
     storage: RDBStorage
     owner: Owner
     where: str
+
+    def check_owner(self) -> None:
+        """Raise ``UserError`` unless this process still owns the study, which may have been taken from it."""
+        check_owner(self.storage, self.study._study_id, self.study.study_name, self.owner)
 
     def close(self) -> None:
         """Give the study up and close the storage, which cannot be used any more."""

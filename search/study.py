@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,22 +18,14 @@ from natsl.evaluate import Evaluation
 from natsl.search.config import SearchConfig
 from natsl.search.dashboard import HISTORY, KEPT, describe_trial, introduce
 from natsl.search.fault import PERMANENT, TRANSIENT, check_failures, check_machine, describe
+from natsl.search.heartbeat import Heartbeat
 from natsl.search.objective import CostContext, Objective, measure
 from natsl.search.pareto import non_dominated
 from natsl.search.question import Question, Queue
 from natsl.search.rungs import Result, goes_on
 from natsl.search.samplers import Sampler, make_sampler
 from natsl.search.samplers.history import SHARE
-from natsl.search.storage import (
-    BEAT,
-    FINGERPRINT,
-    SHARED,
-    THREADS,
-    Identity,
-    OpenStudy,
-    open_study,
-    reported_errors,
-)
+from natsl.search.storage import FINGERPRINT, SHARED, THREADS, Identity, OpenStudy, open_study, reported_errors
 from natsl.search.stored import (
     BATCH,
     EVALUATION,
@@ -51,8 +41,6 @@ from natsl.search.stored import (
 from natsl.search.trial import Proposal, Record, Work
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy
-
-_BEAT_SECONDS = 5.0
 
 Evaluate = Callable[[RoutingPolicy, float], Evaluation]  # a policy on a share of the sequences
 
@@ -97,15 +85,18 @@ class PolicyStudy:
         self._made: list[Record] = []  # by this process
         self._open: list[Work] = []  # proposed and not told, in order
         self.stops: Callable[[], bool] = lambda: False  # asked before each proposal: whether there are to be no more
-        self._beaten = -math.inf
         if config.storage is not None:
-            study.set_user_attr(SHARED, {"lease_seconds": config.lease_seconds, "batch_size": config.batch_size})
+            shared = {"launcher": config.launcher.value, "lease_seconds": config.lease_seconds}
+            study.set_user_attr(SHARED, shared | {"batch_size": config.batch_size})
         self._told = -1  # Optuna's number of the latest record
         self.batch: int = self.fingerprint.get("batch", 1)
         remains = read_trials(study, self._read)
         self.cut_off, self.foreign = remains.cut_off, remains.foreign
         for trial in remains.running:  # its process is gone: this one owns the study
             self._adopt(trial)
+        self._heartbeat = Heartbeat(opened)
+        if config.storage is not None:
+            self._heartbeat.start()
 
     def _read(self, trial: FrozenTrial) -> None:
         record = self._add(read_record(trial, self._names, len(self.records)))
@@ -142,10 +133,8 @@ class PolicyStudy:
         return self._study._study_id
 
     def beat(self) -> None:
-        """Show processes on other machines that its owner works."""
-        if time.monotonic() - self._beaten >= _BEAT_SECONDS:
-            self._beaten = time.monotonic()
-            self._study.set_user_attr(BEAT, round(self._beaten, 3))
+        """Show processes on other machines that this one works; ``UserError`` if the study is another one's by now."""
+        self._heartbeat.beat()
 
     def threads(self, chosen: int) -> int:
         """How many threads evaluations have, as ``chosen`` when the first of them was made: sums depend on it."""
@@ -177,6 +166,7 @@ class PolicyStudy:
         """
         index, problem = self._next, self.problem
         assert index is not None, "no trials are left"
+        self._opened.check_owner()
         self._study.sampler = make_sampler(self.sampler, self.config.local_share, self.seed, index)
         params = self._again.get(index)
         if params is None and index < len(self.first):
@@ -350,6 +340,7 @@ class PolicyStudy:
 
     def _finish(self, on_record: Callable[[Record], None] | None) -> None:
         """Store the outcome of the first of the open trials."""
+        self._opened.check_owner()
         work = self._open[0]
         if work.history:
             work.proposal.trial.set_user_attr(HISTORY, work.history)
@@ -371,6 +362,7 @@ class PolicyStudy:
 
     def close(self) -> None:
         """Give the study up: only ``records`` can be used afterwards."""
+        self._heartbeat.close()
         self._opened.close()
 
     def front(self) -> list[Record]:

@@ -151,6 +151,7 @@ class OuterStudy:
         """
         if self._open is not None:
             return self._open
+        self._opened.check_owner()
         config, study = self._config, self._study
         index = min(self._again, default=len(self.records))
         failed = self.records[index] if index in self._again else None
@@ -182,6 +183,7 @@ class OuterStudy:
 
     def report(self, trial: OuterTrial, value: float, points: Sequence[Measured]) -> None:
         """Store the value of a supernet at the next rung, and its front."""
+        self._opened.check_owner()
         front = [{"policy": item.policy.to_dict(), "values": item.values} for item in points]
         trial.points.append(front)
         trial.trial.set_user_attr(POINTS, trial.points)
@@ -198,6 +200,7 @@ class OuterStudy:
 
     def finish(self, trial: OuterTrial) -> OuterRecord:
         """Store that a trial is at its end, or was stopped before."""
+        self._opened.check_owner()
         if len(trial.values) == len(self._rungs):
             self._study.tell(trial.trial, trial.values[-1])
             return self._add(trial, State.complete)
@@ -206,6 +209,7 @@ class OuterStudy:
 
     def fail(self, trial: OuterTrial, reason: str) -> OuterRecord:
         """Store that a supernet could not be trained or judged, and why."""
+        self._opened.check_owner()
         trial.trial.set_user_attr(REASON, reason)
         self._study.tell(trial.trial, state=TrialState.FAIL)
         return self._add(trial, State.failed, reason)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
 from natsl import signals
@@ -50,8 +51,9 @@ class Dispatcher:
     """Has questions answered by whoever takes tasks from the table.
 
     ``start`` makes the workers of this process, given whether a task is wanted. A worker that shows no beat for
-    ``lease_seconds`` loses its task; only time in which this process ran counts. ``on_beat`` is called now and then,
-    ``on_look`` with the workers and what those that are busy do, by their names (null: nobody waits for it).
+    ``lease_seconds`` loses its task; only time in which this process ran counts. ``on_beat`` is called now and
+    then, and before tasks change that others may work on: it raises ``UserError`` if the study is another process's by
+    now. ``on_look`` gets the workers and what those that are busy do, by their names (null: nobody waits for it).
     """
 
     def __init__(
@@ -176,6 +178,7 @@ class Dispatcher:
     def _use(self, taken: Sequence[str]) -> None:
         """Drop answers from the table that were given out, and are stored elsewhere by now."""
         if taken:
+            self._on_beat()
             self._table.use(taken)
 
     def _look(self) -> None:
@@ -212,6 +215,7 @@ class Dispatcher:
 
     def _drain(self) -> None:
         """Let nobody begin anything, wait for what is running, and leave."""
+        self._on_beat()
         self._asked.clear()  # what its worker loses now is held as well
         self._table.hold()
         while self._table.running():
@@ -222,6 +226,8 @@ class Dispatcher:
         """End the workers; what they had is put back, and nobody begins what waits."""
         self._workers.close()
         self._on_look([], {})
-        with contextlib.suppress(SQLAlchemyError):  # a database that is gone is what ended the search
+        # A database that is gone, or a study that is another process's, is what ended the search.
+        with contextlib.suppress(SQLAlchemyError, StorageInternalError, UserError):
             self._use(self._taken[:-1])  # the last one may not be stored: that may be what has ended the search
+            self._on_beat()
             self._table.hold()
