@@ -29,7 +29,7 @@ from natsl.run import Run
 from natsl.search.baseline import Named, baselines
 from natsl.search.config import Launcher, SearchRunConfig
 from natsl.search.controls.comparer import Comparer, Rules
-from natsl.search.controls.static import most_evaluations
+from natsl.search.controls.static import Shape, greedy_heads, most_evaluations
 from natsl.search.families import Sweep, listed
 from natsl.search.front import Kind
 from natsl.search.objective import OBJECTIVES
@@ -295,10 +295,11 @@ def _mean_share(rungs: Sequence[float]) -> float:
 def _tests(config: SearchRunConfig, problem: Problem, points: int, families: int) -> int:
     """Scores on the test split: of the front, of baselines, of the families' members, and of random routing."""
     settings = config.search
+    heads = greedy_heads(Shape(problem.kinds, problem.heads, problem.chunk_size), lambda policy: (0.0,))
     fixed = baselines(problem.kinds, problem.chunk_size, settings.uniform_budgets, settings.space)
     uniform = sum(item.kind is Kind.uniform for item in fixed)
     beside = min(points, RANDOM_POINTS) + min(uniform, RANDOM_UNIFORM)
-    return points + len(fixed) + families * FAMILY_MEMBERS + beside * settings.random_draws
+    return points + len(fixed) + len(heads) + families * FAMILY_MEMBERS + beside * settings.random_draws
 
 
 def _length_stages(
