@@ -146,6 +146,11 @@ def connect(url: str) -> RDBStorage:
         raise UserError(redact_text(f"search.storage cannot be opened: {_first_line(error)}")) from None
 
 
+def check_connection(url: str) -> None:
+    """Raise ``UserError`` as ``connect`` does, and keep no connection."""
+    _close(connect(url))
+
+
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two nested mappings, one text ``key: old → new`` each."""
     first, second = _flat(old), _flat(new)

@@ -56,7 +56,7 @@ def search_settings(config: OuterRunConfig) -> OuterResult:
     from natsl.search.outer.value import common_scale
     from natsl.search.pipeline import make_problem, prepare
     from natsl.search.rungs import useful
-    from natsl.search.storage import connect, reported_errors
+    from natsl.search.storage import check_connection, reported_errors
 
     folder = child_folder(user_path(config.root, "root"), config.name, "name")
     root, space = str(Run(folder).trials), config.outer.space
@@ -65,7 +65,7 @@ def search_settings(config: OuterRunConfig) -> OuterResult:
     problems = [(item.model, make_problem(item)) for item in structures]
     data = prepare(structures[0])[2]
     if config.search.storage is not None:
-        connect(config.search.storage)
+        check_connection(config.search.storage)
     steps = config.train.steps
     rungs = [max(1, math.ceil(share * steps)) for share in useful(config.outer.rungs, steps)]
     run = Run.open(config.name, config.root)
