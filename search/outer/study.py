@@ -122,7 +122,12 @@ def is_promoted(own: float, others: Sequence[float], keep: float) -> bool:
     Asynchronous successive halving (Li et al. 2020): nobody waits, and the first one goes on. Optuna's pruner of that
     name stores that a rung was reached before its decision is known, so that a trial killed in between would go on.
     """
-    return sum(other > own for other in others) < max(1, math.ceil(keep * (len(others) + 1)))
+    return sum(other > own for other in others) < places(len(others), keep)
+
+
+def places(others: int, keep: float) -> int:
+    """How many of the best trials at a rung train on, where so many ``others`` were judged before."""
+    return max(1, math.ceil(keep * (others + 1)))
 
 
 class OuterStudy:
