@@ -37,12 +37,24 @@ __all__ = ["calibrate", "evaluate", "export", "front", "generate", "load", "oute
 
 
 def search(*overrides: str, **options: object) -> SearchResult:
-    """Train a supernet, search its policies, and return the front; the same name again resumes. As ``natsl search``."""
+    """Train a supernet, search its policies, and return the front; the same name again resumes. As ``natsl search``.
+
+    ``UserError`` where this process has evaluated for the search of another one, whose front is not here (yet).
+    """
     with _one_line():
         lines, config = _configured("search", overrides, options)
-        from natsl.search.pipeline import run_search
+        from natsl.run import Run
+        from natsl.search.pipeline import run_search, trials_reported
+        from natsl.search.stopwatch import Stopwatch
 
-        run_search(config, lines)
+        made, hours = run_search(config, lines), config.search.max_hours
+        run = Run.open(config.name, config.root, create=False)
+        wanted = Stopwatch(run.hours, hours).wanted(config.search.n_trials)
+        if made is None and trials_reported(run) < wanted:  # else it was finished before
+            raise UserError(
+                f"this process has evaluated for the search {config.name!r} of another one, whose run folder has the "
+                "front: natsl.api.front reads it there once it is written"
+            )
         return front(config.name, config.root)
 
 

@@ -134,6 +134,22 @@ class Run:
         """Append one record to ``log.jsonl`` as a whole line, without secrets."""
         append_line(self.log_file, json.dumps(redact(to_plain(record)), ensure_ascii=False, allow_nan=False))
 
+    def is_held(self) -> bool:
+        """Whether a process holds the run, as far as its file system has locks."""
+        try:
+            handle = os.open(self.path / ".lock", os.O_RDWR)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(handle)
+        return False
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run; ``UserError`` if another process holds it. A process that ends releases it.

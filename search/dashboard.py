@@ -12,7 +12,9 @@ from optuna.exceptions import ExperimentalWarning
 from natsl.search.objective import OBJECTIVES
 from natsl.space.policy import Op, RoutingPolicy
 
-TEXT, OPS, KEPT = "policy_text", "ops", "kept_fraction"  # attributes of a trial that are only shown
+# Attributes of a trial that are only shown.
+TEXT, OPS, KEPT = "policy_text", "ops", "kept_fraction"
+HISTORY = "history"  # what went wrong with its workers
 # Study attributes of optuna-dashboard: a note, in pieces of at most 2,045 characters, and how often it was changed.
 _NOTE_VERSION, _NOTE_PIECE, _PIECE_LENGTH = "dashboard:note_ver", "dashboard:note_str:", 2_000
 
@@ -58,6 +60,7 @@ def note(name: str, names: Sequence[str], constraints: Mapping[str, float]) -> s
             "- `same_as`: the trial of the same policy whose result it has, counted from 0 without trials that were "
             "cut off; `index` is a trial's own number there",
             "- `reason`: why it failed; a failed trial without one was cut off and counts for nothing",
+            f"- `{HISTORY}`: what went wrong with its workers before its result came",
             "- `policy`, `evaluation`, `parts`, `batch`: what a resumed search reads back: leave them as they are",
             "",
             "**Parameters**: `u.<layer>` or `u.<layer>.<head>` is one number from delta only (its low end) to softmax "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from natsl.errors import UserError
+from natsl.search.config import SearchConfig
 
 PERMANENT = (ArithmeticError, ValueError)  # not finite, or the policy does not fit the model
 TRANSIENT = (MemoryError, OSError, RuntimeError)  # device, memory, I/O; torch's errors are RuntimeErrors
@@ -20,6 +21,10 @@ _OLDER = re.compile(r"(RuntimeError|MemoryError|OutOfMemoryError|AcceleratorErro
 
 class WorkerError(RuntimeError):
     """A worker ended over an evaluation, twice, or one took too long: that may be the machine's fault."""
+
+
+class SearchFailedError(UserError):
+    """Too many trials failed for the search to go on."""
 
 
 class DeviceLostError(UserError):
@@ -53,6 +58,16 @@ def check_machine(error: Exception, probe: Callable[[], None]) -> None:
             f"the device does not work any more ({describe(error)}): run the same command again; "
             "it goes on with the trial that was cut off"
         ) from None
+
+
+def check_failures(reasons: Sequence[str], made: int, config: SearchConfig) -> None:
+    """Raise ``SearchFailedError`` if, of so many trials ``made``, those that failed for these reasons are too many."""
+    failed, limit = len(reasons), config.max_failure_rate
+    if failed >= config.min_failures and failed > limit * made:
+        raise SearchFailedError(
+            f"{failed} of {made} trials failed, more than search.max_failure_rate = {limit:g}; "
+            f"the last one: {reasons[-1]}"
+        )
 
 
 @contextlib.contextmanager

@@ -125,6 +125,22 @@ def release(storage: RDBStorage, study_id: int, owner: Owner) -> None:
         connection.execute(_ATTRIBUTES.delete().where(*_of(study_id), _ATTRIBUTES.c.value_json == owner.dump()))
 
 
+def check_owner(storage: RDBStorage, study_id: int, name: str, mine: Owner) -> None:
+    """Raise ``UserError`` unless ``mine``, this process, still owns a study.
+
+    One that is stopped for long, as by SIGSTOP or with its machine, is taken for dead, and the study may be another's.
+    """
+    stored = _stored(storage, study_id)
+    if stored == mine.dump():
+        return
+    owner = None if stored is None else Owner.parse(stored)
+    if owner is None:
+        what = "was freed while this process stood still: run the same command again, and it goes on"
+    else:
+        what = f"is process {owner.pid}'s on {owner.host}, which took it over: this process has stopped"
+    raise UserError(f"the study {name!r} {what}")
+
+
 def _stored(storage: RDBStorage, study_id: int) -> str | None:
     with storage.engine.begin() as connection:
         row = connection.execute(select(_ATTRIBUTES.c.value_json).where(*_of(study_id))).fetchone()

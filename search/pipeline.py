@@ -45,7 +45,7 @@ from natsl.search.score import Scorer, knee_choice, score, steps_to_score
 from natsl.search.score_cache import ScoreCache
 from natsl.search.source import made_from, obtain_supernet
 from natsl.search.stopwatch import Stopwatch
-from natsl.search.storage import connect, reported_errors
+from natsl.search.storage import reported_errors
 from natsl.search.study import PolicyStudy, Problem, open_policy_study
 from natsl.search.trial import Record
 from natsl.search.view import SearchView
@@ -75,10 +75,8 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
     """
     device = resolve_device(config.device)
     config, problem, data, trained = prepare(config)
-    if config.search.storage is not None:
-        connect(config.search.storage)
-        if join(config, problem, data, device):
-            return None
+    if join(config, problem, data, device):
+        return None
     run = Run.open(config.name, config.root)
     with run.lock():
         outdated = bool(check_resume(run, config) & REPORT_OPTIONS)

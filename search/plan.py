@@ -1,7 +1,7 @@
 """What a search will take: its stages counted, one step and one score of each kind timed on the device.
 
 Counts are those of ``natsl.search.pipeline``. What only the search itself can tell is assumed, and said: how many
-trials go on to all sequences, and how many points a front has.
+trials go on to all sequences, and how many points a front has. ``natsl.search.outer.plan`` is about outer searches.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from natsl.run import Run
 from natsl.search.baseline import Named, baselines
 from natsl.search.config import Launcher, SearchRunConfig
 from natsl.search.controls.comparer import Comparer, Rules
-from natsl.search.controls.static import most_evaluations
+from natsl.search.controls.static import Shape, greedy_heads, most_evaluations
 from natsl.search.families import Sweep, listed
 from natsl.search.front import Kind
 from natsl.search.objective import OBJECTIVES
@@ -53,6 +53,7 @@ FAMILY_MEMBERS = 8  # of a family, that nothing in it dominates
 TRIAL_SECONDS, TRIAL_BYTES, STUDY_BYTES = 0.05, 1_500, 110_000
 REPORT_SECONDS, REPORT_BYTES = 2.0, 600_000
 CONTROL_ROWS = 20  # of a point, in scores.jsonl
+WRITTEN = "one more while it is written"
 EXPORT_LOADS = 2.5  # fresh processes that load torch and transformers, in units of loading torch here
 
 
@@ -120,10 +121,29 @@ class Probe:
     test: float
 
 
-def make_plan(config: SearchRunConfig, problem: Problem, data: TaskData, device: torch.device, start: Start) -> Plan:
-    """The plan of a search, of whose parts ``prepare`` has made ``problem`` and ``data``.
+@dataclass(frozen=True)
+class Measured:
+    """What was timed, and how large it was: bytes of the weights, of the optimiser's states, of the memory taken."""
 
-    Trains a model of its own for some steps. ``torch.OutOfMemoryError`` where the search would have it too.
+    probe: Probe
+    weights: float
+    optimizer: float
+    memory: tuple[Amount, ...]
+
+
+def make_plan(config: SearchRunConfig, problem: Problem, data: TaskData, device: torch.device, start: Start) -> Plan:
+    """The plan of a search, of whose parts ``prepare`` has made ``problem`` and ``data``; errors as ``measure``."""
+    measured = measure(config, problem, data, device)
+    stages = _stages(config, problem, measured.probe, data, device, start)
+    checkpoints = checkpoint_amounts(config, measured)
+    disk = (*checkpoints, *search_amounts(config, problem, measured.weights))
+    return Plan(device_name(device), tuple(stages), measured.memory, disk, tuple(notes(config)))
+
+
+def measure(config: SearchRunConfig, problem: Problem, data: TaskData, device: torch.device) -> Measured:
+    """Time single things of a search, with a model of its own that is trained for some steps.
+
+    ``torch.OutOfMemoryError`` where the search would have it too.
     """
     torch.manual_seed(config.seed)
     model = RoutedLM(config.model, config.supernet.calibration_points, config.train.precision).to(device)
@@ -154,13 +174,7 @@ def make_plan(config: SearchRunConfig, problem: Problem, data: TaskData, device:
         memory.append(Amount(f"a training step of {config.train.batch_size} sequences", rest, f"measured{of}"))
     where = "on the device" if device.type == "cuda" else "of the process, libraries and text included"
     memory.append(Amount("largest size so far", _peak(device), f"measured, {where}"))
-    return Plan(
-        device_name(device),
-        tuple(_stages(config, problem, probe, data, device, start)),
-        tuple(memory),
-        tuple(_disk(config, problem, weights, optimizer)),
-        tuple(_notes(config)),
-    )
+    return Measured(probe, weights, optimizer, tuple(memory))
 
 
 def _step_seconds(trainer: Trainer) -> tuple[float, float]:
@@ -229,15 +243,42 @@ def _families(config: SearchRunConfig, problem: Problem) -> list[tuple[object, l
 def _stages(
     config: SearchRunConfig, problem: Problem, probe: Probe, data: TaskData, device: torch.device, start: Start
 ) -> list[Stage]:
-    settings, train = config.search, config.train
     stages = [Stage("start", "loading torch, reading the text", once=start.load + start.text)]
     if _timed_names(config):
         stages.append(_latency_stage(config, problem, device))
     if config.supernet_from is None:
-        work = f"steps of {train.batch_size} sequences"
-        stages.append(Stage("train", work, train.steps, probe.step, max(0.0, probe.first_step - probe.step)))
-        sequences = config.supernet.calibration_sequences
-        stages.append(Stage("calibrate", "sequences", sequences, probe.calibration / sequences))
+        stages += training_stages(config, probe, config.train.steps, 1)
+    stages += search_stages(config, problem, probe, data, device, start)
+    search = next(i for i, stage in enumerate(stages) if stage.name == "search")
+    before = sum(stage.seconds for stage in stages[:search])
+    drawn = config.search.n_trials - _first(config, problem)
+    stages[search] = _within_hours(stages[search], drawn, config.search.max_hours, before)
+    return stages
+
+
+def _first(config: SearchRunConfig, problem: Problem) -> int:
+    """How many policies are tried before the sampler draws."""
+    return min(config.search.n_trials, len(problem.first), first_count(config.search, problem.given))
+
+
+def training_stages(config: SearchRunConfig, probe: Probe, steps: float, calibrations: float) -> list[Stage]:
+    """Supernets trained for so many steps in all, and calibrated so often."""
+    work, once = f"steps of {config.train.batch_size} sequences", max(0.0, probe.first_step - probe.step)
+    sequences = config.supernet.calibration_sequences
+    calibrate = Stage("calibrate", "sequences", calibrations * sequences, probe.calibration / sequences)
+    return [Stage("train", work, steps, probe.step, once), calibrate]
+
+
+def search_stages(
+    config: SearchRunConfig,
+    problem: Problem,
+    probe: Probe,
+    data: TaskData,
+    device: torch.device,
+    start: Start,
+) -> list[Stage]:
+    """What comes after the training, whatever ``search.max_hours`` is."""
+    settings, stages = config.search, list[Stage]()
     if settings.launcher is not Launcher.inline:
         stages.append(Stage("workers", "loading torch, reading the text", once=start.load + start.text))
     # Workers on GPUs of their own share the scores; on a CPU they share the cores, which one of them has as well. Jobs
@@ -246,13 +287,12 @@ def _stages(
     gpus = len(devices if settings.launcher is Launcher.slurm else set(devices))
     score = probe.score if settings.batch == 1 else probe.score / gpus
     probe = replace(probe, score=probe.score / gpus, shared=probe.shared / gpus, test=probe.test / gpus)
-    first = min(settings.n_trials, len(problem.first), first_count(settings, problem.given))
+    first = _first(config, problem)
     stages.append(Stage("anchors", "policies, several in a pass", first, probe.shared))
     drawn = settings.n_trials - first
     trials = settings.n_trials * TRIAL_SECONDS
     scores = drawn * _mean_share(settings.rungs)
-    search = Stage("search", f"scores of {drawn} further trials", scores, score, trials)
-    stages.append(_within_hours(search, drawn, settings.max_hours, sum(stage.seconds for stage in stages)))
+    stages.append(Stage("search", f"scores of {drawn} further trials", scores, score, trials))
     heads = sum(shape.heads for shape in problem.costs.shapes if shape.kind is Op.routed)
     stages.append(Stage("heads", "scores of whole heads", most_evaluations(heads), probe.score))
     families = _families(config, problem)
@@ -295,10 +335,11 @@ def _mean_share(rungs: Sequence[float]) -> float:
 def _tests(config: SearchRunConfig, problem: Problem, points: int, families: int) -> int:
     """Scores on the test split: of the front, of baselines, of the families' members, and of random routing."""
     settings = config.search
+    heads = greedy_heads(Shape(problem.kinds, problem.heads, problem.chunk_size), lambda policy: (0.0,))
     fixed = baselines(problem.kinds, problem.chunk_size, settings.uniform_budgets, settings.space)
     uniform = sum(item.kind is Kind.uniform for item in fixed)
     beside = min(points, RANDOM_POINTS) + min(uniform, RANDOM_UNIFORM)
-    return points + len(fixed) + families * FAMILY_MEMBERS + beside * settings.random_draws
+    return points + len(fixed) + len(heads) + families * FAMILY_MEMBERS + beside * settings.random_draws
 
 
 def _length_stages(
@@ -331,13 +372,18 @@ def _latency_stage(config: SearchRunConfig, problem: Problem, device: torch.devi
     return Stage("latency", f"times of layers, for {names}", once=planned_seconds(setting, lengths))
 
 
-def _disk(config: SearchRunConfig, problem: Problem, weights: float, optimizer: float) -> list[Amount]:
-    train, settings, data = config.train, config.search, config.data
-    kept = min(train.keep_checkpoints, max(1, train.steps // train.checkpoint_every)) if optimizer else 1
-    amounts = [Amount(f"supernet/, checkpoints: {kept}", kept * (weights + optimizer), "exact")]
-    if optimizer:
-        amounts.append(Amount("one more while it is written", weights + optimizer, "exact"))
-    amounts.append(Amount("study.db", STUDY_BYTES + settings.n_trials * TRIAL_BYTES, "estimate"))
+def checkpoint_amounts(config: SearchRunConfig, measured: Measured) -> list[Amount]:
+    """What the checkpoints of a supernet take on disk."""
+    train, size = config.train, measured.weights + measured.optimizer
+    kept = min(train.keep_checkpoints, max(1, train.steps // train.checkpoint_every)) if measured.optimizer else 1
+    amounts = [Amount(f"supernet/, checkpoints: {kept}", kept * size, "exact")]
+    return [*amounts, *([Amount(WRITTEN, size, "exact")] if measured.optimizer else [])]
+
+
+def search_amounts(config: SearchRunConfig, problem: Problem, weights: float) -> list[Amount]:
+    """What the search of the policies leaves on disk."""
+    settings, data = config.search, config.data
+    amounts = [Amount("study.db", STUDY_BYTES + settings.n_trials * TRIAL_BYTES, "estimate")]
     points = min(settings.n_trials, FRONT_POINTS)
     tests = _tests(config, problem, points, len(_families(config, problem)))
     heads = sum(shape.heads for shape in problem.costs.shapes)
@@ -350,17 +396,18 @@ def _disk(config: SearchRunConfig, problem: Problem, weights: float, optimizer: 
     return amounts
 
 
-def _notes(config: SearchRunConfig) -> list[str]:
-    notes = [
+def notes(config: SearchRunConfig, verb: str = "search") -> list[str]:
+    """What is assumed of a search, and whether the run that ``natsl <verb>`` would make exists."""
+    lines = [
         f"assumed: {GOES_ON:.0%} of the trials go on to more sequences, a front of {FRONT_POINTS} points at most, "
         f"{FAMILY_MEMBERS} members of a family on the test split",
         "the progress of the search counts a policy in each of its families, and the draws of random routing beside a "
         "policy as one",
     ]
     if config.name in Run.names(config.root):
-        again = command("search", {"name": config.name, "root": None if config.root == "runs" else config.root})
-        notes.append(f"the run {config.name!r} exists: what it has made is not made again by {again}")
-    return notes
+        again = command(verb, {"name": config.name, "root": None if config.root == "runs" else config.root})
+        lines.append(f"the run {config.name!r} exists: what it has made is not made again by {again}")
+    return lines
 
 
 def _peak(device: torch.device) -> float:

@@ -15,13 +15,12 @@ from typing import Any
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from natsl.errors import UserError
 from natsl.files import follow_umask, sync_folder
 from natsl.search.objective import Direction
-from natsl.search.owner import Owner, claim, release
+from natsl.search.owner import Owner, check_owner, claim, release
 from natsl.search.worker.table import BUSY_SECONDS, METADATA, TASKS, sqlite_connector
 from natsl.secrets import redact_text
 
@@ -53,6 +52,10 @@ class OpenStudy:
     storage: RDBStorage
     owner: Owner
     where: str
+
+    def check_owner(self) -> None:
+        """Raise ``UserError`` unless this process still owns the study, which may have been taken from it."""
+        check_owner(self.storage, self.study._study_id, self.study.study_name, self.owner)
 
     def close(self) -> None:
         """Give the study up and close the storage, which cannot be used any more."""
@@ -127,12 +130,6 @@ def reported_errors(where: str) -> Iterator[None]:
         ) from None
 
 
-def end_waiting(study: optuna.Study) -> None:
-    """Let trials fail that a process has put into the study and ended before it asked for them."""
-    while study.get_trials(False, (TrialState.WAITING,)):
-        study.tell(study.ask(), state=TrialState.FAIL)
-
-
 def connect(url: str) -> RDBStorage:
     """The database at ``url``; ``UserError`` if it cannot be reached, and for a password that hides where it ends."""
     password = re.match(r"[^:]+://[^:@/]*:(.*)@", url.partition("?")[0])
@@ -147,6 +144,11 @@ def connect(url: str) -> RDBStorage:
         raise UserError(f"search.storage cannot be opened: its driver {driver} is not installed{advice}") from None
     except Exception as error:  # drivers raise errors of their own
         raise UserError(redact_text(f"search.storage cannot be opened: {_first_line(error)}")) from None
+
+
+def check_connection(url: str) -> None:
+    """Raise ``UserError`` as ``connect`` does, and keep no connection."""
+    _close(connect(url))
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,47 +14,35 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Engine
 
-from natsl.errors import UserError
 from natsl.evaluate import Evaluation
 from natsl.search.config import SearchConfig
-from natsl.search.dashboard import KEPT, describe_trial, introduce
-from natsl.search.fault import PERMANENT, TRANSIENT, check_machine, describe, was_transient
+from natsl.search.dashboard import HISTORY, KEPT, describe_trial, introduce
+from natsl.search.fault import PERMANENT, TRANSIENT, check_failures, check_machine, describe
+from natsl.search.heartbeat import Heartbeat
 from natsl.search.objective import CostContext, Objective, measure
 from natsl.search.pareto import non_dominated
 from natsl.search.question import Question, Queue
 from natsl.search.rungs import Result, goes_on
 from natsl.search.samplers import Sampler, make_sampler
 from natsl.search.samplers.history import SHARE
-from natsl.search.storage import (
-    BEAT,
-    FINGERPRINT,
-    SHARED,
-    THREADS,
-    Identity,
-    OpenStudy,
-    end_waiting,
-    open_study,
-    reported_errors,
+from natsl.search.storage import FINGERPRINT, SHARED, THREADS, Identity, OpenStudy, open_study, reported_errors
+from natsl.search.stored import (
+    BATCH,
+    EVALUATION,
+    FAULT,
+    INDEX,
+    KNOWN,
+    PARTS,
+    POLICY,
+    REASON,
+    read_record,
+    read_trials,
 )
 from natsl.search.trial import Proposal, Record, Work
 from natsl.space.cost import LayerShape
 from natsl.space.policy import Op, RoutingPolicy
 
-# Trial attributes. A trial that failed has a reason; a failed trial without one was cut off and counts for nothing.
-POLICY, EVALUATION, REASON, KNOWN = "policy", "evaluation", "reason", "same_as"
-FAULT = "transient"  # whether the reason is a fault of the machine
-PARTS = "parts"  # results of a trial on growing parts of the sequences, the last one that of its values
-INDEX = "index"  # which record a trial makes; older trials that a sampler has drawn do not say it
-HISTORY = "history"  # what went wrong with the workers of a trial before
-BATCH = "batch"  # Optuna's number of the first trial that was proposed from the same results
-
-_BEAT_SECONDS = 5.0
-
 Evaluate = Callable[[RoutingPolicy, float], Evaluation]  # a policy on a share of the sequences
-
-
-class SearchFailedError(UserError):
-    """Too many trials failed for the search to go on."""
 
 
 @dataclass(frozen=True)
@@ -95,35 +81,27 @@ class PolicyStudy:
         self._names = [item.name for item in problem.objectives]
         self.records: list[Record] = []
         self._by_digest: dict[str, Record] = {}
-        self.cut_off = 0
-        self.foreign: list[int] = []  # Optuna's numbers of trials that something else put into the study
         self._again: dict[int, dict[str, Any]] = {}  # parameters of the records that are to be tried again, by index
         self._made: list[Record] = []  # by this process
         self._open: list[Work] = []  # proposed and not told, in order
         self.stops: Callable[[], bool] = lambda: False  # asked before each proposal: whether there are to be no more
-        self._beaten = -math.inf
         if config.storage is not None:
-            study.set_user_attr(SHARED, {"lease_seconds": config.lease_seconds, "batch_size": config.batch_size})
+            shared = {"launcher": config.launcher.value, "lease_seconds": config.lease_seconds}
+            study.set_user_attr(SHARED, shared | {"batch_size": config.batch_size})
         self._told = -1  # Optuna's number of the latest record
         self.batch: int = self.fingerprint.get("batch", 1)
-        end_waiting(study)
-        running = []
-        for trial in study.get_trials(deepcopy=False):
-            if trial.state is TrialState.RUNNING:
-                running.append(trial)
-            if not trial.state.is_finished():
-                continue
-            if trial.state is TrialState.FAIL and REASON not in trial.user_attrs:
-                self.cut_off += 1
-                continue
-            try:
-                record = self._add(self._read(trial))
-                if record.transient:
-                    self._again[record.index] = trial.params
-            except (KeyError, TypeError, ValueError):
-                self.foreign.append(trial.number)
-        for trial in running:  # its process is gone: this one owns the study
+        remains = read_trials(study, self._read)
+        self.cut_off, self.foreign = remains.cut_off, remains.foreign
+        for trial in remains.running:  # its process is gone: this one owns the study
             self._adopt(trial)
+        self._heartbeat = Heartbeat(opened)
+        if config.storage is not None:
+            self._heartbeat.start()
+
+    def _read(self, trial: FrozenTrial) -> None:
+        record = self._add(read_record(trial, self._names, len(self.records)))
+        if record.transient:
+            self._again[record.index] = trial.params
 
     def _adopt(self, trial: FrozenTrial) -> None:
         """Go on with a trial that a process has left; one that it had not proposed yet fails without a reason."""
@@ -155,10 +133,8 @@ class PolicyStudy:
         return self._study._study_id
 
     def beat(self) -> None:
-        """Show processes on other machines that its owner works."""
-        if time.monotonic() - self._beaten >= _BEAT_SECONDS:
-            self._beaten = time.monotonic()
-            self._study.set_user_attr(BEAT, round(self._beaten, 3))
+        """Show processes on other machines that this one works; ``UserError`` if the study is another one's by now."""
+        self._heartbeat.beat()
 
     def threads(self, chosen: int) -> int:
         """How many threads evaluations have, as ``chosen`` when the first of them was made: sums depend on it."""
@@ -190,6 +166,7 @@ class PolicyStudy:
         """
         index, problem = self._next, self.problem
         assert index is not None, "no trials are left"
+        self._opened.check_owner()
         self._study.sampler = make_sampler(self.sampler, self.config.local_share, self.seed, index)
         params = self._again.get(index)
         if params is None and index < len(self.first):
@@ -363,6 +340,7 @@ class PolicyStudy:
 
     def _finish(self, on_record: Callable[[Record], None] | None) -> None:
         """Store the outcome of the first of the open trials."""
+        self._opened.check_owner()
         work = self._open[0]
         if work.history:
             work.proposal.trial.set_user_attr(HISTORY, work.history)
@@ -379,20 +357,12 @@ class PolicyStudy:
 
     def _check_failures(self) -> None:
         """Failures of policies count for the whole study, all failures for the process that saw them."""
-        self._check_rate([record for record in self.records if not record.transient])
-        self._check_rate(self._made)
-
-    def _check_rate(self, records: Sequence[Record]) -> None:
-        failed = [record for record in records if record.reason is not None]
-        limit = self.config.max_failure_rate
-        if len(failed) >= self.config.min_failures and len(failed) > limit * len(records):
-            raise SearchFailedError(
-                f"{len(failed)} of {len(records)} trials failed, more than search.max_failure_rate = {limit:g}; "
-                f"the last one: {failed[-1].reason}"
-            )
+        for records in ([record for record in self.records if not record.transient], self._made):
+            check_failures([item.reason for item in records if item.reason is not None], len(records), self.config)
 
     def close(self) -> None:
         """Give the study up: only ``records`` can be used afterwards."""
+        self._heartbeat.close()
         self._opened.close()
 
     def front(self) -> list[Record]:
@@ -407,25 +377,6 @@ class PolicyStudy:
         if not record.transient:
             self._by_digest.setdefault(record.policy.digest(), record)
         return record
-
-    def _read(self, trial: FrozenTrial) -> Record:
-        """The record of a finished trial; KeyError, TypeError or ValueError if it is not one of ours."""
-        attributes = trial.user_attrs
-        policy = RoutingPolicy.from_dict(attributes[POLICY])
-        index = attributes.get(INDEX, len(self.records))
-        if not 0 <= index <= len(self.records):
-            raise ValueError(f"there is no record {index}")
-        if trial.state is TrialState.FAIL:
-            reason = attributes[REASON]
-            transient = attributes.get(FAULT, was_transient(reason))
-            return Record(index, trial.number, policy, None, None, False, reason, transient=transient)
-        values = dict(zip(self._names, trial.values, strict=True))
-        feasible = all(value <= 0 for value in trial.constraints.values())
-        evaluation, parts = Evaluation.from_dict(attributes[EVALUATION]), tuple(map(tuple, attributes.get(PARTS, ())))
-        known, share = attributes.get(KNOWN), attributes.get(SHARE, 1.0)
-        return Record(
-            index, trial.number, policy, values, evaluation, feasible, same_as=known, parts=parts, share=share
-        )
 
 
 def open_policy_study(

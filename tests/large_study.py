@@ -25,7 +25,8 @@ from natsl.search.config import SearchConfig
 from natsl.search.objective import measure
 from natsl.search.report.html import render
 from natsl.search.report.png import front_png
-from natsl.search.study import EVALUATION, INDEX, PARTS, POLICY, PolicyStudy, Problem, open_policy_study
+from natsl.search.stored import EVALUATION, INDEX, PARTS, POLICY
+from natsl.search.study import PolicyStudy, Problem, open_policy_study
 from natsl.space.policy import Op
 from tests.search_helpers import built, problem, synthetic
 

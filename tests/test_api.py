@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -143,6 +144,23 @@ def test_its_name_again_resumes(found: SearchResult, root: Path, text: str, caps
     assert found.run.front_json.stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"seed: 0 then, 1 now"):
         api.search(**vars(replace(tiny(root, text), seed=1)))
+
+
+@pytest.mark.parametrize("files", ["none", "of fewer trials"])
+def test_who_has_evaluated_for_another_process_has_no_front(
+    files: str, found: SearchResult, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("natsl.search.pipeline.run_search", lambda *_: None)
+    if files == "none":
+        Run.open("first", tmp_path)
+    else:
+        shutil.copytree(found.run.path, tmp_path / "first")
+    with pytest.raises(
+        UserError, match=r"has evaluated for the search 'first' of another one, whose run folder has the"
+    ):
+        api.search(**vars(tiny(tmp_path, text, n_trials=8)))
+    if files != "none":
+        assert api.search(**vars(tiny(tmp_path, text))).front == found.front
 
 
 def test_the_front_is_drawn_as_in_its_file(found: SearchResult) -> None:

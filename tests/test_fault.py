@@ -14,9 +14,9 @@ import torch
 
 from natsl.evaluate import Evaluation
 from natsl.search.config import SearchConfig
-from natsl.search.fault import DeviceLostError
+from natsl.search.fault import DeviceLostError, SearchFailedError
 from natsl.search.samplers import Sampler
-from natsl.search.study import PolicyStudy, SearchFailedError, open_policy_study
+from natsl.search.study import PolicyStudy, open_policy_study
 from natsl.search.trial import Record
 from natsl.space.policy import RoutingPolicy
 from natsl.space.space import SearchSpace

@@ -23,13 +23,13 @@ from natsl.load import Choice, load_choice, read_point
 from natsl.resume import check_resume
 from natsl.run import Run
 from natsl.search.config import SearchRunConfig
+from natsl.search.fault import SearchFailedError
 from natsl.search.outer import command, value
 from natsl.search.outer.config import OuterConfig, OuterRunConfig, OuterSpace
 from natsl.search.outer.report import OuterResult, print_result
-from natsl.search.outer.study import OuterRecord, OuterStudy, OuterTrial, State, goes_on
+from natsl.search.outer.study import OuterRecord, OuterStudy, OuterTrial, State, is_promoted
 from natsl.search.pipeline import run_search
 from natsl.search.prepare import make_problem
-from natsl.search.study import SearchFailedError
 from natsl.space.policy import Op, RoutingPolicy
 from natsl.train import TrainingDivergedError, learning_rate
 from tests.search_helpers import read_log
@@ -411,7 +411,7 @@ def test_a_scale_has_the_ends_of_all_structures(tmp_path: Path, text: str) -> No
     ],
 )
 def test_the_better_share_goes_on(own: float, others: Sequence[float], keep: float, expected: bool) -> None:
-    assert goes_on(own, others, keep) is expected
+    assert is_promoted(own, others, keep) is expected
 
 
 MISTAKES = {

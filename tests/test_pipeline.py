@@ -27,10 +27,10 @@ from natsl.files import read_config
 from natsl.run import Run
 from natsl.search import judge, pipeline, rungs, source
 from natsl.search.config import Launcher, SearchConfig, SearchRunConfig
+from natsl.search.fault import SearchFailedError
 from natsl.search.front import Front
 from natsl.search.judge import make_judge
 from natsl.search.pipeline import run_search
-from natsl.search.study import SearchFailedError
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.tasks import DataConfig
 from natsl.tasks.mqar import MqarConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,19 @@ from natsl.cli.plan import PlanConfig, run_plan
 from natsl.config import Precision
 from natsl.files import write_json
 from natsl.latency import Setting, table_path
+from natsl.progress import Progress
 from natsl.run import Run
-from natsl.search import plan
-from natsl.search.baseline import baselines
+from natsl.search import plan, score
+from natsl.search.baseline import Named, baselines
 from natsl.search.config import Launcher, SearchRunConfig
+from natsl.search.families import Swept
 from natsl.search.front import Front
-from natsl.search.pipeline import run_search
+from natsl.search.pipeline import COMPARED, run_search
 from natsl.search.plan import Plan, Probe, Start, make_plan
 from natsl.search.prepare import prepare
 from natsl.search.rungs import useful
+from natsl.search.score import RANDOM_POINTS
+from natsl.search.trial import Record
 from natsl.space.policy import Op
 from tests.latency_helpers import made_table
 from tests.test_pipeline import tiny
@@ -79,6 +84,48 @@ def test_a_plan_counts_what_a_search_does(done: tuple[Run, Front], text: str, tm
     assert "workers" not in stages  # it evaluates by itself
 
 
+def test_a_plan_agrees_with_the_progress_of_the_search(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of everything, but for what the plan says: policies in several families, draws of random routing."""
+    totals: dict[str, int] = {}
+
+    begin = Progress.__init__
+
+    def counted(progress: Progress, stage: str, total: int, done: int = 0) -> None:
+        totals[stage] = total
+        begin(progress, stage, total, done)
+
+    monkeypatch.setattr(Progress, "__init__", counted)
+    members: list[int] = []
+
+    def steps_to_score(records: Sequence[Record], fixed: Sequence[Named], swept: Sequence[Swept]) -> int:
+        members.append(sum(len(item.members) for item in swept))
+        return score.steps_to_score(records, fixed, swept)
+
+    monkeypatch.setattr("natsl.search.pipeline.steps_to_score", steps_to_score)
+    config = tiny(tmp_path, text, objectives=["val_loss", "kept_fraction"], lengths=[1, 3])
+    front = run_search(config)
+    assert front is not None
+    monkeypatch.setattr(plan, "FRONT_POINTS", len(front.points))
+    monkeypatch.setattr(plan, "FAMILY_MEMBERS", 0)
+    counts = {stage.name: stage.count for stage in planned(config).stages}
+    for stage in ("train", "anchors", "heads"):
+        assert counts[stage] == totals[stage], stage
+    assert counts["anchors"] + config.search.n_trials - 3 == totals["search"]
+    problem = prepare(config)[1]
+    families = [item.policy for _, items in plan._families(config, problem) for item in items]
+    assert counts["families"] == len(set(families))
+    assert len(families) <= totals["families"] <= len(families) + counts["heads"], "paths of whole heads are found"
+    draws = config.search.random_draws
+    beside = min(len(front.points), RANDOM_POINTS) + 1  # one uniform budget
+    scored = totals["test"] - beside - members[0]
+    assert scored <= counts["test"] - beside * draws <= scored + 2, "paths of whole heads may be baselines already"
+    left_out = min(len(front.points), COMPARED) - len(front.comparisons)  # points that route nothing
+    assert totals["lengths"] == 2 * (counts["lengths"] - left_out), "the own length is not measured again"
+    assert counts["controls"] >= totals["controls"]
+
+
 def test_times_are_counts_by_what_was_timed(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_step_seconds", lambda trainer: (7.0, 2.0))
     monkeypatch.setattr(plan, "_scores", lambda *_: Probe(7.0, 2.0, 40.0, 0.5, 0.25, 0.125))
@@ -92,9 +139,9 @@ def test_times_are_counts_by_what_was_timed(text: str, tmp_path: Path, monkeypat
     assert seconds["search"] == pytest.approx(4 * (0.25 + 0.75 * plan.GOES_ON) * 0.5 + 7 * plan.TRIAL_SECONDS)
     assert seconds["heads"] == 9 * 0.5
     assert found.seconds == pytest.approx(sum(seconds.values()))
-    # the front, baselines that need none, members of four families, random routing beside seven points and one baseline
+    # the front, baselines, among them three of the four heads, members of four families, random routing beside some
     fixed = baselines([Op.routed] * 2, 8, [0.25], config.search.space)
-    assert seconds["test"] == (7 + len(fixed) + 4 * plan.FAMILY_MEMBERS + (7 + 1) * 2) * 0.125
+    assert seconds["test"] == (7 + len(fixed) + 3 + 4 * plan.FAMILY_MEMBERS + (7 + 1) * 2) * 0.125
 
 
 @pytest.mark.parametrize(("rungs", "share"), [([1.0], 1.0), ([0.25, 1.0], 0.625), ([0.25, 0.5, 1.0], 0.5)], ids=str)

@@ -174,7 +174,7 @@ def test_missing_submitit_and_missing_slurm_are_said_before_training(
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"needs submitit: pip install 'natsl\[slurm\]'"):
         make_executor(CPU, tmp_path)
-    monkeypatch.setattr("natsl.search.pipeline.connect", lambda url: None)
+    monkeypatch.setattr("natsl.search.pipeline.join", lambda *_: False)
     with pytest.raises(UserError, match="needs submitit"):
         run_search(tiny(tmp_path, text, launcher=Launcher.slurm, storage=SERVER))
     assert not (tmp_path / "first/supernet").exists()

@@ -17,9 +17,10 @@ import pytest
 from natsl.errors import UserError
 from natsl.evaluate import Evaluation
 from natsl.search.config import SearchConfig
+from natsl.search.fault import SearchFailedError
 from natsl.search.pareto import dominates
 from natsl.search.samplers import Sampler
-from natsl.search.study import PolicyStudy, SearchFailedError, first_policies, open_policy_study
+from natsl.search.study import PolicyStudy, first_policies, open_policy_study
 from natsl.search.trial import Record
 from natsl.space.policy import LayerPolicy, Op, RoutingPolicy
 from natsl.space.space import SearchSpace

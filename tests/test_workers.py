@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,14 +18,16 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from sqlalchemy.exc import OperationalError
 
 from natsl.errors import UserError
 from natsl.files import from_plain, to_plain
 from natsl.search.config import Launcher, SearchConfig, SearchRunConfig
-from natsl.search.fault import WorkerError
+from natsl.search.fault import SearchFailedError, WorkerError
+from natsl.search.judge import Judge
 from natsl.search.owner import Owner
 from natsl.search.question import Question
-from natsl.search.study import PolicyStudy, SearchFailedError
+from natsl.search.study import PolicyStudy
 from natsl.search.trial import Record
 from natsl.search.worker import pool
 from natsl.search.worker.pool import Workers, worker_devices
@@ -388,6 +392,38 @@ def test_a_worker_error_is_a_fault_of_the_machine(tmp_path: Path) -> None:
 def test_values_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"search.{name} = {value!r}"):
         SearchConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def take_answers(judge: Judge) -> None:
+    """Wait for three answers, and then take all of them."""
+    questions = [Question.search(policy, 0.5) for policy in FIRST[:3]]
+    judge.queue.ahead(questions)
+    while not all(map(judge.queue.ready, questions)):
+        judge.queue.wait()
+    for question in questions:
+        judge.search(question.policies[0], 0.5)
+
+
+def test_answers_that_were_given_out_leave_the_table(tmp_path: Path) -> None:
+    with fake_search(tmp_path, config(workers=1)) as (_, judge, _):
+        take_answers(judge)
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as connection:
+        states = [state for (state,) in connection.execute("SELECT state FROM natsl_tasks ORDER BY id")]
+    assert states == ["used", "used", "done"], "the last answer may be what could not be stored"
+
+
+def test_a_database_that_is_gone_at_the_end_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> None:
+        raise OperationalError("UPDATE", {}, Exception("gone"))
+
+    def end(judge: Judge) -> None:
+        take_answers(judge)
+        monkeypatch.setattr(TaskTable, "use", gone)
+        monkeypatch.setattr(TaskTable, "hold", gone)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), fake_search(tmp_path, config(workers=1)) as (_, judge, _):
+        end(judge)
 
 
 def test_workers_that_cannot_start_are_reported_to_whoever_asks_again(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ VERBS = {
         ),
         Verb(
             "plan",
-            "what a search will take: time, memory, disk",
+            "what a search, or an outer search, will take: time, memory, disk",
             "natsl.cli.plan:run_plan",
             "natsl.cli.plan:PlanConfig",
         ),

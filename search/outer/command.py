@@ -40,6 +40,36 @@ _LOG = logging.getLogger(__name__)
 _END = "trial.json"  # in the folder of a trial: how it ended
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What an outer search is made of.
+
+    ``root``: of its trials. ``problems``: what is asked of a supernet, by its structure. ``rungs``: steps after which
+    supernets are judged.
+    """
+
+    root: str
+    problems: list[tuple[ModelConfig, Problem]]
+    scale: Scale
+    data: TaskData
+    rungs: list[int]
+
+
+def prepare_outer(config: OuterRunConfig) -> Prepared:
+    """What an outer search is made of; ``UserError`` for what the user has to fix. Writes nothing."""
+    from natsl.search.outer.value import common_scale
+    from natsl.search.prepare import make_problem, prepare
+    from natsl.search.rungs import useful
+
+    root = str(Run(child_folder(user_path(config.root, "root"), config.name, "name")).trials)
+    structures = [config.trial("t0000", root, settings) for settings in config.outer.space.structures()]
+    scale = common_scale(structures)
+    problems = [(item.model, make_problem(item)) for item in structures]
+    data, steps = prepare(structures[0])[2], config.train.steps
+    rungs = [max(1, math.ceil(share * steps)) for share in useful(config.outer.rungs, steps)]
+    return Prepared(root, problems, scale, data, rungs)
+
+
 def run_outer(config: OuterRunConfig) -> None:
     """Make an outer search, or what is missing of it, and print its trials and what to do with the best one."""
     from natsl.search.outer.report import print_result
@@ -53,33 +83,24 @@ def search_settings(config: OuterRunConfig) -> OuterResult:
     from natsl import __version__
     from natsl.search.outer.report import OuterResult, write
     from natsl.search.outer.study import open_outer_study
-    from natsl.search.outer.value import common_scale
-    from natsl.search.prepare import make_problem, prepare
-    from natsl.search.rungs import useful
-    from natsl.search.storage import connect, reported_errors
+    from natsl.search.storage import check_connection, reported_errors
 
-    folder = child_folder(user_path(config.root, "root"), config.name, "name")
-    root, space = str(Run(folder).trials), config.outer.space
-    structures = [config.trial("t0000", root, settings) for settings in space.structures()]
-    scale = common_scale(structures)
-    problems = [(item.model, make_problem(item)) for item in structures]
-    data = prepare(structures[0])[2]
+    parts = prepare_outer(config)
     if config.search.storage is not None:
-        connect(config.search.storage)
-    steps = config.train.steps
-    rungs = [max(1, math.ceil(share * steps)) for share in useful(config.outer.rungs, steps)]
+        check_connection(config.search.storage)
     run = Run.open(config.name, config.root)
     with run.lock():
         if run.front_json.exists() or any(run.supernet.glob("step-*.json")):
             raise UserError(f"name = {config.name!r} is a run with a supernet of its own: choose another name")
         check_resume(run, config)
-        made_from = {"natsl": __version__, **_made_from(config, [problem for _, problem in problems], rungs, data)}
-        with contextlib.closing(open_outer_study(run.study_db, config, rungs, made_from)) as study:
+        made_from = {"natsl": __version__, **_made_from(config, parts)}
+        with contextlib.closing(open_outer_study(run.study_db, config, parts.rungs, made_from)) as study:
             run.write_config(config)
             with start_tracker(config.tracking, run, to_plain(config)) if study.remaining else Tracker() as tracker:
                 with reported_errors(str(run.study_db) if config.search.storage is None else "search.storage"):
-                    _Outer(config, run, rungs, scale, problems, data, device, tracker).make(study)
-                result = OuterResult(run, space, scale, tuple(rungs), tuple(study.records), _notes(study)).tested()
+                    _Outer(config, run, parts, device, tracker).make(study)
+                space, rungs = config.outer.space, tuple(parts.rungs)
+                result = OuterResult(run, space, parts.scale, rungs, tuple(study.records), _notes(study)).tested()
                 write(result)
                 tracker.image("outer/picture", run.path / "outer.png")
                 tracker.html("outer/report", run.report)
@@ -91,18 +112,18 @@ def search_settings(config: OuterRunConfig) -> OuterResult:
 
         if result.test is None:
             _LOG.info("the policies of the best trial, %s, are searched: %s", best.id, shown_settings(best.settings))
-        trial = config.trial(best.id, root, best.settings)
+        trial = config.trial(best.id, parts.root, best.settings)
         run_search(trial, search_options(trial))
         result = result.tested()
         write(result)
     return result
 
 
-def _made_from(config: OuterRunConfig, problems: list[Problem], rungs: list[int], data: TaskData) -> dict[str, Any]:
+def _made_from(config: OuterRunConfig, parts: Prepared) -> dict[str, Any]:
     """What the trials depend on beside their settings, as the study stores it."""
     from natsl.search.outer.value import fixed_policies
 
-    judged = [policy.digest() for problem in problems for policy in fixed_policies(problem, config.search)]
+    judged = [policy.digest() for _, problem in parts.problems for policy in fixed_policies(problem, config.search)]
     plain, search = to_plain(config), config.search
     searched = {option for option, *_ in config.outer.space.axes()}
     sections = {
@@ -114,13 +135,13 @@ def _made_from(config: OuterRunConfig, problems: list[Problem], rungs: list[int]
         for section in ("model", "supernet", "train")
     }
     return {
-        "outer": {"space": plain["outer"]["space"], "keep": config.outer.keep, "rungs": rungs},
+        "outer": {"space": plain["outer"]["space"], "keep": config.outer.keep, "rungs": parts.rungs},
         "seed": config.seed,
         "objectives": search.objectives,
         "constraints": search.constraints,
         "context": search.context,
         "policies": hashlib.sha256(" ".join(judged).encode()).hexdigest()[:16],
-        "data": data.fingerprint,
+        "data": parts.data.fingerprint,
         "training": TRAINING_VERSION,
         **sections,
     }
@@ -135,14 +156,11 @@ def _notes(study: OuterStudy) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Outer:
-    """The trials of one outer search. ``problems``: what is asked of a supernet, by its structure."""
+    """The trials of one outer search."""
 
     config: OuterRunConfig
     run: Run
-    rungs: list[int]
-    scale: Scale
-    problems: list[tuple[ModelConfig, Problem]]
-    data: TaskData
+    parts: Prepared
     device: torch.device
     tracker: Tracker
 
@@ -175,9 +193,9 @@ class _Outer:
         with run.lock():
             check_resume(run, config)
             (run.path / _END).unlink(missing_ok=True)  # of the failure after which it is tried again
-            keep_record(run, self.data, root, None, config.allow_other_data)
+            keep_record(run, self.parts.data, root, None, config.allow_other_data)
             try:
-                while len(trial.values) < len(self.rungs) and not study.stops(trial):
+                while len(trial.values) < len(self.parts.rungs) and not study.stops(trial):
                     self._judge(study, trial, config, run)
             except Exception as error:
                 reason = failure(error)
@@ -195,7 +213,8 @@ class _Outer:
         if record.same_as is None and not path.exists():
             options = search_options(self.config.trial(record.id, str(self.run.trials), record.settings))
             again = shlex.join(["natsl", "search", *options])  # trains it to the end, and searches its policies
-            write_json(path, {"outer": self.run.name, **record.to_plain(self.rungs), "command": redact_text(again)})
+            plain = {"outer": self.run.name, **record.to_plain(self.parts.rungs)}
+            write_json(path, {**plain, "command": redact_text(again)})
 
     def _judge(self, study: OuterStudy, trial: OuterTrial, config: SearchRunConfig, run: Run) -> None:
         """Train up to the next rung and store what the supernet is worth there."""
@@ -203,14 +222,14 @@ class _Outer:
         from natsl.search.outer.value import judge
         from natsl.train import TrainRecipe, fit
 
-        step = self.rungs[len(trial.values)]
+        step = self.parts.rungs[len(trial.values)]
         recipe = TrainRecipe(config.train, config.supernet, config.seed)
-        model = fit(run, config.model, self.data, recipe, self.device, Tracker(), until=step)
+        model = fit(run, config.model, self.parts.data, recipe, self.device, Tracker(), until=step)
         if step < config.train.steps:  # else it is calibrated
-            calibrate(model, self.data, config.supernet, config.seed)
-        problem = next(problem for model_config, problem in self.problems if model_config == config.model)
-        points = judge(model, self.data, problem, config.search)
-        study.report(trial, self.scale.hypervolume([item.values for item in points]), points)
+            calibrate(model, self.parts.data, config.supernet, config.seed)
+        problem = next(problem for model_config, problem in self.parts.problems if model_config == config.model)
+        points = judge(model, self.parts.data, problem, config.search)
+        study.report(trial, self.parts.scale.hypervolume([item.values for item in points]), points)
 
     def _free(self) -> None:
         """Give back what a supernet that did not fit has left on the device."""
@@ -225,12 +244,12 @@ class _Outer:
         from natsl.search.outer.study import best_of
 
         best = best_of(study.records)
-        self.run.log({"event": "trial", **record.to_plain(self.rungs)})
+        self.run.log({"event": "trial", **record.to_plain(self.parts.rungs)})
         numbers: dict[str, Any] = {} if record.value is None else {"value": record.value}
         numbers |= {} if best is None else {"best": best.value}
         self.tracker.log({f"outer/{key}": value for key, value in numbers.items()}, step=record.index)
         done = f"{len(study.records)}/{self.config.outer.n_trials}"
-        _LOG.info("trial %s (%s) %s%s", record.id, done, record.outcome(self.rungs), _so_far(best))
+        _LOG.info("trial %s (%s) %s%s", record.id, done, record.outcome(self.parts.rungs), _so_far(best))
 
 
 def _so_far(best: OuterRecord | None) -> str:

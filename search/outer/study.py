@@ -14,10 +14,11 @@ import optuna
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from natsl.search.fault import check_failures
 from natsl.search.outer.config import OuterRunConfig
 from natsl.search.outer.value import Measured
-from natsl.search.storage import Identity, OpenStudy, end_waiting, open_study, reported_errors
-from natsl.search.study import INDEX, KNOWN, REASON, SearchFailedError
+from natsl.search.storage import Identity, OpenStudy, open_study, reported_errors
+from natsl.search.stored import INDEX, KNOWN, REASON, read_trials
 
 SETTINGS = "settings"  # trial attribute: option → value; a trial that has it is made by whoever finds it
 POINTS = "points"  # trial attribute: the front of each rung
@@ -115,13 +116,18 @@ def best_of(records: Sequence[OuterRecord]) -> OuterRecord | None:
     return max(done, key=lambda record: record.value or 0.0, default=None)
 
 
-def goes_on(own: float, others: Sequence[float], keep: float) -> bool:
+def is_promoted(own: float, others: Sequence[float], keep: float) -> bool:
     """Whether a trial with this value at a rung trains on: it is in the best ``keep`` of those judged there so far.
 
     Asynchronous successive halving (Li et al. 2020): nobody waits, and the first one goes on. Optuna's pruner of that
     name stores that a rung was reached before its decision is known, so that a trial killed in between would go on.
     """
-    return sum(other > own for other in others) < max(1, math.ceil(keep * (len(others) + 1)))
+    return sum(other > own for other in others) < places(len(others), keep)
+
+
+def places(others: int, keep: float) -> int:
+    """How many of the best trials at a rung train on, where so many ``others`` were judged before."""
+    return max(1, math.ceil(keep * (others + 1)))
 
 
 class OuterStudy:
@@ -132,19 +138,10 @@ class OuterStudy:
         self._study = study = opened.study
         self.records: list[OuterRecord] = []
         self._open: OuterTrial | None = None
-        self.foreign: list[int] = []  # Optuna's numbers of trials that something else put into the study
-        end_waiting(study)
-        running = []
-        for trial in study.get_trials(deepcopy=False):
-            if trial.state is TrialState.RUNNING:
-                running.append(trial)
-            elif trial.state is not TrialState.FAIL or REASON in trial.user_attrs:
-                try:
-                    self._store(self._read(trial))
-                except (KeyError, TypeError, ValueError):
-                    self.foreign.append(trial.number)
+        remains = read_trials(study, lambda trial: self._store(self._read(trial)))
+        self.foreign = remains.foreign
         self._again = {record.index for record in self.records if record.transient}  # to be tried again
-        for trial in running:  # its process is gone: this one owns the study
+        for trial in remains.running:  # its process is gone: this one owns the study
             self._adopt(trial)
 
     @property
@@ -159,6 +156,7 @@ class OuterStudy:
         """
         if self._open is not None:
             return self._open
+        self._opened.check_owner()
         config, study = self._config, self._study
         index = min(self._again, default=len(self.records))
         failed = self.records[index] if index in self._again else None
@@ -190,6 +188,7 @@ class OuterStudy:
 
     def report(self, trial: OuterTrial, value: float, points: Sequence[Measured]) -> None:
         """Store the value of a supernet at the next rung, and its front."""
+        self._opened.check_owner()
         front = [{"policy": item.policy.to_dict(), "values": item.values} for item in points]
         trial.points.append(front)
         trial.trial.set_user_attr(POINTS, trial.points)
@@ -202,10 +201,11 @@ class OuterStudy:
         if reached in (0, len(self._rungs)):
             return False
         others = [r.values[reached - 1] for r in self.records if r.same_as is None and len(r.values) >= reached]
-        return not goes_on(trial.values[-1], others, self._config.outer.keep)
+        return not is_promoted(trial.values[-1], others, self._config.outer.keep)
 
     def finish(self, trial: OuterTrial) -> OuterRecord:
         """Store that a trial is at its end, or was stopped before."""
+        self._opened.check_owner()
         if len(trial.values) == len(self._rungs):
             self._study.tell(trial.trial, trial.values[-1])
             return self._add(trial, State.complete)
@@ -214,6 +214,7 @@ class OuterStudy:
 
     def fail(self, trial: OuterTrial, reason: str) -> OuterRecord:
         """Store that a supernet could not be trained or judged, and why."""
+        self._opened.check_owner()
         trial.trial.set_user_attr(REASON, reason)
         self._study.tell(trial.trial, state=TrialState.FAIL)
         return self._add(trial, State.failed, reason)
@@ -231,14 +232,8 @@ class OuterStudy:
 
     def check_failures(self) -> None:
         """Raise ``SearchFailedError`` once too many trials have failed; those to be tried again do not count."""
-        settings = self._config.search
-        failed = [item for item in self.records if item.state is State.failed and item.index not in self._again]
-        limit = settings.max_failure_rate
-        if len(failed) >= settings.min_failures and len(failed) > limit * len(self.records):
-            raise SearchFailedError(
-                f"{len(failed)} of {len(self.records)} trials failed, more than search.max_failure_rate = {limit:g}; "
-                f"the last one: {failed[-1].reason}"
-            )
+        reasons = [item.reason for item in self.records if item.reason is not None and item.index not in self._again]
+        check_failures(reasons, len(self.records), self._config.search)
 
     def close(self) -> None:
         """Give the study up: only ``records`` can be used afterwards."""

@@ -8,23 +8,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
+from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
 from natsl import signals
 from natsl.errors import UserError
-from natsl.search.fault import WorkerError
 from natsl.search.judge import Judge
 from natsl.search.owner import Owner
 from natsl.search.question import Method, Question, Queue, from_plain
+from natsl.search.worker.error import load_error
 from natsl.search.worker.pool import Clock, WorkerState
 from natsl.search.worker.table import Ended, TaskTable
 
 _LOG = logging.getLogger(__name__)
 _POLL, _LONGEST_POLL = 0.05, 0.5  # seconds between looks for answers; workers on this machine say when there is one
 _LOOK_SECONDS = 0.5  # between looks at what is being worked on
+_REMEMBERED = 10_000  # policies of which it is known who answered last
 OnLook = Callable[[Sequence[WorkerState], Mapping[str, Question | None]], None]
-_SEATS = 10_000  # policies of which it is known who answered last
 
 
 class Pool(Protocol):
@@ -51,8 +51,9 @@ class Dispatcher:
     """Has questions answered by whoever takes tasks from the table.
 
     ``start`` makes the workers of this process, given whether a task is wanted. A worker that shows no beat for
-    ``lease_seconds`` loses its task; only time in which this process ran counts. ``on_beat`` is called now and then,
-    ``on_look`` with the workers and what those that are busy do, by their names (null: nobody waits for it).
+    ``lease_seconds`` loses its task; only time in which this process ran counts. ``on_beat`` is called now and
+    then, and before tasks change that others may work on: it raises ``UserError`` if the study is another process's by
+    now. ``on_look`` gets the workers and what those that are busy do, by their names (null: nobody waits for it).
     """
 
     def __init__(
@@ -128,9 +129,9 @@ class Dispatcher:
         ended = self._answers.pop(question.key)
         self._taken.append(ended.key)
         if ended.error is not None:
-            raise raised(ended.error)
+            raise load_error(ended.error)
         if len(question.policies) == 1 and ended.worker is not None:
-            if len(self._near) >= _SEATS:
+            if len(self._near) >= _REMEMBERED:
                 self._near.clear()
             self._near[question.policies[0].digest()] = ended.worker
         return from_plain(question.method, ended.answer)
@@ -154,9 +155,8 @@ class Dispatcher:
 
     def _step(self) -> bool:
         """Wait a moment for news, and take care of what is due; whether there is a new answer."""
-        if self._taken:
-            self._table.use(self._taken)
-            self._taken = []
+        self._use(self._taken)
+        self._taken = []
         now = time.monotonic()
         heard = self._workers.watch(max(0.0, min(self._next_poll, self._next_look) - now))
         now = time.monotonic()
@@ -174,6 +174,12 @@ class Dispatcher:
         self._pause = _POLL if found or heard else min(2 * self._pause, _LONGEST_POLL)
         self._next_poll = now + self._pause
         return bool(found)
+
+    def _use(self, taken: Sequence[str]) -> None:
+        """Drop answers from the table that were given out, and are stored elsewhere by now."""
+        if taken:
+            self._on_beat()
+            self._table.use(taken)
 
     def _look(self) -> None:
         """Put back what was lost: its worker is gone, or has shown no beat for too long."""
@@ -209,6 +215,7 @@ class Dispatcher:
 
     def _drain(self) -> None:
         """Let nobody begin anything, wait for what is running, and leave."""
+        self._on_beat()
         self._asked.clear()  # what its worker loses now is held as well
         self._table.hold()
         while self._table.running():
@@ -216,26 +223,11 @@ class Dispatcher:
         raise KeyboardInterrupt
 
     def close(self) -> None:
-        """End the workers; what they had is put back."""
+        """End the workers; what they had is put back, and nobody begins what waits."""
         self._workers.close()
         self._on_look([], {})
-        with contextlib.suppress(SQLAlchemyError):  # a database that is gone is what ended the search
+        # A database that is gone, or a study that is another process's, is what ended the search.
+        with contextlib.suppress(SQLAlchemyError, StorageInternalError, UserError):
+            self._use(self._taken[:-1])  # the last one may not be stored: that may be what has ended the search
+            self._on_beat()
             self._table.hold()
-
-
-def raised(plain: Mapping[str, Any]) -> Exception:
-    """The error that a worker met, from what it stored."""
-    kind, text = str(plain["type"]), str(plain["text"])
-    if kind == "OSError":
-        return OSError(plain.get("errno"), text)
-    kinds: dict[str, type[Exception]] = {
-        "FloatingPointError": FloatingPointError,
-        "ArithmeticError": ArithmeticError,
-        "UserError": UserError,
-        "ValueError": ValueError,
-        "OutOfMemoryError": torch.OutOfMemoryError,
-        "AcceleratorError": torch.AcceleratorError,
-        "MemoryError": MemoryError,
-        "WorkerError": WorkerError,
-    }
-    return kinds.get(kind, RuntimeError)(text)

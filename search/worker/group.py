@@ -38,27 +38,37 @@ SILENCE = 5  # so many search.lease_seconds without a beat, and the controller i
 def join(config: SearchRunConfig, problem: Problem, data: TaskData, device: torch.device) -> bool:
     """Evaluate for the search that owns the study, until it ends; False: nobody owns it, or none that lives.
 
-    ``UserError`` if this process has not what is searched: its supernet, its text, its settings, its version of natsl.
+    ``UserError`` if this process has not what is searched (its supernet, its text, its settings, its version of natsl),
+    if the search lets nobody join, or if it has not come to its trials.
     """
     settings = config.search
-    if settings.storage is None or settings.launcher is not Launcher.local:
+    if settings.storage is None:
         return False
     storage = connect(settings.storage)
     with reported_errors("search.storage"), _closing(storage):
-        if config.name not in optuna.get_all_study_names(storage):
-            return False
-        study = storage.get_study_id_from_name(config.name)
         run = Run(child_folder(user_path(config.root, "root"), config.name, "name"))
-        controller = Controller(storage, study)
-        if not controller.lives():
+        known = config.name in optuna.get_all_study_names(storage)
+        controller = Controller(storage, storage.get_study_id_from_name(config.name)) if known else None
+        if controller is None or not controller.lives():
+            _begin(config, run, known)
             return False
+        study = controller.study
         attributes = storage.get_study_user_attrs(study)
-        sums = _checked(attributes.get(FINGERPRINT, {}), config, problem, data, run)
-        settings = _shared(attributes.get(SHARED, {}), settings, config.name)
+        shared = attributes.get(SHARED, {})
+        inline = shared.get("launcher") == Launcher.inline.value
+        if inline or settings.launcher is not Launcher.local:
+            how = ", which evaluates by itself (search.launcher = inline)" if inline else ""
+            advice = "" if inline else ", or join it with search.launcher = local"
+            raise UserError(
+                f"the study {config.name!r} is in use by {controller.describe()}{how}: wait until it has ended, or "
+                f"choose another name{advice}"
+            )
+        sums = _check_inputs(attributes.get(FINGERPRINT, {}), config, problem, data, run)
+        settings = _with_lease(shared, settings, config.name)
         devices = worker_devices(settings, device)
         threads = storage.get_study_user_attrs(study).get(THREADS, threads_each(len(devices)))
-        shared, text = replace(config, search=settings), data.corpus.fingerprint
-        job = supernet_job(shared, run, study, threads, sums["supernet"], text)
+        same, text = replace(config, search=settings), data.corpus.fingerprint
+        job = supernet_job(same, run, study, threads, sums["supernet"], text)
         _LOG.info(
             "the study %r is another process's (%s): this one evaluates for it", config.name, controller.describe()
         )
@@ -71,6 +81,33 @@ def join(config: SearchRunConfig, problem: Problem, data: TaskData, device: torc
         )
         _LOG.info("the search has ended, or its process has")
         return True
+
+
+def _begin(config: SearchRunConfig, run: Run, known: bool) -> None:
+    """Say what it means that this process makes the search, whose study is ``known`` or not, and not another one.
+
+    A process that still trains has no study. In a root that both see, the lock of its run tells; elsewhere nothing.
+    """
+    if config.search.launcher is Launcher.local and run.is_held():
+        raise UserError(
+            f"the run {config.name!r} is in use by another process, which makes no trials at the moment (it trains, or "
+            "reports): run this command again once it does, to evaluate for it"
+        )
+    trains = config.supernet_from is None and not checkpoint.steps(run.supernet)
+    if known and trains:
+        _LOG.info(
+            "the supernet of the study %r is not in %s: one is trained there, and unless it is the same, the study is "
+            "refused; use the root in which it was made, or copy that run folder",
+            config.name,
+            run.supernet,
+        )
+    elif not known:
+        _LOG.info(
+            "search.storage has no study %r yet, so this process makes the search%s: start other machines' commands "
+            "once its trials run",
+            config.name,
+            " and trains its supernet" if trains else "",
+        )
 
 
 @contextlib.contextmanager
@@ -93,7 +130,7 @@ def serve(start: Callable[[], Workers], wanted: Callable[[], bool]) -> None:
             workers.look(clock.lap())
 
 
-def _checked(
+def _check_inputs(
     stored: dict[str, Any], config: SearchRunConfig, problem: Problem, data: TaskData, run: Run
 ) -> dict[str, Any]:
     """What results depend on here, which must be what they depend on in the study with the fingerprint ``stored``."""
@@ -114,7 +151,7 @@ def _checked(
     return sums
 
 
-def _shared(owner: dict[str, Any], settings: SearchConfig, name: str) -> SearchConfig:
+def _with_lease(owner: dict[str, Any], settings: SearchConfig, name: str) -> SearchConfig:
     """``settings`` with the lease of the study's owner; ``UserError`` where evaluations would be in other batches."""
     size = owner.get("batch_size", settings.batch_size)
     if size != settings.batch_size:
@@ -129,13 +166,13 @@ class Controller:
     """The process that owns a study, as far as its attributes tell."""
 
     def __init__(self, storage: RDBStorage, study: int) -> None:
-        self._storage, self._study = storage, study
+        self._storage, self.study = storage, study
         self._beat: Any = None
         self._seen = time.monotonic()
 
     def _read(self) -> tuple[Owner | None, Any]:
         try:
-            attributes = self._storage.get_study_user_attrs(self._study)
+            attributes = self._storage.get_study_user_attrs(self.study)
         except KeyError:  # the study was deleted
             return None, None
         owner = attributes.get(OWNER)

@@ -207,7 +207,7 @@ class Workers:
         self._start(seat)
 
     def close(self) -> None:
-        """End all workers, with whatever they have started, and put back what they had."""
+        """End all workers, with whatever they have started, and put back what they had, for others to take."""
         processes = {seat.name: seat.process for seat in self._seats if seat.process is not None}
         for process in processes.values():
             _kill(process)
@@ -218,7 +218,7 @@ class Workers:
         with contextlib.suppress(SQLAlchemyError):  # else the next call sees that they are gone
             for task in self._table.running() if processes else ():
                 if task.worker in processes:
-                    self._table.put_back(task.lease, "the search was stopped", counted=False, wanted=False)
+                    self._table.put_back(task.lease, "its worker was stopped", counted=False)
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """A worker process: evaluates policies for a search, one after another, until its controller ends.
 
-What it has to know comes as one line of JSON on its standard input, where
-later lines say that there are new tasks, and whose end means that the controller is gone. On its standard output it
-says that it is ready, and that a task is done. Everything else is in the table of tasks. No torch at import.
+What it has to know comes as one line of JSON on its standard input, where later lines say that there are new tasks, and
+whose end means that the controller is gone. On its standard output it says that it is ready, and that a task is done.
+Everything else is in the table of tasks. No torch at import.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from natsl.errors import UserError
 from natsl.search.owner import Owner
 from natsl.search.question import Question
+from natsl.search.worker.error import is_known, store_error
 from natsl.search.worker.table import BUSY_SECONDS, TaskTable, open_engine
 from natsl.secrets import redact_text
 
@@ -129,8 +130,8 @@ class _Worker:
         try:
             answer = answers(Question.from_dict(task.payload))
         except Exception as fault:
-            error = plain_error(fault)
-            if type(fault).__name__ not in KINDS:  # a defect, rather than what evaluations are known to meet
+            error = store_error(fault)
+            if not is_known(fault):
                 print(redact_text(traceback.format_exc()), file=sys.stderr, flush=True)
         usable = error is None or answers.recover()  # by now nothing holds what the evaluation had in memory
         finished = self._patiently(lambda: self._table.finish(task.lease, answer, error))
@@ -180,25 +181,3 @@ class _Worker:
             if lease is not None:
                 with contextlib.suppress(SQLAlchemyError):  # the next beat, or the result, comes through
                     self._table.beat(lease)
-
-
-def plain_error(error: Exception) -> dict[str, Any]:
-    """What is stored of an error; the inverse is ``natsl.search.worker.dispatch.raised``."""
-    kind = next((item.__name__ for item in type(error).__mro__ if item.__name__ in KINDS), "RuntimeError")
-    text = str(error)
-    if kind == "RuntimeError" and type(error) is not RuntimeError:
-        text = f"{type(error).__name__}: {text}"
-    return {"type": kind, "text": text[:2000], "errno": getattr(error, "errno", None)}
-
-
-KINDS = (
-    "FloatingPointError",
-    "ArithmeticError",
-    "UserError",
-    "ValueError",
-    "OutOfMemoryError",
-    "AcceleratorError",
-    "MemoryError",
-    "OSError",
-    "RuntimeError",
-)

@@ -147,7 +147,7 @@ class SlurmWorkers:
         """Nothing: ``look`` submits jobs for those that have ended."""
 
     def close(self) -> None:
-        """Cancel all jobs, and put back what their workers had."""
+        """Cancel all jobs, and put back what their workers had, for others to take."""
         for seat in self._seats:
             if seat.job is not None:
                 with contextlib.suppress(OSError):
@@ -155,7 +155,7 @@ class SlurmWorkers:
                 seat.job = None
         for task in self._table.running() if self._count else ():
             if task.worker.startswith(f"{self._token}-"):
-                self._table.put_back(task.lease, "the search was stopped", counted=False, wanted=False)
+                self._table.put_back(task.lease, "its worker was stopped", counted=False)
 
 
 def make_executor(config: SlurmConfig, folder: Path, cluster: str = "slurm") -> submitit.AutoExecutor:

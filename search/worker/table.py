@@ -35,6 +35,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.mysql import MEDIUMTEXT
 
 from natsl.search.owner import Owner
+from natsl.search.worker.error import ended_worker
 
 BUSY_SECONDS = 60.0  # how long a process waits for another one to finish writing
 ATTEMPTS = 2  # a task that so many workers ended over fails
@@ -222,8 +223,7 @@ class TaskTable:
 
     def give_up(self, lease: str, why: str) -> bool:
         """End a lease whose task fails."""
-        error = json.dumps({"type": "WorkerError", "text": why})
-        return self._change(self._held_by(lease), state=State.failed.value, result=error, lease=None)
+        return self.finish(lease, error=ended_worker(why))
 
     def running(self) -> list[Running]:
         """Tasks that are being worked on."""
