@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from natsl.search.worker.process import Job
 from natsl.search.worker.table import TaskTable
 from tests.fake_search import FAKE, search
 from tests.test_pipeline import tiny
-from tests.test_workers import ROOT, TRIALS, calls, config, outcome, pids, runs, until
+from tests.test_workers import ROOT, TRIALS, calls, config, controller, outcome, pids, runs, until
 
 
 @pytest.fixture
@@ -54,14 +55,14 @@ def test_workers_join_a_search_and_leave_with_it(tmp_path: Path) -> None:
         until(lambda: (theirs / "calls").exists())
         storage = RDBStorage(url)
         study = storage.get_study_id_from_name("first")
-        controller = Controller(storage, study)
-        assert controller.lives()
-        assert f"process {process.pid} on" in controller.describe()
+        elsewhere = Controller(storage, study)
+        assert elsewhere.lives()
+        assert f"process {process.pid} on" in elsewhere.describe()
         job = Job("", url, study, 60.0, FAKE, "", 1, {"folder": str(ours), "seconds": 0.05}, "", "")
         table = TaskTable(storage.engine, study)
-        serve(lambda: Workers(job, ["cpu"] * 2, ours / "workers", table), lambda: controller.beats(60.0))
+        serve(lambda: Workers(job, ["cpu"] * 2, ours / "workers", table), lambda: elsewhere.beats(60.0))
         assert process.wait(20) == 0
-    assert not controller.lives()
+    assert not elsewhere.lives()
     assert len(pids(ours)) == 2
     assert not any(map(runs, pids(ours)))
     begun = [*calls(theirs), *calls(ours)]
@@ -105,9 +106,25 @@ def test_a_search_elsewhere_that_gives_no_sign_of_life_is_not_joined(
     study = optuna.create_study(storage=url, study_name="first")
     elsewhere = {"host": "other", "machine": "other", "boot": "other"}
     study.set_user_attr(OWNER, vars(replace(stranger, **elsewhere)))  # type: ignore[arg-type]
-    controller = Controller(RDBStorage(url), study._study_id)
-    assert not controller.lives()
-    assert controller.beats(60.0)
-    assert not controller.beats(0.0)
+    theirs = Controller(RDBStorage(url), study._study_id)
+    assert not theirs.lives()
+    assert theirs.beats(60.0)
+    assert not theirs.beats(0.0)
     study.set_user_attr(BEAT, 5.0)
-    assert controller.beats(0.5)
+    assert theirs.beats(0.5)
+
+
+def test_workers_that_leave_in_the_middle_give_their_task_back(tmp_path: Path) -> None:
+    theirs, ours, url = tmp_path / "theirs", tmp_path / "ours", f"sqlite:///{tmp_path}/shared.db"
+    for folder in (theirs, ours):
+        folder.mkdir()
+    with controller(theirs, workers=1, storage=url, answers={"seconds": 0.3}) as process:
+        until(lambda: (theirs / "calls").exists())
+        storage = RDBStorage(url)
+        study = storage.get_study_id_from_name("first")
+        job = Job("", url, study, 60.0, FAKE, "", 1, {"folder": str(ours), "seconds": 600}, "", "")
+        with contextlib.closing(Workers(job, ["cpu"], ours / "workers", TaskTable(storage.engine, study))):
+            until(lambda: (ours / "calls").exists())
+        assert process.wait(60) == 0, "the search does without them"
+    assert len(calls(ours)) == 1
+    assert calls(ours)[0] in calls(theirs)

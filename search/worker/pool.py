@@ -217,8 +217,9 @@ class Workers:
             seat.process = None
         with contextlib.suppress(SQLAlchemyError):  # else the next call sees that they are gone
             for task in self._table.running() if processes else ():
-                if task.worker in processes:
-                    self._table.put_back(task.lease, "the search was stopped", counted=False, wanted=False)
+                if task.worker in processes:  # another process may own the search, and still wait for it
+                    wanted = self._wanted(task.key)
+                    self._table.put_back(task.lease, "its worker was stopped", counted=False, wanted=wanted)
 
 
 def environment(threads: int) -> dict[str, str]:
