@@ -12,10 +12,12 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from natsl import signals
@@ -34,6 +36,7 @@ _COMMANDS = ("sbatch", "srun", "sacct", "scancel")
 _READY = "ready"  # a file in the folder of a job: one of its workers was
 _STORAGE = "NATSL_STORAGE"  # the database URL, which has a password: no file of the run may hold it
 _STARTS = 4  # in a row that end before a worker is ready
+_SIGNAL_SECONDS = 15  # before its timeout, when a job is told; Slurm may do so up to a minute earlier
 _RETRY_SECONDS = 30.0  # between submissions that Slurm refuses
 
 
@@ -175,6 +178,9 @@ def make_executor(config: SlurmConfig, folder: Path, cluster: str = "slurm") -> 
         )
     try:
         executor = submitit.AutoExecutor(folder, cluster=cluster)
+        # Jobs that end are replaced here: one that Slurm starts again as well would stay when the search ends.
+        extra = {"signal_delay_s": _SIGNAL_SECONDS, "additional_parameters": {}, **config.extra}
+        extra["additional_parameters"] = {"no-requeue": True, **extra["additional_parameters"]}
         executor.update_parameters(
             name="natsl",
             timeout_min=config.timeout,
@@ -182,7 +188,7 @@ def make_executor(config: SlurmConfig, folder: Path, cluster: str = "slurm") -> 
             gpus_per_node=config.gpus or None,
             mem_gb=config.memory,
             slurm_partition=config.partition,
-            **{f"slurm_{name}": value for name, value in config.extra.items()},
+            **{f"slurm_{name}": value for name, value in extra.items()},
         )
     except (AssertionError, AttributeError, NameError, RuntimeError, TypeError, ValueError) as error:
         text = " ".join(str(error).splitlines()[:1])
@@ -210,6 +216,28 @@ def _reason(job: submitit.Job[str]) -> str:
     return last_line(job.paths.stderr)
 
 
+class _TimeUpError(BaseException):
+    """Slurm is about to end the job."""
+
+
+@contextlib.contextmanager
+def _notice_raises() -> Iterator[None]:
+    """Within the block the signal that submitit has Slurm send before a job's timeout raises ``_TimeUpError``, once."""
+    import submitit
+
+    notice = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
+
+    def on_notice(number: int, frame: FrameType | None) -> None:
+        signal.signal(notice, signal.SIG_IGN)
+        raise _TimeUpError
+
+    before = signal.signal(notice, on_notice)
+    try:
+        yield
+    finally:
+        signal.signal(notice, before)
+
+
 def work(plain: str, devices: list[str], folder: str, timeout: float | None) -> str:
     """What a job does: have a worker on each device make tasks until the search ends. Returns why it stopped before."""
     from natsl.search.storage import connect
@@ -222,7 +250,7 @@ def work(plain: str, devices: list[str], folder: str, timeout: float | None) -> 
         job = replace(job, url=os.environ.pop(_STORAGE))
         storage = connect(str(job.url))
         table, controller = TaskTable(storage.engine, job.study), Controller(storage, job.study)
-        with signals.sigterm_raises():
+        with signals.sigterm_raises(), _notice_raises():
             workers = Workers(job, devices, Path(folder), table, timeout)
 
             def wanted() -> bool:
@@ -233,6 +261,8 @@ def work(plain: str, devices: list[str], folder: str, timeout: float | None) -> 
             serve(lambda: workers, wanted)
     except UserError as error:
         return redact_text(" ".join(str(error).split()))
+    except _TimeUpError:
+        return "its time was up"
     except signals.TerminatedError:
         return "it was cancelled"
     return ""
