@@ -119,7 +119,7 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         'n=$(($(ls *.sbatch 2>/dev/null | wc -l) + 1)); cp "$1" $n.sbatch; env > $n.env\n'
         'echo "Submitted batch job $n"',
         "scancel": 'echo "$1" >> cancelled',
-        "sacct": 'echo "JobID|State|NodeList"; [ -e states ] && cat states',
+        "squeue": "[ -e queue ] && cat queue",
         "srun": "",
     }
     for name, lines in commands.items():
@@ -133,6 +133,7 @@ def test_slurm_gets_what_the_options_say_and_no_password(
     tmp_path: Path, fake_slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slurm, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(slurm, "_ASK_SECONDS", 0.05)
     storage = RDBStorage(f"sqlite:///{tmp_path}/study.db")
     table = TaskTable(storage.engine, 1)
     table.create()
@@ -159,8 +160,12 @@ def test_slurm_gets_what_the_options_say_and_no_password(
         assert len(workers.names) == 2
         before = workers.names
         workers.look(1.0)
+        assert workers.names == before, "Slurm does not answer"
+        (fake_slurm / "queue").write_text("1\n2\n")
+        time.sleep(0.06)
+        workers.look(1.0)
         assert workers.names == before
-        (fake_slurm / "states").write_text("1|TIMEOUT|node1\n2|RUNNING|node2\n")
+        (fake_slurm / "queue").write_text("2\n12\n")
 
         def replaced() -> bool:
             workers.look(1.0)
@@ -170,7 +175,6 @@ def test_slurm_gets_what_the_options_say_and_no_password(
         assert len(workers.names & before) == 1
         assert len(workers.names) == 2
         (fake_slurm / "full").touch()
-        (fake_slurm / "states").write_text("1|TIMEOUT|\n2|RUNNING|\n3|NODE_FAIL|\n")
         with pytest.raises(UserError, match="Slurm refuses a job: sbatch: error: Invalid partition name"):
             until(lambda: workers.look(1.0))
     assert sorted((fake_slurm / "cancelled").read_text().split()) == ["2"]
