@@ -191,7 +191,8 @@ class Progress:
         now = time.monotonic()
         if now - self._said >= LINE_SECONDS or done >= self.total:
             self._said = now
-            print(f"{self.stage} {done}/{self.total} · {self._left()} left · {text}", file=sys.stderr, flush=True)
+            line = " · ".join(filter(None, [f"{self.stage} {done}/{self.total}", f"{self._left()} left", text]))
+            print(line, file=sys.stderr, flush=True)
 
     def _left(self) -> str:
         passed = time.monotonic() - self._began

@@ -56,7 +56,8 @@ def note(name: str, names: Sequence[str], constraints: Mapping[str, float]) -> s
             "above 1.5; `≤.3+2`: never more than this share and 2 chunks; `/2`: the mix's logits are divided by 2",
             f"- `{OPS}`: how many layers do what",
             f"- `{KEPT}`: the share of the chunks that was kept, as measured",
-            "- `share`: judged on this part of the sequences only, and not part of the front",
+            "- `share`: judged on this part of the sequences only, and not part of the front, though plots and best "
+            "trials here count it",
             "- `same_as`: the trial of the same policy whose result it has, counted from 0 without trials that were "
             "cut off; `index` is a trial's own number there",
             "- `reason`: why it failed; a failed trial without one was cut off and counts for nothing",

@@ -73,7 +73,7 @@ class SearchResult:
         return pd.DataFrame(rows, columns=head)
 
     def plot(self) -> Figure:
-        """The figure of ``front.png``. It is none of pyplot's, so nothing has to be closed."""
+        """The figure of ``front.png``, which notebooks show. It is none of pyplot's, so nothing has to be closed."""
         from natsl.search.report.png import front_figure
 
         return front_figure(self.front)
@@ -97,7 +97,9 @@ class SearchResult:
         from natsl.search.report.terminal import front_table
 
         text = io.StringIO()
-        Console(file=text, width=_WIDTH, color_system=None).print(front_table(self.front, list(self.points)))
+        # Otherwise a notebook would get the table at once, and the text would be empty.
+        console = Console(file=text, width=_WIDTH, color_system=None, force_jupyter=False)
+        console.print(front_table(self.front, list(self.points)))
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
     def _repr_html_(self) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import matplotlib as mpl
@@ -30,10 +30,12 @@ from natsl.files import read_config
 from natsl.load import Choice, load_choice, read_front
 from natsl.run import Run
 from natsl.search.config import SearchRunConfig
+from natsl.search.report.figure import ShownFigure
 from natsl.search.result import SearchResult
 from natsl.search.samplers import Sampler
 from natsl.space.policy import Op
 from tests.run_helpers import make_run, write_front
+from tests.search_helpers import is_png
 from tests.test_pipeline import results, tiny
 
 OPTIONS: dict[str, tuple[dict[str, Any], Callable[[SearchRunConfig], object], object]] = {
@@ -198,6 +200,13 @@ def test_a_front_shows_itself(found: SearchResult) -> None:
             assert point.policy.describe() in shown
     odd = SearchResult(found.run, replace(found.front, run="<b>"))
     assert "front of &lt;b&gt;," in odd._repr_html_()
+
+
+def test_a_front_shows_itself_in_a_notebook(found: SearchResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rich takes every console for the notebook's own, and pyplot may have drawn nothing."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert "front of first, test split" in repr(found)
+    assert is_png(cast(ShownFigure, found.plot())._repr_png_())
 
 
 def test_a_front_is_a_data_frame(found: SearchResult, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,8 @@ book = nbformat.read(sys.argv[1], 4)
 nbclient.NotebookClient(book, kernel_name="python3", timeout=300).execute()
 cells = {cell["id"]: cell for cell in book["cells"]}
 assert "text/html" in cells["search"]["outputs"][-1]["data"], cells["search"]["outputs"]
+assert cells["search"]["outputs"][-1]["data"]["text/plain"].startswith("front of"), "not shown apart"
+assert "image/png" in cells["plot"]["outputs"][-1]["data"], cells["plot"]["outputs"]
 print("knee:", cells["points"]["outputs"][-1]["data"]["text/plain"])
 """
 

@@ -45,6 +45,9 @@ def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         "",
         "train 60/240 · 1:30 left · loss 2.000\ntrain 240/240 · 0:00 left · loss 1.000\n",
     )
+    with Progress("anchors", 3) as shown:
+        shown.update(3)
+    assert capsys.readouterr().err == "anchors 3/3 · 0:00 left\n"
     assert View.current is None
 
 

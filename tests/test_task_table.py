@@ -7,7 +7,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from sqlalchemy.dialects import registry
+from sqlalchemy import make_url
 from sqlalchemy.schema import CreateTable
 
 from natsl.search.owner import Owner
@@ -141,9 +141,12 @@ def test_studies_of_one_database_are_apart(tmp_path: Path) -> None:
     assert one.claim("w", HERE) is not None
 
 
-@pytest.mark.parametrize(("name", "text"), [("sqlite", "TEXT"), ("postgresql", "TEXT"), ("mysql", "MEDIUMTEXT")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("sqlite", "TEXT"), ("postgresql", "TEXT"), ("mysql", "MEDIUMTEXT"), ("mariadb", "MEDIUMTEXT")],
+)
 def test_long_results_fit_everywhere(name: str, text: str) -> None:
-    made = str(CreateTable(TASKS).compile(dialect=registry.load(name)()))
+    made = str(CreateTable(TASKS).compile(dialect=make_url(f"{name}://").get_dialect()()))
     assert f"result {text}" in made
 
 

@@ -54,9 +54,9 @@ def new_figure(rows: int, columns: int, panels: int | None = None) -> tuple[Figu
 
     It is none of pyplot's, which stays as the user has set it.
     """
-    from matplotlib.figure import Figure
+    from natsl.search.report.figure import ShownFigure
 
-    figure = Figure(figsize=(6.2 * columns, 4.6 * rows + 0.9), layout="constrained", dpi=130)
+    figure = ShownFigure(figsize=(6.2 * columns, 4.6 * rows + 0.9), layout="constrained", dpi=130)
     count = rows * columns if panels is None else panels
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 

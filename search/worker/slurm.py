@@ -12,10 +12,13 @@ import logging
 import os
 import secrets
 import shutil
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from natsl import signals
@@ -30,11 +33,14 @@ if TYPE_CHECKING:
     import submitit
 
 _LOG = logging.getLogger(__name__)
-_COMMANDS = ("sbatch", "srun", "sacct", "scancel")
+_COMMANDS = ("sbatch", "srun", "squeue", "scancel")
 _READY = "ready"  # a file in the folder of a job: one of its workers was
 _STORAGE = "NATSL_STORAGE"  # the database URL, which has a password: no file of the run may hold it
 _STARTS = 4  # in a row that end before a worker is ready
+_SIGNAL_SECONDS = 15  # before its timeout, when a job is told; Slurm may do so up to a minute earlier
 _RETRY_SECONDS = 30.0  # between submissions that Slurm refuses
+_ASK_SECONDS = 20.0  # between questions to Slurm which jobs it still has
+_ANSWER_SECONDS = 30.0  # that an answer may take
 
 
 @dataclass
@@ -70,6 +76,7 @@ class SlurmWorkers:
         self._token = secrets.token_hex(4)
         self._count = 0
         self._executor = make_executor(config, folder, cluster)
+        self._on_slurm, self._next_ask = cluster == "slurm", 0.0
         folder.mkdir(parents=True, exist_ok=True)
         self._seats = [_Seat() for _ in range(jobs)]
         try:
@@ -113,13 +120,24 @@ class SlurmWorkers:
 
     def look(self, seconds: float) -> None:
         """Put back what jobs had that have ended, and submit them again; ``UserError`` if they end in vain."""
-        running = self._table.running()
+        running, queued = self._table.running(), None
+        if self._on_slurm and time.monotonic() >= self._next_ask:
+            queued, self._next_ask = _queued(), time.monotonic() + _ASK_SECONDS
         for seat in self._seats:
             tasks = [task for task in running if task.worker.startswith(f"{seat.name}-")]
-            if seat.job is not None and seat.job.done():
+            if seat.job is not None and self._has_ended(seat.job, queued):
                 self._ended(seat, seat.job, tasks)
             if seat.job is None and not signals.draining() and time.monotonic() >= seat.not_before:
                 self._submit_again(seat)
+
+    def _has_ended(self, job: submitit.Job[str], queued: set[str] | None) -> bool:
+        """Whether a job has left its result, or is not among those that Slurm has (null: it was not asked).
+
+        submitit asks sacct, which needs a database of accounts, and later the longer a job runs, up to ten minutes.
+        """
+        if not self._on_slurm:
+            return job.done()
+        return job.paths.result_pickle.exists() or (queued is not None and job.job_id not in queued)
 
     def _ended(self, seat: _Seat, job: submitit.Job[str], tasks: list[Running]) -> None:
         line = _reason(job)
@@ -175,6 +193,9 @@ def make_executor(config: SlurmConfig, folder: Path, cluster: str = "slurm") -> 
         )
     try:
         executor = submitit.AutoExecutor(folder, cluster=cluster)
+        # Jobs that end are replaced here: one that Slurm starts again as well would stay when the search ends.
+        extra = {"signal_delay_s": _SIGNAL_SECONDS, "additional_parameters": {}, **config.extra}
+        extra["additional_parameters"] = {"no-requeue": True, **extra["additional_parameters"]}
         executor.update_parameters(
             name="natsl",
             timeout_min=config.timeout,
@@ -182,7 +203,7 @@ def make_executor(config: SlurmConfig, folder: Path, cluster: str = "slurm") -> 
             gpus_per_node=config.gpus or None,
             mem_gb=config.memory,
             slurm_partition=config.partition,
-            **{f"slurm_{name}": value for name, value in config.extra.items()},
+            **{f"slurm_{name}": value for name, value in extra.items()},
         )
     except (AssertionError, AttributeError, NameError, RuntimeError, TypeError, ValueError) as error:
         text = " ".join(str(error).splitlines()[:1])
@@ -203,11 +224,44 @@ def _submitting(job: Job) -> Iterator[None]:
         yield
 
 
+def _queued() -> set[str] | None:
+    """The user's jobs that wait or run; null: Slurm does not answer."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    line = ["squeue", f"--user={os.getuid()}", "--noheader", "--format=%i"]
+    try:
+        answer = subprocess.run(line, env=plain, capture_output=True, text=True, check=True, timeout=_ANSWER_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return set(answer.stdout.split())
+
+
 def _reason(job: submitit.Job[str]) -> str:
     """Why a job ended, in a line, as far as it said so."""
     if job.paths.result_pickle.exists() and job.exception() is None:
         return job.result()
     return last_line(job.paths.stderr)
+
+
+class _TimeUpError(BaseException):
+    """Slurm is about to end the job."""
+
+
+@contextlib.contextmanager
+def _notice_raises() -> Iterator[None]:
+    """Within the block the signal that submitit has Slurm send before a job's timeout raises ``_TimeUpError``, once."""
+    import submitit
+
+    notice = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
+
+    def on_notice(number: int, frame: FrameType | None) -> None:
+        signal.signal(notice, signal.SIG_IGN)
+        raise _TimeUpError
+
+    before = signal.signal(notice, on_notice)
+    try:
+        yield
+    finally:
+        signal.signal(notice, before)
 
 
 def work(plain: str, devices: list[str], folder: str, timeout: float | None) -> str:
@@ -222,7 +276,7 @@ def work(plain: str, devices: list[str], folder: str, timeout: float | None) -> 
         job = replace(job, url=os.environ.pop(_STORAGE))
         storage = connect(str(job.url))
         table, controller = TaskTable(storage.engine, job.study), Controller(storage, job.study)
-        with signals.sigterm_raises():
+        with signals.sigterm_raises(), _notice_raises():
             workers = Workers(job, devices, Path(folder), table, timeout)
 
             def wanted() -> bool:
@@ -233,6 +287,8 @@ def work(plain: str, devices: list[str], folder: str, timeout: float | None) -> 
             serve(lambda: workers, wanted)
     except UserError as error:
         return redact_text(" ".join(str(error).split()))
+    except _TimeUpError:
+        return "its time was up"
     except signals.TerminatedError:
         return "it was cancelled"
     return ""

@@ -41,7 +41,7 @@ BUSY_SECONDS = 60.0  # how long a process waits for another one to finish writin
 ATTEMPTS = 2  # a task that so many workers ended over fails
 _SOME = 200  # values in one statement
 
-_LONG = Text().with_variant(MEDIUMTEXT(), "mysql")
+_LONG = Text().with_variant(MEDIUMTEXT(), "mysql", "mariadb")
 METADATA = MetaData()
 TASKS = Table(
     "natsl_tasks",
