@@ -30,7 +30,7 @@ def main(root: str) -> None:
     print("picture:", picture)
 
     model, policy = api.load(run="example", root=root, pick=front["knee"].id)
-    print("knee:", policy.describe(), "of", model.kinds)
+    print("knee:", policy.describe(), "of", *(kind.value for kind in model.kinds))
     # the same weights under another policy: a quarter of the chunks in every routed layer
     (text,) = api.generate(run="example", root=root, budget=0.25, prompt="def main(", max_new_tokens=16)
     print("text:", repr(text))

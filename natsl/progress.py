@@ -163,13 +163,15 @@ class View:
 class Progress:
     """One stage of known length: ``with Progress("train", 240) as p: p.update(done, "loss 2.1")``.
 
-    ``done`` at the beginning (a resumed stage) does not count as speed in the remaining time.
+    ``done`` at the beginning (a resumed stage) does not count as speed in the remaining time. ``total`` may turn out to
+    be less before the end.
     """
 
     def __init__(self, stage: str, total: int, done: int = 0) -> None:
         self.stage, self.total, self.done, self._first = stage, total, done, done
         self.text = ""
         self._began = self._said = time.monotonic()
+        self._ended = False  # whether the line about its end was printed
         self._own: View | None = None  # of a stage that is shown by itself
         self._view: View | None = None
 
@@ -191,8 +193,17 @@ class Progress:
         now = time.monotonic()
         if now - self._said >= LINE_SECONDS or done >= self.total:
             self._said = now
-            line = " · ".join(filter(None, [f"{self.stage} {done}/{self.total}", f"{self._left()} left", text]))
-            print(line, file=sys.stderr, flush=True)
+            self._say()
+
+    def _say(self) -> None:
+        """A line without a terminal."""
+        self._ended = self.done >= self.total
+        when = f" in {self._passed()}" if self._ended else f" · {self._left()} left"
+        text = f" · {self.text}" if self.text else ""
+        print(f"{self.stage} {self.done}/{self.total}{when}{text}", file=sys.stderr, flush=True)
+
+    def _passed(self) -> str:
+        return duration(time.monotonic() - self._began)
 
     def _left(self) -> str:
         passed = time.monotonic() - self._began
@@ -201,20 +212,22 @@ class Progress:
     def row(self) -> RenderableType:
         """A bar with what is done and what is left."""
         row = Table.grid(padding=(0, 1))
-        left = f"{self._left()} left" if self.done > self._first else duration(time.monotonic() - self._began)
+        left = f"{self._left()} left" if self.done > self._first else self._passed()
         bar = ProgressBar(total=max(1, self.total), completed=self.done, width=24)
         row.add_row(Text(f"{self.stage:<9}"), bar, Text(f"{self.done}/{self.total}"), Text(left), Text(self.text))
         return row
 
     def last_line(self) -> str:
         """What remains of it on a terminal."""
-        line = f"{self.stage:<9} {self.done}/{self.total} in {duration(time.monotonic() - self._began)}"
+        line = f"{self.stage:<9} {self.done}/{self.total} in {self._passed()}"
         return f"{line} · {self.text}" if self.text else line
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
             if self._view is not None:
                 self._view.end(self)
+            elif error is None and self.done > self._first and not self._ended:
+                self._say()
         finally:
             if self._own is not None:
                 self._own.close()

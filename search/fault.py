@@ -76,7 +76,9 @@ def reported_faults() -> Iterator[None]:
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, WorkerError) as error:
+        slow = isinstance(error, WorkerError) and "search.trial_timeout" in str(error)
         raise UserError(
-            f"an evaluation was cut off by a fault of the machine ({describe(error)}): run the same command again; "
+            f"an evaluation was cut off by {'its limit' if slow else 'a fault of the machine'} ({describe(error)}): "
+            f"{'raise that, unless it hung, and ' if slow else ''}run the same command again; "
             "it goes on where it stopped"
         ) from None

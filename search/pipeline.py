@@ -298,7 +298,8 @@ class _Search:
         again = len(study.records) - len(history)
         if again:
             problems.append(f"{again} of them by a fault of the machine: the same command tries them again")
-        problems += [line for line in [self._ended(study), self.config.untrained_budgets()] if line]
+        lines = [self._ended(study), self.config.untrained_budgets(), scorer.no_use_of_softmax()]
+        problems += [line for line in lines if line]
         if not settings.synchronous:
             problems.append("search.synchronous = false: which policies were tried depends on how fast workers were")
         problems += [f"part of the trials and scores is of other text: {other}" for other in self.others]
@@ -369,6 +370,7 @@ class _Search:
                 if item is not None:
                     self.journal.comparison(item, len(found))
                     found.append((point.measured["kept_fraction"], item))
+            progress.total = progress.done  # some tasks know fewer controls
         return tuple(item for _, item in sorted(found, key=lambda pair: (pair[0], pair[1].of)))
 
     def _ends(self) -> dict[str, RoutingPolicy]:

@@ -154,6 +154,19 @@ class Scorer:
         first, second = (self._values(self.on_search(policy), policy) for policy in ends)
         return Scale.between(self.names, first, second)
 
+    def no_use_of_softmax(self) -> str | None:
+        """A line if all-softmax is in no objective of quality better than all-delta on the search split (else None)."""
+        kinds, chunk = self._problem.kinds, self._problem.chunk_size
+        ends = (RoutingPolicy.all_softmax(kinds, chunk), RoutingPolicy.all_delta(kinds, chunk))
+        softmax, delta = (self._values(self.on_search(policy), policy) for policy in ends)
+        names = [name for name in self.names if name in QUALITY]
+        if not names or any(softmax[name] < delta[name] for name in names):
+            return None
+        return (
+            f"all-softmax is no better than all-delta in {' and '.join(names)}: the supernet has not learned what "
+            "softmax is of use for, as after too few train.steps, and the front says nothing about routing"
+        )
+
     def evaluations(self, records: Sequence[Record]) -> dict[str, float]:
         """How many evaluations were made: of the trials, beside them on the search split, and on the test split.
 

@@ -135,6 +135,11 @@ def connect(url: str) -> RDBStorage:
     password = re.match(r"[^:]+://[^:@/]*:(.*)@", url.partition("?")[0])
     if password is not None and re.search(r"[/@\s]", password.group(1)):  # could not be removed from what is written
         raise UserError("search.storage: write / as %2F, @ as %40 and a space as %20 in its password")
+    if re.match(r"sqlite[^:]*:(//)?/?(:memory:)?(\?|$)", url) or "mode=memory" in url:
+        raise UserError(
+            f"search.storage = {url!r} is a database in memory, which no other process sees: name a file, as in "
+            "sqlite:///studies.db"
+        )
     options = {"connect_args": {"timeout": BUSY_SECONDS}} if url.startswith("sqlite") else {}
     try:
         return RDBStorage(url, engine_kwargs=options)

@@ -142,6 +142,7 @@ def test_unknown_keys(prefix: str, key: str, search: Command) -> None:
 def test_a_close_name_is_suggested(search: Command) -> None:
     assert "did you mean search.n_trials?" in mistake(search("+search.n_trial=1"))
     assert "did you mean train.steps?" in mistake(search("steps=1"))
+    assert "did you mean search?" in mistake(search("serach.workers=2"))
 
 
 MISTAKES = {

@@ -43,11 +43,19 @@ def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         shown.update(240, "loss 1.000")
     assert capsys.readouterr() == (
         "",
-        "train 60/240 · 1:30 left · loss 2.000\ntrain 240/240 · 0:00 left · loss 1.000\n",
+        "train 60/240 · 1:30 left · loss 2.000\ntrain 240/240 in 1:40 · loss 1.000\n",
     )
     with Progress("anchors", 3) as shown:
         shown.update(3)
-    assert capsys.readouterr().err == "anchors 3/3 · 0:00 left\n"
+    assert capsys.readouterr().err == "anchors 3/3 in 0:00\n"
+    with Progress("controls", 5) as shown:
+        shown.update(3, "drop")
+        shown.total = 3  # they were fewer than was thought
+    assert capsys.readouterr().err == "controls 3/3 in 0:00 · drop\n"
+    with contextlib.suppress(KeyboardInterrupt), Progress("test", 5) as shown:
+        shown.update(3)
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == ""
     assert View.current is None
 
 
@@ -183,7 +191,7 @@ def test_lines_on_a_terminal_that_is_none(environment: dict[str, str]) -> None:
     code, output = on_terminal(WORK, environment)
     assert code == 0
     assert "\x1b" not in output
-    assert "train 3/3 · 0:00 left · loss 2.5 [b]\r\n" in output
+    assert "train 3/3 in 0:00 · loss 2.5 [b]\r\n" in output
 
 
 INTERRUPTED = (
@@ -252,8 +260,8 @@ def test_a_view_that_fails_gives_way_to_lines(fault: str, said: str) -> None:
     assert lines[-1] == "at the end"
     if said:
         assert sum(f"the live view has ended ({said}" in line for line in lines) == 1
-        assert "train 2/2 · 0:00 left · two" in lines
-        assert lines.index("a line") < lines.index("train 2/2 · 0:00 left · two")
+        assert "train 2/2 in 0:00 · two" in lines
+        assert lines.index("a line") < lines.index("train 2/2 in 0:00 · two")
     assert "Traceback" not in output
     assert output.rfind(SHOW) > output.rfind(HIDE) >= 0
 

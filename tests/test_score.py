@@ -272,3 +272,16 @@ def test_what_follows_of_the_points_can_be_asked_for_before_baselines_are_scored
     assert [ids for ids, _ in seen] == [[point.id for point in points]] == [["t0001", "t0000"]]
     assert seen[0][1] == scorer().scale().knee([point.search_values for point in points])
     assert WASTEFUL in answered
+
+
+@pytest.mark.parametrize(("gain", "said"), [(0.1, False), (0.0, True), (-0.1, True)])
+def test_a_supernet_without_use_for_softmax_is_noted(gain: float, said: bool) -> None:
+    softmax, delta = RoutingPolicy.all_softmax(ROUTED, CHUNK), RoutingPolicy.all_delta(ROUTED, CHUNK)
+
+    def search(policy: RoutingPolicy, share: float) -> Evaluation:
+        errors: dict[str, float | None] = {"recall_error": 0.9 - gain if policy == softmax else 0.9}
+        return replace(synthetic(delta), errors=errors, kept_fraction=float(policy == softmax))
+
+    line = scorer(searching(search)).no_use_of_softmax()
+    assert (line is not None) == said
+    assert line is None or line.startswith("all-softmax is no better than all-delta in recall_error: ")

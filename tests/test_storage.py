@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -356,3 +357,12 @@ def test_a_password_that_cannot_be_told_from_the_url_is_refused(password: str) -
     with pytest.raises(UserError, match="write / as %2F") as error:
         connect(f"postgresql+psycopg://me:{password}@localhost/studies")
     assert password not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite+pysqlite:///:memory:?cache=shared",
+            "sqlite:///file:x?mode=memory&uri=true"],
+)  # fmt: skip
+def test_a_database_in_memory_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match=rf"^search.storage = '{re.escape(url)}' is a database in memory"):
+        connect(url)

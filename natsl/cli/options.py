@@ -192,7 +192,9 @@ class Loader(ConfigLoaderImpl):
 
     def _unknown(self, key: str) -> str:
         known = [name for name, _ in option_types(self.config_class)]
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        groups = [] if "." in key else sorted({name.partition(".")[0] for name in known})
+        close = difflib.get_close_matches(key, groups, n=1, cutoff=0.7)
+        close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         last = key.rpartition(".")[2]
         close = close or [name for name in known if name.rpartition(".")[2] == last]
         hint = f"; did you mean {close[0]}?" if close else ""

@@ -29,6 +29,7 @@ COLOURS = {
     "knee": "#14171a",
 }
 _NARROW = 7.0  # inches, a single panel
+_STEPS = [1, 2, 5, 10]  # of the axes: what lies between would need another digit
 _MARKERS = {Marker.dot: "o", Marker.ring: "o", Marker.square: "s", Marker.diamond: "D", Marker.none: ""}
 
 
@@ -130,6 +131,9 @@ def _draw(place: Axes, front: Front, across: str, up: str) -> None:
         place.set_xticks(ticks if len(ticks) > 3 else nice_ticks(0.0, largest))
     if x.end is not None:
         place.set_xlim(right=x.end)
+    else:
+        place.locator_params(axis="x", steps=_STEPS)
+    place.locator_params(axis="y", steps=_STEPS)
     place.xaxis.set_major_formatter(lambda value, _: x.show(value))
     place.yaxis.set_major_formatter(lambda value, _: y.show(value))
     place.grid(alpha=0.25, linewidth=0.7)

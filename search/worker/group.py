@@ -79,7 +79,7 @@ def join(config: SearchRunConfig, problem: Problem, data: TaskData, device: torc
             lambda: Workers(job, devices, folder, table, settings.trial_timeout),
             lambda: controller.beats(SILENCE * settings.lease_seconds),
         )
-        _LOG.info("the search has ended, or its process has")
+        _LOG.info("%s", controller.end())
         return True
 
 
@@ -184,6 +184,13 @@ class Controller:
         """Which process it is."""
         owner, _ = self._read()
         return "it has ended" if owner is None else f"process {owner.pid} on {owner.host}"
+
+    def end(self) -> str:
+        """What has become of it, once it has ``beats`` no more."""
+        owner, _ = self._read()
+        if owner is None:
+            return "the search has ended, or was stopped"
+        return f"process {owner.pid} on {owner.host} is gone without an end of the search: its command goes on there"
 
     def lives(self) -> bool:
         """Whether it is another process than this one, and runs; waits for a beat where nothing else tells."""
