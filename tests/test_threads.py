@@ -42,6 +42,7 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(threads, "_PROC", tmp_path)
     monkeypatch.setattr(threads, "_CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(threads, "_own_cores", lambda: {0, 1})
+    monkeypatch.setattr(threads._Chosen, "here", False)  # so that what a test sets is taken back
     monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if k != "torch"})
     for name in (threads.NUMBER, *threads.WAITING):
         monkeypatch.setenv(name, "")  # so that what a test sets is taken back
