@@ -21,19 +21,40 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Front:
     return built(searched(tmp_path_factory.mktemp("front"), SearchConfig(n_trials=20)))
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are drawn in a test, instead of their pictures."""
+    figures: list[Figure] = []
+
+    def kept(figure: Figure, *_: object) -> bytes:
+        figures.append(figure)
+        return b""
+
+    monkeypatch.setattr(png, "figure_bytes", kept)
+    return figures
+
+
 def test_the_picture_is_a_png(front: Front) -> None:
     assert is_png(front_png(front))
     assert is_png(front_png(replace(front, run="costs 3$ or 4$ {\\alpha}")))
 
 
-def test_marks_at_the_left_end_are_seen_whole(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Figure] = []
+@pytest.mark.parametrize("points", [0, 1])
+def test_fronts_of_few_points_are_drawn(points: int, front: Front) -> None:
+    knee = front.points[0].id if points else None
+    assert is_png(front_png(replace(front, points=front.points[:points], knee=knee, knee_choice=None)))
 
-    def kept(figure: Figure, *_: object) -> bytes:
-        drawn.append(figure)
-        return b""
 
-    monkeypatch.setattr(png, "figure_bytes", kept)
+def test_ticks_are_shown_without_rounding(front: Front, drawn: list[Figure]) -> None:
+    """Of a step of .0025 three decimals would show .003 and .002 in turn."""
+    front_png(front)
+    for place in drawn[0].axes:
+        place.set_ylim(3.848, 3.871)
+        steps = np.diff(place.get_yticks())
+        assert np.allclose(steps, 0.005)
+
+
+def test_marks_at_the_left_end_are_seen_whole(front: Front, drawn: list[Figure]) -> None:
     front_png(front)
     lines = [line for place in drawn[0].axes for line in place.lines if line.get_marker() not in ("", "None")]
     at_zero = [line for line in lines if (np.asarray(line.get_xdata()) == 0).any()]

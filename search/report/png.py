@@ -131,7 +131,7 @@ def _draw(place: Axes, front: Front, across: str, up: str) -> None:
         place.set_xticks(ticks if len(ticks) > 3 else nice_ticks(0.0, largest))
     if x.end is not None:
         place.set_xlim(right=x.end)
-    else:
+    elif not x.root:
         place.locator_params(axis="x", steps=_STEPS)
     place.locator_params(axis="y", steps=_STEPS)
     place.xaxis.set_major_formatter(lambda value, _: x.show(value))
