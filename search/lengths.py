@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from natsl.errors import UserError
 from natsl.search.objective import OBJECTIVES, CostContext, Role
 from natsl.search.question import Method, Question
 from natsl.space.policy import RoutingPolicy
@@ -165,6 +166,8 @@ class LengthRunner:
         for name, policy in policies.items() if tasks else ():
             try:
                 found[name] = self._judge.length(policy, tokens, count, tasks) if tested is None else tested(policy)
+            except UserError:  # the search cannot go on
+                raise
             except (ArithmeticError, ValueError, MemoryError, RuntimeError) as error:  # the report goes without it
                 left_out[name] = describe(error)
             on_step(f"{name} at {tokens} tokens")

@@ -14,6 +14,7 @@ import torch
 from natsl.checkpoint import load_model
 from natsl.config import SupernetConfig
 from natsl.data import Split, TaskData, load_text
+from natsl.errors import UserError
 from natsl.evaluate import Evaluation, evaluate
 from natsl.files import read_config
 from natsl.run import Run
@@ -134,6 +135,18 @@ def test_a_fault_at_a_length_is_told_in_the_report(text: str, tmp_path: Path, mo
     assert longer.measured == {}
     assert set(longer.left_out.values()) == {"OutOfMemoryError: CUDA out of memory"}
     assert "CUDA out of memory" in render(front)
+
+
+def test_a_search_that_was_taken_away_reports_no_lengths(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(*_: Any, **__: Any) -> Evaluation:
+        raise UserError("the study 'first' is process 7's")
+
+    monkeypatch.setattr("natsl.evaluate.evaluate", taken)
+    with pytest.raises(UserError, match="process 7"):
+        run_search(tiny(tmp_path, text, **LONGER))
+    assert not Run.open("first", tmp_path, create=False).report.exists()
 
 
 def test_lengths_can_be_asked_for_later(text: str, tmp_path: Path) -> None:
