@@ -15,7 +15,8 @@ from typing import Any
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from natsl.errors import UserError
 from natsl.files import follow_umask, sync_folder
@@ -135,7 +136,7 @@ def connect(url: str) -> RDBStorage:
     password = re.match(r"[^:]+://[^:@/]*:(.*)@", url.partition("?")[0])
     if password is not None and re.search(r"[/@\s]", password.group(1)):  # could not be removed from what is written
         raise UserError("search.storage: write / as %2F, @ as %40 and a space as %20 in its password")
-    if re.match(r"sqlite[^:]*:(//)?/?(:memory:)?(\?|$)", url) or "mode=memory" in url:
+    if _in_memory(url):
         raise UserError(
             f"search.storage = {url!r} is a database in memory, which no other process sees: name a file, as in "
             "sqlite:///studies.db"
@@ -149,6 +150,16 @@ def connect(url: str) -> RDBStorage:
         raise UserError(f"search.storage cannot be opened: its driver {driver} is not installed{advice}") from None
     except Exception as error:  # drivers raise errors of their own
         raise UserError(redact_text(f"search.storage cannot be opened: {_first_line(error)}")) from None
+
+
+def _in_memory(url: str) -> bool:
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        return False
+    database = parsed.database or ""
+    nowhere = database in ("", "file:") or ":memory:" in database or parsed.query.get("mode") == "memory"
+    return nowhere and parsed.get_backend_name() == "sqlite"
 
 
 def check_connection(url: str) -> None:

@@ -361,7 +361,8 @@ def test_a_password_that_cannot_be_told_from_the_url_is_refused(password: str) -
 
 @pytest.mark.parametrize(
     "url", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite+pysqlite:///:memory:?cache=shared",
-            "sqlite:///file:x?mode=memory&uri=true"],
+            "sqlite:///file:x?mode=memory&uri=true", "sqlite:///file::memory:?cache=shared&uri=true",
+            "sqlite:///file:?uri=true"],
 )  # fmt: skip
 def test_a_database_in_memory_is_refused(url: str) -> None:
     with pytest.raises(UserError, match=rf"^search.storage = '{re.escape(url)}' is a database in memory"):
