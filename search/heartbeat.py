@@ -19,7 +19,7 @@ _SECONDS = 5.0  # between beats; well below what ``natsl.search.worker.group`` w
 class Heartbeat:
     """Changes the attribute ``BEAT`` of a study every few seconds, in a thread, from ``start`` to ``close``.
 
-    So it does not matter what the process is at: a training step of minutes, or waiting for workers.
+    So it does not matter what the process is at: a long evaluation, a report, or waiting for workers.
     """
 
     def __init__(self, opened: OpenStudy) -> None:

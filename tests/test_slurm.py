@@ -157,7 +157,7 @@ def test_slurm_gets_what_the_options_say_and_no_password(
         written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
         assert len(written) >= 4
         assert not any(b"secret" in content for content in written)
-        assert len(workers.names) == 2
+        assert (len(workers.names), workers.count) == (2, 4)
         before = workers.names
         workers.look(1.0)
         assert workers.names == before, "Slurm does not answer"

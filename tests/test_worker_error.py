@@ -30,6 +30,7 @@ class NotFiniteError(FloatingPointError):
         (torch.AcceleratorError("assert"), torch.AcceleratorError, "assert"),
         (RuntimeError("of the device"), RuntimeError, "of the device"),
         (KeyError("layer"), RuntimeError, "KeyError: 'layer'"),
+        (OSError("without a number"), OSError, "without a number"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
@@ -42,7 +43,7 @@ def test_an_error_keeps_the_nearest_known_kind(error: Exception, kind: type[Exce
 def test_the_number_of_an_error_of_the_system_stays() -> None:
     loaded = load_error(json.loads(json.dumps(store_error(OSError(errno.ENOSPC, "No space left on device")))))
     assert isinstance(loaded, OSError)
-    assert loaded.errno == errno.ENOSPC
+    assert (loaded.errno, str(loaded)) == (errno.ENOSPC, "[Errno 28] No space left on device")
 
 
 def test_a_worker_that_ended_is_an_error_of_its_own() -> None:

@@ -31,6 +31,9 @@ class Pool(Protocol):
     """The workers that a search has started: ``Workers`` on this machine, ``SlurmWorkers`` in jobs."""
 
     @property
+    def count(self) -> int: ...
+
+    @property
     def names(self) -> set[str]: ...
 
     @property
@@ -97,7 +100,7 @@ class Dispatcher:
 
     def later(self, questions: Sequence[Question]) -> None:
         """Have these answered by workers that would be idle; one worker is better used for what is asked next."""
-        if len(self._workers.names) > 1:
+        if self._workers.count > 1:
             self._submit(questions, later=True)
 
     def _submit(self, questions: Sequence[Question], later: bool) -> None:
@@ -108,6 +111,7 @@ class Dispatcher:
         for key, item in new.items():
             if len(item.policies) == 1 and item.policies[0].digest() in self._near:
                 near[key] = self._near[item.policies[0].digest()]
+        self._on_beat()
         self._table.submit({key: item.to_dict() for key, item in new.items()}, near, later)
         self._asked.update(new)
         self._workers.announce()

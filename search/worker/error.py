@@ -42,7 +42,9 @@ def load_error(plain: dict[str, Any]) -> Exception:
 
     kind, text = str(plain["type"]), str(plain["text"])
     if kind == "OSError":
-        return OSError(plain.get("errno"), text)
+        error = OSError(text)
+        error.errno = plain.get("errno")
+        return error
     kinds: dict[str, type[Exception]] = {**_KINDS, _ENDED: WorkerError}
     kinds |= {name: getattr(torch, name) for name in _OF_TORCH}
     return kinds.get(kind, RuntimeError)(text)

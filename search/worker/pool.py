@@ -97,6 +97,11 @@ class Workers:
             raise
 
     @property
+    def count(self) -> int:
+        """How many workers there are to be."""
+        return len(self._seats)
+
+    @property
     def names(self) -> set[str]:
         """Of the workers that run."""
         return {seat.name for seat in self._seats if seat.process is not None}

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from natsl import signals
 from natsl.errors import UserError
 from natsl.search.config import SlurmConfig
@@ -87,6 +89,11 @@ class SlurmWorkers:
             raise
         ids = ", ".join(seat.job.job_id for seat in self._seats if seat.job is not None)
         _LOG.info("submitted to Slurm: %s; logs: %s", ids, folder)
+
+    @property
+    def count(self) -> int:
+        """How many workers there are to be, in all jobs."""
+        return len(self._seats) * len(self._devices)
 
     @property
     def names(self) -> set[str]:
@@ -171,9 +178,10 @@ class SlurmWorkers:
                 with contextlib.suppress(OSError):
                     seat.job.cancel(check=False)
                 seat.job = None
-        for task in self._table.running() if self._count else ():
-            if task.worker.startswith(f"{self._token}-"):
-                self._table.put_back(task.lease, "its worker was stopped", counted=False)
+        with contextlib.suppress(SQLAlchemyError):  # else the next call sees that they are gone
+            for task in self._table.running() if self._count else ():
+                if task.worker.startswith(f"{self._token}-"):
+                    self._table.put_back(task.lease, "its worker was stopped", counted=False)
 
 
 def make_executor(config: SlurmConfig, folder: Path, cluster: str = "slurm") -> submitit.AutoExecutor:
