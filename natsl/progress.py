@@ -193,12 +193,12 @@ class Progress:
         now = time.monotonic()
         if now - self._said >= LINE_SECONDS or done >= self.total:
             self._said = now
-            self._say()
+            self._say(ended=done >= self.total)
 
-    def _say(self) -> None:
+    def _say(self, ended: bool) -> None:
         """A line without a terminal."""
-        self._ended = self.done >= self.total
-        when = f" in {self._passed()}" if self._ended else f" · {self._left()} left"
+        self._ended = ended
+        when = f" in {self._passed()}" if ended else f" · {self._left()} left"
         text = f" · {self.text}" if self.text else ""
         print(f"{self.stage} {self.done}/{self.total}{when}{text}", file=sys.stderr, flush=True)
 
@@ -227,7 +227,7 @@ class Progress:
             if self._view is not None:
                 self._view.end(self)
             elif error is None and self.done > self._first and not self._ended:
-                self._say()
+                self._say(ended=True)
         finally:
             if self._own is not None:
                 self._own.close()

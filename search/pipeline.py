@@ -218,9 +218,11 @@ class _Search:
         return open_policy_study(path, name, settings, self.problem, self.config.seed, sums, workers)
 
     def _trials(self, study: PolicyStudy, scorer: Scorer, queue: Queue) -> Scale:
-        first = study.first[: self.config.search.n_trials]
-        scorer.expect_sweeps(listed(self._sweep(())), first, later=True)  # both are asked whatever the trials find
+        scorer.expect_sweeps(
+            listed(self._sweep(())), study.first, later=True
+        )  # both are asked whatever the trials find
         scorer.expect_test([item.policy for item in self._fixed()], later=True)
+        first = study.first[: self.config.search.n_trials]
         if len(study.records) < len(first) and not self.watch.up:
             with Progress("anchors", len(first)) as progress:
                 scorer.prepare(first, progress.update, trials=True)
@@ -273,7 +275,7 @@ class _Search:
         with Progress("heads", most_evaluations(heads)) as progress:
             static = scorer.static_heads(lambda name: progress.update(progress.done + 1, name))
         fixed += [item for item in static if item.policy.digest() not in known]
-        swept = self._families(scorer, static, study.first[: settings.n_trials])
+        swept = self._families(scorer, static, study.first)
         comparer = self._comparer(scorer.counts, [item.policy for item in static], queue)
         compared: list[tuple[Point, bool]] = []
 

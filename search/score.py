@@ -100,8 +100,8 @@ class Scorer:
     ) -> None:
         """Say which families ``sweep`` will be given, ``later`` or next.
 
-        What shares a pass depends on them and on ``first`` alone, the policies that every such search tries: whatever
-        the trials find, and whenever it is asked, the results are the same.
+        What shares a pass depends only on them and on ``first``, the policies that the search tries before its sampler
+        draws: whatever the trials find, and whenever it is asked, the results are the same.
         """
         known, questions = set(first), []
         for family, members in families:

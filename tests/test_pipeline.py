@@ -83,8 +83,8 @@ def done(tmp_path_factory: pytest.TempPathFactory, text: str) -> tuple[Run, Fron
 
 def results(run: Run) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(run.front_json.read_text())
-    plain.pop("facts")
-    return plain
+    facts = plain.pop("facts")
+    return plain | {"evaluations": facts["evaluations"]}
 
 
 def test_a_run_has_all_its_files(done: tuple[Run, Front]) -> None:

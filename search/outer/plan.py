@@ -87,7 +87,10 @@ def supernets(config: OuterRunConfig) -> int:
 
 
 def trials_at_rungs(trials: int, keep: float, rungs: int) -> list[float]:
-    """How many of so many trials are judged at each rung in the mean, if their places there are a matter of chance."""
+    """Nearly how many of so many trials are judged at each rung in the mean, if their places are a matter of chance.
+
+    The number at a rung is taken to be its mean, rounded.
+    """
     reached = [float(trials)]
     while len(reached) < rungs:
         judged = range(round(reached[-1]))
