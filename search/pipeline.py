@@ -218,9 +218,8 @@ class _Search:
         return open_policy_study(path, name, settings, self.problem, self.config.seed, sums, workers)
 
     def _trials(self, study: PolicyStudy, scorer: Scorer, queue: Queue) -> Scale:
-        scorer.expect_sweeps(
-            listed(self._sweep(())), study.first, later=True
-        )  # both are asked whatever the trials find
+        # Whatever the trials find, these will be asked for.
+        scorer.expect_sweeps(listed(self._sweep(())), study.first, later=True)
         scorer.expect_test([item.policy for item in self._fixed()], later=True)
         first = study.first[: self.config.search.n_trials]
         if len(study.records) < len(first) and not self.watch.up:
