@@ -149,16 +149,17 @@ class Scorer:
 
     def scale(self) -> Scale:
         """The scale from all-softmax to all-delta on the search split."""
+        return Scale.between(self.names, *self._ends())
+
+    def _ends(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The objectives of all-softmax and of all-delta on the search split."""
         kinds, chunk = self._problem.kinds, self._problem.chunk_size
-        ends = (RoutingPolicy.all_softmax(kinds, chunk), RoutingPolicy.all_delta(kinds, chunk))
-        first, second = (self._values(self.on_search(policy), policy) for policy in ends)
-        return Scale.between(self.names, first, second)
+        softmax, delta = RoutingPolicy.all_softmax(kinds, chunk), RoutingPolicy.all_delta(kinds, chunk)
+        return self._values(self.on_search(softmax), softmax), self._values(self.on_search(delta), delta)
 
     def no_use_of_softmax(self) -> str | None:
         """A line if all-softmax is in no objective of quality better than all-delta on the search split (else None)."""
-        kinds, chunk = self._problem.kinds, self._problem.chunk_size
-        ends = (RoutingPolicy.all_softmax(kinds, chunk), RoutingPolicy.all_delta(kinds, chunk))
-        softmax, delta = (self._values(self.on_search(policy), policy) for policy in ends)
+        softmax, delta = self._ends()
         names = [name for name in self.names if name in QUALITY]
         if not names or any(softmax[name] < delta[name] for name in names):
             return None
@@ -362,9 +363,10 @@ def score(
     noted in ``scorer.problems``. ``on_points`` is called with the points, and which one is the knee, as soon as they
     are scored: what follows of them can be asked for while their baselines are.
     """
-    compared = [named.policy for named in (*fixed, *(member for item in swept for member in item.members))]
-    scorer.expect_test([*compared[: len(fixed)], *(record.policy for record in records), *compared[len(fixed) :]])
-    scorer.expect_search(compared)
+    single = [named.policy for named in fixed]
+    of_families = [member.policy for item in swept for member in item.members]
+    scorer.expect_test([*single, *(record.policy for record in records), *of_families])
+    scorer.expect_search([*single, *of_families])
     others: list[Baseline] = []
     for named in fixed:
         baseline = scorer.baseline(named)
@@ -393,8 +395,8 @@ def score(
             others.append(control)
     families = scorer.family_fronts(points, swept, members)
     digests = {named.policy.digest() for item in swept for named in item.members}
-    single = [item for item in others if item.kind is Kind.random or item.policy.digest() not in digests]
-    return tuple(_compared(point, single, families, scorer.names) for point in points), tuple(others), families
+    alone = [item for item in others if item.kind is Kind.random or item.policy.digest() not in digests]
+    return tuple(_compared(point, alone, families, scorer.names) for point in points), tuple(others), families
 
 
 def knee_choice(points: Sequence[Point], knee: int, scale: Scale) -> KneeChoice:

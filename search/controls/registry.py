@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 from natsl.counts import Counts
 from natsl.evaluate import Routing, count
@@ -81,14 +82,11 @@ class ControlRunner:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        self._learned: dict[RoutingPolicy, Learned] = {}
+        self._follow = lru_cache(_REMEMBERED)(partial(follow, subject))
 
     def __call__(self, policy: RoutingPolicy, name: str, draw: int) -> dict[str, Counts]:
         """Counts of each task under a control, for the tasks that it knows."""
-        learned = self._learned.pop(policy, None) or follow(self._subject, policy)
-        self._learned[policy] = learned
-        if len(self._learned) > _REMEMBERED:
-            del self._learned[next(iter(self._learned))]
+        learned = self._follow(policy)
         control, subject = CONTROLS[name], self._subject
         sets = {task: batch for task, batch in subject.sets.items() if control.knows(batch)}
         routing = control.routing(subject, learned, draw)
