@@ -43,11 +43,13 @@ def search(*overrides: str, **options: object) -> SearchResult:
     """
     with _one_line():
         lines, config = _configured("search", overrides, options)
+        from natsl.cli.commands import make_search
         from natsl.run import Run
-        from natsl.search.pipeline import run_search, trials_reported
         from natsl.search.stopwatch import Stopwatch
 
-        made, hours = run_search(config, lines), config.search.max_hours
+        made, hours = make_search(config, lines), config.search.max_hours
+        from natsl.search.pipeline import trials_reported
+
         run = Run.open(config.name, config.root, create=False)
         wanted = Stopwatch(run.hours, hours).wanted(config.search.n_trials)
         if made is None and trials_reported(run) < wanted:  # else it was finished before

@@ -10,10 +10,12 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, reduce
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -59,6 +61,12 @@ class _Library:
     rms_norm: Callable[..., Any]
     swiglu: Callable[..., Any]
     cross_entropy: Callable[..., Any]
+
+
+def import_library() -> None:
+    """Import the library before the first pass does, which takes seconds. Where it cannot be had, that pass says so."""
+    with contextlib.suppress(ImportError):
+        import_module("fla.modules")
 
 
 @cache

@@ -53,6 +53,7 @@ from natsl.search.worker.dispatch import Dispatcher, Pool
 from natsl.search.worker.group import join
 from natsl.search.worker.pool import Workers, job_devices, supernet_job, worker_devices
 from natsl.search.worker.slurm import SlurmWorkers, make_executor
+from natsl.search.worker.spare import Spares
 from natsl.search.worker.table import TaskTable
 from natsl.secrets import redact, redact_text
 from natsl.signals import drains
@@ -65,17 +66,17 @@ _LOG = logging.getLogger(__name__)
 COMPARED, IN_HINDSIGHT = 6, 3  # points of a front that are compared with controls, and with those in hindsight
 
 
-def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front | None:
+def run_search(config: SearchRunConfig, arguments: Sequence[str] = (), spares: Spares | None = None) -> Front | None:
     """Run or resume a search and return its front (None: everything was done before, or by another process).
 
     Where ``search.storage`` holds the study of a search that runs elsewhere, evaluate for that until it ends.
 
-    ``arguments``: of the command line, for the report. Raises ``ValueError`` (``UserError``) for what the user has to
-    fix, before anything is trained wherever it can be known.
+    ``arguments``: of the command line, for the report. ``spares``: processes that its workers begin with. Raises
+    ``ValueError`` (``UserError``) for what the user has to fix, before anything is trained wherever it can be known.
     """
     device = resolve_device(config.device)
     config, problem, data, trained = prepare(config)
-    if join(config, problem, data, device):
+    if join(config, problem, data, device, spares):
         return None
     run = Run.open(config.name, config.root)
     with run.lock():
@@ -93,7 +94,9 @@ def run_search(config: SearchRunConfig, arguments: Sequence[str] = ()) -> Front 
         view = SearchView(run.name, config.search.objectives)
         with tracker, watch if finished else watch.start(), contextlib.nullcontext() if finished else view:
             journal = Journal(run, tracker, config.search.objectives, view)
-            search = _Search(config, run, data, problem, tracker, journal, watch, view, device, others, arguments)
+            search = _Search(
+                config, run, data, problem, tracker, journal, watch, view, device, others, arguments, spares
+            )
             return search.run(finished, outdated)
 
 
@@ -145,6 +148,7 @@ class _Search:
     device: torch.device
     others: tuple[str, ...]
     arguments: Sequence[str]
+    spares: Spares | None
 
     def run(self, finished: bool, outdated: bool) -> Front | None:
         folder, settings = self.folder, self.config.search
@@ -200,7 +204,7 @@ class _Search:
             if on_slurm:
                 folder, jobs = self.folder.workers / "slurm", settings.workers or 1
                 return SlurmWorkers(job, settings.slurm, jobs, folder, table, settings.trial_timeout, wanted)
-            return Workers(job, devices, self.folder.workers, table, settings.trial_timeout, wanted)
+            return Workers(job, devices, self.folder.workers, table, settings.trial_timeout, wanted, self.spares)
 
         if study.batch == 1 and len(devices) > 1 and study.remaining:
             _LOG.info("search.batch = 1: one trial is evaluated at a time, and %d workers share the rest", len(devices))

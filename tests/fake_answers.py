@@ -28,6 +28,15 @@ def evaluation(policy: RoutingPolicy, share: float) -> dict[str, Any]:
     return {"val_loss": 1.0 + error, "bits_per_byte": 2.0, "recall_error": error, "needle_error": None, **measured}
 
 
+def import_ahead(device: str) -> None:
+    """Fails on the device ``none``, ends the process on ``broken``."""
+    print("importing")
+    if device == "none":
+        raise ImportError(device)
+    if device == "broken":
+        os._exit(3)
+
+
 class FakeAnswers:
     """Answers questions about the search split.
 

@@ -16,6 +16,7 @@ from natsl.search.study import PolicyStudy, open_policy_study
 from natsl.search.worker.dispatch import Dispatcher
 from natsl.search.worker.pool import Workers
 from natsl.search.worker.process import Job
+from natsl.search.worker.spare import Spares
 from natsl.search.worker.table import TaskTable
 from natsl.signals import drains
 from tests.search_helpers import problem
@@ -25,7 +26,9 @@ MADE_FROM = {"model": "m"}
 
 
 @contextlib.contextmanager
-def fake_search(folder: Path, config: SearchConfig, **answers: Any) -> Iterator[tuple[PolicyStudy, Judge, Dispatcher]]:
+def fake_search(
+    folder: Path, config: SearchConfig, spares: Spares | None = None, **answers: Any
+) -> Iterator[tuple[PolicyStudy, Judge, Dispatcher]]:
     """A search in a folder: its study, its judge with stored results, what has the workers; ``answers``: see there."""
     workers = config.workers or 1
     study = open_policy_study(folder / "study.db", "first", config, problem(config), 0, MADE_FROM, workers)
@@ -45,15 +48,18 @@ def fake_search(folder: Path, config: SearchConfig, **answers: Any) -> Iterator[
         )
 
         def start(wanted: Callable[[str], bool]) -> Workers:
-            return Workers(job, ["cpu"] * workers, folder / "workers", table, config.trial_timeout, wanted)
+            return Workers(job, ["cpu"] * workers, folder / "workers", table, config.trial_timeout, wanted, spares)
 
         with contextlib.closing(Dispatcher(table, start, config.lease_seconds, study.beat)) as dispatcher:
             yield study, ScoreCache(folder / "scores.jsonl", MADE_FROM).judge(dispatcher.judge()), dispatcher
 
 
-def search(folder: Path, config: SearchConfig, **answers: Any) -> PolicyStudy:
+def search(folder: Path, config: SearchConfig, spares: Spares | None = None, **answers: Any) -> PolicyStudy:
     """Make the remaining trials; the study is closed."""
-    with fake_search(folder, config, **answers) as (study, judge, _), drains(lambda: print("draining", flush=True)):
+    with (
+        fake_search(folder, config, spares, **answers) as (study, judge, _),
+        drains(lambda: print("draining", flush=True)),
+    ):
         study.run(judge.search, lambda record: print(record.id, flush=True), queue=judge.queue)
     return study
 

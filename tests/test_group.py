@@ -121,7 +121,7 @@ def test_who_has_not_what_is_searched_cannot_join(
     with pytest.raises(UserError, match=r"has search\.batch_size = 8, not 4: join it with the same command"):
         run_search(replace(ours, search=replace(ours.search, batch_size=4)))
     jobs: list[Job] = []
-    monkeypatch.setattr(group, "Workers", lambda job, *_: jobs.append(job))
+    monkeypatch.setattr(group, "Workers", lambda job, *_, spares: jobs.append(job))
     monkeypatch.setattr(group, "serve", lambda start, wanted: start())
     assert run_search(replace(ours, search=replace(ours.search, lease_seconds=7.0))) is None
     assert [job.lease_seconds for job in jobs] == [60.0], "as the search"

@@ -29,8 +29,8 @@ from natsl.search.owner import Owner
 from natsl.search.question import Question
 from natsl.search.study import PolicyStudy
 from natsl.search.trial import Record
-from natsl.search.worker import pool
-from natsl.search.worker.pool import Workers, worker_devices
+from natsl.search.worker.child import kill
+from natsl.search.worker.pool import Workers, last_line, worker_devices
 from natsl.search.worker.process import Job, _Worker
 from natsl.search.worker.table import TaskTable, open_engine
 from natsl.threads import threads_each
@@ -154,7 +154,8 @@ def test_a_policy_that_gives_no_number_fails_for_good(tmp_path: Path) -> None:
 
 
 def test_a_worker_whose_device_is_lost_is_replaced(straight: Outcome, tmp_path: Path) -> None:
-    study = search(tmp_path, config(workers=1), **{"fault": "oom", "policy": THIRD, "times": 1, "device lost": True})
+    fault: dict[str, Any] = {"fault": "oom", "policy": THIRD, "times": 1, "device lost": True}
+    study = search(tmp_path, config(workers=1), **fault)
     assert [record.reason for record in study.records].count(None) == TRIALS - 1
     assert len(pids(tmp_path)) == 2
 
@@ -228,12 +229,11 @@ def test_a_task_that_was_claimed_while_its_worker_was_ended_is_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (Question.search(policy, 0.25) for policy in FIRST[:2])
-    kill = pool._kill
     with fake_search(tmp_path, config(workers=1, trial_timeout=100.0), fault="hang", times=1) as (_, judge, dispatcher):
         table, workers = dispatcher._table, dispatcher._workers
 
         def claim_and_kill(process: subprocess.Popen[bytes]) -> None:
-            monkeypatch.setattr(pool, "_kill", kill)
+            monkeypatch.setattr("natsl.search.worker.pool.kill", kill)
             (task,) = table.running()
             assert table.finish(task.lease, evaluation(FIRST[0], 0.25))
             assert table.claim(task.worker, Owner.named(task.worker)) is not None
@@ -242,7 +242,7 @@ def test_a_task_that_was_claimed_while_its_worker_was_ended_is_done_again(
         judge.queue.ahead([first, second])
         until(lambda: dispatcher._step() or hung(tmp_path))
         workers.look(0.0)
-        monkeypatch.setattr(pool, "_kill", claim_and_kill)
+        monkeypatch.setattr("natsl.search.worker.pool.kill", claim_and_kill)
         workers.look(1000.0)
         assert judge.search(FIRST[1], 0.25).val_loss is not None
         assert judge.queue.history(second) == ["its worker was ended over another task: put back"]
@@ -285,9 +285,9 @@ def test_the_last_line_of_a_log_has_no_secrets(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("SOME_API_KEY", "1234-secret")
     log = tmp_path / "0.log"
     log.write_text("before\n" + "x" * 292 + " 1234-secret of postgresql://me:hidden@host\n\n")
-    assert pool.last_line(log) == ("x" * 292 + " <removed>")[:300]
+    assert last_line(log) == ("x" * 292 + " <removed>")[:300]
     log.write_text("no postgresql://me:hidden@host\n")
-    assert pool.last_line(log) == "no postgresql://me:<removed>@host"
+    assert last_line(log) == "no postgresql://me:<removed>@host"
 
 
 def test_another_worker_is_started_for_one_that_is_stopped(straight: Outcome, tmp_path: Path) -> None:

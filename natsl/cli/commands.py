@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from natsl.calibrate import MadeTable
     from natsl.search.config import SearchRunConfig
+    from natsl.search.front import Front
     from natsl.serving import ServingSpeed
     from natsl.throughput import Speed, ThroughputConfig
 
@@ -157,10 +158,18 @@ class CalibrateConfig:
 
 def run_search(config: SearchRunConfig) -> None:
     """Train a supernet, search its policies and report the front; see ``natsl.search.pipeline``."""
-    from natsl.search import pipeline
-
     arguments = sys.argv[1:]
-    pipeline.run_search(config, arguments[1:] if arguments[:1] == ["search"] else arguments)
+    make_search(config, arguments[1:] if arguments[:1] == ["search"] else arguments)
+
+
+def make_search(config: SearchRunConfig, arguments: Sequence[str]) -> Front | None:
+    """As ``natsl.search.pipeline.run_search``, whose import takes seconds: meanwhile workers start, if it has any."""
+    from natsl.search.worker.spare import Spares
+
+    with Spares.for_search(config) as spares:
+        from natsl.search.pipeline import run_search
+
+        return run_search(config, arguments, spares)
 
 
 def run_training(config: TrainRunConfig, arguments: Sequence[str] | None = None) -> None:

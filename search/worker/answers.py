@@ -12,12 +12,19 @@ from natsl import checkpoint
 from natsl.device import probe_device, resolve_device
 from natsl.errors import UserError
 from natsl.files import from_plain
+from natsl.modules import import_library
 from natsl.run import Run
 from natsl.search.config import SearchRunConfig
 from natsl.search.judge import make_judge
 from natsl.search.question import Method, Question, to_plain
 from natsl.search.source import held_out_data
 from natsl.search.worker.process import Job
+
+
+def import_ahead(device: str) -> None:
+    """Import what evaluations on a device need, an option's value, besides this module."""
+    if device != "cpu" and torch.cuda.is_available():
+        import_library()
 
 
 class SupernetAnswers:

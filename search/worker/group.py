@@ -26,6 +26,7 @@ from natsl.search.source import made_from
 from natsl.search.storage import BEAT, FINGERPRINT, SHARED, THREADS, connect, difference, reported_errors
 from natsl.search.study import Problem, fingerprint_of
 from natsl.search.worker.pool import Clock, Workers, supernet_job, worker_devices
+from natsl.search.worker.spare import Spares
 from natsl.search.worker.table import METADATA, TaskTable
 from natsl.threads import threads_each
 
@@ -35,7 +36,9 @@ _FIRST_BEAT = 15.0  # seconds in which a controller that lives is seen to
 SILENCE = 5  # so many search.lease_seconds without a beat, and the controller is gone
 
 
-def join(config: SearchRunConfig, problem: Problem, data: TaskData, device: torch.device) -> bool:
+def join(
+    config: SearchRunConfig, problem: Problem, data: TaskData, device: torch.device, spares: Spares | None = None
+) -> bool:
     """Evaluate for the search that owns the study, until it ends; False: nobody owns it, or none that lives.
 
     ``UserError`` if this process has not what is searched (its supernet, its text, its settings, its version of natsl),
@@ -76,7 +79,7 @@ def join(config: SearchRunConfig, problem: Problem, data: TaskData, device: torc
         table = TaskTable(storage.engine, study)
         METADATA.create_all(storage.engine)  # the controller may not have come to it
         serve(
-            lambda: Workers(job, devices, folder, table, settings.trial_timeout),
+            lambda: Workers(job, devices, folder, table, settings.trial_timeout, spares=spares),
             lambda: controller.beats(SILENCE * settings.lease_seconds),
         )
         _LOG.info("%s", controller.end())

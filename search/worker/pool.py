@@ -12,7 +12,6 @@ import secrets
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +20,13 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
 
-import natsl
 from natsl.errors import UserError
 from natsl.files import to_plain
 from natsl.run import Run
 from natsl.search.config import Launcher, SearchConfig, SearchRunConfig, SlurmConfig
+from natsl.search.worker.child import kill, reap, start, tell
 from natsl.search.worker.process import DONE, EXIT_MISTAKE, READY, SUPERNET, Job
+from natsl.search.worker.spare import Spares
 from natsl.search.worker.table import TaskTable
 from natsl.secrets import redact_text
 from natsl.tracking import TrackingConfig
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     import torch
 
 _LOG = logging.getLogger(__name__)
-_MODULE = "natsl.search.worker"
 _STARTS = 4  # in a row that end before a worker is ready
 _LONGEST_LINE = 300
 
@@ -71,7 +70,7 @@ class Workers:
     """``len(devices)`` workers that make the tasks of a table.
 
     ``job``: of all of them, but for device and name, which begins with the job's, if any. ``wanted``: whether somebody
-    waits for a task, by its key.
+    waits for a task, by its key. ``spares``: processes to begin with.
     """
 
     def __init__(
@@ -82,6 +81,7 @@ class Workers:
         table: TaskTable,
         timeout: float | None = None,
         wanted: Callable[[str], bool] = lambda key: True,
+        spares: Spares | None = None,
     ) -> None:
         self._job, self._table, self._timeout, self._wanted = job, table, timeout, wanted
         self._token = job.name or secrets.token_hex(4)
@@ -91,7 +91,7 @@ class Workers:
         try:
             for seat in self._seats:
                 seat.log.write_bytes(b"")
-                self._start(seat)
+                self._start(seat, None if spares is None else spares.take())
         except BaseException:
             self.close()
             raise
@@ -116,36 +116,23 @@ class Workers:
         """Whether one of them takes tasks."""
         return any(seat.ready for seat in self._seats)
 
-    def _start(self, seat: _Seat) -> None:
+    def _start(self, seat: _Seat, process: subprocess.Popen[bytes] | None = None) -> None:
         self._count += 1
         seat.name, seat.ready = f"{self._token}-{self._count}", False
         seat.lease, seat.age, seat.why = None, 0.0, None
         seat.starts += 1
         with seat.log.open("ab") as log:
             seat.begin = log.tell()
-            seat.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", _MODULE],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,  # a group of its own: Ctrl-C reaches the controller only
-                env=environment(self._job.threads),
-            )
-        job = replace(self._job, name=seat.name, device=seat.device, parent=os.getpid())
-        self._tell(seat, job.dump().encode() + b"\n")
-
-    def _tell(self, seat: _Seat, line: bytes) -> None:
-        assert seat.process is not None
-        assert seat.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which ``watch`` sees
-            seat.process.stdin.write(line)
-            seat.process.stdin.flush()
+            seat.process = start(self._job.threads, log) if process is None else process
+        path, parent = str(seat.log.absolute()), os.getpid()
+        job = replace(self._job, name=seat.name, device=seat.device, log=path, parent=parent)
+        tell(seat.process, job.dump().encode() + b"\n")
 
     def announce(self) -> None:
         """Tell the workers that there are new tasks."""
         for seat in self._seats:
             if seat.ready and seat.process is not None:
-                self._tell(seat, b"\n")
+                tell(seat.process, b"\n")
 
     def watch(self, seconds: float) -> bool:
         """Wait until a worker says something, at most so long; whether one did. Workers that ended are replaced.
@@ -167,7 +154,7 @@ class Workers:
     def _ended(self, seat: _Seat) -> None:
         """Put back what a worker had that has closed its output, and start another one."""
         assert seat.process is not None
-        _end(seat.process)
+        reap(seat.process)
         code, seat.process = seat.process.returncode, None
         line = last_line(seat.log, seat.begin)
         why = seat.why or _ending(code) + (f" ({line})" if line else "")
@@ -202,7 +189,7 @@ class Workers:
             seat.lease = lease
             if self._timeout is not None and seat.age > self._timeout:
                 seat.why = f"an evaluation took longer than search.trial_timeout = {self._timeout:g} s"
-                _kill(seat.process)
+                kill(seat.process)
 
     def add(self) -> None:
         """One more worker, beside those that give no sign of life."""
@@ -215,9 +202,9 @@ class Workers:
         """End all workers, with whatever they have started, and put back what they had, for others to take."""
         processes = {seat.name: seat.process for seat in self._seats if seat.process is not None}
         for process in processes.values():
-            _kill(process)
+            kill(process)
         for process in processes.values():
-            _end(process)
+            reap(process)
         for seat in self._seats:
             seat.process = None
         with contextlib.suppress(SQLAlchemyError):  # else the next call sees that they are gone
@@ -226,34 +213,9 @@ class Workers:
                     self._table.put_back(task.lease, "its worker was stopped", counted=False)
 
 
-def environment(threads: int) -> dict[str, str]:
-    """The environment of a worker process with so many threads, which finds this natsl."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    package = str(Path(natsl.__file__).absolute().parents[1])  # which may be on our path in a way of our own
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, **dict.fromkeys(names, str(threads)), "PYTHONPATH": path}
-
-
 def _output(process: subprocess.Popen[bytes]) -> int:
     assert process.stdout is not None
     return process.stdout.fileno()
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a process that is ending, and close its pipes; one that does not end is killed, its group always."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(1.0)
-    _kill(process)
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
 
 
 def _ending(code: int) -> str:

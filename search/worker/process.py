@@ -44,7 +44,8 @@ class Job:
 
     ``path``, ``url``: as of ``open_engine``. ``answers``: module and class of the ``Answers`` that are made of the job.
     ``run``: folder of the run, with its configuration ``config``, plain. ``supernet``, ``text``: checksums of what must
-    be there. ``device``, ``name`` and ``parent``, the controller's process, are the worker's own.
+    be there. ``device``, ``name``, ``log``, the file for what it prints, and ``parent``, the controller's process, are
+    the worker's own.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Job:
     text: str
     device: str = "cpu"
     name: str = ""
+    log: str = ""
     parent: int = 0
 
     def dump(self) -> str:
@@ -83,15 +85,34 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the controller decides
     with contextlib.suppress(OSError, AttributeError):  # Linux only; the end of our input shows the same a little later
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    job = Job(**json.loads(sys.stdin.buffer.readline()))
     # What libraries print must not be taken for a message.
     messages = os.dup(1)
     os.dup2(2, 1)
+    if sys.argv[1:]:
+        _import_ahead(*sys.argv[1:])
+    line = sys.stdin.buffer.readline()
+    if not line:
+        os._exit(EXIT_ORPHAN)  # it was not needed
+    job = Job(**json.loads(line))
+    _log_to(job.log)
     try:
         _Worker(job, messages).run()
     except UserError as error:
         print(redact_text(" ".join(str(error).split())), file=sys.stderr, flush=True)
         os._exit(EXIT_MISTAKE)
+
+
+def _import_ahead(answers: str, device: str) -> None:
+    """What a job will need on the device that has ``answers`` for its own; what cannot be imported, it meets itself."""
+    with contextlib.suppress(Exception):
+        import_module(answers.partition(":")[0]).import_ahead(device)
+
+
+def _log_to(path: str) -> None:
+    """Have what is printed in a file: a process that had no job yet printed nowhere."""
+    with contextlib.suppress(OSError), open(path, "ab") as log:
+        os.dup2(log.fileno(), 2)
+        os.dup2(2, 1)
 
 
 class _Worker:

@@ -26,7 +26,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from natsl import signals
 from natsl.errors import UserError
 from natsl.search.config import SlurmConfig
-from natsl.search.worker.pool import Workers, WorkerState, environment, job_devices, last_line
+from natsl.search.worker.child import environment
+from natsl.search.worker.pool import Workers, WorkerState, job_devices, last_line
 from natsl.search.worker.process import Job
 from natsl.search.worker.table import Running, TaskTable
 from natsl.secrets import redact_text
