@@ -70,7 +70,14 @@ def test_a_search_has_as_many_as_it_is_sure_to_need(tmp_path: Path, monkeypatch:
     (tmp_path / "done" / "supernet").mkdir(parents=True)
     ready = replace(options(), supernet_from="done")
     assert counted(monkeypatch, ready) == 2
-    assert counted(monkeypatch, replace(options(workers=None), supernet_from="done")) == 1
+    for i in range(4):
+        (tmp_path / f"nvidia{i}").touch()
+    monkeypatch.setattr(spare, "_DEVICES", tmp_path)
+    for device, gpus in {"auto": 4, "cuda": 4, "cuda:1": 1, "cpu": 1}.items():
+        assert counted(monkeypatch, replace(options(workers=None), supernet_from="done", device=device)) == gpus
+    for visible, gpus in {"1,2": 2, "": 1, "0,1,2,3,4": 4}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert counted(monkeypatch, replace(options(workers=None), supernet_from="done")) == gpus
     inline = options(launcher=Launcher.inline, workers=None)
     assert counted(monkeypatch, replace(inline, supernet_from="done")) == 0
     (tmp_path / "new").mkdir()

@@ -5,13 +5,17 @@ With a GPU that takes ten seconds, about as long as a search takes until it has 
 
 from __future__ import annotations
 
+import os
 import subprocess
+from pathlib import Path
 
 from natsl.files import child_folder, user_path
 from natsl.run import Run
 from natsl.search.config import Launcher, SearchRunConfig
 from natsl.search.worker.child import kill, reap, start
 from natsl.search.worker.process import SUPERNET
+
+_DEVICES = Path("/dev")
 
 
 class Spares:
@@ -32,7 +36,8 @@ class Spares:
         source = None if config.supernet_from is None else child_folder(root, config.supernet_from, "supernet_from")
         trained = run.study_db.exists() if source is None else Run(source).supernet.is_dir()
         wanted = settings.launcher is Launcher.local and trained and not run.report.exists()
-        return cls((settings.workers or 1) if wanted else 0, config.device)
+        count = settings.workers or (max(1, _gpus()) if config.device in ("auto", "cuda") else 1)
+        return cls(count if wanted else 0, config.device)
 
     def take(self) -> subprocess.Popen[bytes] | None:
         """One of them, which waits for its job like a new process (None: none is left)."""
@@ -46,3 +51,9 @@ class Spares:
             kill(process)
         for process in self._processes:
             reap(process)
+
+
+def _gpus() -> int:
+    """How many GPUs torch is going to see, as far as that can be told without it."""
+    count, visible = len(list(_DEVICES.glob("nvidia[0-9]*"))), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return count if visible is None else min(count, len([name for name in visible.split(",") if name]))
