@@ -204,7 +204,7 @@ def budget_threshold(table: Tensor, levels: Tensor, budget: Tensor) -> Tensor:
     level = (1.0 - budget).contiguous()
     low = (torch.searchsorted(levels, level, right=True) - 1).clamp(0, levels.shape[0] - 2)
     weight = (level - levels[low]) / (levels[low + 1] - levels[low])
-    shape = torch.broadcast_tensors(table[..., 0], budget)[0].shape  # broadcast_shapes imports SymPy: seconds
+    shape = torch.broadcast_tensors(table[..., 0], budget)[0].shape  # broadcast_shapes imports SymPy
     ends = torch.stack((low, low + 1), -1).expand(*shape, 2)
     below, above = table.expand(*shape, -1).gather(-1, ends).unbind(-1)
     theta = torch.lerp(below, above, weight.to(table.dtype).expand(shape))

@@ -48,7 +48,7 @@ def search(*overrides: str, **options: object) -> SearchResult:
         from natsl.search.stopwatch import Stopwatch
 
         made, hours = make_search(config, lines), config.search.max_hours
-        from natsl.search.pipeline import trials_reported
+        from natsl.search.pipeline import trials_reported  # with torch, which workers import at the same time
 
         run = Run.open(config.name, config.root, create=False)
         wanted = Stopwatch(run.hours, hours).wanted(config.search.n_trials)

@@ -29,8 +29,10 @@ def evaluation(policy: RoutingPolicy, share: float) -> dict[str, Any]:
 
 
 def import_ahead(device: str) -> None:
-    """Fails on the device ``none``, ends the process on ``broken``."""
+    """Fails on the device ``none``, ends the process on ``broken``, and takes a minute on ``slow``."""
     print("importing")
+    if device == "slow":
+        time.sleep(60)
     if device == "none":
         raise ImportError(device)
     if device == "broken":

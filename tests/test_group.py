@@ -35,6 +35,7 @@ from natsl.search.worker import group
 from natsl.search.worker.group import Controller, join, serve
 from natsl.search.worker.pool import Workers
 from natsl.search.worker.process import Job
+from natsl.search.worker.spare import Spares
 from natsl.search.worker.table import TASKS, TaskTable
 from tests.fake_search import FAKE, fake_search, search
 from tests.search_helpers import problem, synthetic
@@ -120,11 +121,12 @@ def test_who_has_not_what_is_searched_cannot_join(
         run_search(replace(ours, seed=1))
     with pytest.raises(UserError, match=r"has search\.batch_size = 8, not 4: join it with the same command"):
         run_search(replace(ours, search=replace(ours.search, batch_size=4)))
-    jobs: list[Job] = []
-    monkeypatch.setattr(group, "Workers", lambda job, *_, spares: jobs.append(job))
+    jobs: list[tuple[Job, Spares]] = []
+    monkeypatch.setattr(group, "Workers", lambda job, *_, spares: jobs.append((job, spares)))
     monkeypatch.setattr(group, "serve", lambda start, wanted: start())
-    assert run_search(replace(ours, search=replace(ours.search, lease_seconds=7.0))) is None
-    assert [job.lease_seconds for job in jobs] == [60.0], "as the search"
+    spares = Spares([])
+    assert run_search(replace(ours, search=replace(ours.search, lease_seconds=7.0)), (), spares) is None
+    assert [(job.lease_seconds, taken) for job, taken in jobs] == [(60.0, spares)], "as the search"
     alone = tiny(tmp_path / "alone", text, n_trials=2, storage=url)
     with pytest.raises(UserError, match=r"in use by process .* name, or join it with search\.launcher = local"):
         run_search(alone)

@@ -199,6 +199,16 @@ def test_light_modules_load_nothing_heavy(module: str, heavy: list[str]) -> None
     assert result.stdout.split() == []
 
 
+def test_thresholds_load_no_sympy() -> None:
+    code = (
+        "import sys, torch; from natsl.kernels.routing import budget_threshold\n"
+        "x = torch.ones(3, dtype=torch.float64); budget_threshold(x.cumsum(0), x.cumsum(0) / 3, x)\n"
+        "print('sympy' in sys.modules)"
+    )
+    result = fresh("-c", code)
+    assert (result.returncode, result.stdout) == (0, "False\n"), result.stderr
+
+
 def test_space_loads_no_third_party_package() -> None:
     code = (
         "import sys; before = set(sys.modules); import natsl.space\n"

@@ -163,7 +163,7 @@ def run_search(config: SearchRunConfig) -> None:
 
 
 def make_search(config: SearchRunConfig, arguments: Sequence[str]) -> Front | None:
-    """As ``natsl.search.pipeline.run_search``, whose import takes seconds: meanwhile workers start, if it has any."""
+    """As ``natsl.search.pipeline.run_search``; workers start while that is imported, which takes seconds."""
     from natsl.search.worker.spare import Spares
 
     with Spares.for_search(config) as spares:

@@ -1,4 +1,4 @@
-"""``python -m natsl.search.worker``: a worker of a search, started by ``natsl.search.worker.pool`` only."""
+"""``python -m natsl.search.worker``: a worker of a search, started by ``natsl.search.worker.child`` only."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from natsl.search.worker.process import Job
 
 
 def import_ahead(device: str) -> None:
-    """Import what evaluations on a device need, an option's value, besides this module."""
-    if device != "cpu" and torch.cuda.is_available():
+    """Import what evaluations on a device need besides this module; ``device``: as the option."""
+    if resolve_device(device).type == "cuda":
         import_library()
 
 

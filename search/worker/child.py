@@ -29,7 +29,7 @@ def start(threads: int | None, errors: IO[bytes] | int, arguments: Sequence[str]
 
 
 def environment(threads: int | None) -> dict[str, str]:
-    """The environment of a worker process, which finds this natsl; ``threads``: that it has (None: as many as here)."""
+    """The environment of a worker process, which finds this natsl; ``threads``: how many it has (None: as here)."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     numbers = {} if threads is None else dict.fromkeys(names, str(threads))
     package = str(Path(natsl.__file__).absolute().parents[1])  # which may be on our path in a way of our own

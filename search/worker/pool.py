@@ -92,6 +92,8 @@ class Workers:
             for seat in self._seats:
                 seat.log.write_bytes(b"")
                 self._start(seat, None if spares is None else spares.take())
+            if spares is not None:
+                spares.close()
         except BaseException:
             self.close()
             raise
@@ -121,12 +123,14 @@ class Workers:
         seat.name, seat.ready = f"{self._token}-{self._count}", False
         seat.lease, seat.age, seat.why = None, 0.0, None
         seat.starts += 1
+        seat.process = process
         with seat.log.open("ab") as log:
             seat.begin = log.tell()
-            seat.process = start(self._job.threads, log) if process is None else process
+            if process is None:
+                seat.process = process = start(self._job.threads, log)
         path, parent = str(seat.log.absolute()), os.getpid()
         job = replace(self._job, name=seat.name, device=seat.device, log=path, parent=parent)
-        tell(seat.process, job.dump().encode() + b"\n")
+        tell(process, job.dump().encode() + b"\n")
 
     def announce(self) -> None:
         """Tell the workers that there are new tasks."""

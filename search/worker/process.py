@@ -1,8 +1,9 @@
 """A worker process: evaluates policies for a search, one after another, until its controller ends.
 
-What it has to know comes as one line of JSON on its standard input, where later lines say that there are new tasks, and
-whose end means that the controller is gone. On its standard output it says that it is ready, and that a task is done.
-Everything else is in the table of tasks. No torch at import.
+It may import what it needs before it has a job: its arguments then are the ``answers`` and the device of a ``Job``, and
+its parent. What it has to know comes as one line of JSON on its standard input, where later lines say that there are
+new tasks, and whose end means that the controller is gone. On its standard output it says that it is ready, and that a
+task is done. Everything else is in the table of tasks. No torch at import.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ def main() -> None:
     if sys.argv[1:]:
         _import_ahead(*sys.argv[1:])
     line = sys.stdin.buffer.readline()
-    if not line:
-        os._exit(EXIT_ORPHAN)  # it was not needed
+    if not line:  # it was not needed
+        os._exit(EXIT_ORPHAN)
     job = Job(**json.loads(line))
     _log_to(job.log)
     try:
@@ -102,15 +103,17 @@ def main() -> None:
         os._exit(EXIT_MISTAKE)
 
 
-def _import_ahead(answers: str, device: str) -> None:
-    """What a job will need on the device that has ``answers`` for its own; what cannot be imported, it meets itself."""
+def _import_ahead(answers: str, device: str, parent: str) -> None:
+    """Import what a job with these ``answers`` will need on a device; errors show again once it does."""
+    if os.getppid() != int(parent):  # it ended before we could ask to end with it
+        os._exit(EXIT_ORPHAN)
     with contextlib.suppress(Exception):
         import_module(answers.partition(":")[0]).import_ahead(device)
 
 
 def _log_to(path: str) -> None:
     """Have what is printed in a file: a process that had no job yet printed nowhere."""
-    with contextlib.suppress(OSError), open(path, "ab") as log:
+    with open(path, "ab") as log:
         os.dup2(log.fileno(), 2)
         os.dup2(2, 1)
 
