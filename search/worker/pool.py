@@ -58,12 +58,13 @@ class _Seat:
 
 @dataclass(frozen=True)
 class WorkerState:
-    """How a worker of this process is: whether it is ready, and how often one was started in its place."""
+    """A worker of this process: whether it is ready, how often one was started in its place, the log of that place."""
 
     name: str
     device: str
     ready: bool
     starts: int
+    log: Path
 
 
 class Workers:
@@ -109,7 +110,7 @@ class Workers:
     @property
     def states(self) -> list[WorkerState]:
         """Of all workers, in a fixed order."""
-        return [WorkerState(seat.name, seat.device, seat.ready, seat.starts) for seat in self._seats]
+        return [WorkerState(seat.name, seat.device, seat.ready, seat.starts, seat.log) for seat in self._seats]
 
     @property
     def ready(self) -> bool:
@@ -169,7 +170,7 @@ class Workers:
             else:  # claimed while the worker was being ended
                 line = "its worker was ended over another task"
                 self._table.put_back(task.lease, line, counted=False, wanted=wanted)
-        _LOG.info("%s; another one is started", why)
+        _LOG.info("%s; another one is started on %s, log: %s", why, seat.device, seat.log)
         seat.in_vain += not seat.ready
         if not seat.ready and (code == EXIT_MISTAKE or seat.in_vain >= _STARTS):
             raise UserError(line if code == EXIT_MISTAKE and line else f"workers end before they are ready: {why}")
