@@ -16,6 +16,11 @@ from natsl.search.report.plane import axis, picture, planes, show
 from natsl.search.report.style import STYLE
 from natsl.space.policy import Op
 
+_UNIT = (
+    "in units of the box between the worse and the better of all-softmax and all-delta on the search split. A policy "
+    "that is better than the better of the two in some objective dominates volume outside of the box: more than 1 is "
+    "possible."
+)
 _ROWS = 30  # rows of the comparison with random routing: more would not be read
 
 
@@ -106,9 +111,9 @@ def _families(front: Front) -> str:
     head = "<tr><th>family</th><th>hypervolume<small>search split</small></th><th>front − family</th></tr>"
     note = (
         "What sweeps of one number find, each reduced to its own front on the search split, as the search is. "
-        "Hypervolume on the test split, below it on the search split: share of the box between the worse and the "
-        "better of all-softmax and all-delta on the search split, in every objective. ±: standard error over the test "
-        "sequences, which are the same for both. Green: the front is better by more than one standard error, red: not."
+        f"Hypervolume on the test split, below it on the search split: the volume that the policies dominate, {_UNIT} "
+        "±: standard error over the test sequences, which are the same for both. Green: the front is better by more "
+        "than one standard error, red: not."
     )
     made = front.facts.get("evaluations", {}).get("families")
     note += "" if made is None else f" The families took {made} evaluations of their own on the search split."
@@ -321,8 +326,7 @@ def _volume(front: Front) -> str:
     x = Axis("trials", lambda v: f"{v:g}")
     curve = chart("hypervolume over trials", drawn, x, Axis("hypervolume", lambda v: f"{v:.4g}"))
     note = (
-        "Share of the box between the worse and the better of all-softmax and all-delta, in every objective, that the "
-        "front dominates on the search split (above 1: better than both). The table of sweeps has that of the test "
+        f"The volume that the front dominates on the search split, {_UNIT} The table of sweeps has that of the test "
         "split. A flat end: more trials would add little."
     )
     return _section("Hypervolume over trials", f'<figure class="narrow">{curve}</figure>', note)
