@@ -364,6 +364,22 @@ def test_only_baselines_of_no_family_are_marks_of_their_own(front: Front) -> Non
     assert all(f".family{i} " in STYLE for i in range(FAMILY_STYLES))
 
 
+@pytest.mark.parametrize(
+    ("count", "cell"),
+    [
+        (0, "–"),
+        (2, "n0, n1"),
+        (4, "<details><summary>n0, n1, +2</summary>n0, n1, n2, n3</details>"),
+    ],
+)
+def test_what_dominates_a_point_is_folded_where_it_is_long(count: int, cell: str, front: Front) -> None:
+    point = replace(front.points[0], dominated_by=tuple(f"n{i}" for i in range(count)))
+    text = render(replace(front, points=(point,), knee=None))
+    Page(text)
+    assert f'<td class="names">{cell}</td>' in text
+    assert f",{' '.join(point.dominated_by)},\n" in replace(front, points=(point,), knee=None).to_csv()
+
+
 def test_what_comes_from_outside_is_escaped(front: Front) -> None:
     facts = {"counts": {HOSTILE: HOSTILE}, "problems": [HOSTILE], "commands": [HOSTILE], "setting": {HOSTILE: HOSTILE}}
     points = tuple(replace(point, dominated_by=(HOSTILE,)) for point in front.points)

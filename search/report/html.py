@@ -12,7 +12,7 @@ from natsl.search.report.chart import Axis, Mark, Marker, Series, chart, dumbbel
 from natsl.search.report.controls import controls_section
 from natsl.search.report.headline import gain, headline
 from natsl.search.report.lengths import lengths_section
-from natsl.search.report.plane import axis, picture, planes, show
+from natsl.search.report.plane import axis, first_names, picture, planes, show
 from natsl.search.report.style import STYLE
 from natsl.space.policy import Op
 
@@ -273,7 +273,7 @@ def _points(front: Front) -> str:
             spread = show(quality, control.std.get(quality, 0.0))
             style = "good" if front.beats_random(point) else "bad"
             cells.append(f'<td class="{style}">{show(quality, amount(control, quality))}<small>± {spread}</small></td>')
-        cells.append(f'<td class="names">{escape(", ".join(point.dominated_by)) or "–"}</td>')
+        cells.append(f'<td class="names">{_names(point.dominated_by)}</td>')
         command = f"natsl export {front.facts.get('select', f'run={front.run}')} pick={point.id}"
         name = f"{escape(point.id)}{' ◎ knee' if point.id == front.knee else ''}"
         policy = f"<td><code>{escape(_clip(point.policy.describe()))}</code><small>{point.policy.digest()}</small></td>"
@@ -290,6 +290,14 @@ def _points(front: Front) -> str:
             "its own sequences."
         )
     return _section("Points and how to take one", _table(head, rows), note)
+
+
+def _names(names: Sequence[str]) -> str:
+    """The first names; where there are more, all of them unfold."""
+    few, every = first_names(names), ", ".join(names)
+    if not names or few == every:
+        return escape(few)
+    return f"<details><summary>{escape(few)}</summary>{escape(every)}</details>"
 
 
 def _baselines(front: Front) -> str:

@@ -15,6 +15,7 @@ _KINDS = {
     Kind.extreme: ("all-softmax, all-delta", Marker.square),
 }
 FAMILY_STYLES = 6  # classes of the style sheet, taken in turn
+_NAMES = 2  # that a cell of a table holds
 _STEPS = 16  # of a line between two members of a family
 _NEAR, _BEYOND = 0.01, 1.15  # an axis ends so far beyond where the front is so near its best
 
@@ -22,6 +23,11 @@ _NEAR, _BEYOND = 0.01, 1.15  # an axis ends so far beyond where the front is so 
 def show(name: str, value: float | None) -> str:
     """A measure as text, such as ``3.1 %`` or ``1.23 MB``."""
     return OBJECTIVES[name].show(value)
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first two names and how many more there are, such as ``uniform, depth, +17``; a dash for none."""
+    return ", ".join([*names[:_NAMES], *([f"+{len(names) - _NAMES}"] if len(names) > _NAMES else [])]) or "–"
 
 
 def axis(name: str) -> Axis:
