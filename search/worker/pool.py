@@ -87,6 +87,7 @@ class Workers:
         self._job, self._table, self._timeout, self._wanted = job, table, timeout, wanted
         self._token = job.name or secrets.token_hex(4)
         self._count = 0
+        self.done = 0  # tasks that workers have finished, with a result or an error
         folder.mkdir(parents=True, exist_ok=True)
         self._seats = [_Seat(device, folder / f"{i}.log") for i, device in enumerate(devices)]
         try:
@@ -146,6 +147,7 @@ class Workers:
             seat, said = seats[output], os.read(output, 65536)
             if READY in said:
                 seat.ready, seat.in_vain = True, 0
+            self.done += said.count(DONE)
             if DONE in said and seat.why is None:
                 seat.lease = None
             if not said:
