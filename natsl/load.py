@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from natsl.command import option_text, run_options
+from natsl.command import command, option_text, run_options
 from natsl.config import Precision
 from natsl.errors import UserError
 from natsl.files import check_name, child_folder, read_config, read_json, user_path
@@ -185,7 +185,7 @@ def check_model(model: RoutedLM, policy: RoutingPolicy) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an exported folder; ``UserError`` for a folder without one and for formats of another natsl."""
     if not (folder / "manifest.json").is_file():
-        raise UserError(f"{folder} is not an exported model: it has no manifest.json")
+        raise UserError(f"{folder} is not an exported model: {_missing(folder)}")
     manifest = read_json(folder / "manifest.json")
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found not in _READABLE:
@@ -193,6 +193,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         formats = f"{_READABLE[0]} to {EXPORT_FORMAT}"
         raise UserError(f"{folder} has the export format {found!r}, this natsl reads {formats}: use natsl {needed}")
     return manifest  # type: ignore[no-any-return]
+
+
+def _missing(folder: Path) -> str:
+    """Why a folder without a manifest is not an export; of a run, where its exports are."""
+    run = Run(folder)
+    if not run.version.is_file():
+        return "it has no manifest.json"
+    names = sorted(path.parent.name for path in run.exports.glob("*/manifest.json"))
+    if names:
+        return f"it is a run, whose exports are in {run.exports}: {', '.join(names)}"
+    return f"it is a run without exports: {command('export', run_options(run.name, str(folder.parent)))} makes one"
 
 
 def file_faults(folder: Path) -> list[str]:

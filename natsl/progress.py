@@ -21,6 +21,7 @@ from rich.text import Text
 
 _LOG = logging.getLogger(__name__)
 LINE_SECONDS = 10.0
+COUNT_SECONDS = 30.0  # the same of a stage of unknown length, which may last for hours
 REFRESH_SECONDS = 0.5  # between two pictures of a view, at least
 
 
@@ -70,10 +71,10 @@ class View:
         self.change()
 
     def end(self, stage: Progress) -> None:
-        """Leave a line about a stage above the view."""
+        """Leave a line above the view about a stage that has done anything."""
         self._stages.remove(stage)
         self.change()
-        if self._live is not None and stage.total:
+        if self._live is not None and stage.advanced:
             self._guard(lambda console: console.print(Text(stage.last_line(), no_wrap=True, overflow="ellipsis")))
 
     def __enter__(self) -> View:
@@ -161,13 +162,13 @@ class View:
 
 
 class Progress:
-    """One stage of known length: ``with Progress("train", 240) as p: p.update(done, "loss 2.1")``.
+    """One stage: ``with Progress("train", 240) as p: p.update(done, "loss 2.1")``.
 
     ``done`` at the beginning (a resumed stage) does not count as speed in the remaining time. ``total`` may turn out to
-    be less before the end.
+    be less before the end; null: nobody knows how much it will be.
     """
 
-    def __init__(self, stage: str, total: int, done: int = 0) -> None:
+    def __init__(self, stage: str, total: int | None, done: int = 0) -> None:
         self.stage, self.total, self.done, self._first = stage, total, done, done
         self.text = ""
         self._began = self._said = time.monotonic()
@@ -184,6 +185,11 @@ class Progress:
             self._view.begin(self)
         return self
 
+    @property
+    def advanced(self) -> bool:
+        """Whether anything was done since it began."""
+        return self.done > self._first
+
     def update(self, done: int, text: str = "") -> None:
         """Show that ``done`` of the total are finished."""
         self.done, self.text = done, text
@@ -191,42 +197,50 @@ class Progress:
             self._view.change()
             return
         now = time.monotonic()
-        if now - self._said >= LINE_SECONDS or done >= self.total:
+        ended = self.total is not None and done >= self.total
+        if ended or now - self._said >= (COUNT_SECONDS if self.total is None else LINE_SECONDS):
             self._said = now
-            self._say(ended=done >= self.total)
+            self._say(ended)
 
     def _say(self, ended: bool) -> None:
         """A line without a terminal."""
         self._ended = ended
-        when = f" in {self._passed()}" if ended else f" · {self._left()} left"
+        when = f" in {self._passed()}" if ended or self.total is None else f" · {self._left(self.total)} left"
         text = f" · {self.text}" if self.text else ""
-        print(f"{self.stage} {self.done}/{self.total}{when}{text}", file=sys.stderr, flush=True)
+        print(f"{self.stage} {self._count()}{when}{text}", file=sys.stderr, flush=True)
+
+    def _count(self) -> str:
+        return str(self.done) if self.total is None else f"{self.done}/{self.total}"
 
     def _passed(self) -> str:
         return duration(time.monotonic() - self._began)
 
-    def _left(self) -> str:
+    def _left(self, total: int) -> str:
         passed = time.monotonic() - self._began
-        return duration(passed / max(1, self.done - self._first) * (self.total - self.done))
+        return duration(passed / max(1, self.done - self._first) * (total - self.done))
 
     def row(self) -> RenderableType:
-        """A bar with what is done and what is left."""
+        """A bar with what is done and what is left, if that is known."""
         row = Table.grid(padding=(0, 1))
-        left = f"{self._left()} left" if self.done > self._first else self._passed()
+        stage, count = Text(f"{self.stage:<9}"), Text(self._count())
+        if self.total is None:
+            row.add_row(stage, count, Text(self._passed()), Text(self.text))
+            return row
+        left = f"{self._left(self.total)} left" if self.advanced else self._passed()
         bar = ProgressBar(total=max(1, self.total), completed=self.done, width=24)
-        row.add_row(Text(f"{self.stage:<9}"), bar, Text(f"{self.done}/{self.total}"), Text(left), Text(self.text))
+        row.add_row(stage, bar, count, Text(left), Text(self.text))
         return row
 
     def last_line(self) -> str:
         """What remains of it on a terminal."""
-        line = f"{self.stage:<9} {self.done}/{self.total} in {self._passed()}"
+        line = f"{self.stage:<9} {self._count()} in {self._passed()}"
         return f"{line} · {self.text}" if self.text else line
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
             if self._view is not None:
                 self._view.end(self)
-            elif error is None and self.done > self._first and not self._ended:
+            elif error is None and self.advanced and not self._ended:
                 self._say(ended=True)
         finally:
             if self._own is not None:

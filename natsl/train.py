@@ -445,7 +445,8 @@ def fit(
         by_layer = kept_by_head(net, tokens, shown)
         return [[step, i, head, share] for i, heads in enumerate(by_layer) for head, share in enumerate(heads)]
 
-    with Progress("train", steps) as progress:
+    done = min(steps, max(checkpoint.steps(run.supernet), default=0))  # a resumed training begins there
+    with Progress("train", steps, done) as progress:
 
         def on_step(record: dict[str, float]) -> None:
             nonlocal measured

@@ -97,7 +97,8 @@ class Scale:
     def hypervolume(self, values: Sequence[Values]) -> float:
         """Volume dominated by these policies, up to the worse of the two references in every objective.
 
-        1 is reached by a policy as good as the better reference in every objective at once.
+        The unit is the box between the two: a policy as good as the better reference in every objective at once has 1,
+        and those that are better than it in some objective can have more.
         """
         return dominated_volume(self.apply(values))
 

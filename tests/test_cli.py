@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from natsl.cli.commands import ExportConfig, TrainRunConfig
+from natsl.cli.commands import ExportConfig, TrainRunConfig, VerifyConfig
 from natsl.cli.main import run_main, user_line
 from natsl.config import Sandwich
 from natsl.errors import UserError
@@ -171,7 +171,9 @@ MISTAKES = {
     "below a value": ("name.x=1", "name is a single value"),
     "removed option": ("~seed", "only entries of dictionaries can be removed"),
     "symbols": ("seed=(", "seed=( cannot be read: put a value with spaces or symbols in quotes"),
-    "no value": ("seed", "seed"),
+    "no value": ("seed", "'seed' is not an option: options are written name=value (--help lists all)"),
+    "no name": ("runs/x", "'runs/x' is not an option: options are written name=value (--help lists all)"),
+    "no value in a sweep": ("-m runs/x", "'runs/x' is not an option: options are written name=value"),
     "no key": ("=3", "must be a string"),
     "sweep without -m": ("seed=1,2", "--multirun"),
     "missing variable": ("data.path=${oc.env:NATSL_NO_SUCH}", "NATSL_NO_SUCH"),
@@ -194,7 +196,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("override", "message"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes_get_one_line(override: str, message: str, search: Command) -> None:
-    assert message in mistake(search(override))
+    assert message in mistake(search(*override.split(" ")))
 
 
 @pytest.mark.parametrize("flags", [["--cfg", "job"], ["--info", "defaults"]], ids=lambda flags: flags[0])
@@ -223,6 +225,14 @@ def test_what_must_be_given(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         run_main("export", ExportConfig, lambda config: None)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: run must be given: run=...\n"
+
+
+def test_a_folder_without_its_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_main("verify", VerifyConfig, lambda config: None, ["runs/x"])
+    assert ended.value.code == 2
+    text = "error: 'runs/x' is not an option: options are written name=value, such as export=... (--help lists all)\n"
+    assert capsys.readouterr().err == text
 
 
 def yaml_bomb() -> str:

@@ -71,11 +71,14 @@ def test_workers_join_a_search_and_leave_with_it(tmp_path: Path) -> None:
         assert f"process {process.pid} on" in owner.describe()
         job = Job("", url, study, 60.0, FAKE, "", 1, {"folder": str(ours), "seconds": 0.05}, "", "")
         table = TaskTable(storage.engine, study)
-        serve(lambda: Workers(job, ["cpu"] * 2, ours / "workers", table), lambda: owner.beats(60.0))
+        counts: list[int] = []
+        serve(lambda: Workers(job, ["cpu"] * 2, ours / "workers", table), lambda: owner.beats(60.0), counts.append)
         assert process.wait(20) == 0
     assert not owner.lives()
     assert len(pids(ours)) == 2
     assert not any(map(runs, pids(ours)))
+    assert counts == sorted(set(counts)), "only what has changed is shown"
+    assert 0 <= len(calls(ours)) - counts[-1] <= 2, "but for what they were at when the search ended"
     begun = [*calls(theirs), *calls(ours)]
     assert len(begun) == len(set(begun))
     study_of_both = search(theirs, config(workers=1, storage=url))
@@ -123,7 +126,7 @@ def test_who_has_not_what_is_searched_cannot_join(
         run_search(replace(ours, search=replace(ours.search, batch_size=4)))
     jobs: list[tuple[Job, Spares]] = []
     monkeypatch.setattr(group, "Workers", lambda job, *_, spares: jobs.append((job, spares)))
-    monkeypatch.setattr(group, "serve", lambda start, wanted: start())
+    monkeypatch.setattr(group, "serve", lambda start, wanted, show: start())
     spares = Spares([])
     assert run_search(replace(ours, search=replace(ours.search, lease_seconds=7.0)), (), spares) is None
     assert [(job.lease_seconds, taken) for job, taken in jobs] == [(60.0, spares)], "as the search"

@@ -17,6 +17,7 @@ from PIL import Image
 
 from natsl.config import TrainConfig
 from natsl.data import TaskData, load_text
+from natsl.progress import Progress
 from natsl.run import Run
 from natsl.search.config import SearchConfig
 from natsl.search.journal import Journal, _kept_picture
@@ -207,7 +208,15 @@ def test_a_search_goes_on_without_wandb(
     assert plain[TrackingMode.disabled] == plain[TrackingMode.offline]
 
 
-def test_routers_are_shown_at_checkpoints_and_training_is_the_same(text: str, tmp_path: Path) -> None:
+def test_routers_are_shown_at_checkpoints_and_training_is_the_same(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages: list[tuple[str, int, int]] = []
+
+    def begin(stage: str, total: int, done: int) -> Progress:
+        stages.append((stage, total, done))
+        return Progress(stage, total, done)
+
     config = tiny(tmp_path, text)
     data = TaskData(config.data, load_text(text), config.model.vocab_size)
     shape = replace(config.model, router_norm=True)  # its statistics must be those of training alone
@@ -218,6 +227,10 @@ def test_routers_are_shown_at_checkpoints_and_training_is_the_same(text: str, tm
         assert not model.training
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("natsl.train.Progress", begin)
+        fit(Run.open("shown", tmp_path), shape, data, recipe, torch.device("cpu"), Tracker())
+    assert stages == [("train", 6, 6)], "resumed, it is finished from the start"
     places = [(row["step"], row["layer"], row["head"]) for row in recorder.grown]
     assert places == [(step, layer, head) for step in (3, 6) for layer in range(2) for head in range(2)]
     for step in (3, 6):

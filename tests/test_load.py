@@ -228,8 +228,17 @@ def test_folders_that_are_no_exports(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the export format 5, this natsl reads 1 to 4: use natsl 9\.0"):
         load_exported(folder)
     for path in (tmp_path / "missing", tmp_path):
-        with pytest.raises(UserError, match="is not an exported model"):
+        with pytest.raises(UserError, match=r"is not an exported model: it has no manifest\.json"):
             load_exported(path)
+
+
+def test_a_run_is_no_export_but_holds_them(exported: Path, tmp_path: Path) -> None:
+    run = exported.parents[1]
+    with pytest.raises(UserError, match=rf"it is a run, whose exports are in {run}/export: {exported.name}$"):
+        load_exported(run)
+    (exported / "manifest.json").unlink()
+    with pytest.raises(UserError, match=rf"a run without exports: natsl export run={run.name} root={run.parent} makes"):
+        load_exported(run)
 
 
 def test_choices(run: Run, exported: Path) -> None:

@@ -125,8 +125,20 @@ UNIT = Scale(AB, (0.0, 0.0), (1.0, 1.0))
         ([(1.0, 0.0)], 0.0),
         ([(2.0, -1.0)], 0.0),
         ([(-1.0, 0.0)], 2.0),
+        ([(-1.0, 0.25)], 1.5),
     ],
-    ids=["empty", "ideal", "one", "twice", "two", "dominated", "at the border", "outside", "better than the reference"],
+    ids=[
+        "empty",
+        "ideal",
+        "one",
+        "twice",
+        "two",
+        "dominated",
+        "at the border",
+        "outside",
+        "better than the reference",
+        "better than the reference in one",
+    ],
 )
 def test_hypervolume_of_two_objectives(rows: list[tuple[float, float]], expected: float) -> None:
     assert UNIT.hypervolume(values(*rows)) == pytest.approx(expected)

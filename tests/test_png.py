@@ -45,6 +45,17 @@ def test_fronts_of_few_points_are_drawn(points: int, front: Front) -> None:
     assert is_png(front_png(replace(front, points=front.points[:points], knee=knee, knee_choice=None)))
 
 
+def test_the_staircase_passes_by_what_is_dominated(front: Front, drawn: list[Figure]) -> None:
+    places = {"a": (0.0, 0.9), "b": (0.1, 0.3), "c": (0.15, 0.4), "d": (0.2, 0.1)}
+    points = []
+    for name, (kept, error) in places.items():
+        values, point = {"recall_error": error, "kept_fraction": kept}, front.points[0]
+        points.append(replace(point, id=name, values=values, measured=point.measured | values))
+    front_png(replace(front, points=tuple(points), knee="d", families=()))
+    (line,) = [line for line in drawn[0].axes[0].lines if line.get_drawstyle() == "steps-post"]
+    assert np.asarray(line.get_ydata()).tolist() == [0.9, 0.3, 0.1]
+
+
 def test_ticks_are_shown_without_rounding(front: Front, drawn: list[Figure]) -> None:
     """Of a step of .0025 three decimals would show .003 and .002 in turn."""
     front_png(front)

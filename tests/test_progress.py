@@ -59,6 +59,18 @@ def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert View.current is None
 
 
+def test_a_stage_of_unknown_length(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    hands = Hands(monkeypatch)
+    with Progress("tasks done", None) as shown:
+        for seconds, done in ((29, 3), (1, 5), (10, 6), (19, 7), (1, 8), (2, 9)):
+            hands.now += seconds
+            shown.update(done)
+    assert capsys.readouterr().err == "tasks done 5 in 0:30\ntasks done 8 in 1:00\ntasks done 9 in 1:02\n"
+    with Progress("tasks done", None):
+        hands.now += 60
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("environment", "terminal", "live"),
     [

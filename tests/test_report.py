@@ -289,13 +289,41 @@ def test_the_report_says_that_static_heads_mix_requests(compared_front: Front) -
     assert "some requests are answered with the next cheaper choice of heads" in section
 
 
-def test_the_picture_ends_where_the_front_is_as_good_as_it_gets(front: Front) -> None:
-    def at(name: str, kept: float, error: float) -> Point:
-        values = {"recall_error": error, "kept_fraction": kept}
-        point = front.points[0]
-        return replace(point, id=name, values=values, measured=point.measured | values)
+def placed(front: Front, *places: tuple[float, float]) -> tuple[Point, ...]:
+    """Points a, b, … with these fractions kept and errors on the test split."""
+    points = []
+    for name, (kept, error) in zip("abcdefgh", places, strict=False):
+        values, point = {"recall_error": error, "kept_fraction": kept}, front.points[0]
+        points.append(replace(point, id=name, values=values, measured=point.measured | values))
+    return tuple(points)
 
-    points = (at("a", 0.0, 0.9), at("b", 0.02, 0.3), at("c", 0.05, 0.008), at("d", 0.6, 0.0))
+
+@pytest.mark.parametrize(
+    ("places", "stairs"),
+    [
+        ([(0.0, 0.9), (0.1, 0.3), (0.2, 0.1)], "abc"),
+        ([(0.0, 0.9), (0.1, 0.3), (0.15, 0.4), (0.2, 0.1)], "abd"),
+        ([(0.0, 0.9), (0.1, 0.3), (0.1, 0.4), (0.1, 0.3), (0.2, 0.3)], "abd"),
+        ([(0.0, 0.2), (0.1, 0.3)], "a"),
+    ],
+    ids=["falling", "rising", "equal in something", "one left"],
+)
+def test_the_staircase_never_rises(places: list[tuple[float, float]], stairs: str, front: Front) -> None:
+    points = placed(front, *places)
+    found = picture(replace(front, points=points, knee="a"), "kept_fraction", "recall_error")
+    (series,) = (item for item in found.series if item.style == "front")
+    marks = [mark for mark in series.marks if not mark.hidden]
+    assert [mark.text[0] for mark in marks if not mark.off_line] == list(stairs)
+    assert ("off the line" in series.label) is (len(stairs) < len(points))
+    html = chart("the front", [series], found.x, found.y)
+    assert html.count("<circle") == len(marks), "all of them are marks"
+    assert html.count("V") - chart("the front", [replace(series, line=False)], found.x, found.y).count("V") == (
+        len([mark for mark in series.marks if not mark.off_line]) - 1
+    )
+
+
+def test_the_picture_ends_where_the_front_is_as_good_as_it_gets(front: Front) -> None:
+    points = placed(front, (0.0, 0.9), (0.02, 0.3), (0.05, 0.008), (0.6, 0.0))
     (family, *_), drawn = front.families, replace(front, points=points, knee="b")
     changed = [{"recall_error": 0.5, "kept_fraction": 0.01}, {"recall_error": 0.1, "kept_fraction": 0.64}]
     members = zip((family.members[0], family.members[-1]), changed, strict=True)
@@ -316,6 +344,9 @@ def test_the_picture_ends_where_the_front_is_as_good_as_it_gets(front: Front) ->
     html = chart("the front", found.series, found.x, found.y)
     Page(html)
     assert html.count("<circle") == 3 + 1 + 1, "points, one member, the ring of the knee"
+    rising = placed(front, (0.0, 0.9), (0.02, 0.3), (0.05, 0.008), (0.055, 0.2), (0.59, 0.4), (0.6, 0.0))
+    cut = picture(replace(drawn, points=rising), "kept_fraction", "recall_error").series[-2].marks
+    assert (cut[-2].off_line, cut[-1].hidden, cut[-1].y) == (True, True, 0.008), "on from the last stair"
     late = picture(replace(drawn, knee="d"), "kept_fraction", "recall_error")
     assert late.x.end == pytest.approx(1.15 * 0.6), "the knee is always shown"
 
@@ -362,6 +393,22 @@ def test_only_baselines_of_no_family_are_marks_of_their_own(front: Front) -> Non
     assert set(styles) <= COLOURS.keys()
     assert {f"family{i}" for i in range(FAMILY_STYLES)} <= COLOURS.keys()
     assert all(f".family{i} " in STYLE for i in range(FAMILY_STYLES))
+
+
+@pytest.mark.parametrize(
+    ("count", "cell"),
+    [
+        (0, "–"),
+        (2, "n0, n1"),
+        (4, "<details><summary>n0, n1, +2</summary>n0, n1, n2, n3</details>"),
+    ],
+)
+def test_what_dominates_a_point_is_folded_where_it_is_long(count: int, cell: str, front: Front) -> None:
+    point = replace(front.points[0], dominated_by=tuple(f"n{i}" for i in range(count)))
+    text = render(replace(front, points=(point,), knee=None))
+    Page(text)
+    assert f'<td class="names">{cell}</td>' in text
+    assert f",{' '.join(point.dominated_by)},\n" in replace(front, points=(point,), knee=None).to_csv()
 
 
 def test_what_comes_from_outside_is_escaped(front: Front) -> None:

@@ -11,7 +11,7 @@ import pytest
 from natsl.run import Run
 from natsl.search.config import SearchConfig
 from natsl.search.front import Front
-from natsl.search.report.terminal import print_front, print_nothing_to_do
+from natsl.search.report.terminal import cells, print_front, print_nothing_to_do
 from tests.search_helpers import built, searched, with_tasks
 
 Show = Callable[..., str]
@@ -69,6 +69,15 @@ def test_several_tasks_have_a_column_of_kept_fractions(front: Front, printed: Sh
     assert "kept in bytes, mqar, needle" in text
     cell = "0.0 %, 50.0 %, 100.0 %".replace(" %", "\N{NO-BREAK SPACE}%")
     assert text.count(cell) == len(rows(text))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "–"), (1, "n0"), (2, "n0, n1"), (3, "n0, n1, +1"), (19, "n0, n1, +17")]
+)
+def test_of_what_dominates_a_point_two_are_named(count: int, text: str, front: Front) -> None:
+    names = tuple(f"n{i}" for i in range(count))
+    titles, rows = cells(front, [replace(front.points[0], dominated_by=names)])
+    assert dict(zip(titles, rows[0], strict=True))["dominated by"] == text
 
 
 def test_what_comes_from_outside_is_no_markup(front: Front, printed: Show) -> None:

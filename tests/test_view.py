@@ -25,6 +25,7 @@ from tests.search_helpers import CHUNK, ROUTED, searched, synthetic
 
 NAMES = ["recall_error", "kept_fraction"]
 POLICY = RoutingPolicy.uniform(ROUTED, CHUNK, 0.25)
+LOG = Path("0.log")
 
 
 def shown(view: SearchView, width: int = 100) -> list[str]:
@@ -62,7 +63,7 @@ def test_the_front_is_a_small_table() -> None:
 def test_it_fits_the_terminal(width: int) -> None:
     view = SearchView("mine", NAMES)
     view.show_front(FrontSoFar((record(3, 0.5, 0.1),), 0.7, 1, "RuntimeError: " + 50 * "long "))
-    view.show_workers([WorkerState("a", "cpu", True, 1)], {"a": Question.search(POLICY, 0.25)})
+    view.show_workers([WorkerState("a", "cpu", True, 1, LOG)], {"a": Question.search(POLICY, 0.25)})
     assert all(len(line) <= width for line in shown(view, width))
     assert len(shown(view, width)) == 7
 
@@ -72,11 +73,11 @@ def test_workers_and_failures_are_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("natsl.search.view.time.monotonic", lambda: now)
     view = SearchView("mine", NAMES)
     workers = [
-        WorkerState("a", "cuda:0", True, 1),
-        WorkerState("b", "cuda:1", True, 3),
-        WorkerState("c", "cuda:2", False, 1),
-        WorkerState("d", "cuda:3", True, 1),
-        WorkerState("e", "cuda:4", True, 1),
+        WorkerState("a", "cuda:0", True, 1, LOG),
+        WorkerState("b", "cuda:1", True, 3, LOG),
+        WorkerState("c", "cuda:2", False, 1, LOG),
+        WorkerState("d", "cuda:3", True, 1, LOG),
+        WorkerState("e", "cuda:4", True, 1, LOG),
     ]
     tasks: dict[str, Question | None] = {
         "a": Question.search(POLICY, 0.25),
@@ -104,7 +105,7 @@ def test_workers_and_failures_are_named(monkeypatch: pytest.MonkeyPatch) -> None
 def test_every_method_has_a_name() -> None:
     view = SearchView("mine", NAMES)
     for method in Method:
-        view.show_workers([WorkerState("a", "cpu", True, 1)], {"a": Question(method, (POLICY,), (1.0,))})
+        view.show_workers([WorkerState("a", "cpu", True, 1, LOG)], {"a": Question(method, (POLICY,), (1.0,))})
         assert f": {POLICY.describe()}, 0:00" in shown(view)[1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sqlite3
@@ -117,7 +118,10 @@ def test_the_trials_are_those_of_one_worker(straight: Outcome, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("fault", "name"), [("kill", "-9, SIGKILL"), ("exit", "7 (out of luck)")])
-def test_a_trial_whose_worker_ends_is_evaluated_again(fault: str, name: str, straight: Outcome, tmp_path: Path) -> None:
+def test_a_trial_whose_worker_ends_is_evaluated_again(
+    fault: str, name: str, straight: Outcome, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     study = search(tmp_path, config(), fault=fault, policy=THIRD, times=1)
     assert outcome(study.records) == straight
     assert [item for item in calls(tmp_path) if calls(tmp_path).count(item) > 1] == [f"{THIRD} 0.25"] * 2
@@ -125,6 +129,11 @@ def test_a_trial_whose_worker_ends_is_evaluated_again(fault: str, name: str, str
     assert [trial.user_attrs.get("history") for trial in trials if "history" in trial.user_attrs] == [
         [f"worker ended with exit code {name}: put back"]
     ]
+    (note,) = caplog.messages
+    text, _, log = note.rpartition("; another one is started on cpu, log: ")
+    assert text == f"worker ended with exit code {name}"
+    assert Path(log).parent == tmp_path / "workers"
+    assert ("out of luck" in Path(log).read_text()) is (fault == "exit")
 
 
 @pytest.mark.parametrize("fault", ["exit", "segfault", "kill"])
@@ -290,9 +299,14 @@ def test_the_last_line_of_a_log_has_no_secrets(tmp_path: Path, monkeypatch: pyte
     assert last_line(log) == "no postgresql://me:<removed>@host"
 
 
-def test_another_worker_is_started_for_one_that_is_stopped(straight: Outcome, tmp_path: Path) -> None:
+def test_another_worker_is_started_for_one_that_is_stopped(
+    straight: Outcome, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     study = search(tmp_path, config(workers=1, lease_seconds=1.0), fault="stop", policy=THIRD, times=1)
     assert outcome(study.records) == straight
+    why = "worker gave no sign of life for search.lease_seconds = 1 s"
+    assert caplog.messages == [f"{why} (on cpu, log: {tmp_path}/workers/0.log)"]
     assert len(pids(tmp_path)) == 2
 
 

@@ -224,7 +224,8 @@ class _Subject:
         caches: list[Footprint] = []
         unread: dict[int, str] = {}
         if grid.lengths:
-            with Progress("evaluate", len(grid.lengths) * grid.depths * len(asking()) + len(grid.lengths)) as progress:
+            total = len(grid.lengths) * grid.depths * len(asking()) + len(grid.lengths)
+            with Progress("evaluate", total) as progress:
                 asked = answers(
                     self.model,
                     self.policy,
@@ -233,7 +234,7 @@ class _Subject:
                     lambda cells: progress.update(progress.done + cells, "answers"),
                 )
                 caches, unread = self._caches()
-                progress.update(progress.total, "bytes of the cache")
+                progress.update(total, "bytes of the cache")
         result = {
             "values": {**values.to_dict(), "text": data.corpus.description, "other_data": self.held.other},
             "answers": {item.task: item.to_dict() for item in asked},

@@ -123,7 +123,17 @@ class Loader(ConfigLoaderImpl):
         return config
 
     def as_typed(self, overrides: list[str], sweep: bool) -> list[str]:
-        """Overrides in which Hydra reads text options as they were typed; sweep: commas separate values."""
+        """Overrides in which Hydra reads text options as they were typed; sweep: commas separate values.
+
+        ``UserError`` for one without ``=`` that removes nothing.
+        """
+        for override in overrides:
+            if "=" not in override and not override.startswith("~"):
+                needed = [item.name for item in dataclasses.fields(self.config_class) if item.default == "???"]
+                such = f", such as {needed[0]}=..." if len(needed) == 1 else ""
+                raise UserError(
+                    f"{override!r} is not an option: options are written name=value{such} (--help lists all)"
+                )
         return [as_typed(override, self.text_kind, sweep) for override in overrides]
 
     def text_kind(self, key: str) -> Text | None:

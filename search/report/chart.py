@@ -27,7 +27,7 @@ class Marker(Enum):
 class Mark:
     """One place in a chart; ``text`` shows on hover, ``error`` is half the length of a vertical bar.
 
-    ``hidden``: only a line goes there.
+    ``hidden``: only a line goes there. ``off_line``: no line does.
     """
 
     x: float
@@ -36,6 +36,7 @@ class Mark:
     error: float = 0.0
     link: str = ""
     hidden: bool = False
+    off_line: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,9 +188,10 @@ def _axes(x: _Scale, y: _Scale) -> list[str]:
 def _draw(series: Series, x: _Scale, y: _Scale) -> list[str]:
     parts = [f'<g class="{series.style}">']
     places = [(x.place(mark.x), y.place(mark.y)) for mark in series.marks]
-    if series.line and len(places) > 1:
-        path = f"M{places[0][0]:.1f} {places[0][1]:.1f}"
-        for place in places[1:]:
+    line = [place for mark, place in zip(series.marks, places, strict=True) if not mark.off_line]
+    if series.line and len(line) > 1:
+        path = f"M{line[0][0]:.1f} {line[0][1]:.1f}"
+        for place in line[1:]:
             path += f"H{place[0]:.1f}V{place[1]:.1f}" if series.step else f"L{place[0]:.1f} {place[1]:.1f}"
         parts.append(f'<path class="line" d="{path}"/>')
     for mark, (a, b) in zip(series.marks, places, strict=True):

@@ -12,10 +12,15 @@ from natsl.search.report.chart import Axis, Mark, Marker, Series, chart, dumbbel
 from natsl.search.report.controls import controls_section
 from natsl.search.report.headline import gain, headline
 from natsl.search.report.lengths import lengths_section
-from natsl.search.report.plane import axis, picture, planes, show
+from natsl.search.report.plane import axis, first_names, picture, planes, show
 from natsl.search.report.style import STYLE
 from natsl.space.policy import Op
 
+_UNIT = (
+    "in units of the box between the worse and the better of all-softmax and all-delta on the search split. A policy "
+    "that is better than the better of the two in some objective dominates volume outside of the box: more than 1 is "
+    "possible."
+)
 _ROWS = 30  # rows of the comparison with random routing: more would not be read
 
 
@@ -106,9 +111,9 @@ def _families(front: Front) -> str:
     head = "<tr><th>family</th><th>hypervolume<small>search split</small></th><th>front − family</th></tr>"
     note = (
         "What sweeps of one number find, each reduced to its own front on the search split, as the search is. "
-        "Hypervolume on the test split, below it on the search split: share of the box between the worse and the "
-        "better of all-softmax and all-delta on the search split, in every objective. ±: standard error over the test "
-        "sequences, which are the same for both. Green: the front is better by more than one standard error, red: not."
+        f"Hypervolume on the test split, below it on the search split: the volume that the policies dominate, {_UNIT} "
+        "±: standard error over the test sequences, which are the same for both. Green: the front is better by more "
+        "than one standard error, red: not."
     )
     made = front.facts.get("evaluations", {}).get("families")
     note += "" if made is None else f" The families took {made} evaluations of their own on the search split."
@@ -268,7 +273,7 @@ def _points(front: Front) -> str:
             spread = show(quality, control.std.get(quality, 0.0))
             style = "good" if front.beats_random(point) else "bad"
             cells.append(f'<td class="{style}">{show(quality, amount(control, quality))}<small>± {spread}</small></td>')
-        cells.append(f'<td class="names">{escape(", ".join(point.dominated_by)) or "–"}</td>')
+        cells.append(f'<td class="names">{_names(point.dominated_by)}</td>')
         command = f"natsl export {front.facts.get('select', f'run={front.run}')} pick={point.id}"
         name = f"{escape(point.id)}{' ◎ knee' if point.id == front.knee else ''}"
         policy = f"<td><code>{escape(_clip(point.policy.describe()))}</code><small>{point.policy.digest()}</small></td>"
@@ -285,6 +290,14 @@ def _points(front: Front) -> str:
             "its own sequences."
         )
     return _section("Points and how to take one", _table(head, rows), note)
+
+
+def _names(names: Sequence[str]) -> str:
+    """The first names; where there are more, all of them unfold."""
+    few, every = first_names(names), ", ".join(names)
+    if not names or few == every:
+        return escape(few)
+    return f"<details><summary>{escape(few)}</summary>{escape(every)}</details>"
 
 
 def _baselines(front: Front) -> str:
@@ -321,8 +334,7 @@ def _volume(front: Front) -> str:
     x = Axis("trials", lambda v: f"{v:g}")
     curve = chart("hypervolume over trials", drawn, x, Axis("hypervolume", lambda v: f"{v:.4g}"))
     note = (
-        "Share of the box between the worse and the better of all-softmax and all-delta, in every objective, that the "
-        "front dominates on the search split (above 1: better than both). The table of sweeps has that of the test "
+        f"The volume that the front dominates on the search split, {_UNIT} The table of sweeps has that of the test "
         "split. A flat end: more trials would add little."
     )
     return _section("Hypervolume over trials", f'<figure class="narrow">{curve}</figure>', note)

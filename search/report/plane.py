@@ -15,6 +15,7 @@ _KINDS = {
     Kind.extreme: ("all-softmax, all-delta", Marker.square),
 }
 FAMILY_STYLES = 6  # classes of the style sheet, taken in turn
+_NAMES = 2  # that a cell of a table holds
 _STEPS = 16  # of a line between two members of a family
 _NEAR, _BEYOND = 0.01, 1.15  # an axis ends so far beyond where the front is so near its best
 
@@ -22,6 +23,11 @@ _NEAR, _BEYOND = 0.01, 1.15  # an axis ends so far beyond where the front is so 
 def show(name: str, value: float | None) -> str:
     """A measure as text, such as ``3.1 %`` or ``1.23 MB``."""
     return OBJECTIVES[name].show(value)
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first two names and how many more there are, such as ``uniform, depth, +17``; a dash for none."""
+    return ", ".join([*names[:_NAMES], *([f"+{len(names) - _NAMES}"] if len(names) > _NAMES else [])]) or "–"
 
 
 def axis(name: str) -> Axis:
@@ -94,8 +100,9 @@ def _cut(series: Series, end: float) -> Series:
     """The series up to the end of an axis; a line goes on to there."""
     inside = [mark for mark in series.marks if mark.x <= end]
     beyond = series.marks[len(inside) :]
-    if series.line and inside and beyond:
-        last, following = inside[-1], beyond[0]
+    last = next((mark for mark in reversed(inside) if not mark.off_line), None)
+    following = next((mark for mark in beyond if not mark.off_line), None)
+    if series.line and last is not None and following is not None:
         y = last.y if series.step else _between(last, following, (end - last.x) / (following.x - last.x)).y
         inside.append(Mark(end, y, hidden=True))
     return replace(series, marks=tuple(inside))
@@ -113,6 +120,17 @@ def _mixtures(marks: Sequence[Mark]) -> tuple[Mark, ...]:
     for first, second in pairwise(marks):
         found += [*(_between(first, second, (i / _STEPS) ** 2) for i in range(1, _STEPS)), second]
     return tuple(found)
+
+
+def _staircase(marks: Sequence[Mark]) -> tuple[Mark, ...]:
+    """The marks, in order of x and y, of which those that another one dominates are off the line, which only falls."""
+    steps: list[Mark] = []
+    last: Mark | None = None
+    for mark in marks:
+        above = last is not None and (mark.y > last.y or (mark.y == last.y and mark.x > last.x))
+        steps.append(replace(mark, off_line=above))
+        last = last if above else mark
+    return tuple(steps)
 
 
 def _series(front: Front, across: str, up: str) -> list[Series]:
@@ -142,6 +160,10 @@ def _series(front: Front, across: str, up: str) -> list[Series]:
     points = {point.id for point in front.points}
     random = [item for item in of(Kind.random) if item.of in points]
     drawn.append(Series("random routing, equal kept fractions", "random", marks(random), Marker.diamond, size=3.5))
-    drawn.append(Series("front (learned)", "front", marks(front.points, True), line=line, step=True))
+    learned, label = marks(front.points, True), "front (learned)"
+    if line:  # the points were chosen on the search split, and are drawn as on the test split
+        learned = _staircase(learned)
+        label += "; off the line: dominated by others of it" if any(mark.off_line for mark in learned) else ""
+    drawn.append(Series(label, "front", learned, line=line, step=True))
     knee = [point for point in front.points if point.id == front.knee]
     return [*drawn, Series("knee", "knee", marks(knee), Marker.ring)]

@@ -96,10 +96,11 @@ def _draw(place: Axes, front: Front, across: str, up: str) -> None:
         marks = [mark for mark in item.marks if not mark.hidden]
         colour = COLOURS[item.style]
         hollow = item.marker is Marker.ring
-        if item.line and len(item.marks) > 1:
+        line = [mark for mark in item.marks if not mark.off_line]
+        if item.line and len(line) > 1:
             place.plot(
-                [mark.x for mark in item.marks],
-                [mark.y for mark in item.marks],
+                [mark.x for mark in line],
+                [mark.y for mark in line],
                 color=colour,
                 linewidth=1.6 if item.step else 0.9,
                 drawstyle="steps-post" if item.step else "default",

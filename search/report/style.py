@@ -84,7 +84,7 @@ code { font: .82rem/1.4 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; whit
 .command { user-select: all; }
 pre { overflow-x: auto; background: var(--page); border-radius: 8px; padding: 12px;
   font: .82rem/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
-summary { cursor: pointer; color: var(--soft); margin: 6px 0; }
+summary { cursor: pointer; color: var(--soft); margin: 6px 0; } td summary { margin: 0; }
 @media (max-width: 560px) {
   main { padding: 12px 10px 40px; }
   section { padding: 14px 12px; border-radius: 8px; }

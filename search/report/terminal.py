@@ -13,7 +13,7 @@ from natsl.run import Run
 from natsl.search.front import Front, Point, amount, kept_in
 from natsl.search.objective import OBJECTIVES
 from natsl.search.report.headline import headline
-from natsl.search.report.plane import show
+from natsl.search.report.plane import first_names, show
 
 _ROWS = 14  # of the table
 
@@ -81,5 +81,5 @@ def cells(front: Front, points: Sequence[Point]) -> tuple[list[str], list[list[s
         values += [kept] if front.tasks else []
         mark = " knee" if point.id == front.knee else ""
         row = [point.id + mark, point.policy.describe(), *values, show(front.quality, random)]
-        rows.append([*row, ", ".join(point.dominated_by) or "–"])
+        rows.append([*row, first_names(point.dominated_by)])
     return ["point", "policy", *labels, "random routing", "dominated by"], rows

@@ -18,7 +18,7 @@ from natsl.search.owner import Owner
 from natsl.search.question import Method, Question, Queue, from_plain
 from natsl.search.worker.error import load_error
 from natsl.search.worker.pool import Clock, WorkerState
-from natsl.search.worker.table import Ended, TaskTable
+from natsl.search.worker.table import Ended, Running, TaskTable
 
 _LOG = logging.getLogger(__name__)
 _POLL, _LONGEST_POLL = 0.05, 0.5  # seconds between looks for answers; workers on this machine say when there is one
@@ -203,13 +203,20 @@ class Dispatcher:
             elif silent > self._lease_seconds:
                 why = f"worker gave no sign of life for search.lease_seconds = {self._lease_seconds:g} s"
                 self._table.put_back(task.lease, why, counted=True, wanted=wanted)
-                _LOG.info("%s", why)
+                _LOG.info("%s (%s)", why, self._place(task))
                 self._replace(task.worker)
             else:
                 silence[task.lease] = (task.beat, silent)
                 if silent == 0.0:
                     self._silent.discard(task.worker)
         self._silence = silence
+
+    def _place(self, task: Running) -> str:
+        """Where the worker of a task is: its device and log if it is of this process, else its machine and process."""
+        own = next((state for state in self._workers.states if state.name == task.worker), None)
+        if own is not None:
+            return f"on {own.device}, log: {own.log}"
+        return "on another machine" if task.process is None else f"process {task.process.pid} on {task.process.host}"
 
     def _replace(self, silent: str) -> None:
         """Start another worker unless one is left that can take what the silent one had."""

@@ -19,6 +19,7 @@ from natsl import checkpoint
 from natsl.data import TaskData
 from natsl.errors import UserError
 from natsl.files import child_folder, user_path
+from natsl.progress import Progress
 from natsl.run import Run
 from natsl.search.config import Launcher, SearchConfig, SearchRunConfig
 from natsl.search.owner import OWNER, Owner
@@ -78,10 +79,12 @@ def join(
         folder = run.workers / f"{platform.node()}-{time.time_ns():x}"
         table = TaskTable(storage.engine, study)
         METADATA.create_all(storage.engine)  # the controller may not have come to it
-        serve(
-            lambda: Workers(job, devices, folder, table, settings.trial_timeout, spares=spares),
-            lambda: controller.beats(SILENCE * settings.lease_seconds),
-        )
+        with Progress("tasks done", None) as progress:
+            serve(
+                lambda: Workers(job, devices, folder, table, settings.trial_timeout, spares=spares),
+                lambda: controller.beats(SILENCE * settings.lease_seconds),
+                progress.update,
+            )
         _LOG.info("%s", controller.end())
         return True
 
@@ -122,15 +125,23 @@ def _closing(storage: RDBStorage) -> Iterator[None]:
         storage.engine.dispose()
 
 
-def serve(start: Callable[[], Workers], wanted: Callable[[], bool]) -> None:
-    """Have workers make tasks as long as they are ``wanted``, which is asked every now and then."""
-    clock = Clock(2 * _LOOK_SECONDS)
+def serve(
+    start: Callable[[], Workers], wanted: Callable[[], bool], show: Callable[[int], None] = lambda done: None
+) -> None:
+    """Have workers make tasks as long as they are ``wanted``, which is asked every now and then.
+
+    ``show`` gets the number of tasks that they have finished whenever it has changed.
+    """
+    clock, shown = Clock(2 * _LOOK_SECONDS), 0
     with contextlib.closing(start()) as workers:
         while wanted():
             until = time.monotonic() + _LOOK_SECONDS
             while (left := until - time.monotonic()) > 0:
                 workers.watch(left)
             workers.look(clock.lap())
+            if workers.done != shown:
+                shown = workers.done
+                show(shown)
 
 
 def _check_inputs(

@@ -58,12 +58,13 @@ class _Seat:
 
 @dataclass(frozen=True)
 class WorkerState:
-    """How a worker of this process is: whether it is ready, and how often one was started in its place."""
+    """A worker of this process: whether it is ready, how often one was started in its place, the log of that place."""
 
     name: str
     device: str
     ready: bool
     starts: int
+    log: Path
 
 
 class Workers:
@@ -86,6 +87,7 @@ class Workers:
         self._job, self._table, self._timeout, self._wanted = job, table, timeout, wanted
         self._token = job.name or secrets.token_hex(4)
         self._count = 0
+        self.done = 0  # tasks that workers have finished, with a result or an error
         folder.mkdir(parents=True, exist_ok=True)
         self._seats = [_Seat(device, folder / f"{i}.log") for i, device in enumerate(devices)]
         try:
@@ -111,7 +113,7 @@ class Workers:
     @property
     def states(self) -> list[WorkerState]:
         """Of all workers, in a fixed order."""
-        return [WorkerState(seat.name, seat.device, seat.ready, seat.starts) for seat in self._seats]
+        return [WorkerState(seat.name, seat.device, seat.ready, seat.starts, seat.log) for seat in self._seats]
 
     @property
     def ready(self) -> bool:
@@ -149,6 +151,7 @@ class Workers:
             seat, said = seats[output], os.read(output, 65536)
             if READY in said:
                 seat.ready, seat.in_vain = True, 0
+            self.done += said.count(DONE)
             if DONE in said and seat.why is None:
                 seat.lease = None
             if not said:
@@ -173,7 +176,7 @@ class Workers:
             else:  # claimed while the worker was being ended
                 line = "its worker was ended over another task"
                 self._table.put_back(task.lease, line, counted=False, wanted=wanted)
-        _LOG.info("%s; another one is started", why)
+        _LOG.info("%s; another one is started on %s, log: %s", why, seat.device, seat.log)
         seat.in_vain += not seat.ready
         if not seat.ready and (code == EXIT_MISTAKE or seat.in_vain >= _STARTS):
             raise UserError(line if code == EXIT_MISTAKE and line else f"workers end before they are ready: {why}")
