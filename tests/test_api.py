@@ -83,7 +83,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "no run": (lambda: api.front("none", "nowhere"), "there is no run 'none' in nowhere; known: none"),
     "no folder": (lambda: api.verify(export="nowhere"), "nowhere is not an exported model"),
     "a sweep": (lambda: api.search("seed=1,2"), "Ambiguous value"),
-    "a flag": (lambda: api.generate("--help"), "--help cannot be read"),
+    "a flag": (lambda: api.generate("--help"), "'--help' is not an option: options are written name=value"),
 }
 
 
