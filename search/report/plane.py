@@ -8,6 +8,7 @@ from itertools import combinations, pairwise
 
 from natsl.search.front import Baseline, Front, Kind, Point, amount
 from natsl.search.objective import OBJECTIVES, QUALITY
+from natsl.search.pareto import non_dominated
 from natsl.search.report.chart import Axis, Mark, Marker, Series
 
 _KINDS = {
@@ -123,14 +124,10 @@ def _mixtures(marks: Sequence[Mark]) -> tuple[Mark, ...]:
 
 
 def _staircase(marks: Sequence[Mark]) -> tuple[Mark, ...]:
-    """The marks, in order of x and y, of which those that another one dominates are off the line, which only falls."""
-    steps: list[Mark] = []
-    last: Mark | None = None
-    for mark in marks:
-        above = last is not None and (mark.y > last.y or (mark.y == last.y and mark.x > last.x))
-        steps.append(replace(mark, off_line=above))
-        last = last if above else mark
-    return tuple(steps)
+    """The marks, of which those that another one dominates are off the line, which only falls."""
+    places = [{"x": mark.x, "y": mark.y} for mark in marks]
+    steps = [places[i] for i in non_dominated(places, ("x", "y"))]
+    return tuple(replace(mark, off_line=place not in steps) for mark, place in zip(marks, places, strict=True))
 
 
 def _series(front: Front, across: str, up: str) -> list[Series]:
