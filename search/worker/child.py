@@ -16,6 +16,11 @@ import natsl
 _MODULE = "natsl.search.worker"
 
 
+def in_turn(workers: int | None, gpus: int, device: str) -> list[str]:
+    """The device of each of the ``workers`` (None: one for each GPU): GPUs in turn, ``device`` where there are none."""
+    return [f"cuda:{i % gpus}" if gpus else device for i in range(workers or max(1, gpus))]
+
+
 def start(threads: int | None, errors: IO[bytes] | int, arguments: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """A new worker process, which waits for its job. ``errors``: where its standard error goes."""
     return subprocess.Popen(

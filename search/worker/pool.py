@@ -24,7 +24,7 @@ from natsl.errors import UserError
 from natsl.files import to_plain
 from natsl.run import Run
 from natsl.search.config import Launcher, SearchConfig, SearchRunConfig, SlurmConfig
-from natsl.search.worker.child import kill, reap, start, tell
+from natsl.search.worker.child import in_turn, kill, reap, start, tell
 from natsl.search.worker.process import DONE, EXIT_MISTAKE, READY, SUPERNET, Job
 from natsl.search.worker.spare import Spares
 from natsl.search.worker.table import TaskTable
@@ -266,8 +266,7 @@ def worker_devices(config: SearchConfig, device: torch.device) -> list[str]:
         import torch
 
         gpus = torch.cuda.device_count()
-    count = config.workers or max(1, gpus)
-    return [f"cuda:{i % gpus}" if gpus else str(device) for i in range(count)]
+    return in_turn(config.workers, gpus, str(device))
 
 
 def job_devices(config: SlurmConfig) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from natsl.files import child_folder, user_path
 from natsl.run import Run
 from natsl.search.config import Launcher, SearchRunConfig
-from natsl.search.worker.child import kill, reap, start
+from natsl.search.worker.child import in_turn, kill, reap, start
 from natsl.search.worker.process import SUPERNET
 
 _DEVICES = Path("/dev")
@@ -36,9 +36,8 @@ class Spares:
         """Those that a search will likely need soon: none where a supernet is trained first, or all may be done."""
         settings = config.search
         gpus = _gpus() if config.device in ("auto", "cuda") else 0
-        count = settings.workers or max(1, gpus)
         wanted = settings.launcher is Launcher.local and _comes_to_trials(config)
-        return cls([f"cuda:{i % gpus}" if gpus else config.device for i in range(count if wanted else 0)])
+        return cls(in_turn(settings.workers, gpus, config.device) if wanted else [])
 
     def take(self) -> subprocess.Popen[bytes] | None:
         """One of them, in the order of the devices, which waits for its job like a new process (None: none is left)."""
